@@ -1,0 +1,40 @@
+# Each target makes the environment it needs in $(VENV), from nothing but Python and make; later runs reuse it.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: demo test check format bench
+
+demo: $(VENV)/core
+	$(VENV)/bin/modernbert demo
+
+test: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(MAKE) test
+
+format: $(VENV)/dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(VENV)/bench
+	$(VENV)/bin/python -m benchmarks cpu
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) ".[dev]"
+	touch $@ $(VENV)/core
+
+$(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) ".[dev,bench]"
+	touch $@ $(VENV)/core $(VENV)/dev

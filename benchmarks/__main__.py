@@ -1,0 +1,59 @@
+"""`python -m benchmarks SUITE`: run a suite, print its table, write its rows; `report` makes tables from written rows."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+
+from benchmarks import cpu, report
+from benchmarks.rows import Row, append
+
+SUITES = {"cpu": cpu}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="say what every suite measures")
+    commands = parser.add_subparsers(dest="command")
+    for name, suite in SUITES.items():
+        command = commands.add_parser(name, help=suite.__doc__)
+        command.add_argument("--quick", action="store_true", help="about two minutes: fewer samples, fewer settings")
+        command.add_argument("--output", type=Path, help="write the rows to a new .jsonl file in this folder")
+        command.add_argument("--only", nargs="+", default=[], choices=suite.WORKLOADS, metavar="WORKLOAD")
+    commands.add_parser("report", help="write the tables of README.md and of benchmarks/results from the rows")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for name, suite in SUITES.items():
+            print(f"{name:8} {suite.__doc__}\n{'':8} {', '.join(suite.WORKLOADS)}")
+    elif arguments.command == "report":
+        for file in report.write():
+            print(f"wrote {file}")
+    elif arguments.command:
+        run(SUITES[arguments.command], arguments)
+    else:
+        parser.print_help()
+
+
+def run(suite: ModuleType, arguments: argparse.Namespace) -> None:
+    """Print every workload when it is done and the whole table at the end; rows are written as they come."""
+    console = Console()
+    file = arguments.output and arguments.output / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.jsonl"
+    rows: list[Row] = []
+    for result in suite.run(quick=arguments.quick, only=arguments.only):
+        console.print(f"{result.workload}: {', '.join(report.in_short(row) for row in result.rows)}", highlight=False)
+        for implementation, reason in result.refused.items():
+            console.print(f"  refused: {implementation} {reason}", style="red", highlight=False)
+        rows += result.rows
+        if file:
+            append(result.rows, file)
+    console.print(report.rich_table(rows))
+    if file:
+        console.print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

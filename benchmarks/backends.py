@@ -1,0 +1,270 @@
+"""The contenders on the same seeded weights: ours, and each peer the way its users run it fastest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Contender
+from benchmarks.inputs import Batch, Ids, batched, real_rows
+
+OURS = "modernbert"
+TRANSFORMERS, ONNX_RUNTIME = "transformers", "ONNX Runtime"
+AS_THEY_COME, LENGTH_SORTED, ONE_BY_ONE = (
+    f"{TRANSFORMERS}, {how}" for how in ("as they come", "length-sorted", "one by one")
+)
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+PADDED_EINSUM, PADDED_MATMUL, MAXSIM_CPU = "padded einsum, as PyLate", "padded matmul", "maxsim-cpu"
+
+MAX_LENGTH = 512  # where the workload from text cuts
+
+# hidden, layers, heads, MLP width, theta of the local layers
+SHAPES = {
+    "ettin-17m": (256, 7, 4, 384, 160_000.0),
+    "modernbert-base": (768, 22, 12, 1152, 10_000.0),
+}
+
+
+def save_seeded(shape: str, folder: Path) -> None:
+    """A transformers ModernBertModel of a published shape in `folder`, with seeded random weights.
+
+    The weights are larger than an initialisation's, so that attention is not uniform and an error in it shows.
+    """
+    from transformers import ModernBertConfig, ModernBertModel
+
+    hidden, layers, heads, mlp, local_theta = SHAPES[shape]
+    config = ModernBertConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp
+    )
+    config.rope_parameters["sliding_attention"]["rope_theta"] = local_theta
+    torch.manual_seed(0)
+    model = ModernBertModel(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.7, 1.3)
+            else:
+                weight.normal_(0, 1.0 if "tok_embeddings" in name else 1.2 / math.sqrt(weight.shape[1]))
+    model.save_pretrained(folder)
+
+
+# --- token ids to hidden states -----------------------------------------------------------------------------------
+
+
+def ours(folder: Path, sequences: Ids) -> Contender:
+    from modernbert import pack
+
+    encoder = _our_encoder(folder)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return encoder(pack(sequences))
+
+    return Contender(OURS, "packed; packing is timed", run, lambda x_TD: x_TD)
+
+
+def transformers_sdpa(folder: Path, batches: list[Batch], settings: str, name: str = TRANSFORMERS) -> Contender:
+    """Tokenised, padded batches are ready before the clock starts."""
+    model = _transformers_model(folder)
+
+    def run() -> list[Tensor]:
+        with torch.inference_mode():
+            return [model(input_ids=ids, attention_mask=mask).last_hidden_state for ids, mask, _ in batches]
+
+    return Contender(name, settings, run, lambda outputs: real_rows(outputs, batches))
+
+
+def transformers_batchings(folder: Path, sequences: Ids, *, sizes: Sequence[int]) -> Iterator[Contender]:
+    """Three implementations, two of them with every batch size to choose from."""
+    for size in sizes:
+        batches = batched(sequences, size)
+        yield transformers_sdpa(folder, batches, f"sdpa, batches of {size}", AS_THEY_COME)
+        batches = batched(sequences, size, by_length=True)
+        yield transformers_sdpa(folder, batches, f"sdpa, batches of {size}", LENGTH_SORTED)
+    yield transformers_sdpa(folder, batched(sequences, 1), "sdpa", ONE_BY_ONE)
+
+
+def onnx_runtime(folder: Path, batches: list[Batch], settings: str, threads: int) -> Iterator[Contender]:
+    """Exported by both of torch's exporters, as neither is the faster one everywhere; none where it is not installed.
+
+    Idle threads do not spin: they would slow whatever runs next in this process.
+    """
+    if not find_spec("onnxruntime"):
+        return
+    feeds = [
+        {"input_ids": ids.numpy(), "attention_mask": (torch.ones_like(ids) if mask is None else mask).numpy()}
+        for ids, mask, _ in batches
+    ]
+    for exporter in ("dynamo", "legacy") if find_spec("onnxscript") else ("legacy",):
+        session = _onnx_session(folder, exporter, threads)
+        yield Contender(
+            ONNX_RUNTIME,
+            f"{exporter} export, {settings}, no spinning",
+            lambda session=session: [session.run(None, feed)[0] for feed in feeds],
+            lambda outputs: real_rows([torch.from_numpy(output) for output in outputs], batches),
+        )
+
+
+@cache
+def _our_encoder(folder: Path) -> torch.nn.Module:
+    from modernbert import Encoder
+
+    return Encoder.from_pretrained(folder).eval()
+
+
+@cache
+def _transformers_model(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+
+
+@cache
+def _onnx_session(folder: Path, exporter: str, threads: int) -> Any:
+    import onnxruntime
+
+    file = folder / f"{exporter}.onnx"
+    if not file.exists():
+        _export(_transformers_model(folder), file, exporter)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _export(model: torch.nn.Module, file: Path, exporter: str) -> None:
+    class LastHiddenState(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    ids, mask = torch.full((2, 70), 100), torch.ones(2, 70, dtype=torch.int64)
+    mask[1, 40:] = 0
+    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
+    if exporter == "dynamo":
+        axes = {0: torch.export.Dim("batch", min=1, max=512), 1: torch.export.Dim("length", min=1, max=8192)}
+        options = {"dynamo": True, "dynamic_shapes": (axes, axes), "verbose": False}
+    else:
+        axes = {name: {0: "batch", 1: "length"} for name in names["input_names"]}
+        options = {"dynamo": False, "dynamic_axes": axes}
+    with torch.no_grad():
+        torch.onnx.export(LastHiddenState(), (ids, mask), file, **names, **options)
+
+
+# --- strings to one mean-pooled vector each -----------------------------------------------------------------------
+
+
+def ours_from_text(folder: Path, texts: list[str]) -> tuple[Contender, int]:
+    """The contender, and how many real tokens the texts have."""
+    from modernbert import Tokenizer
+
+    encoder, tokenizer = _our_encoder(folder), Tokenizer.from_pretrained(folder)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            batch = tokenizer(texts, max_length=MAX_LENGTH)
+            return torch.segment_reduce(encoder(batch), "mean", lengths=torch.tensor(batch.lengths))
+
+    return Contender(OURS, "Tokenizer, Encoder, mean", run, lambda vectors: vectors), tokenizer(texts, max_length=MAX_LENGTH).num_tokens
+
+
+def mean_alone(folder: Path, texts: list[str]) -> Tensor:
+    """The reference: the mean of transformers' hidden states in float32, `[B, D]`, every text by itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), _transformers_model(folder)
+    with torch.inference_mode():
+        tokenized = [tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt") for text in texts]
+        return torch.cat([model(input_ids=one["input_ids"]).last_hidden_state.mean(1) for one in tokenized])
+
+
+def sentence_transformers(folder: Path, texts: list[str], *, sizes: Sequence[int]) -> Iterator[Contender]:
+    """Transformer and mean pooling through `encode`, which sorts by length itself; none where it is not installed."""
+    if not find_spec("sentence_transformers"):
+        return
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    body = Transformer(str(folder), model_kwargs={"attn_implementation": "sdpa"}, max_seq_length=MAX_LENGTH)
+    pooling = Pooling(body.get_embedding_dimension(), pooling_mode="mean")
+    model = SentenceTransformer(modules=[body, pooling], device="cpu")
+    for size in sizes:
+        yield Contender(
+            SENTENCE_TRANSFORMERS,
+            f"sdpa, batch_size={size}",
+            lambda size=size: model.encode(texts, batch_size=size, show_progress_bar=False, convert_to_tensor=True),
+            lambda vectors: vectors,
+        )
+
+
+# --- MaxSim -------------------------------------------------------------------------------------------------------
+
+
+def ours_maxsim(query_QE: Tensor, documents: Sequence[Tensor]) -> Contender:
+    from modernbert import maxsim
+    from modernbert.packing import Ragged
+
+    queries, corpus = Ragged.from_list([query_QE]), Ragged.from_list(documents)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return maxsim(queries, corpus)
+
+    return Contender(OURS, "ragged", run, lambda scores_BN: scores_BN[0])
+
+
+def padded_maxsim(query_QE: Tensor, documents: Sequence[Tensor], *, chunks: Sequence[int]) -> Iterator[Contender]:
+    """Two implementations on documents padded with zeros: PyLate's `colbert_scores`, and a matmul with a masked amax."""
+    padded_NSE = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
+    lengths_N1 = torch.tensor([len(document) for document in documents])[:, None]
+    real_NS = torch.arange(padded_NSE.shape[1]) < lengths_N1
+
+    def einsum(docs_NSE: Tensor, real_NS: Tensor) -> Tensor:
+        scores = torch.einsum("ash,bth->abst", query_QE[None], docs_NSE) * real_NS[None, :, None]
+        return scores.max(dim=-1).values.sum(dim=-1)[0]
+
+    def matmul(docs_NSE: Tensor, real_NS: Tensor) -> Tensor:
+        scores_NSQ = (docs_NSE @ query_QE.T).masked_fill_(~real_NS[..., None], -torch.inf)
+        return scores_NSQ.amax(1).sum(-1)
+
+    def run(score: Callable[[Tensor, Tensor], Tensor], chunk: int) -> Tensor:
+        with torch.inference_mode():
+            pieces = zip(padded_NSE.split(chunk), real_NS.split(chunk), strict=True)
+            return torch.cat([score(docs_NSE, real) for docs_NSE, real in pieces])
+
+    for name, score in ((PADDED_EINSUM, einsum), (PADDED_MATMUL, matmul)):
+        for chunk in chunks:
+            yield Contender(
+                name,
+                f"{chunk} documents at a time, padding not timed",
+                partial(run, score, chunk),
+                lambda scores_N: scores_N,
+            )
+
+
+def maxsim_cpu(query_QE: Tensor, documents: Sequence[Tensor]) -> Iterator[Contender]:
+    """The package on a ready list of arrays and on a ready padded array; none where it is not installed."""
+    if not find_spec("maxsim_cpu"):
+        return
+    import maxsim_cpu as package
+
+    query, arrays = query_QE.numpy(), [document.numpy() for document in documents]
+    padded = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True).numpy()
+    calls: dict[str, Callable[[], Any]] = {
+        "list of arrays": lambda: package.maxsim_scores_variable(query, arrays),
+        "padded array": lambda: package.maxsim_scores(query, padded),
+    }
+    for settings, run in calls.items():
+        yield Contender(MAXSIM_CPU, settings, run, torch.from_numpy)

@@ -1,0 +1,282 @@
+"""The `cpu` suite: encoding and MaxSim in float32 on two threads, beside what people use for it today."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import backends, peak_memory
+from benchmarks.harness import Contender, Measured, measure
+from benchmarks.inputs import Ids, batched, normal_lengths, paper_lengths, random_ids, real_rows
+from benchmarks.rows import Row, row
+
+THREADS = 2
+TOLERANCE = 1e-4
+ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"
+
+
+class Result(NamedTuple):
+    """The rows of one workload, and why an implementation has none."""
+
+    workload: str
+    rows: list[Row]
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run, what must come out, and who runs it.
+
+    Attributes:
+        what: the workload in words.
+        expected: what every contender must return, within `TOLERANCE`.
+        tokens: real tokens of one call, for rows in tokens/s; None for rows in ms.
+        goals: how many times faster than each peer we mean to be.
+        rounds: samples of each implementation in a full run.
+    """
+
+    what: str
+    contenders: list[Contender]
+    expected: Tensor
+    tokens: int | None = None
+    goals: dict[str, float] = field(default_factory=dict)
+    rounds: int = 9
+
+
+def alone(folder: Path, sequences: Ids) -> Tensor:
+    """The reference: `[T, D]` of transformers in float32, every text by itself, so that nothing is padded."""
+    one = backends.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
+    return one.result(one.run())
+
+
+def short(folder: Path, length: int) -> Workload:
+    sequences = random_ids([length])
+    batches = batched(sequences, 1)
+    return Workload(
+        f"Ettin-17m, one text of {length} tokens",
+        [
+            backends.ours(folder, sequences),
+            backends.transformers_sdpa(folder, batches, "sdpa"),
+            *backends.onnx_runtime(folder, batches, "one text", THREADS),
+        ],
+        alone(folder, sequences),
+        goals={backends.TRANSFORMERS: 1.8 if length == 32 else 2.0, backends.ONNX_RUNTIME: 1.0},
+    )
+
+
+def fixed(folder: Path, *, quick: bool) -> Workload:
+    sequences = random_ids([512] * 16)
+    sizes = (1, 8) if quick else (1, 2, 4, 8, 16)
+    return Workload(
+        "Ettin-17m, 16 texts of 512 tokens",
+        [
+            backends.ours(folder, sequences),
+            *(backends.transformers_sdpa(folder, batched(sequences, n), f"sdpa, batches of {n}") for n in sizes),
+            *backends.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
+        ],
+        alone(folder, sequences),
+        tokens=16 * 512,
+        goals={backends.TRANSFORMERS: 1.2},
+    )
+
+
+def variable(folder: Path, *, quick: bool) -> Workload:
+    lengths = paper_lengths(32)
+    sequences = random_ids(lengths)
+    peers = [
+        *backends.transformers_batchings(folder, sequences, sizes=(8,) if quick else (2, 4, 8, 16, 32)),
+        *backends.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
+    ]
+    if not quick:
+        by_length = batched(sequences, 4, by_length=True)
+        peers += backends.onnx_runtime(folder, by_length, "length-sorted batches of 4", THREADS)
+    return Workload(
+        f"Ettin-17m, 32 texts of the paper's variable lengths (mean {sum(lengths) / 32:.0f})",
+        [backends.ours(folder, sequences), *peers],
+        alone(folder, sequences),
+        tokens=sum(lengths),
+        goals={
+            backends.AS_THEY_COME: 1.6,
+            backends.LENGTH_SORTED: 1.3,
+            backends.ONE_BY_ONE: 1.3,
+            backends.ONNX_RUNTIME: 1.2,
+        },
+    )
+
+
+def long(folder: Path, *, quick: bool) -> Workload:
+    sequences = random_ids([8192])
+    batches = batched(sequences, 1)
+    peers = [backends.transformers_sdpa(folder, batches, "sdpa")]
+    if not quick:
+        peers += backends.onnx_runtime(folder, batches, "one text", THREADS)
+    return Workload(
+        "Ettin-17m, one text of 8192 tokens",
+        [backends.ours(folder, sequences), *peers],
+        alone(folder, sequences),
+        tokens=8192,
+        goals={backends.TRANSFORMERS: 2.3},
+        rounds=3,
+    )
+
+
+def from_text(folder: Path, *, quick: bool) -> Workload:
+    """Both sides start from strings and use the tokenizer of the default model; its ids fit the seeded weights."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "default" / file, folder)
+    with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as corpus:
+        texts = [json.loads(next(corpus))["text"] for _ in range(64)]
+    sizes = (8, 32) if quick else (1, 4, 8, 16, 32)
+    mine, tokens = backends.ours_from_text(folder, texts)
+    return Workload(
+        f"Ettin-17m, 64 Wikipedia passages ({tokens:,} tokens) from text to mean-pooled vectors, tokenising timed",
+        [mine, *backends.sentence_transformers(folder, texts, sizes=sizes)],
+        backends.mean_alone(folder, texts),
+        tokens=tokens,
+    )
+
+
+def maxsim(width: int, *, quick: bool) -> Workload:
+    """Every contender gets the documents in the form that it likes best before the clock starts."""
+    lengths = normal_lengths(1000, mean=181, low=16, high=300)
+    generator = torch.Generator().manual_seed(0)
+    query_QE = F.normalize(torch.randn(32, width, generator=generator), dim=-1)
+    documents = F.normalize(torch.randn(sum(lengths), width, generator=generator), dim=-1).split(lengths)
+    in_float64 = [(query_QE.double() @ document.double().T).amax(1).sum() for document in documents]
+    return Workload(
+        f"MaxSim, 1 query of 32 x 1000 documents ({sum(lengths):,} tokens), width {width}",
+        [
+            backends.ours_maxsim(query_QE, documents),
+            *backends.padded_maxsim(query_QE, documents, chunks=(1000, 50) if quick else (1000, 200, 50, 10)),
+            *backends.maxsim_cpu(query_QE, documents),
+        ],
+        torch.stack(in_float64),
+        goals={backends.PADDED_EINSUM: 4.0, backends.MAXSIM_CPU: 1.2} if width == 48 else {},
+    )
+
+
+def base(folder: Path, *, quick: bool) -> Workload:
+    lengths = paper_lengths(4 if quick else 16)
+    sequences = random_ids(lengths)
+    return Workload(
+        f"ModernBERT-base, {len(lengths)} texts of the paper's variable lengths (mean {sum(lengths) / len(lengths):.0f})",
+        [
+            backends.ours(folder, sequences),
+            *backends.transformers_batchings(folder, sequences, sizes=(4,) if quick else (2, 4, 8)),
+        ],
+        alone(folder, sequences),
+        tokens=sum(lengths),
+        goals={backends.LENGTH_SORTED: 1.15, backends.ONE_BY_ONE: 1.15},
+        rounds=3,
+    )
+
+
+# name: (shape of the model or None, builder); each builder is called when its turn comes.
+BUILDERS: dict[str, tuple[str | None, Callable[..., Workload]]] = {
+    "short-16": ("ettin-17m", lambda folder, quick: short(folder, 16)),
+    "short-24": ("ettin-17m", lambda folder, quick: short(folder, 24)),
+    "short-32": ("ettin-17m", lambda folder, quick: short(folder, 32)),
+    "fixed-512": ("ettin-17m", fixed),
+    "variable": ("ettin-17m", variable),
+    "from-text": ("ettin-17m", from_text),
+    "maxsim-48": (None, lambda folder, quick: maxsim(48, quick=quick)),
+    "maxsim-128": (None, lambda folder, quick: maxsim(128, quick=quick)),
+    "long-8192": ("ettin-17m", long),
+    "base-variable": ("modernbert-base", base),
+}
+MEMORY = "long-8192-memory"  # not a matter of time, so no `Workload`
+WORKLOADS = (*BUILDERS, MEMORY)
+
+
+def run(*, quick: bool, only: Sequence[str]) -> Iterator[Result]:
+    """Measure the workloads named in `only` (all if empty), one `Result` each as it is done."""
+    torch.set_num_threads(THREADS)
+    # maxsim-cpu and the tokenizers have thread pools of their own, which read this when they start.
+    os.environ["RAYON_NUM_THREADS"] = str(THREADS)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in only or WORKLOADS:
+            shape, build = BUILDERS.get(name, ("ettin-17m", None))
+            folder = Path(scratch) / (shape or "")
+            if shape and not folder.exists():
+                backends.save_seeded(shape, folder)
+            yield memory(folder, quick=quick) if build is None else timed(name, build(folder, quick=quick), quick=quick)
+
+
+def timed(name: str, workload: Workload, *, quick: bool) -> Result:
+    measured, refused = measure(
+        workload.contenders,
+        workload.expected,
+        TOLERANCE,
+        rounds=min(3, workload.rounds) if quick else workload.rounds,
+        window=0.2 if quick else 0.5,
+    )
+    return Result(name, [_row(name, workload, one, measured) for one in measured], refused)
+
+
+def _row(name: str, workload: Workload, one: Measured, all_measured: Sequence[Measured]) -> Row:
+    mine = one.contender.implementation
+    per_second = workload.tokens is not None
+    return row(
+        workload=name,
+        what=workload.what,
+        implementation=mine,
+        settings=one.contender.settings,
+        unit="tokens/s" if per_second else "ms",
+        values=[workload.tokens / s if workload.tokens is not None else 1000 * s for s in one.seconds],
+        max_error=one.max_error,
+        tolerance=TOLERANCE,
+        foreign_percent=one.foreign,
+        clean=one.clean,
+        calls=one.calls,
+        times_better_than={
+            other.contender.implementation: one.times_faster_than(other) for other in all_measured if other is not one
+        },
+        goals=workload.goals if mine == backends.OURS else {},
+    )
+
+
+def memory(folder: Path, *, quick: bool) -> Result:
+    """Extra peak memory of one text of 8192 tokens; other programs do not change it, so every row is clean."""
+    if not peak_memory.CLEAR.exists():
+        return Result(MEMORY, [], {"every implementation": "peak memory is measured on Linux only"})
+    expected = alone(folder, random_ids([8192]))
+    peaks: dict[str, list[float]] = {}
+    errors, refused = {}, {}
+    for implementation in [backends.OURS, backends.TRANSFORMERS] + [backends.ONNX_RUNTIME] * (not quick):
+        runs = [peak_memory.in_fresh_process(implementation, folder, 8192, THREADS) for _ in range(1 if quick else 3)]
+        error = max((output - expected).abs().max().item() for _, output in runs)
+        if error <= TOLERANCE:
+            peaks[implementation], errors[implementation] = [peak for peak, _ in runs], error
+        else:
+            refused[implementation] = f"differs from the reference by {error:.2g}, allowed are {TOLERANCE:.2g}"
+    rows = [
+        row(
+            workload=MEMORY,
+            what="Ettin-17m, one text of 8192 tokens: peak memory beyond the loaded model",
+            implementation=implementation,
+            settings="a fresh process for each sample",
+            unit="MB",
+            values=values,
+            max_error=errors[implementation],
+            tolerance=TOLERANCE,
+            times_better_than={
+                other: sorted(peaks[other])[len(values) // 2] / sorted(values)[len(values) // 2]
+                for other in peaks
+                if other != implementation
+            },
+            goals={backends.TRANSFORMERS: 8.0} if implementation == backends.OURS else {},
+        )
+        for implementation, values in peaks.items()
+    ]
+    return Result(MEMORY, rows, refused)

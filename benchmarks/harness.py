@@ -1,0 +1,203 @@
+"""How anything is measured here: in turns, after a fresh warm-up, on a quiet machine, and only if the answer is right."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import psutil
+from torch import Tensor
+
+# Percent of one core that everything but this process may use while a sample is taken.
+FOREIGN_LIMIT = 6.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of a workload with one choice of settings.
+
+    Attributes:
+        implementation: the name its row carries. Contenders that share it are settings of which the fastest is taken.
+        settings: what was chosen, in words.
+        run: one timed call; everything prepared beforehand is outside the time.
+        result: brings what `run` returned into the order and shape of the workload's expected tensor, untimed.
+    """
+
+    implementation: str
+    settings: str
+    run: Callable[[], Any]
+    result: Callable[[Any], Tensor]
+
+
+class Reading(NamedTuple):
+    """What the clocks said about one piece of work."""
+
+    seconds: float
+    foreign: float  # percent of one core used by everything else meanwhile
+
+
+class Sample(NamedTuple):
+    """The median call of one window of calls."""
+
+    seconds: float
+    foreign: float
+
+    @property
+    def clean(self) -> bool:
+        return self.foreign <= FOREIGN_LIMIT
+
+
+class WrongOutput(ValueError):
+    """The contender does not compute what the reference computes, so its speed means nothing."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A contender with the samples that were kept, one per round."""
+
+    contender: Contender
+    max_error: float
+    calls: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(sample.seconds for sample in self.samples)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def foreign(self) -> float:
+        """The worst of the kept samples."""
+        return max(sample.foreign for sample in self.samples)
+
+    @property
+    def clean(self) -> bool:
+        return all(sample.clean for sample in self.samples)
+
+    def times_faster_than(self, other: Measured) -> float:
+        """Median over the rounds of `other`'s time over this one's: only samples of the same round are compared."""
+        return statistics.median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
+
+
+def read_clocks(work: Callable[[], Any]) -> Reading:
+    """Do `work`, and say how long it took and how busy the rest of the machine was.
+
+    The rest of the machine is all CPU time that was not idle (the first line of /proc/stat on Linux, time stolen by a
+    hypervisor included) minus this process's own.
+    """
+    idle, own, start = _idle_seconds(), time.process_time(), time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    own, idle = time.process_time() - own, _idle_seconds() - idle
+    foreign = seconds * (psutil.cpu_count() or 1) - idle - own
+    # The kernel counts idle time in ticks of 10 ms, so a short sample can read a little below zero.
+    return Reading(seconds, max(0.0, 100 * foreign / seconds))
+
+
+def _idle_seconds() -> float:
+    times = psutil.cpu_times()
+    return times.idle + getattr(times, "iowait", 0.0)
+
+
+def check(contender: Contender, expected: Tensor, tolerance: float) -> float:
+    """Run `contender` once; its largest absolute difference from `expected`, or `WrongOutput`."""
+    got = contender.result(contender.run())
+    if got.shape != expected.shape:
+        raise WrongOutput(f"returned shape {tuple(got.shape)}, the reference has {tuple(expected.shape)}")
+    error = (got.double() - expected.double()).abs().max().item()
+    if not error <= tolerance:  # NaN is refused too
+        raise WrongOutput(f"differs from the reference by {error:.2g}, allowed are {tolerance:.2g}")
+    return error
+
+
+def measure(
+    contenders: Sequence[Contender],
+    expected: Tensor,
+    tolerance: float,
+    *,
+    rounds: int,
+    window: float,
+    retries: int = 3,
+    read: Callable[[Callable[[], Any]], Reading] = read_clocks,
+) -> tuple[list[Measured], dict[str, str]]:
+    """Check every contender, take the best settings of each implementation, and time those in turns.
+
+    Args:
+        expected: what all of them must return, up to `tolerance` in absolute value.
+        rounds: samples per implementation.
+        window: least seconds of one sample; fast contenders are called many times in it.
+        retries: samples that may be repeated per implementation because the machine was busy.
+        read: does some work and reads the clocks (a test hands in its own).
+
+    Returns:
+        The measurements in the order of the contenders, and for every refused implementation the reason.
+    """
+    errors: dict[Contender, float] = {}
+    refused: dict[str, str] = {}
+    for contender in contenders:
+        try:
+            errors[contender] = check(contender, expected, tolerance)
+        except WrongOutput as reason:
+            refused[contender.implementation] = str(reason)
+    best: dict[str, tuple[Reading, Contender]] = {}
+    for contender in errors:
+        quickest = min(read(contender.run) for _ in range(2))
+        name = contender.implementation
+        if name not in best or quickest < best[name][0]:
+            best[name] = quickest, contender
+    calls = {name: max(1, math.ceil(window / quickest.seconds)) for name, (quickest, _) in best.items()}
+    taken = interleave([chosen for _, chosen in best.values()], calls, rounds, retries, read)
+    measured = [
+        Measured(chosen, errors[chosen], calls[name], tuple(taken[name])) for name, (_, chosen) in best.items()
+    ]
+    return measured, {name: reason for name, reason in refused.items() if name not in best}
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    calls: dict[str, int],
+    rounds: int,
+    retries: int,
+    read: Callable[[Callable[[], Any]], Reading],
+) -> dict[str, list[Sample]]:
+    """Samples per implementation, taken in turns: A B C, B C A, C A B, ...
+
+    A drift of the machine (clock rate, temperature, neighbours) then falls on all of them alike. A sample taken on a
+    busy machine is repeated while the implementation has retries left, and the quietest attempt is kept.
+    """
+    taken: dict[str, list[Sample]] = {contender.implementation: [] for contender in contenders}
+    left = dict.fromkeys(taken, retries)
+    for turn in range(rounds):
+        start = turn % len(contenders) if contenders else 0
+        for contender in [*contenders[start:], *contenders[:start]]:
+            name = contender.implementation
+            sample = take(contender.run, calls[name], read)
+            while not sample.clean and left[name] > 0:
+                left[name] -= 1
+                sample = min(sample, take(contender.run, calls[name], read), key=lambda attempt: attempt.foreign)
+            taken[name].append(sample)
+    return taken
+
+
+def take(run: Callable[[], Any], calls: int, read: Callable[[Callable[[], Any]], Reading]) -> Sample:
+    """The median of `calls` calls after an untimed one, which also outlasts the last contender's spinning threads."""
+    run()
+    if calls == 1:
+        return Sample(*read(run))
+    seconds = []
+
+    def window() -> None:
+        for _ in range(calls):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+
+    foreign = read(window).foreign
+    return Sample(statistics.median(seconds), foreign)

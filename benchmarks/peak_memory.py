@@ -1,0 +1,64 @@
+"""How much memory one call takes beyond the loaded model: `python -m benchmarks.peak_memory IMPLEMENTATION FOLDER LENGTH`.
+
+Every figure comes from a process of its own, because an allocator keeps what it once had. Linux only: the kernel's
+high-water mark is reset after loading, which no other system offers.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import backends
+from benchmarks.harness import Contender
+from benchmarks.inputs import Ids, batched, random_ids
+
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def in_fresh_process(implementation: str, folder: Path, length: int, threads: int) -> tuple[float, Tensor]:
+    """Extra peak in MB of encoding one text of `length` tokens, and its hidden states `[T, D]`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "output.pt"
+        command = [sys.executable, "-m", "benchmarks.peak_memory", implementation, str(folder), str(length)]
+        command += [str(threads), str(output)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1]), torch.load(output)
+
+
+def contender(implementation: str, folder: Path, sequences: Ids, threads: int) -> Contender:
+    if implementation == backends.OURS:
+        return backends.ours(folder, sequences)
+    if implementation == backends.TRANSFORMERS:
+        return backends.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
+    return next(backends.onnx_runtime(folder, batched(sequences, 1), "one text", threads))
+
+
+def _memory(field: str) -> float:
+    """A line of /proc/self/status in MB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) / 1024
+
+
+def main(implementation: str, folder: str, length: str, threads: str, output: str) -> None:
+    torch.set_num_threads(int(threads))
+    contender(implementation, Path(folder), random_ids([16]), int(threads)).run()  # thread pools, lazy imports
+    one_text = contender(implementation, Path(folder), random_ids([int(length)]), int(threads))
+    gc.collect()
+    before = _memory("VmRSS")
+    CLEAR.write_text("5")
+    returned = one_text.run()
+    peak = _memory("VmHWM")
+    torch.save(one_text.result(returned).clone(), output)
+    print(json.dumps(peak - before))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,19 @@
+"""The ops of ModernBERT and of late interaction: a plain reference each, and faster versions that register on it."""
+
+from . import cpu  # registers the CPU backends
+from .dispatch import Op, backend
+from .reference import add_layer_norm, attention, embed_layer_norm, geglu, layer_norm, linear, maxsim, rotary
+
+__all__ = [
+    "Op",
+    "add_layer_norm",
+    "attention",
+    "backend",
+    "cpu",
+    "embed_layer_norm",
+    "geglu",
+    "layer_norm",
+    "linear",
+    "maxsim",
+    "rotary",
+]

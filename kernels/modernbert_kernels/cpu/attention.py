@@ -1,0 +1,190 @@
+"""Packed attention on the CPU: global layers by runs of equal length, local layers as one band, both through SDPA.
+
+Differentiable as it stands. Under `torch.compile` it is one opaque op, because it branches on the lengths.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import attention
+
+BLOCK = 64
+"""Queries of one band block; each sees BLOCK + 2 * window keys (32, 64 and 128 measured: 64 is best or level)."""
+
+
+def _accepts(qkv_T3HK: Tensor, *_: object, dropout_p: float = 0.0, **__: object) -> bool:
+    exporting = torch.compiler.is_exporting()
+    return qkv_T3HK.is_cpu and dropout_p == 0.0 and not exporting and qkv_T3HK.shape[0] > 0
+
+
+@attention.register("cpu", when=_accepts)
+def attention_cpu(
+    qkv_T3HK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    rope: tuple[Tensor, Tensor],
+    window: int | None = None,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`attention` without dropout; same arguments and result."""
+    if dropout_p:
+        raise ValueError("the cpu backend of attention has no dropout; use the reference")
+    run = _opaque if torch.compiler.is_compiling() else _attention
+    return run(qkv_T3HK, cu_seqlens, max_seqlen, *rope, window, key_lengths)
+
+
+def _attention(
+    qkv_T3HK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    window: int | None,
+    key_lengths: Tensor | None,
+) -> Tensor:
+    qk_T2HK, v_THK = _rotate(qkv_T3HK[:, :2], cos_TR, sin_TR), qkv_T3HK[:, 2]
+    q_THK, k_THK = qk_T2HK.unbind(1)
+    lengths = tuple(cu_seqlens.diff().tolist())
+    if key_lengths is not None:
+        return _runs(q_THK, k_THK, v_THK, lengths, window, key_lengths.tolist())
+    if window is None or max_seqlen <= window + 1:
+        return _runs(q_THK, k_THK, v_THK, lengths, None, None)
+    return _band(q_THK, k_THK, v_THK, lengths, window)
+
+
+def _rotate(qk_T2HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotary as one complex product. Pairs come out side by side, in q and in k alike, so their products are the same."""
+    wide = torch.promote_types(qk_T2HK.dtype, torch.float32)
+    real_T2HR, imag_T2HR = qk_T2HK.to(wide).chunk(2, dim=-1)
+    angle_T11R = torch.complex(cos_TR.to(wide), sin_TR.to(wide))[:, None, None]
+    return torch.view_as_real(torch.complex(real_T2HR, imag_T2HR) * angle_T11R).flatten(-2).to(qk_T2HK.dtype)
+
+
+def _runs(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    lengths: tuple[int, ...],
+    window: int | None,
+    key_lengths: list[int] | None,
+) -> Tensor:
+    """Dense attention, one SDPA call for each run of neighbours of equal length."""
+    outputs, token, sequence = [], 0, 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        if length:
+            shape = (count, length)
+            rows = slice(token, token + count * length)
+            q, k, v = (x[rows].unflatten(0, shape).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
+            if key_lengths is None:
+                out = F.scaled_dot_product_attention(q, k, v)
+            else:
+                visible = _visible(key_lengths[sequence : sequence + count], length, window)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+                out = out * visible.any(-1, keepdim=True)  # a row without a visible key gives zero
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        token, sequence = token + count * length, sequence + count
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _visible(key_lengths: list[int], length: int, window: int | None) -> Tensor:
+    """`[B, 1, S, S]` bool: key j is among the first of its sequence and within the window of query i."""
+    place = torch.arange(length)
+    visible = (place < torch.tensor(key_lengths)[:, None])[:, None, None, :].expand(-1, 1, length, -1)
+    return visible if window is None else visible & ((place[:, None] - place).abs() <= window)
+
+
+def _band(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, lengths: tuple[int, ...], window: int) -> Tensor:
+    """Local attention of the whole batch in one SDPA call: block b of queries sees its own keys and a window around.
+
+    Keys and values are overlapping views of one padded buffer; nothing is copied per block.
+    """
+    tokens = q_THK.shape[0]
+    blocks = -(-tokens // BLOCK)
+    tail = blocks * BLOCK - tokens
+    span = BLOCK + 2 * window
+    q = F.pad(q_THK, (0, 0, 0, 0, 0, tail)).unflatten(0, (blocks, BLOCK)).transpose(1, 2)
+    k, v = (
+        F.pad(x, (0, 0, 0, 0, window, tail + window)).unfold(0, span, BLOCK).transpose(2, 3) for x in (k_THK, v_THK)
+    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_band_mask(lengths, window, q.dtype))
+    return out.transpose(1, 2).flatten(0, 1)[:tokens]
+
+
+@lru_cache(maxsize=4)
+def _band_mask(lengths: tuple[int, ...], window: int, dtype: torch.dtype) -> Tensor:
+    """`[blocks, 1, BLOCK, BLOCK + 2 * window]` additive mask: same sequence and within the window.
+
+    A function of the lengths alone, so the local layers of a forward pass share it. Finite, because the rows behind
+    the last token see nothing and would give NaN.
+    """
+    sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    blocks = -(-len(sequence_T) // BLOCK)
+    tail = blocks * BLOCK - len(sequence_T)
+    keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
+    queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
+    distance = torch.arange(BLOCK)[:, None] - (torch.arange(BLOCK + 2 * window) - window)
+    visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)[:, None]
+
+
+@torch.library.custom_op("modernbert_kernels::attention_cpu", mutates_args=())
+def _opaque(
+    qkv_T3HK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    window: int | None,
+    key_lengths: Tensor | None,
+) -> Tensor:
+    return _attention(qkv_T3HK, cu_seqlens, max_seqlen, cos_TR, sin_TR, window, key_lengths).contiguous()
+
+
+@_opaque.register_fake
+def _(qkv_T3HK: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(qkv_T3HK[:, 0], memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("modernbert_kernels::attention_cpu_backward", mutates_args=())
+def _opaque_backward(
+    grad_THK: Tensor,
+    qkv_T3HK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    window: int | None,
+    key_lengths: Tensor | None,
+) -> Tensor:
+    with torch.enable_grad():
+        qkv_T3HK = qkv_T3HK.detach().requires_grad_()
+        out_THK = _attention(qkv_T3HK, cu_seqlens, max_seqlen, cos_TR, sin_TR, window, key_lengths)
+    return torch.autograd.grad(out_THK, qkv_T3HK, grad_THK)[0].contiguous()
+
+
+@_opaque_backward.register_fake
+def _(grad_THK: Tensor, qkv_T3HK: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(qkv_T3HK, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv_T3HK, cu_seqlens, ctx.max_seqlen, cos_TR, sin_TR, ctx.window, key_lengths = inputs
+    ctx.save_for_backward(qkv_T3HK, cu_seqlens, cos_TR, sin_TR, key_lengths)
+
+
+def _backward(ctx, grad_THK: Tensor):
+    qkv_T3HK, cu_seqlens, cos_TR, sin_TR, key_lengths = ctx.saved_tensors
+    arguments = (qkv_T3HK, cu_seqlens, ctx.max_seqlen, cos_TR, sin_TR, ctx.window, key_lengths)
+    return _opaque_backward(grad_THK.contiguous(), *arguments), None, None, None, None, None, None
+
+
+_opaque.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,72 @@
+"""One op, several implementations: the reference is the op, faster ones register on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# A plain global: torch.compile guards on it, but cannot trace a ContextVar.
+_forced: str | None = None
+_names = {"reference"}
+
+
+class Op(Generic[P, R]):
+    """Calls the newest backend whose `when` accepts the arguments, else the reference.
+
+    Attributes:
+        reference: the specification, in plain differentiable PyTorch.
+        backends: name to callable, `"reference"` included.
+    """
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.backends: dict[str, Callable[P, R]] = {"reference": reference}
+        self._choices: tuple[tuple[Callable[P, bool], Callable[P, R]], ...] = ()
+        self.__doc__ = reference.__doc__
+
+    def register(
+        self, backend: str, *, when: Callable[P, bool]
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorator: use this implementation for calls that `when(*args, **kwargs)` accepts."""
+
+        def add(implementation: Callable[P, R]) -> Callable[P, R]:
+            if backend in self.backends:
+                raise ValueError(f"{self.name}: backend {backend!r} is already registered")
+            self.backends[backend] = implementation
+            _names.add(backend)
+            self._choices = ((when, implementation), *self._choices)
+            return implementation
+
+        return add
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if _forced is not None:
+            return self.backends.get(_forced, self.reference)(*args, **kwargs)
+        for when, implementation in self._choices:
+            if when(*args, **kwargs):
+                return implementation(*args, **kwargs)
+        return self.reference(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}: {', '.join(self.backends)}>"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op that has the named implementation with it, and the others with their reference.
+
+    `with backend("reference"): ...` is the specification. The setting is process-wide, not per thread.
+    """
+    global _forced
+    if name not in _names:
+        raise ValueError(f"no op has a backend {name!r}; there are {', '.join(sorted(_names))}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,119 @@
+"""The specification: every op of ModernBERT and of late interaction in plain, differentiable PyTorch.
+
+Dimension key: T tokens of the batch, B sequences, S longest sequence, D width, H heads, K head width, R = K / 2,
+F MLP width, E late-interaction width, Q and N tokens of all queries and of all documents.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import Op
+
+
+@Op
+def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """`x W^T + b`, `[T, D]` to `[T, F]`."""
+    return F.linear(x_TD, weight_FD, bias_F)
+
+
+@Op
+def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension; statistics in float32 or better."""
+    return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
+
+
+@Op
+def add_layer_norm(
+    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`(x + delta, layer_norm(x + delta))`: the residual stream and its norm, both `[T, D]`."""
+    x_TD = x_TD + delta_TD
+    return x_TD, F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
+
+
+@Op
+def embed_layer_norm(
+    input_ids_T: Tensor, table_VD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+) -> Tensor:
+    """Gather rows of the embedding table and normalise them, `[T]` to `[T, D]`."""
+    return F.layer_norm(F.embedding(input_ids_T, table_VD), weight_D.shape, weight_D, bias_D, eps)
+
+
+@Op
+def geglu(h_T2F: Tensor, activation: str = "gelu") -> Tensor:
+    """`activation(first half) * second half`, `[T, 2F]` to `[T, F]`; "gelu" is the exact erf form, or "silu"."""
+    a_TF, gate_TF = h_T2F.chunk(2, dim=-1)
+    return (F.gelu(a_TF) if activation == "gelu" else F.silu(a_TF)) * gate_TF
+
+
+@Op
+def rotary(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate q and k of packed qkv (half-split pairs `(d, d + K/2)`); v passes. Float32 maths, one rounding."""
+    a_T2HR, b_T2HR = qkv_T3HK[:, :2].chunk(2, dim=-1)
+    cos_T11R, sin_T11R = cos_TR[:, None, None], sin_TR[:, None, None]
+    rotated = torch.cat([a_T2HR * cos_T11R - b_T2HR * sin_T11R, b_T2HR * cos_T11R + a_T2HR * sin_T11R], dim=-1)
+    return torch.cat([rotated.to(qkv_T3HK.dtype), qkv_T3HK[:, 2:]], dim=1)
+
+
+@Op
+def attention(
+    qkv_T3HK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    rope: tuple[Tensor, Tensor],
+    window: int | None = None,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Bidirectional softmax attention inside each packed sequence, `[T, 3, H, K]` unrotated to `[T, H, K]`.
+
+    Query i sees key j of its own sequence iff `|i - j| <= window` (None: no limit) and j is among the first
+    `key_lengths` rows (None: all). A row that sees nothing gives zero. Scale `K ** -0.5`.
+
+    Args:
+        cu_seqlens: `[B + 1]` int32. max_seqlen: longest sequence, a host integer.
+        rope: cos and sin, `[T, K / 2]` float32.
+    """
+    num_tokens = qkv_T3HK.shape[0]
+    if num_tokens == 0:
+        return qkv_T3HK[:, 0]
+    place_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
+    rows_BS = (cu_seqlens[:-1, None] + place_S).clamp(max=num_tokens - 1)
+    q_BHSK, k_BHSK, v_BHSK = rotary(qkv_T3HK, *rope)[rows_BS].permute(2, 0, 3, 1, 4)
+    key_lengths = cu_seqlens.diff() if key_lengths is None else key_lengths
+    visible_B1SS = (place_S < key_lengths[:, None])[:, None, None, :]
+    if window is not None:
+        visible_B1SS = visible_B1SS & ((place_S[:, None] - place_S).abs() <= window)
+    visible_B1SS = visible_B1SS.expand(-1, 1, max_seqlen, -1)
+    out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=visible_B1SS, dropout_p=dropout_p)
+    token_T = torch.arange(num_tokens, device=qkv_T3HK.device, dtype=cu_seqlens.dtype)
+    sequence_T = torch.bucketize(token_T, cu_seqlens[1:], right=True)
+    return out_BHSK.transpose(1, 2)[sequence_T, token_T - cu_seqlens[sequence_T]]
+
+
+@Op
+def maxsim(
+    queries_QE: Tensor, cu_queries: Tensor, documents_NE: Tensor, cu_documents: Tensor, *, paired: bool = False
+) -> Tensor:
+    """Late interaction: for each query token the best document token, summed over the query. Float32 or better.
+
+    All pairs gives `[number of queries, number of documents]`; `paired` scores query i with document i. Ties go to
+    the lowest index in the gradient. An empty document scores -inf with every query that has a token; an empty query
+    scores 0.
+    """
+    dtype = torch.promote_types(queries_QE.dtype, torch.float32)
+    queries = queries_QE.to(dtype).split(cu_queries.diff().tolist())
+    documents = documents_NE.to(dtype).split(cu_documents.diff().tolist())
+
+    def score(query_QE: Tensor, document_NE: Tensor) -> Tensor:
+        if len(document_NE) == 0:
+            return query_QE.new_full((len(query_QE),), float("-inf")).sum()
+        return (query_QE @ document_NE.T).max(dim=1).values.sum()
+
+    if paired:
+        return torch.stack([score(q, d) for q, d in zip(queries, documents, strict=True)])
+    return torch.stack([torch.stack([score(q, d) for d in documents]) for q in queries])

@@ -1,0 +1,42 @@
+"""ModernBERT and Ettin encoders, padding-free from text to late-interaction score.
+
+A name is imported when it is first used, so `import modernbert` and `modernbert --help` are instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modernbert.config import EncoderConfig
+    from modernbert.encoder import Encoder
+    from modernbert.heads.colbert import ColBERT
+    from modernbert.packing import Packed, pack, unpack
+    from modernbert.scoring import maxsim
+    from modernbert.tokenizer import Tokenizer
+
+__all__ = ["ColBERT", "Encoder", "EncoderConfig", "Packed", "Tokenizer", "maxsim", "pack", "unpack"]
+
+_HOME = {
+    "ColBERT": "modernbert.heads.colbert",
+    "Encoder": "modernbert.encoder",
+    "EncoderConfig": "modernbert.config",
+    "Packed": "modernbert.packing",
+    "Tokenizer": "modernbert.tokenizer",
+    "maxsim": "modernbert.scoring",
+    "pack": "modernbert.packing",
+    "unpack": "modernbert.packing",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'modernbert' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

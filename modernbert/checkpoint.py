@@ -1,0 +1,356 @@
+"""Checkpoint folders: from a path or a hub id to tensors in a module, and back to a folder.
+
+Knows files and dicts, no class of ours. A load is strict both ways and never holds two copies of the weights:
+files are memory-mapped, and the module, built on the meta device, takes the tensors as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in the order they are looked for
+WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+HEADS = ("head.", "decoder.", "classifier.")
+SHARD_BYTES = 5_000_000_000  # Hugging Face's default
+
+# What a load can need of a hub repository; a module of a retriever (1_Dense) has a folder of its own.
+HUB_FILES = ["*.json", "*.txt", "model*.safetensors", "[0-9]*_*/model*.safetensors"]
+HUB_OTHERS = ["onnx/*", "openvino/*", "checkpoint-*/*"]
+
+
+def locate(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint: an existing one as it is, else a hub id, downloaded to the hub's cache.
+
+    `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE` and a stored login act as everywhere with `huggingface_hub`.
+    Pickled weights are downloaded only for folders without safetensors.
+
+    Raises:
+        FileNotFoundError: no such folder, repository or revision; or offline, and not in the cache.
+        PermissionError: a gated repository.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{folder} is a file; give the folder it is in")
+    # Not imported above: a local folder does without the hub client, whose import outlasts a small load.
+    from huggingface_hub import errors, snapshot_download
+
+    where = repr(str(name_or_path)) + (f" at revision {revision!r}" if revision else "")
+    login = "log in with `hf auth login` or pass token=..."
+
+    def fetch(revision: str | None, wanted: list[str]) -> Path:
+        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        options |= {"revision": revision, "allow_patterns": wanted, "ignore_patterns": HUB_OTHERS}
+        return Path(snapshot_download(str(name_or_path), **options))
+
+    try:
+        folder = fetch(revision, HUB_FILES)
+        done = {path.parent for path in folder.rglob("model*.safetensors")}
+        bare = [path.parent for path in folder.rglob("config.json") if path.parent not in done]
+        if bare:
+            pickles = [(path.relative_to(folder) / "pytorch_model*").as_posix() for path in bare]
+            # A snapshot is named by its commit: the same one, whatever the branch is by now.
+            fetch(folder.name, [*HUB_FILES, *pickles])
+        return folder
+    except errors.GatedRepoError as error:
+        raise PermissionError(f"{where} is gated: accept its terms, then {login}: {error}") from error
+    except (
+        errors.HFValidationError,
+        errors.LocalEntryNotFoundError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+    ) as error:
+        raise FileNotFoundError(
+            f"{where} is no folder here, and neither the hub nor its cache gave it "
+            f"(check name and revision; if it is private, {login}): {error}"
+        ) from error
+
+
+def read_json(folder: str | os.PathLike[str], name: str) -> Any:
+    """What the JSON file `name` of `folder` holds: a dict, or a list (modules.json)."""
+    path = Path(folder) / name
+    if not path.is_file():
+        there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else "no such folder"
+        raise FileNotFoundError(f"{path} is missing; beside it: {there}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_state_dict(
+    folder: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """All tensors of `folder`: of model.safetensors, else of its shards, else of pytorch_model.bin.
+
+    A tensor that has the device and dtype asked for stays a view of the mapped file: writing to it leaves the
+    file as it is, but a file that is overwritten in place, and not replaced, takes its tensors along. The others
+    are converted one at a time; `dtype` is for floating-point ones. Pickles are read with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard is missing.
+        ValueError: a damaged or unsafe file, or an index that does not fit its shards.
+    """
+    state: dict[str, Tensor] = {}
+    for path, promised in _weight_files(Path(folder)).items():
+        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+        part = dict(read(path, torch.device(device), dtype))
+        if promised is not None and part.keys() != promised:
+            lost, extra = sorted(promised - part.keys()), sorted(part.keys() - promised)
+            raise ValueError(f"{path} and its index differ: only the index has {lost}, only the file {extra}")
+        state |= part
+    return state
+
+
+def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
+    """The weight files, each with the tensor names that an index promises in it, or None without an index."""
+    for name in (SAFETENSORS, PICKLE):
+        if (folder / name).is_file():
+            return {folder / name: None}
+        path = folder / f"{name}.index.json"
+        if not path.is_file():
+            continue
+        index = read_json(folder, path.name)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{path} has no weight_map of tensor names to files")
+        shards: dict[Path, set[str]] = {}
+        for key, shard in index["weight_map"].items():
+            # Of the two kinds of path, Windows' knows both separators and drive letters.
+            if PureWindowsPath(shard).name != shard:
+                raise ValueError(f"{path} points to {shard!r}, which is no file beside it")
+            shards.setdefault(folder / shard, set()).add(key)
+        if missing := [shard.name for shard in shards if not shard.is_file()]:
+            raise FileNotFoundError(f"{path} points to {missing}, which are missing")
+        return shards
+    raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS} nor {PICKLE} nor an index of either")
+
+
+def _read_safetensors(
+    path: Path, device: torch.device, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 -- not a dict, it cannot be iterated
+                tensor = file.get_tensor(name)
+                if device.type == "cpu" and tensor.dtype == _dtype(tensor, dtype):
+                    yield name, tensor
+                    continue
+                # Through a map of its own: pages once read count as memory until their map is closed.
+                with safe_open(path, framework="pt") as once:
+                    yield name, once.get_tensor(name).to(device, _dtype(tensor, dtype))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not in safetensors format: {error}") from error
+
+
+def _read_pickle(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    try:
+        # The format of torch before 1.6 is no zip file and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors, and reading that could run any code; "
+            f"where you trust it, convert it to {SAFETENSORS}: {error}"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} is no state dict: a dict of names to tensors, and nothing else, is read")
+    for name in list(content):
+        tensor = content.pop(name).detach()
+        yield name, tensor.to(device, _dtype(tensor, dtype))
+
+
+def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def load_state_dict(
+    module: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "model.", ignore: tuple[str, ...] = HEADS
+) -> None:
+    """Give the tensors of `state` to `module`, built on the meta device, which takes them uncopied.
+
+    Where any name starts with `prefix`, the file is of a model with a head: only such names are the module's,
+    less the prefix. Names that start with one of `ignore` and are not the module's are left out. Parameters
+    that are tied in the module stay so, and one of their names is enough.
+
+    Raises:
+        ValueError: lists every missing and unexpected name and every tensor that does not fit.
+    """
+    own: dict[str, Tensor] = module.state_dict(keep_vars=True)  # kept as they are, tied ones are one object
+    headed = bool(prefix) and any(name.startswith(prefix) for name in state)
+    given: dict[str, Tensor] = {}
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "unfit": []}
+    for name, tensor in state.items():
+        inner = name[len(prefix) :] if headed and name.startswith(prefix) else name
+        if inner in own and headed == (inner != name):
+            given[inner] = tensor
+        elif not name.startswith(ignore):
+            problems["unexpected"].append(name)
+
+    tied: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        tied.setdefault(id(tensor), []).append(name)
+    ready: dict[str, Tensor] = {}
+    for names in tied.values():
+        want, found = own[names[0]], [name for name in names if name in given]
+        if not found:
+            problems["missing"].append(names[0])
+            continue
+        value, unfit = given[found[0]], []
+        for name in found:
+            if (given[name].shape, given[name].is_floating_point()) != (want.shape, want.is_floating_point()):
+                unfit.append(f"{name} ({_kind(given[name])} instead of {_kind(want)})")
+            elif name != found[0] and not torch.equal(given[name], value):
+                unfit.append(f"{name} (tied to {found[0]} in the module, different from it in the file)")
+        problems["unfit"] += unfit
+        if isinstance(want, nn.Parameter) and not unfit:
+            value = nn.Parameter(value, requires_grad=want.requires_grad)
+        ready.update(dict.fromkeys(names, value))
+
+    if any(problems.values()):
+        lists = [f"{what} ({len(names)}): {', '.join(names)}" for what, names in problems.items() if names]
+        raise ValueError("\n  ".join([f"the weights do not fit this {type(module).__name__}", *lists]))
+    module.load_state_dict(ready, strict=True, assign=True)
+    if left := [name for name, buffer in module.named_buffers() if buffer.is_meta]:
+        raise ValueError(f"{left} are still on the meta device: build non-persistent buffers outside of it")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def save(
+    folder: str | os.PathLike[str],
+    *,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    files: Mapping[str, bytes | dict[str, Any] | list[Any]] | None = None,
+) -> None:
+    """Write config.json, the weights of `state` and `files` (name to bytes, or to JSON content) in one step.
+
+    All goes to a hidden folder beside `folder`, which takes its place once it is on the disk: a crash leaves
+    the old folder or the new one. Other files of the old one (README.md) stay, its weights do not. Where folders
+    cannot be swapped (not Linux, some network file systems, a mount point), files are moved one by one,
+    config.json last: a folder caught in between is refused, not misread. Of tied tensors the first is written.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; give a folder to save into")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = not os.path.ismount(target) and os.access(target.parent, os.W_OK)
+    new = (target.parent if beside else target) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
+    new.mkdir()
+    try:
+        for name, content in {**(files or {}), "config.json": config}.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"files: {name!r} lies outside of the folder to save")
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(content if isinstance(content, bytes) else _json(content))
+        _write_weights(new, state)
+        _flush(path for path in new.rglob("*") if path.is_file())
+        if not target.exists():
+            _flush(_folders(new))
+            new.rename(target)
+        elif not (beside and _swap(new, target)):
+            _move_into(new, target)
+        _flush([target.parent])
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        first.setdefault(memory if tensor.numel() else (name,), name)
+    tensors = {name: state[name].detach().contiguous() for name in first.values()}
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for shard, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{SAFETENSORS}.index.json").write_bytes(_json(index))
+
+
+def _swap(new: Path, target: Path) -> bool:
+    """Exchange two folders in one step, `new` holding all that only `target` had; False if that cannot be."""
+    if sys.platform != "linux":
+        return False
+
+    def replaced(folder: str, names: list[str]) -> list[str]:
+        here = new / Path(folder).relative_to(target)
+        return [n for n in names if (here / n).is_file() or (here == new and WEIGHTS.fullmatch(n))]
+
+    try:
+        shutil.copytree(target, new, True, replaced, os.link, dirs_exist_ok=True)  # symlinks as symlinks
+    except shutil.Error:  # a file system without hard links, or somebody else's file
+        return False
+    _flush(_folders(new))
+    at_fdcwd, rename_exchange = -100, 2  # of <fcntl.h> and <linux/fs.h>
+    rename = ctypes.CDLL(None, use_errno=True).renameat2
+    if rename(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(target), rename_exchange) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY):
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def _move_into(new: Path, target: Path) -> None:
+    for path in target.iterdir():
+        if path.name == "config.json" or WEIGHTS.fullmatch(path.name):
+            path.unlink()
+    for path in sorted(new.rglob("*"), key=lambda path: path == new / "config.json"):
+        if path.is_file():
+            there = target / path.relative_to(new)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(there)
+    _flush(_folders(target))
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    return (Path(path) for path, _, _ in os.walk(folder))
+
+
+def _flush(paths: Iterable[Path]) -> None:
+    """Have the disk hold these files, and what these folders list (which Windows does by itself)."""
+    for path in paths:
+        if os.name != "nt" or path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

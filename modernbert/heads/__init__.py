@@ -1,0 +1,1 @@
+"""Compositions over the encoder's token vectors, one file each."""

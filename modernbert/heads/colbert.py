@@ -1,0 +1,271 @@
+"""ColBERT: one normalised vector per token of a query or a document (late interaction, arXiv 2004.12832)."""
+
+from __future__ import annotations
+
+import copy
+import os
+import string
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checkpoint as files
+from ..encoder import Encoder, Linear
+from ..packing import Packed, Ragged, pack
+from ..runtime import encode_texts
+from ..tokenizer import Tokenizer, TruncationWarning
+from . import colbert_folder
+from .token_pooling import pool_tokens
+
+Span = tuple[int, int] | None
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+@dataclass(frozen=True)
+class ColBERTConfig:
+    """How texts become rows; the names are PyLate's.
+
+    Attributes:
+        query_prefix, document_prefix: a token put behind [CLS], or "".
+        query_prompt, document_prompt: text put in front of every text, or "".
+        query_length, document_length: most rows of a text, special tokens and prefix included.
+        do_query_expansion: fill queries with [MASK] rows up to `query_length`; they take part in the score.
+        attend_to_expansion_tokens: whether real tokens see those rows.
+        skiplist_words: tokens whose rows documents drop (one id each, as PyLate: "." but not " .").
+        skip_unknown: a skiplist word outside the vocabulary stands for [UNK] (PyLate) instead of nothing.
+        strip: drop blanks around a text (PyLate).
+    """
+
+    query_prefix: str = "[Q] "
+    document_prefix: str = "[D] "
+    query_prompt: str = ""
+    document_prompt: str = ""
+    query_length: int = 32
+    document_length: int = 180
+    do_query_expansion: bool = False
+    attend_to_expansion_tokens: bool = False
+    skiplist_words: tuple[str, ...] = tuple(string.punctuation)
+    skip_unknown: bool = True
+    strip: bool = True
+
+
+class Tokens(NamedTuple):
+    """Tokenised queries or documents.
+
+    Attributes:
+        batch: what the encoder sees.
+        keep: `[T]` bool, the rows that are scored.
+        spans: per text and kept row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK].
+    """
+
+    batch: Packed
+    keep: Tensor
+    spans: list[list[Span]]
+
+    def select(self, indices: Sequence[int]) -> Tokens:
+        """The texts named by `indices`, in that order."""
+        keep = self.keep.split(self.batch.lengths)
+        return Tokens(self.batch.select(indices), torch.cat([keep[i] for i in indices]), [self.spans[i] for i in indices])
+
+    def ragged(self, x_TE: Tensor) -> Ragged:
+        """The scored rows of the model's output for `batch`. Differentiable."""
+        kept = [int(keep.sum()) for keep in self.keep.split(self.batch.lengths)]
+        return Ragged(x_TE[self.keep.to(x_TE.device)], torch.tensor(list(accumulate(kept, initial=0))))
+
+
+class Dense(nn.Module):
+    """One layer of the head: `activation(W x + b)`, plus `x` or `R x` if residual."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, activation: str = "Identity", residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.use_residual = residual
+        self.linear = Linear(in_features, out_features, bias=bias)
+        self.residual = Linear(in_features, out_features, bias=False) if residual and in_features != out_features else None
+        self.activation: nn.Module = getattr(nn, activation)()
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TE = self.activation(self.linear(x_TD))
+        if self.residual is not None:
+            return y_TE + self.residual(x_TD)
+        return y_TE + x_TD if self.use_residual else y_TE
+
+
+class ColBERT(nn.Module):
+    """An `Encoder`, its `Tokenizer`, and a head that projects and normalises every token.
+
+    Attributes:
+        encoder, tokenizer, config: the parts. dense: the layers of the head. dim: width E of the vectors.
+    """
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig) -> None:
+        super().__init__()
+        self.encoder, self.tokenizer, self.config = encoder, tokenizer, config
+        self.dense = nn.ModuleList(dense)
+        self.dim = dense[-1].linear.out_features
+        self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
+        if config.do_query_expansion and tokenizer.mask_token_id is None:
+            raise ValueError("do_query_expansion needs a [MASK] token, and the tokenizer has none")
+
+    @classmethod
+    def from_encoder(
+        cls, encoder: Encoder, tokenizer: Tokenizer, *, dim: int = 128, config: ColBERTConfig | None = None
+    ) -> ColBERT:
+        """A new, untrained head on an encoder: prefix tokens added, embeddings grown, one projection to `dim`.
+
+        The encoder is taken over and changed in place; the tokenizer is copied.
+        """
+        config = config or ColBERTConfig()
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens([prefix for prefix in (config.query_prefix, config.document_prefix) if prefix])
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            encoder.resize_token_embeddings(tokenizer.vocab_size)
+        head = Dense(encoder.config.hidden_size, dim)
+        nn.init.trunc_normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5)
+        weight = encoder.embeddings.tok_embeddings.weight
+        return cls(encoder, tokenizer, [head.to(weight.device, weight.dtype)], config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> ColBERT:
+        """Load a folder written by PyLate or by sentence-transformers' `MultiVectorEncoder`, in evaluation mode.
+
+        Arguments as of `Encoder.from_pretrained`. PyLate's and sentence-transformers' own ways with blanks, prompts
+        and the skiplist are kept (see `ColBERTConfig`), so that vectors equal those of the library that wrote it.
+
+        Raises:
+            ValueError: no late-interaction head, modules or settings that are not supported, weights that do not match.
+        """
+        access = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        folder = files.locate(folder_or_hub_id, **access)
+        encoder = Encoder.from_pretrained(folder, dtype=dtype, device=device)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        settings, layers = colbert_folder.read(folder, tokenizer)
+        dense = []
+        for subfolder, arguments in layers:
+            with torch.device("meta"):
+                layer = Dense(**arguments)
+            files.load_state_dict(layer, files.read_state_dict(subfolder, dtype=dtype or torch.float32), prefix="")
+            dense.append(layer.to(device or "cpu"))
+        return cls(encoder, tokenizer, dense, ColBERTConfig(**settings)).eval()
+
+    @classmethod
+    def default(cls) -> ColBERT:
+        """The small English model that ships with the package; see its model card in `modernbert/assets/default`."""
+        return cls.from_pretrained(ASSETS / "default")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that PyLate and sentence-transformers read. Atomic."""
+        colbert_folder.write(folder, self)
+
+    def forward(self, batch: Packed) -> Tensor:
+        """`[T]` tokens to `[T, E]` unit vectors; `Tokens.ragged` picks the rows that are scored."""
+        x_TD = self.encoder(batch)
+        for layer in self.dense:
+            x_TD = layer(x_TD)
+        return F.normalize(x_TD, dim=-1)
+
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
+        devices: Sequence[str] | None = None,
+    ) -> Ragged:
+        """Queries to float32 unit vectors on the CPU, one `[n_i, E]` matrix per text, in the order given.
+
+        Args:
+            batch_tokens: tokens of one forward pass; None: a good value for the device.
+            progress: show a bar on stderr; None: for long work on a terminal.
+            devices: encode in one process for each, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`; None: here.
+        """
+        return encode_texts(self, "tokenize_queries", texts, batch_tokens, progress, devices)
+
+    def encode_documents(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
+        devices: Sequence[str] | None = None,
+        pool_factor: int = 1,
+    ) -> Ragged:
+        """Documents to vectors as `encode_queries` does; punctuation on the skiplist has no row.
+
+        Args:
+            pool_factor: keep about one row in `pool_factor`, by hierarchical clustering (arXiv 2409.14683); needs
+                the `retrieval` extra.
+        """
+        ragged = encode_texts(self, "tokenize_documents", texts, batch_tokens, progress, devices)
+        return ragged if pool_factor == 1 else Ragged.from_list([pool_tokens(x, pool_factor) for x in ragged])
+
+    def tokenize_queries(self, texts: Sequence[str]) -> Tokens:
+        """What `encode_queries` feeds the encoder: `[CLS] prefix text [SEP]`, and [MASK] rows with expansion."""
+        c = self.config
+        ids, spans = self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length)
+        key_lengths = [len(row) for row in ids]
+        if c.do_query_expansion:
+            for row, span in zip(ids, spans, strict=True):
+                missing = c.query_length - len(row)
+                row += [self.tokenizer.mask_token_id] * missing
+                span += [None] * missing
+        batch = pack(ids)
+        if c.do_query_expansion and not c.attend_to_expansion_tokens:
+            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
+        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), spans)
+
+    def tokenize_documents(self, texts: Sequence[str]) -> Tokens:
+        """What `encode_documents` feeds the encoder, and which rows it keeps."""
+        c = self.config
+        ids, spans = self._tokenize(texts, c.document_prompt, c.document_prefix, c.document_length)
+        batch = pack(ids)
+        keep = ~torch.isin(batch.input_ids, self.skip_ids)
+        kept = (flags.tolist() for flags in keep.split(batch.lengths))
+        spans = [[span for span, flag in zip(*pair, strict=True) if flag] for pair in zip(spans, kept, strict=True)]
+        return Tokens(batch, keep, spans)
+
+    def _tokenize(
+        self, texts: Sequence[str], prompt: str, prefix: str, length: int
+    ) -> tuple[list[list[int]], list[list[Span]]]:
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of str, got one str: put it in a list")
+        inserted = [] if not prefix else [self.tokenizer.token_to_id(prefix)]
+        prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
+        with warnings.catch_warnings():
+            # Cutting to query_length or document_length is the model's definition, as in every ColBERT.
+            warnings.simplefilter("ignore", TruncationWarning)
+            encodings = self.tokenizer.encode_batch(prepared, max_length=length - len(inserted))
+        ids, spans = [], []
+        for text, clean, encoding in zip(texts, prepared, encodings, strict=True):
+            ids.append([*encoding.ids[:1], *inserted, *encoding.ids[1:]])
+            shift = (prompt + text).find(clean) - len(prompt)
+            rows: list[Span] = [
+                (start + shift, end + shift) if end > start and end + shift > 0 else None
+                for start, end in encoding.offsets
+            ]
+            spans.append([*rows[:1], *[None] * len(inserted), *rows[1:]])
+        return ids, spans
+
+
+def _skip_ids(tokenizer: Tokenizer, config: ColBERTConfig) -> set[int]:
+    ids = {tokenizer.token_to_id(word) for word in config.skiplist_words}
+    if None in ids and config.skip_unknown:
+        ids.add(tokenizer.unk_token_id)
+    return {token for token in ids if token is not None}

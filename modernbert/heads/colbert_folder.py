@@ -1,0 +1,167 @@
+"""ColBERT folders of PyLate 1.x and of sentence-transformers 6: settings and head in, a PyLate folder out."""
+
+from __future__ import annotations
+
+import os
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from .. import checkpoint as files
+from ..tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .colbert import ColBERT, Dense
+
+SETTINGS = "config_sentence_transformers.json"
+TRANSFORMER = "sentence_bert_config.json"
+
+# Modules by the last part of their type; the others have no meaning for late interaction.
+READ = ("Transformer", "Dense", "MultiVectorMask")
+SKIPPED = ("Normalize", "Pooling")  # normalising is part of our forward pass; PyLate drops both as well
+
+
+def read(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[tuple[Path, dict[str, Any]]]]:
+    """Fields of `ColBERTConfig`, and for each layer of the head its folder and the arguments of `Dense`."""
+    if not (folder / "modules.json").is_file():
+        raise ValueError(
+            f"{folder} has no modules.json, so no late-interaction head: make one with "
+            "ColBERT.from_encoder(Encoder.from_pretrained(...), Tokenizer.from_pretrained(...))"
+        )
+    modules: dict[str, list[Path]] = {}
+    for module in files.read_json(folder, "modules.json"):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind not in (*READ, *SKIPPED):
+            raise ValueError(f"{folder}/modules.json: module {module['type']!r} is not supported; known: {READ + SKIPPED}")
+        modules.setdefault(kind, []).append(_inside(folder, module["path"]))
+    if not modules.get("Dense"):
+        raise ValueError(f"{folder}/modules.json lists no Dense module: this is no late-interaction checkpoint")
+    written = files.read_json(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
+    native = written.get("model_type") == "MultiVectorEncoder"
+    settings = _native(folder, written, modules, tokenizer) if native else _pylate(written)
+    for role in ("query_prefix", "document_prefix"):
+        if settings[role] and tokenizer.token_to_id(settings[role]) is None:
+            raise ValueError(f"{folder}: {role} {settings[role]!r} is no token of tokenizer.json; add it, or set it to ''")
+    return settings, [(path, _dense_arguments(path)) for path in modules["Dense"]]
+
+
+def _pylate(written: dict[str, Any]) -> dict[str, Any]:
+    """PyLate: prefixes are tokens, and a default prompt (rare) goes before queries and documents alike."""
+    prompt = (written.get("prompts") or {}).get(written.get("default_prompt_name") or "", "")
+    expansion = written.get("do_query_expansion", True)
+    words = written.get("skiplist_words")
+    return {
+        "query_prefix": written.get("query_prefix", "[Q] "),
+        "document_prefix": written.get("document_prefix", "[D] "),
+        "query_prompt": prompt,
+        "document_prompt": prompt,
+        "query_length": written.get("query_length", 32),
+        "document_length": written.get("document_length", 180),
+        "do_query_expansion": expansion,
+        "attend_to_expansion_tokens": expansion and written.get("attend_to_expansion_tokens", False),
+        "skiplist_words": tuple(string.punctuation if words is None else words),
+    }
+
+
+def _native(
+    folder: Path, written: dict[str, Any], modules: dict[str, list[Path]], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """sentence-transformers: prefixes are text (a single token, where the vocabulary has it), blanks stay."""
+    transformer = files.read_json(folder, TRANSFORMER)
+    expansion = transformer.get("query_expansion")
+    if expansion and (expansion["strategy"] != "fixed" or expansion.get("token") not in (None, "[MASK]")):
+        raise ValueError(f"{folder}/{TRANSFORMER}: query_expansion {expansion} is not supported; only 'fixed' with [MASK]")
+    mask = files.read_json(modules["MultiVectorMask"][0], "config.json") if "MultiVectorMask" in modules else {}
+    if mask.get("keep_only_token_ids") is not None or mask.get("skiplist_tasks", ["document"]) != ["document"]:
+        raise ValueError(f"{folder}: MultiVectorMask {mask} is not supported; only a skiplist on documents")
+    limit = tokenizer.max_length or 8192
+    settings = {
+        "query_length": expansion["length"] if expansion else transformer.get("query_length") or limit,
+        "document_length": transformer.get("document_length") or limit,
+        "do_query_expansion": bool(expansion),
+        "attend_to_expansion_tokens": bool(expansion and expansion["attend"]),
+        "skiplist_words": tuple(mask.get("skiplist_words") or ()),
+        "skip_unknown": False,
+        "strip": False,
+    }
+    for role in ("query", "document"):
+        prompt = (written.get("prompts") or {}).get(role) or ""
+        is_token = bool(prompt) and tokenizer.token_to_id(prompt) is not None
+        settings |= {f"{role}_prefix": prompt if is_token else "", f"{role}_prompt": "" if is_token else prompt}
+    return settings
+
+
+def _dense_arguments(folder: Path) -> dict[str, Any]:
+    config = files.read_json(folder, "config.json")
+    path = config.get("activation_function", "torch.nn.modules.linear.Identity")
+    name = path.rsplit(".", 1)[-1]
+    known = path.startswith("torch.nn.") and isinstance(getattr(nn, name, None), type)
+    if not known or not issubclass(getattr(nn, name), nn.Module):
+        raise ValueError(f"{folder}/config.json: activation_function {path!r} is no activation of torch.nn")
+    return {
+        "in_features": config["in_features"],
+        "out_features": config["out_features"],
+        "bias": config.get("bias", True),
+        "activation": name,
+        "residual": config.get("use_residual", False),
+    }
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()) and not path.is_dir():
+        raise ValueError(f"{folder}/modules.json points to {name!r}, outside of the folder")
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise ValueError(f"{folder}/modules.json points to {name!r}, outside of the folder")
+    return path
+
+
+def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:
+    """Write a PyLate 1.6 folder: the backbone at its root, each Dense in a folder of its own. Atomic."""
+    config = colbert.config
+    if config.query_prompt != config.document_prompt:
+        raise ValueError("PyLate folders hold no separate prompts for queries and documents: put them into the texts")
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    extra: dict[str, Any] = dict(colbert.tokenizer.files())
+    for index, layer in enumerate(colbert.dense, 1):
+        name = f"{index}_Dense"
+        modules.append({"idx": index, "name": str(index), "path": name, "type": "pylate.models.Dense.Dense"})
+        extra[f"{name}/config.json"] = _dense_config(layer)  # pyright: ignore
+        state = {key: value.detach().cpu().contiguous() for key, value in layer.state_dict().items()}
+        extra[f"{name}/model.safetensors"] = to_safetensors(state)
+    extra["modules.json"] = modules
+    extra[TRANSFORMER] = {
+        "max_seq_length": config.document_length - 1,
+        "do_lower_case": colbert.tokenizer.do_lower_case,
+    }
+    extra[SETTINGS] = {
+        "__version__": {"pytorch": torch.__version__},
+        "model_type": "ColBERT",
+        "prompts": {"query": "", "document": "", **({"default": config.query_prompt} if config.query_prompt else {})},
+        "default_prompt_name": "default" if config.query_prompt else None,
+        "similarity_fn_name": "MaxSim",
+        "query_prefix": config.query_prefix,
+        "document_prefix": config.document_prefix,
+        "query_length": config.query_length,
+        "document_length": config.document_length,
+        "attend_to_expansion_tokens": config.attend_to_expansion_tokens,
+        "skiplist_words": list(config.skiplist_words),
+        "do_query_expansion": config.do_query_expansion,
+    }
+    encoder = colbert.encoder
+    files.save(folder, config=encoder.config.to_hf(), state=encoder.state_dict(), files=extra)
+
+
+def _dense_config(layer: Dense) -> dict[str, Any]:
+    activation = type(layer.activation)
+    return {
+        "in_features": layer.linear.in_features,
+        "out_features": layer.linear.out_features,
+        "bias": layer.linear.bias is not None,
+        "activation_function": f"{activation.__module__}.{activation.__qualname__}",
+        "use_residual": layer.use_residual,
+    }

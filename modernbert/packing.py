@@ -1,0 +1,280 @@
+"""Ragged batches: every real token of the batch in one row, and the only place that knows about padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The tokens of B sequences, one after another in one row of T, with no padding.
+
+    `pack` and `Tokenizer` build and validate it; the encoder trusts it. Split a result `x` `[T, ...]` into one
+    tensor per sequence with `x.split(batch.lengths)`.
+
+    Attributes:
+        input_ids: `[T]` int64.
+        positions: `[T]` int64 rotary positions; they restart at 0 in every sequence.
+        cu_seqlens: `[B + 1]` int32, cumulative lengths from 0 to T.
+        lengths: B lengths in tokens, on the host.
+        max_seqlen: the longest length, on the host.
+        key_lengths: `[B]` int32 or None. Only the first `key_lengths[i]` rows of sequence i are visible as keys; the
+            rest are query-only rows (ColBERT's unattended expansion tokens). None: every row is a key.
+        padded_rows: `[T]` int64 or None. Where each token stood in the flattened `[B * S]` input of `pack`.
+        padded_length: S of that input.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    max_seqlen: int
+    key_lengths: Tensor | None = None
+    padded_rows: Tensor | None = None
+    padded_length: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same batch with its tensors on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def select(self, indices: Sequence[int]) -> Packed:
+        """The sequences named by `indices`, in that order, as a batch of their own."""
+        starts = list(accumulate(self.lengths, initial=0))
+        lengths = tuple(self.lengths[i] for i in indices)
+        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices] or [torch.arange(0)])
+        rows = rows.to(self.input_ids.device)
+        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+        return Packed(
+            input_ids=self.input_ids[rows],
+            positions=self.positions[rows],
+            cu_seqlens=cu_seqlens.to(self.cu_seqlens.device),
+            lengths=lengths,
+            max_seqlen=max(lengths, default=0),
+            key_lengths=None if self.key_lengths is None else self.key_lengths[list(indices)],
+        )
+
+
+def pack(
+    sequences: Sequence[Sequence[int]] | Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    query_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Packed:
+    """Drop the padding of a `[B, S]` batch, or join B lists of token ids, into one row of real tokens.
+
+    Args:
+        sequences: `[B, S]` integer tensor, or B sequences of token ids of any lengths (0 included).
+        attention_mask: `[B, S]`, nonzero at real tokens; padding may stand left, right, or on both sides. None: no
+            padding.
+        query_mask: `[B, S]`, nonzero at query-only rows: they see the real tokens of their sequence and are seen by
+            nobody. They must follow the real tokens.
+        position_ids: `[B, S]` rotary positions. None: 0, 1, 2, ... from the first token of each sequence.
+        vocab_size: if given, ids on the CPU must lie in `0 <= id < vocab_size`.
+
+    Raises:
+        ValueError: a mask with holes, query-only rows in front of real tokens, shapes that disagree, ids out of range.
+        TypeError: ids that are not integers.
+    """
+    if isinstance(sequences, Tensor):
+        return _pack_padded(sequences, attention_mask, query_mask, position_ids, vocab_size)
+    if attention_mask is not None or query_mask is not None or position_ids is not None:
+        raise ValueError("masks and position_ids belong to a padded [B, S] tensor; lists of ids carry no padding")
+    lengths = tuple(len(ids) for ids in sequences)
+    flat = [token for ids in sequences for token in ids]
+    try:
+        input_ids = torch.tensor(flat, dtype=torch.int64) if flat else torch.zeros(0, dtype=torch.int64)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"token ids must be integers below 2**63: {error}") from error
+    if any(isinstance(token, float) for token in flat):
+        raise TypeError("token ids must be integers, got a float")
+    _check_ids(input_ids, vocab_size)
+    positions = [torch.arange(length) for length in lengths]
+    return Packed(
+        input_ids=input_ids,
+        positions=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64),
+        cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
+        lengths=lengths,
+        max_seqlen=max(lengths, default=0),
+    )
+
+
+def unpack(values: Tensor, batch: Packed) -> Tensor:
+    """Put packed rows `[T, ...]` back into a padded `[B, S, ...]` tensor, zero where there is no token.
+
+    Rows return to where they stood if `batch` was packed from a padded tensor; a batch of lists comes back
+    right-padded. Differentiable; keeps dtype and device.
+    """
+    if values.shape[0] != batch.num_tokens:
+        raise ValueError(f"values has {values.shape[0]} rows, the batch has {batch.num_tokens} tokens")
+    rows, length = batch.padded_rows, batch.padded_length
+    if rows is None or length is None:
+        length = batch.max_seqlen
+        sequence = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(batch.lengths, dtype=torch.int64))
+        within = torch.arange(batch.num_tokens) - batch.cu_seqlens.cpu()[sequence]
+        rows = (sequence * length + within).to(values.device)
+    padded = values.new_zeros(len(batch) * length, *values.shape[1:])
+    return padded.index_copy(0, rows, values).unflatten(0, (len(batch), length))
+
+
+def pack_static(
+    ids_BS: Tensor, attention_mask: Tensor | None, query_mask: Tensor | None, position_ids: Tensor | None
+) -> Packed:
+    """`pack` for `torch.export`: shapes depend on no value. Padding rows stay, behind the keys, as query-only rows.
+
+    Nothing is checked. Undo it with `unpack_static`.
+    """
+    batch_size, length = ids_BS.shape
+    keys_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    if query_mask is not None:
+        raise ValueError("query_mask cannot be exported: expansion tokens must be kept apart from padding")
+    order_BS = (~keys_BS).int().argsort(dim=1, stable=True)
+    first_B1 = torch.arange(batch_size, device=ids_BS.device)[:, None] * length
+    positions_BS = torch.arange(length, device=ids_BS.device).expand(batch_size, -1)
+    if position_ids is not None:
+        positions_BS = position_ids.expand(batch_size, -1).gather(1, order_BS)
+    return Packed(
+        input_ids=ids_BS.gather(1, order_BS).flatten(),
+        positions=positions_BS.flatten(),
+        cu_seqlens=torch.arange(batch_size + 1, device=ids_BS.device, dtype=torch.int32) * length,
+        lengths=(),
+        max_seqlen=length,
+        key_lengths=keys_BS.sum(1).int(),
+        padded_rows=(order_BS + first_B1).flatten(),
+        padded_length=length,
+    )
+
+
+def unpack_static(values: Tensor, batch: Packed) -> Tensor:
+    """Undo `pack_static`: `[B * S, ...]` to `[B, S, ...]` with zeros in padding."""
+    assert batch.padded_rows is not None and batch.padded_length is not None and batch.key_lengths is not None
+    within_T = torch.arange(batch.padded_length, device=values.device).expand(len(batch.key_lengths), -1)
+    real_T = (within_T < batch.key_lengths[:, None]).flatten()
+    values = torch.where(real_T.view(-1, *[1] * (values.dim() - 1)), values, 0)
+    return torch.empty_like(values).index_copy(0, batch.padded_rows, values).unflatten(0, (-1, batch.padded_length))
+
+
+def _pack_padded(
+    ids_BS: Tensor,
+    attention_mask: Tensor | None,
+    query_mask: Tensor | None,
+    position_ids: Tensor | None,
+    vocab_size: int | None,
+) -> Packed:
+    if ids_BS.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, length], got shape {tuple(ids_BS.shape)}")
+    if ids_BS.is_floating_point() or ids_BS.is_complex() or ids_BS.dtype == torch.bool:
+        raise TypeError(f"input_ids must be integers, got {ids_BS.dtype}")
+    for name, tensor in (("attention_mask", attention_mask), ("query_mask", query_mask)):
+        if tensor is not None and tensor.shape != ids_BS.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids_BS.shape)}: they must be equal "
+                "(prepared 3-D or 4-D masks are not supported)"
+            )
+    batch_size, padded_length = ids_BS.shape
+    keys_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    real_BS = keys_BS if query_mask is None else keys_BS | (query_mask != 0)
+    _check_runs(keys_BS, real_BS)
+
+    length_B = real_BS.sum(1)
+    lengths = tuple(length_B.tolist())
+    rows_T = real_BS.flatten().nonzero().squeeze(1)
+    input_ids = ids_BS.flatten()[rows_T].long()
+    _check_ids(input_ids, vocab_size)
+    cu_seqlens = F.pad(length_B.cumsum(0), (1, 0)).int()
+    if position_ids is None:
+        sequence_T = torch.repeat_interleave(torch.arange(batch_size, device=rows_T.device), length_B)
+        positions = torch.arange(rows_T.shape[0], device=rows_T.device) - cu_seqlens[sequence_T]
+    else:
+        positions = position_ids.expand(batch_size, padded_length).flatten()[rows_T]
+    return Packed(
+        input_ids=input_ids,
+        positions=positions.long(),
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        max_seqlen=max(lengths, default=0),
+        key_lengths=None if query_mask is None else keys_BS.sum(1).int(),
+        padded_rows=rows_T,
+        padded_length=padded_length,
+    )
+
+
+def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
+    """Each row of both masks must be one run of ones, and the runs must start together."""
+    for name, mask_BS in (("attention_mask", keys_BS), ("attention_mask | query_mask", real_BS)):
+        starts_B = (F.pad(mask_BS, (1, 0))[:, :-1] < mask_BS).sum(1)
+        if (starts_B > 1).any():
+            row = int((starts_B > 1).nonzero()[0])
+            raise ValueError(
+                f"{name} of sequence {row} has holes: real tokens must stand together. Distances and rotary positions "
+                "would be ambiguous; drop the masked tokens from input_ids instead"
+            )
+    first_key_B, first_real_B = keys_BS.int().argmax(1), real_BS.int().argmax(1)
+    wrong_B = (first_key_B != first_real_B) & keys_BS.any(1)
+    if wrong_B.any():
+        raise ValueError(f"query_mask of sequence {int(wrong_B.nonzero()[0])} marks rows in front of the real tokens")
+
+
+def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
+    if ids.is_cuda or ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        wrong = low if low < 0 else high
+        limit = "" if vocab_size is None else f" (vocabulary size {vocab_size})"
+        raise ValueError(
+            f"token id {wrong} is out of range{limit}: does the tokenizer belong to this checkpoint, or do added "
+            "tokens need encoder.resize_token_embeddings(len)?"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """One matrix per text, stored as one tensor: iterating gives a `[n_i, E]` view per text.
+
+    Attributes:
+        values: `[n, E]`, the rows of all texts one after another.
+        offsets: `[N + 1]` int64 on the CPU; text i owns rows `offsets[i]` to `offsets[i + 1]`.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_list(cls, matrices: Sequence[Tensor]) -> Ragged:
+        """Join `[n_i, E]` tensors; an empty list needs no width and gives `[0, 0]`."""
+        lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)])
+        return cls(torch.cat(list(matrices)) if matrices else torch.zeros(0, 0), lengths.cumsum(0))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.values.split(self.offsets.diff().tolist()))
+
+    def __getitem__(self, index: int | slice) -> Tensor | Ragged:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError("a Ragged takes contiguous slices only: build a new one with Ragged.from_list")
+            offsets = self.offsets[start : max(start, stop) + 1]
+            return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        index %= len(self)
+        return self.values[self.offsets[index] : self.offsets[index + 1]]

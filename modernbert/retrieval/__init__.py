@@ -1,0 +1,1 @@
+"""Documents in, ranked passages out: `corpus` reads, `search` ranks, `explain` says why."""

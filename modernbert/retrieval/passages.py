@@ -1,0 +1,174 @@
+"""Documents to passages: pieces that a model reads whole and a person reads at a glance.
+
+A document is cut at its headings first, then, where a section is too long, at paragraphs, list items and sentences.
+Each passage is titled with the headings above it, so that it can be understood, and found, on its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+MARKDOWN = frozenset({".md", ".markdown", ".mdx"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text file, or a record in a file: then `id` is its `_id` instead of the path, and `line` (from 1) its place."""
+
+    path: str
+    id: str
+    title: str
+    text: str
+    line: int | None = None
+
+    @property
+    def content(self) -> str:
+        """What a model reads: title, space, text, as BEIR defines it."""
+        return f"{self.title} {self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Characters `start` to `end` of a document, under a title; `line` is where in `path` it starts, from 1."""
+
+    path: str
+    id: str
+    title: str
+    text: str
+    start: int
+    end: int
+    line: int
+
+    @property
+    def content(self) -> str:
+        """What a model reads, as for a document."""
+        return f"{self.title} {self.text}" if self.title else self.text
+
+
+class Section(NamedTuple):
+    title: str
+    start: int
+    end: int
+
+
+class Heading(NamedTuple):
+    start: int
+    end: int
+    level: int
+    title: str
+
+
+def passages(document: Document, *, words: int = 120) -> Iterator[Passage]:
+    """The passages of a document, in order, of at most `words` words, title included.
+
+    Every word of the text is in one passage, or in a heading or the front matter and so in titles.
+    """
+    line, counted = document.line or 1, 0
+    for title, start, end in _sections(document):
+        # A very long title may not crowd out the text: half of the passage stays for it.
+        room = max(words // 2, words - len(_WORD.findall(title)))
+        for first, last in _cut(document.text, start, end, room):
+            if document.line is None:
+                line, counted = line + document.text.count("\n", counted, first), first
+            yield Passage(document.path, document.id, title, document.text[first:last], first, last, line)
+
+
+_ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)[ \t]*#*\s*$")
+_UNDERLINE = re.compile(r"([-=~^\"'*+#])\1{2,}\s*$")
+_TEXT = re.compile(rf"(?!{_UNDERLINE.pattern})\s*\S")
+_FENCE = re.compile(r"\s*(```+|~~~+)(.*)$", re.DOTALL)
+_FRONT_MATTER = re.compile(r"---\s*\n(?=[\w-]+:\s)(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+_FRONT_TITLE = re.compile(r"^title:[ \t]*[\"']?(.+?)[\"']?\s*$", re.MULTILINE)
+
+
+def _sections(document: Document) -> Iterator[Section]:
+    """The text between headings, each piece titled "document: heading > heading"."""
+    text, path = document.text, Path(document.path)
+    if document.line is not None:
+        yield Section(document.title, 0, len(text))
+        return
+    kind = path.suffix.lower()
+    headings = [*_headings(text, kind), Heading(len(text), len(text), 0, "")]
+    front = _FRONT_MATTER.match(text) if kind in MARKDOWN else None
+    named = _FRONT_TITLE.search(front[1]) if front else None
+    top = [heading.title for heading in headings if heading.level == 1]
+    name = named[1] if named else top[0] if len(top) == 1 else path.stem.replace("_", " ").replace("-", " ")
+    yield Section(name, front.end() if front else 0, headings[0].start)
+    trail: list[Heading] = []
+    for heading, following in pairwise(headings):
+        trail = [above for above in trail if above.level < heading.level] + [heading]
+        inner = " > ".join(above.title for above in trail if above.title != name)
+        start, end = heading.end, following.start
+        if not text[start:end].strip() and following.level <= heading.level:
+            start = heading.start  # a heading with nothing below it is the text
+        yield Section(f"{name}: {inner}" if inner else name, start, end)
+
+
+def _headings(text: str, suffix: str) -> Iterator[Heading]:
+    """Markdown's `# heading` and underlined headings, and reStructuredText's, whose levels are in order of appearance."""
+    markdown = suffix in MARKDOWN
+    if not markdown and suffix != ".rst":
+        return
+    styles = ["=", "-"] if markdown else []
+    fence, at = "", 0
+    before, previous = "", ""  # the two lines above
+    for line in text.splitlines(keepends=True):
+        mark = _FENCE.match(line) if markdown else None
+        if mark and not fence and "`" not in mark[2]:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not mark[2].strip():
+            fence = ""
+        elif not fence and markdown and (hashes := _ATX.match(line)):
+            yield Heading(at, at + len(line), len(hashes[1]), hashes[2])
+        elif not fence and (under := _UNDERLINE.match(line)) and _TEXT.match(previous):
+            over = None if markdown else _UNDERLINE.match(before)
+            overlined = bool(over and over[1] == under[1])
+            style = under[1] * (1 + overlined)
+            if style not in styles and not markdown:
+                styles.append(style)
+            if style in styles and (overlined or not before.strip()):
+                start = at - len(previous) - (len(before) if overlined else 0)
+                yield Heading(start, at + len(line), styles.index(style) + 1, previous.strip())
+        before, previous, at = previous, line, at + len(line)
+
+
+# A word is a run without spaces, at most 16 characters of it; scripts written without spaces count by the character.
+UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]{{1,16}}")
+_LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])[ \t]")
+_SENTENCE_END = re.compile(r"[.!?:][\"')\]”’»]*$")
+
+
+def _cut(text: str, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Spans of at most `limit` words that cover every word of `text[start:end]`, cut at its best borders."""
+    words = [word.span() for word in _WORD.finditer(text, start, end)]
+    first = 0
+    while first < len(words):
+        left = len(words) - first
+        last = first + left
+        if left > limit:
+            target = ceil(left / ceil(left / limit))  # equal shares, so that no crumb is left at the end
+            last = max(
+                range(first + max(1, limit // 4), first + limit + 1),
+                key=lambda i: (_border(text, words[i - 1][1], words[i][0]), -abs(i - first - target)),
+            )
+        yield words[first][0], words[last - 1][1]
+        first = last
+
+
+def _border(text: str, before: int, after: int) -> int:
+    """How good a place to cut the gap between two words is: paragraph, list item, sentence, space, none."""
+    gap = text[before:after]
+    if gap.count("\n") > 1:
+        return 4
+    if "\n" in gap and _LIST_ITEM.match(text, after):
+        return 3
+    if text[before - 1] in "。！？" or (gap and _SENTENCE_END.search(text[before - 4 : before])):
+        return 2
+    return 1 if gap else 0

@@ -1,0 +1,218 @@
+"""Text to `Packed`, by the checkpoint's own tokenizer.json; a text that is cut is spoken of."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import tokenizers
+
+from .checkpoint import locate, read_json
+from .packing import Packed, pack
+
+Text: TypeAlias = str | tuple[str, str]
+Offsets: TypeAlias = list[tuple[int, int]]
+
+# What the special tokens are called where neither tokenizer_config.json nor special_tokens_map.json says.
+USUAL_NAMES = {
+    "cls_token": ("[CLS]", "<s>", "<bos>"),
+    "sep_token": ("[SEP]", "</s>", "<eos>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "mask_token": ("[MASK]", "<mask>"),
+    "unk_token": ("[UNK]", "<unk>"),
+}
+
+
+class TruncationWarning(UserWarning):
+    """Some texts were longer than `max_length` and have been cut."""
+
+
+class Encoding(NamedTuple):
+    """One tokenised text or pair; `truncated` counts the tokens that were cut off.
+
+    `offsets[i]` is (start, end) of token i in characters of the caller's own text (of a pair: of the text it
+    comes from), equal to transformers': (0, 0) for an added special token; a word owns the space in front of
+    it; of characters that NFC joins to one, only the first is owned.
+    """
+
+    ids: list[int]
+    offsets: Offsets
+    truncated: int
+
+
+class Tokenizer:
+    """Texts and pairs of texts to token ids.
+
+    Args:
+        backend: becomes this object's own; truncation and padding that its file asks for are switched off.
+        config: content of tokenizer_config.json. What acts: names of special tokens, `model_max_length`,
+            `truncation_side`, `do_lower_case` (as in PyLate: `str.lower` on the whole text, special tokens
+            written out in it included).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend, self._config = backend, dict(config or {})
+        self.do_lower_case = bool(self._config.get("do_lower_case"))
+        limit = self._config.get("model_max_length") or 1e30  # which is how transformers writes "no limit"
+        self.max_length = int(limit) if limit < 1e9 else None
+        self._names = {role: self._special_token(role) for role in USUAL_NAMES}
+        ids = [None if name is None else backend.token_to_id(name) for name in self._names.values()]
+        self.cls_token_id, self.sep_token_id, self.pad_token_id, self.mask_token_id, self.unk_token_id = ids
+        # One past the largest id: what an embedding table needs, also where ids have gaps.
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Tokenizer:
+        """Read a checkpoint folder or hub id; only tokenizer.json must be there."""
+        folder = locate(name_or_path, revision=revision, token=token, local_files_only=local_files_only)
+        if not (file := folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{file} is missing; transformers' AutoTokenizer saves one")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises no narrower class
+            raise ValueError(f"{file} is damaged, or too new for this `tokenizers`: {error}") from error
+        optional = ("special_tokens_map.json", "tokenizer_config.json", "sentence_bert_config.json")
+        names, config, sbert = [read_json(folder, x) if (folder / x).is_file() else {} for x in optional]
+        # A tokenizer.json that lower-cases by itself (BERT's) finds the special tokens first; keep it so.
+        lowers = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"
+        lower = sbert.get("do_lower_case", config.get("do_lower_case") and not lowers)
+        return cls(backend, {**names, **config, "do_lower_case": bool(lower)})
+
+    def __call__(self, texts: str | Iterable[Text], *, max_length: int | None = None) -> Packed:
+        """Tokenise a text, or a list of texts and (text, text) pairs, special tokens included.
+
+        A sequence of more than `max_length` tokens (None: the model's maximum) loses its end, a pair the
+        end of its longer text, and one TruncationWarning says so.
+        Raises TypeError for anything but `str` and pairs of them, ValueError for half a surrogate pair in
+        a text and for a `max_length` below the number of special tokens.
+        """
+        return pack([encoding.ids for encoding in self._encode(texts, max_length, spans=False)])
+
+    def encode_batch(self, texts: str | Iterable[Text], *, max_length: int | None = None) -> list[Encoding]:
+        """As `__call__`, but one list of ids per text, with offsets and the number of tokens cut off."""
+        return self._encode(texts, max_length, spans=True)
+
+    def _encode(self, texts: str | Iterable[Text], max_length: int | None, spans: bool) -> list[Encoding]:
+        texts = _checked(texts)
+        limit = self.max_length if max_length is None else max_length
+        left = self._config.get("truncation_side") == "left"
+        run = self._backend.encode_batch if spans else self._backend.encode_batch_fast
+        wholes = run(list(map(_lower, texts)) if self.do_lower_case else texts)
+        batch = []
+        for text, whole in zip(texts, wholes, strict=True):
+            ids, offsets = whole.ids, whole.offsets if spans else []
+            if offsets and self.do_lower_case:
+                offsets = _offsets_before_lower(text, offsets, whole.sequence_ids)
+            if limit is not None and len(ids) > limit:
+                kept = _kept(whole.sequence_ids, limit, left)
+                ids, offsets = [ids[row] for row in kept], [offsets[row] for row in kept if offsets]
+            batch.append(Encoding(ids, offsets, truncated=len(whole) - len(ids)))
+        if cut := sum(encoding.truncated > 0 for encoding in batch):
+            what = f"{cut} of {len(batch)} texts were cut to {limit} tokens, the longest of {max(map(len, wholes))}"
+            todo = "pass a larger max_length or split them (encode_batch tells which). To silence this: "
+            todo += "warnings.simplefilter('ignore', modernbert.tokenizer.TruncationWarning)"
+            warnings.warn(f"{what}: {todo}", TruncationWarning, stacklevel=3)
+        return batch
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids (a list or a `[n]` tensor), special tokens included."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._backend.id_to_token(token_id)
+
+    def add_tokens(self, tokens: Sequence[str]) -> int:
+        """Append tokens, return by how many rows the embeddings must grow (`resize_token_embeddings`)."""
+        before = self.vocab_size
+        self._backend.add_tokens(list(tokens))
+        self.vocab_size = max(self._backend.get_vocab().values(), default=-1) + 1
+        return self.vocab_size - before
+
+    def files(self) -> dict[str, bytes]:
+        """The files of a checkpoint folder; transformers' AutoTokenizer reads them to the same ids."""
+        names = {role: name for role, name in self._names.items() if name is not None}
+        # tokenizer.json holds the added tokens, and PreTrainedTokenizerFast takes it as it is.
+        config = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
+        config |= {**names, "do_lower_case": self.do_lower_case, "tokenizer_class": "PreTrainedTokenizerFast"}
+        return {
+            "tokenizer.json": self._backend.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+            "special_tokens_map.json": json.dumps(names, indent=2).encode(),
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `files()` into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            Path(folder, name).write_bytes(content)
+
+    def _special_token(self, role: str) -> str | None:
+        named = self._config.get(role)
+        name = named["content"] if isinstance(named, dict) else named
+        if name is None:
+            return next((usual for usual in USUAL_NAMES[role] if self.token_to_id(usual) is not None), None)
+        if self.token_to_id(name) is None:
+            raise ValueError(f"{role} is {name!r}, which tokenizer.json lacks: do the files belong together?")
+        return name
+
+
+def _checked(texts: str | Iterable[Text]) -> list[Text]:
+    if isinstance(texts, (bytes, dict, tuple)) or not isinstance(texts, Iterable):
+        raise TypeError(f"wanted a str or a list of str and pairs, got {type(texts).__name__} {texts!r:.60}")
+    batch: list[Text] = [texts] if isinstance(texts, str) else list(texts)
+    for index, text in enumerate(batch):
+        for part in text if isinstance(text, tuple) and len(text) == 2 else (text,):
+            if not isinstance(part, str):
+                got = f"{type(part).__name__} {part!r:.60}"
+                raise TypeError(f"texts[{index}]: wanted a str or a (str, str) pair, got {got}")
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                where = f"texts[{index}] has half a surrogate pair at character {error.start}"
+                raise ValueError(f"{where}; repair it: text.encode('utf-8', 'replace').decode()") from error
+    return batch
+
+
+def _kept(owners: list[int | None], length: int, left: bool) -> list[int]:
+    """Rows that stay: all special tokens; of a pair half the room for the shorter text ("longest_first")."""
+    specials, first, second = ([row for row, o in enumerate(owners) if o == which] for which in (None, 0, 1))
+    room = length - len(specials)
+    if room < 0:
+        raise ValueError(f"max_length {length} is below the {len(specials)} special tokens of every sequence")
+    shorter, longer = sorted((first, second), key=len)
+    half = min(len(shorter), room // 2)
+    parts = ((shorter, half), (longer, room - half))
+    kept = [rows[len(rows) - n :] if left else rows[:n] for rows, n in parts]
+    return sorted(specials + kept[0] + kept[1])
+
+
+def _lower(text: Text) -> Text:
+    return text.lower() if isinstance(text, str) else (text[0].lower(), text[1].lower())
+
+
+def _offsets_before_lower(text: Text, offsets: Offsets, owners: list[int | None]) -> Offsets:
+    """From the lower-cased text back to `text`; a few characters grow ("İ" to two), none vanishes."""
+    parts = (text,) if isinstance(text, str) else text
+    if all(len(part) == len(part.lower()) for part in parts):
+        return offsets
+    origins = [[at for at, char in enumerate(part) for _ in char.lower()] for part in parts]
+    return [
+        (0, 0) if owner is None or start == end else (origins[owner][start], origins[owner][end - 1] + 1)
+        for (start, end), owner in zip(offsets, owners, strict=True)
+    ]

@@ -1,0 +1,175 @@
+"""Query-passage pairs: from files to token ids to batches that can be resumed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+SPECIAL_TOKENS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
+
+# What becomes a token: words with their accents, numbers in groups of at most four digits, and the symbols that mean
+# something in code and mathematics. Other punctuation (late interaction would skip it in documents anyway), spaces and
+# underscores only separate, so "file" is the same token in "a file", "(file)" and "read_file".
+WORDS = r"[\p{L}\p{M}]+|\p{N}{1,4}|[$+<=>^|~#*%&@]|[^\s\p{L}\p{M}\p{N}\p{P}\p{C}`]"
+
+
+class Pair(NamedTuple):
+    query: str
+    positive: str
+    source: str
+    group: str
+
+
+def read_pairs(folder: str | os.PathLike, *, drop: Collection[str] = ()) -> Iterator[Pair]:
+    """Every pair of the `*.jsonl` and `*.jsonl.zst` files of a folder in name order, without the sources in `drop`.
+
+    A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name) and "group"
+    (default: the positive itself). Pairs of one group never serve as each other's negatives.
+    """
+    files = sorted(path for path in Path(folder).iterdir() if path.name.endswith((".jsonl", ".jsonl.zst")))
+    if not files:
+        raise ValueError(f"no *.jsonl or *.jsonl.zst file in {folder}: --pairs wants a folder of such files")
+    for path in files:
+        for number, line in enumerate(_lines(path), start=1):
+            row = json.loads(line)
+            if "query" not in row or "positive" not in row:
+                raise ValueError(f'{path}:{number}: a pair needs "query" and "positive", got keys {sorted(row)}')
+            pair = Pair(row["query"], row["positive"], row.get("source", path.name.split(".")[0]), row.get("group", row["positive"]))
+            if pair.source not in drop:
+                yield pair
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.suffix == ".zst":
+        import zstandard
+
+        with path.open("rb") as file:
+            yield from io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8")
+    else:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+
+
+def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer for lower-cased text with ModernBERT's special tokens at ids 0 to 4.
+
+    The texts are lower-cased here; whoever uses the tokenizer lower-cases first (`do_lower_case`). Every word starts with
+    the byte-level space, whatever stood before it.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text.lower() for text in texts), trainer)
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    return tokenizer
+
+
+def without_overlap(pairs: Iterable[Pair], held_out: Iterable[str], *, n: int = 8) -> Iterator[Pair]:
+    """The pairs whose positive shares no sequence of `n` words with any of the held-out texts."""
+    seen = {gram for text in held_out for gram in _word_ngrams(text, n)}
+    return (pair for pair in pairs if seen.isdisjoint(_word_ngrams(pair.positive, n)))
+
+
+def _word_ngrams(text: str, n: int) -> Iterator[str]:
+    words = re.findall(r"\w+", text.lower())
+    return (" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def read_corpus(folder: str | os.PathLike) -> Iterator[str]:
+    """The texts of a BEIR folder's `corpus.jsonl.gz`."""
+    with gzip.open(Path(folder) / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+def first_per_source(pairs: Iterable[Pair], limit: int, *, seed: int = 0) -> list[Pair]:
+    """At most `limit` pairs of every source, drawn at random by the seed."""
+    by_source: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_source.setdefault(pair.source, []).append(pair)
+    draw = random.Random(seed)
+    return [pair for source in by_source.values() for pair in draw.sample(source, min(limit, len(source)))]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Ragged rows of token ids: `values` uint16 or int32 [n], `offsets` int64 [N + 1]."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], tokenizer: tokenizers.Tokenizer, limit: int) -> Rows:
+        """The first `limit` tokens of each lower-cased text, without special tokens."""
+        parts, lengths = [], [0]
+        dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
+        for start in range(0, len(texts), 4096):
+            lowered = [text.lower() for text in texts[start : start + 4096]]
+            ids = [encoding.ids[:limit] for encoding in tokenizer.encode_batch_fast(lowered, add_special_tokens=False)]
+            lengths += map(len, ids)
+            parts.append(np.fromiter(chain.from_iterable(ids), dtype))
+        return cls(np.concatenate(parts), np.cumsum(lengths))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
+def plan_batches(
+    lengths: np.ndarray, strata: np.ndarray, *, max_pairs: int, max_tokens: int, seed: int, window: int = 16
+) -> list[np.ndarray]:
+    """Index arrays that cover every pair once: the same list for the same arguments, on every machine.
+
+    A batch holds pairs of one stratum (negatives from the same source are harder) and of similar length: a stratum is
+    shuffled, cut into windows of about `window` batches, sorted by length there and cut into batches of equal cost. The
+    order of the batches is random. No batch has more than `max_pairs` pairs; its lengths sum to `max_tokens` or a
+    little less, plus at most one pair.
+
+    Args:
+        lengths: tokens of each pair, int [N].
+        strata: int [N].
+    """
+    rng = np.random.default_rng(seed)
+    plan = []
+    for stratum in np.unique(strata):
+        members = rng.permutation(np.flatnonzero(strata == stratum))
+        # What a pair takes of a batch: of its tokens or of its places, whichever is scarcer.
+        cost = np.maximum(lengths[members] / max_tokens, 1 / max_pairs)
+        for part in np.array_split(members, max(1, round(cost.sum() / window))):
+            part = part[np.argsort(lengths[part], kind="stable")]
+            cost = np.maximum(lengths[part] / max_tokens, 1 / max_pairs)
+            number = np.ceil(cost.sum() - 1e-9)
+            batch_of = np.minimum((np.cumsum(cost) - cost / 2) * (number / cost.sum()), number - 1).astype(int)
+            plan += np.split(part, np.flatnonzero(np.diff(batch_of)) + 1)
+    return [plan[i] for i in rng.permutation(len(plan))]

@@ -1,0 +1,41 @@
+"""What all tests share: one thread, one seed, the real ModernBERT tokenizer, the gpu and browser marks."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "browser: needs a browser")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def modernbert_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real tokenizer.json of ModernBERT and Ettin, unpacked beside its tokenizer_config.json."""
+    source, folder = FIXTURES / "tokenizer", tmp_path_factory.mktemp("modernbert-tokenizer")
+    with gzip.open(source / "tokenizer.json.gz") as packed, (folder / "tokenizer.json").open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    shutil.copy(source / "tokenizer_config.json", folder)
+    return folder / "tokenizer.json"

@@ -1,0 +1,89 @@
+"""The READMEs say what is true: their code runs, their commands exist, the tree is the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+KERNELS = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = FENCE.findall(README)
+PYTHON = [code for language, code in [*BLOCKS, *FENCE.findall(KERNELS)] if language == "python"]
+SHELL = [
+    line
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+OURS = [line for line in SHELL if line.startswith("modernbert ")]
+(TREE,) = (code for language, code in BLOCKS if language == "text" and code.startswith("pyproject.toml"))
+
+
+def run(*command: str) -> str:
+    path = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_blocks_run(code):
+    run(sys.executable, "-W", "error::FutureWarning", "-c", code)
+
+
+@pytest.mark.parametrize("line", OURS)
+def test_our_commands_run(line):
+    _, *arguments = shlex.split(line, comments=True)
+    assert run(sys.executable, "-c", "from modernbert.cli import main; main()", *arguments).strip()
+
+
+def test_there_is_something_to_run():
+    assert len(PYTHON) >= 4
+    assert len(OURS) >= 2
+
+
+def test_other_commands_exist():
+    """Installing and measuring is too long for a test; here the names are checked."""
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in sorted(set(SHELL) - set(OURS)):
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            assert set(arguments) <= targets, line
+        elif arguments[:2] == ["-m", "benchmarks"]:
+            assert (ROOT / "benchmarks" / "__main__.py").exists(), line
+        else:
+            assert line.startswith("pip install "), f"{line}: nothing checks this command"
+
+
+def listed(tree: str) -> dict[str, set[str]]:
+    """Children of each folder that the tree opens: `{"": {...}, "kernels/": {...}, ...}`. Indent is two spaces."""
+    folders, stack = {"": set()}, [""]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in line.split("  #")[0].split():
+            parent = stack[depth]
+            folders.setdefault(parent, set()).add(name)
+            stack = [*stack[: depth + 1], parent + name]
+    return folders
+
+
+def test_the_tree_is_the_tree():
+    """Every folder that the tree opens holds exactly what the tree says."""
+    made = {"__pycache__", "build", "dist"}
+    for folder, names in listed(TREE).items():
+        there = {
+            child.name + "/" * child.is_dir()
+            for child in (ROOT / folder).iterdir()
+            if child.name not in made and child.suffix != ".egg-info"
+            and (not child.name.startswith(".") or child.name == ".ci")
+        }
+        assert names == there - {"__init__.py", "py.typed"}, folder or "the root"
