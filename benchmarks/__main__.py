@@ -1,4 +1,4 @@
-"""`python -m benchmarks SUITE`: run a suite, print its table, write its rows; `report` makes tables from written rows."""
+"""`python -m benchmarks SUITE` measures, prints and writes rows; `report` makes tables from written rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import ModuleType
 from rich.console import Console
 
 from benchmarks import cpu, report
-from benchmarks.rows import Row, append
+from benchmarks.harness import FOREIGN_LIMIT
+from benchmarks.rows import append
 
 SUITES = {"cpu": cpu}
 
@@ -21,10 +22,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=suite.__doc__)
-        command.add_argument("--quick", action="store_true", help="about two minutes: fewer samples, fewer settings")
+        command.add_argument(
+            "--quick", action="store_true", help="about two minutes: fewer samples, fewer settings"
+        )
         command.add_argument("--output", type=Path, help="write the rows to a new .jsonl file in this folder")
         command.add_argument("--only", nargs="+", default=[], choices=suite.WORKLOADS, metavar="WORKLOAD")
-    commands.add_parser("report", help="write the tables of README.md and of benchmarks/results from the rows")
+    commands.add_parser(
+        "report", help="write the tables of README.md and of benchmarks/results from the rows"
+    )
     arguments = parser.parse_args()
     if arguments.list:
         for name, suite in SUITES.items():
@@ -39,18 +44,22 @@ def main() -> None:
 
 
 def run(suite: ModuleType, arguments: argparse.Namespace) -> None:
-    """Print every workload when it is done and the whole table at the end; rows are written as they come."""
+    """Print and write the rows of every workload when it is done."""
     console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file or a pipe has no width of its own
     file = arguments.output and arguments.output / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.jsonl"
-    rows: list[Row] = []
+    clean = True
     for result in suite.run(quick=arguments.quick, only=arguments.only):
-        console.print(f"{result.workload}: {', '.join(report.in_short(row) for row in result.rows)}", highlight=False)
+        if result.rows:
+            console.print(report.rich_table(result.rows))
         for implementation, reason in result.refused.items():
-            console.print(f"  refused: {implementation} {reason}", style="red", highlight=False)
-        rows += result.rows
+            console.print(f"{result.workload}: {implementation} is refused, it {reason}", style="red")
+        clean = clean and all(row["clean"] for row in result.rows)
         if file:
             append(result.rows, file)
-    console.print(report.rich_table(rows))
+    if not clean:
+        console.print(f"† taken while other programs used more than {FOREIGN_LIMIT:g} % of a core")
     if file:
         console.print(f"wrote {file}")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Contender
@@ -36,7 +36,7 @@ SHAPES = {
 def save_seeded(shape: str, folder: Path) -> None:
     """A transformers ModernBertModel of a published shape in `folder`, with seeded random weights.
 
-    The weights are larger than an initialisation's, so that attention is not uniform and an error in it shows.
+    The weights are larger than those of an initialisation, so that attention is not uniform and errors show.
     """
     from transformers import ModernBertConfig, ModernBertModel
 
@@ -44,6 +44,7 @@ def save_seeded(shape: str, folder: Path) -> None:
     config = ModernBertConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp
     )
+    assert config.rope_parameters is not None
     config.rope_parameters["sliding_attention"]["rope_theta"] = local_theta
     torch.manual_seed(0)
     model = ModernBertModel(config)
@@ -54,9 +55,6 @@ def save_seeded(shape: str, folder: Path) -> None:
             else:
                 weight.normal_(0, 1.0 if "tok_embeddings" in name else 1.2 / math.sqrt(weight.shape[1]))
     model.save_pretrained(folder)
-
-
-# --- token ids to hidden states -----------------------------------------------------------------------------------
 
 
 def ours(folder: Path, sequences: Ids) -> Contender:
@@ -71,7 +69,9 @@ def ours(folder: Path, sequences: Ids) -> Contender:
     return Contender(OURS, "packed; packing is timed", run, lambda x_TD: x_TD)
 
 
-def transformers_sdpa(folder: Path, batches: list[Batch], settings: str, name: str = TRANSFORMERS) -> Contender:
+def transformers_sdpa(
+    folder: Path, batches: list[Batch], settings: str, name: str = TRANSFORMERS
+) -> Contender:
     """Tokenised, padded batches are ready before the clock starts."""
     model = _transformers_model(folder)
 
@@ -93,7 +93,7 @@ def transformers_batchings(folder: Path, sequences: Ids, *, sizes: Sequence[int]
 
 
 def onnx_runtime(folder: Path, batches: list[Batch], settings: str, threads: int) -> Iterator[Contender]:
-    """Exported by both of torch's exporters, as neither is the faster one everywhere; none where it is not installed.
+    """Exported both ways that torch has, as neither is the faster one everywhere; none where not installed.
 
     Idle threads do not spin: they would slow whatever runs next in this process.
     """
@@ -129,8 +129,7 @@ def _transformers_model(folder: Path) -> torch.nn.Module:
 
 @cache
 def _onnx_session(folder: Path, exporter: str, threads: int) -> Any:
-    import onnxruntime
-
+    onnxruntime = import_module("onnxruntime")
     file = folder / f"{exporter}.onnx"
     if not file.exists():
         _export(_transformers_model(folder), file, exporter)
@@ -163,9 +162,6 @@ def _export(model: torch.nn.Module, file: Path, exporter: str) -> None:
         torch.onnx.export(LastHiddenState(), (ids, mask), file, **names, **options)
 
 
-# --- strings to one mean-pooled vector each -----------------------------------------------------------------------
-
-
 def ours_from_text(folder: Path, texts: list[str]) -> tuple[Contender, int]:
     """The contender, and how many real tokens the texts have."""
     from modernbert import Tokenizer
@@ -177,7 +173,9 @@ def ours_from_text(folder: Path, texts: list[str]) -> tuple[Contender, int]:
             batch = tokenizer(texts, max_length=MAX_LENGTH)
             return torch.segment_reduce(encoder(batch), "mean", lengths=torch.tensor(batch.lengths))
 
-    return Contender(OURS, "Tokenizer, Encoder, mean", run, lambda vectors: vectors), tokenizer(texts, max_length=MAX_LENGTH).num_tokens
+    return Contender(OURS, "Tokenizer, Encoder, mean", run, lambda vectors: vectors), tokenizer(
+        texts, max_length=MAX_LENGTH
+    ).num_tokens
 
 
 def mean_alone(folder: Path, texts: list[str]) -> Tensor:
@@ -186,12 +184,14 @@ def mean_alone(folder: Path, texts: list[str]) -> Tensor:
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), _transformers_model(folder)
     with torch.inference_mode():
-        tokenized = [tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt") for text in texts]
+        tokenized = [
+            tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt") for text in texts
+        ]
         return torch.cat([model(input_ids=one["input_ids"]).last_hidden_state.mean(1) for one in tokenized])
 
 
 def sentence_transformers(folder: Path, texts: list[str], *, sizes: Sequence[int]) -> Iterator[Contender]:
-    """Transformer and mean pooling through `encode`, which sorts by length itself; none where it is not installed."""
+    """Mean pooling through `encode`, which sorts by length itself; none where it is not installed."""
     if not find_spec("sentence_transformers"):
         return
     from sentence_transformers import SentenceTransformer
@@ -204,12 +204,11 @@ def sentence_transformers(folder: Path, texts: list[str], *, sizes: Sequence[int
         yield Contender(
             SENTENCE_TRANSFORMERS,
             f"sdpa, batch_size={size}",
-            lambda size=size: model.encode(texts, batch_size=size, show_progress_bar=False, convert_to_tensor=True),
+            lambda size=size: model.encode(
+                texts, batch_size=size, show_progress_bar=False, convert_to_tensor=True
+            ),
             lambda vectors: vectors,
         )
-
-
-# --- MaxSim -------------------------------------------------------------------------------------------------------
 
 
 def ours_maxsim(query_QE: Tensor, documents: Sequence[Tensor]) -> Contender:
@@ -225,8 +224,10 @@ def ours_maxsim(query_QE: Tensor, documents: Sequence[Tensor]) -> Contender:
     return Contender(OURS, "ragged", run, lambda scores_BN: scores_BN[0])
 
 
-def padded_maxsim(query_QE: Tensor, documents: Sequence[Tensor], *, chunks: Sequence[int]) -> Iterator[Contender]:
-    """Two implementations on documents padded with zeros: PyLate's `colbert_scores`, and a matmul with a masked amax."""
+def padded_maxsim(
+    query_QE: Tensor, documents: Sequence[Tensor], *, chunks: Sequence[int]
+) -> Iterator[Contender]:
+    """On documents padded with zeros: PyLate's `colbert_scores`, and a matmul with a masked amax."""
     padded_NSE = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
     lengths_N1 = torch.tensor([len(document) for document in documents])[:, None]
     real_NS = torch.arange(padded_NSE.shape[1]) < lengths_N1
@@ -258,8 +259,7 @@ def maxsim_cpu(query_QE: Tensor, documents: Sequence[Tensor]) -> Iterator[Conten
     """The package on a ready list of arrays and on a ready padded array; none where it is not installed."""
     if not find_spec("maxsim_cpu"):
         return
-    import maxsim_cpu as package
-
+    package = import_module("maxsim_cpu")
     query, arrays = query_QE.numpy(), [document.numpy() for document in documents]
     padded = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True).numpy()
     calls: dict[str, Callable[[], Any]] = {

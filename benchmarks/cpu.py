@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import backends, peak_memory
 from benchmarks.harness import Contender, Measured, measure
-from benchmarks.inputs import Ids, batched, normal_lengths, paper_lengths, random_ids, real_rows
+from benchmarks.inputs import Ids, batched, normal_lengths, paper_lengths, random_ids
 from benchmarks.rows import Row, row
 
 THREADS = 2
@@ -82,7 +82,10 @@ def fixed(folder: Path, *, quick: bool) -> Workload:
         "Ettin-17m, 16 texts of 512 tokens",
         [
             backends.ours(folder, sequences),
-            *(backends.transformers_sdpa(folder, batched(sequences, n), f"sdpa, batches of {n}") for n in sizes),
+            *(
+                backends.transformers_sdpa(folder, batched(sequences, n), f"sdpa, batches of {n}")
+                for n in sizes
+            ),
             *backends.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
         ],
         alone(folder, sequences),
@@ -132,7 +135,7 @@ def long(folder: Path, *, quick: bool) -> Workload:
 
 
 def from_text(folder: Path, *, quick: bool) -> Workload:
-    """Both sides start from strings and use the tokenizer of the default model; its ids fit the seeded weights."""
+    """From strings on both sides, with the tokenizer of the default model: its ids fit the seeded weights."""
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / "default" / file, folder)
     with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as corpus:
@@ -140,7 +143,7 @@ def from_text(folder: Path, *, quick: bool) -> Workload:
     sizes = (8, 32) if quick else (1, 4, 8, 16, 32)
     mine, tokens = backends.ours_from_text(folder, texts)
     return Workload(
-        f"Ettin-17m, 64 Wikipedia passages ({tokens:,} tokens) from text to mean-pooled vectors, tokenising timed",
+        f"Ettin-17m, 64 Wikipedia passages ({tokens:,} tokens), text to pooled vectors, tokenising timed",
         [mine, *backends.sentence_transformers(folder, texts, sizes=sizes)],
         backends.mean_alone(folder, texts),
         tokens=tokens,
@@ -170,7 +173,7 @@ def base(folder: Path, *, quick: bool) -> Workload:
     lengths = paper_lengths(4 if quick else 16)
     sequences = random_ids(lengths)
     return Workload(
-        f"ModernBERT-base, {len(lengths)} texts of the paper's variable lengths (mean {sum(lengths) / len(lengths):.0f})",
+        f"ModernBERT-base, {len(lengths)} texts of the paper's variable lengths",
         [
             backends.ours(folder, sequences),
             *backends.transformers_batchings(folder, sequences, sizes=(4,) if quick else (2, 4, 8)),
@@ -210,7 +213,11 @@ def run(*, quick: bool, only: Sequence[str]) -> Iterator[Result]:
             folder = Path(scratch) / (shape or "")
             if shape and not folder.exists():
                 backends.save_seeded(shape, folder)
-            yield memory(folder, quick=quick) if build is None else timed(name, build(folder, quick=quick), quick=quick)
+            yield (
+                memory(folder, quick=quick)
+                if build is None
+                else timed(name, build(folder, quick=quick), quick=quick)
+            )
 
 
 def timed(name: str, workload: Workload, *, quick: bool) -> Result:
@@ -240,26 +247,37 @@ def _row(name: str, workload: Workload, one: Measured, all_measured: Sequence[Me
         clean=one.clean,
         calls=one.calls,
         times_better_than={
-            other.contender.implementation: one.times_faster_than(other) for other in all_measured if other is not one
+            other.contender.implementation: one.times_faster_than(other)
+            for other in all_measured
+            if other is not one
         },
         goals=workload.goals if mine == backends.OURS else {},
     )
 
 
 def memory(folder: Path, *, quick: bool) -> Result:
-    """Extra peak memory of one text of 8192 tokens; other programs do not change it, so every row is clean."""
+    """Extra peak memory of one text of 8192 tokens. Other programs do not change it: every row is clean."""
     if not peak_memory.CLEAR.exists():
-        return Result(MEMORY, [], {"every implementation": "peak memory is measured on Linux only"})
+        return Result(
+            MEMORY,
+            [],
+            {"every implementation": "cannot be measured: only Linux resets its memory high-water mark"},
+        )
     expected = alone(folder, random_ids([8192]))
     peaks: dict[str, list[float]] = {}
     errors, refused = {}, {}
     for implementation in [backends.OURS, backends.TRANSFORMERS] + [backends.ONNX_RUNTIME] * (not quick):
-        runs = [peak_memory.in_fresh_process(implementation, folder, 8192, THREADS) for _ in range(1 if quick else 3)]
+        runs = [
+            peak_memory.in_fresh_process(implementation, folder, 8192, THREADS)
+            for _ in range(1 if quick else 3)
+        ]
         error = max((output - expected).abs().max().item() for _, output in runs)
         if error <= TOLERANCE:
             peaks[implementation], errors[implementation] = [peak for peak, _ in runs], error
         else:
-            refused[implementation] = f"differs from the reference by {error:.2g}, allowed are {TOLERANCE:.2g}"
+            refused[implementation] = (
+                f"differs from the reference by {error:.2g}, allowed are {TOLERANCE:.2g}"
+            )
     rows = [
         row(
             workload=MEMORY,

@@ -1,15 +1,16 @@
-"""How anything is measured here: in turns, after a fresh warm-up, on a quiet machine, and only if the answer is right."""
+"""How to measure: in turns, freshly warmed up, on a quiet machine, and only if the answer is right."""
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
-import psutil
 from torch import Tensor
 
 # Percent of one core that everything but this process may use while a sample is taken.
@@ -21,10 +22,10 @@ class Contender:
     """One implementation of a workload with one choice of settings.
 
     Attributes:
-        implementation: the name its row carries. Contenders that share it are settings of which the fastest is taken.
+        implementation: the name in its row. Of contenders that share it, the fastest is taken.
         settings: what was chosen, in words.
         run: one timed call; everything prepared beforehand is outside the time.
-        result: brings what `run` returned into the order and shape of the workload's expected tensor, untimed.
+        result: brings what `run` returned into the order and shape of the expected tensor, untimed.
     """
 
     implementation: str
@@ -82,27 +83,29 @@ class Measured:
         return all(sample.clean for sample in self.samples)
 
     def times_faster_than(self, other: Measured) -> float:
-        """Median over the rounds of `other`'s time over this one's: only samples of the same round are compared."""
-        return statistics.median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
+        """Median over rounds of `other`'s time over this one's: only samples of one round are compared."""
+        return statistics.median(
+            theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)
+        )
 
 
 def read_clocks(work: Callable[[], Any]) -> Reading:
     """Do `work`, and say how long it took and how busy the rest of the machine was.
 
-    The rest of the machine is all CPU time that was not idle (the first line of /proc/stat on Linux, time stolen by a
-    hypervisor included) minus this process's own.
+    The rest of the machine is all CPU time that was not idle (the first line of /proc/stat on Linux, so time
+    that a hypervisor stole counts) minus this process's own.
     """
     idle, own, start = _idle_seconds(), time.process_time(), time.perf_counter()
     work()
     seconds = time.perf_counter() - start
     own, idle = time.process_time() - own, _idle_seconds() - idle
-    foreign = seconds * (psutil.cpu_count() or 1) - idle - own
+    foreign = seconds * (os.cpu_count() or 1) - idle - own
     # The kernel counts idle time in ticks of 10 ms, so a short sample can read a little below zero.
     return Reading(seconds, max(0.0, 100 * foreign / seconds))
 
 
 def _idle_seconds() -> float:
-    times = psutil.cpu_times()
+    times = import_module("psutil").cpu_times()  # comes with the extra `bench`
     return times.idle + getattr(times, "iowait", 0.0)
 
 
@@ -155,7 +158,8 @@ def measure(
     calls = {name: max(1, math.ceil(window / quickest.seconds)) for name, (quickest, _) in best.items()}
     taken = interleave([chosen for _, chosen in best.values()], calls, rounds, retries, read)
     measured = [
-        Measured(chosen, errors[chosen], calls[name], tuple(taken[name])) for name, (_, chosen) in best.items()
+        Measured(chosen, errors[chosen], calls[name], tuple(taken[name]))
+        for name, (_, chosen) in best.items()
     ]
     return measured, {name: reason for name, reason in refused.items() if name not in best}
 
@@ -169,8 +173,8 @@ def interleave(
 ) -> dict[str, list[Sample]]:
     """Samples per implementation, taken in turns: A B C, B C A, C A B, ...
 
-    A drift of the machine (clock rate, temperature, neighbours) then falls on all of them alike. A sample taken on a
-    busy machine is repeated while the implementation has retries left, and the quietest attempt is kept.
+    A drift of the machine (clock rate, temperature, neighbours) then falls on all alike. A sample from a busy
+     machine is repeated while the implementation has retries left, and the quietest attempt is kept.
     """
     taken: dict[str, list[Sample]] = {contender.implementation: [] for contender in contenders}
     left = dict.fromkeys(taken, retries)
@@ -181,13 +185,15 @@ def interleave(
             sample = take(contender.run, calls[name], read)
             while not sample.clean and left[name] > 0:
                 left[name] -= 1
-                sample = min(sample, take(contender.run, calls[name], read), key=lambda attempt: attempt.foreign)
+                sample = min(
+                    sample, take(contender.run, calls[name], read), key=lambda attempt: attempt.foreign
+                )
             taken[name].append(sample)
     return taken
 
 
 def take(run: Callable[[], Any], calls: int, read: Callable[[Callable[[], Any]], Reading]) -> Sample:
-    """The median of `calls` calls after an untimed one, which also outlasts the last contender's spinning threads."""
+    """The median of `calls` calls, after an untimed one that outlasts spinning threads."""
     run()
     if calls == 1:
         return Sample(*read(run))

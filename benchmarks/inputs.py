@@ -28,7 +28,7 @@ def random_ids(lengths: Sequence[int]) -> Ids:
 
 
 def batched(sequences: Ids, size: int, *, by_length: bool = False) -> list[Batch]:
-    """Right-padded batches of `size` sequences, as they come or sorted by length; no mask where nothing is padded."""
+    """Right-padded batches of `size` sequences; those in which nothing is padded have no mask."""
     places = list(range(len(sequences)))
     if by_length:
         places.sort(key=lambda place: len(sequences[place]))

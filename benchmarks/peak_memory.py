@@ -1,7 +1,7 @@
-"""How much memory one call takes beyond the loaded model: `python -m benchmarks.peak_memory IMPLEMENTATION FOLDER LENGTH`.
+"""How much memory one call takes beyond the loaded model.
 
-Every figure comes from a process of its own, because an allocator keeps what it once had. Linux only: the kernel's
-high-water mark is reset after loading, which no other system offers.
+Every figure comes from a process of its own, because an allocator keeps what it once had. Linux only: the
+high-water mark of the process is reset after loading, which no other system offers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def in_fresh_process(implementation: str, folder: Path, length: int, threads: in
         output = Path(scratch) / "output.pt"
         command = [sys.executable, "-m", "benchmarks.peak_memory", implementation, str(folder), str(length)]
         command += [str(threads), str(output)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True
+        )
         return json.loads(done.stdout.splitlines()[-1]), torch.load(output)
 
 
@@ -49,7 +51,9 @@ def _memory(field: str) -> float:
 
 def main(implementation: str, folder: str, length: str, threads: str, output: str) -> None:
     torch.set_num_threads(int(threads))
-    contender(implementation, Path(folder), random_ids([16]), int(threads)).run()  # thread pools, lazy imports
+    contender(
+        implementation, Path(folder), random_ids([16]), int(threads)
+    ).run()  # thread pools, lazy imports
     one_text = contender(implementation, Path(folder), random_ids([int(length)]), int(threads))
     gc.collect()
     before = _memory("VmRSS")

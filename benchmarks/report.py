@@ -11,161 +11,100 @@ from rich.table import Table
 from benchmarks.backends import ONNX_RUNTIME, OURS, TRANSFORMERS
 from benchmarks.rows import ROOT, Row, read
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 README = ROOT / "README.md"
 START, END = "<!-- cpu-table -->", "<!-- /cpu-table -->"
+COLUMNS = (
+    "implementation",
+    "median",
+    "range",
+    "samples",
+    "modernbert is",
+    "others' CPU",
+    "error",
+    "settings",
+)
+NOTE = (
+    "Factors above 1 say that modernbert is ahead: the median over rounds of both times within a round. "
+    "† marks a figure taken while other programs used more than 6 % of a core."
+)
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the newest run of each workload on each machine, oldest run first.
+    """The rows of the newest run of each workload on each machine.
 
     A run is taken or left as a whole, because its factors compare samples of the same minutes.
     """
-    newest: dict[tuple[str, ...], Row] = {}
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for one in rows:
-        key = one["workload"], *_machine(one)
-        if key not in newest or one["date"] > newest[key]["date"]:
-            newest[key], groups[key] = one, []
-        if one["date"] == newest[key]["date"]:
-            groups[key].append(one)
-    return [one for group in groups.values() for one in group]
+    newest: dict[tuple[str, ...], list[Row]] = {}
+    for one in sorted(rows, key=lambda one: one["date"]):
+        key = (one["workload"], *_machine(one))
+        if key in newest and newest[key][0]["date"] == one["date"]:
+            newest[key].append(one)
+        else:
+            newest[key] = [one]
+    return [one for run in newest.values() for one in run]
 
 
-def _machine(one: Row) -> tuple[str, ...]:
-    return one["cpu"], str(one["threads"]), one["system"]
-
-
-def value(one: Row) -> str:
-    return f"{number(one['median'])} {one['unit']}" + ("" if one["clean"] else " †")
-
-
-def number(figure: float) -> str:
-    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
-
-
-def in_short(one: Row) -> str:
-    return f"{one['implementation']} {value(one)}"
-
-
-def factor(one: Row, ours: Row | None) -> str:
-    """How many times better ours is than this row, and the goal where there is one."""
-    if ours is None or one is ours:
-        return ""
-    reached = ours["times_better_than"][one["implementation"]]
-    goal = ours["goals"].get(one["implementation"])
-    return f"{reached:.2f}x" + ("" if goal is None else f" (goal {goal:g}x)")
-
-
-def by_workload(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for one in rows:
-        groups.setdefault(one["workload"], []).append(one)
-    return groups
-
-
-def _ours(group: Sequence[Row]) -> Row | None:
-    return next((one for one in group if one["implementation"] == OURS), None)
-
-
-def _lines(group: Sequence[Row]) -> list[list[str]]:
-    """Cells of one workload: one line per implementation."""
-    return [
-        [
-            one["implementation"],
-            value(one),
-            f"{number(one['min'])} to {number(one['max'])}",
-            str(one["samples"]),
-            factor(one, _ours(group)),
-            "" if one["foreign_percent"] is None else f"{one['foreign_percent']:.1f} %",
-            f"{one['max_error']:.1e}",
-            one["settings"],
-        ]
-        for one in group
-    ]
-
-
-COLUMNS = ("implementation", "median", "range", "samples", "modernbert is faster", "others' CPU", "error", "settings")
+def write() -> list[Path]:
+    """Write README.md beside the rows, and the table in the README of the project; the files written."""
+    rows = latest(read(RESULTS))
+    if not rows:
+        command = f"python -m benchmarks cpu --output {RESULTS.relative_to(ROOT)}"
+        raise SystemExit(f"no rows in {RESULTS.relative_to(ROOT)}; make some with: {command}")
+    full = RESULTS / "README.md"
+    full.write_text(markdown(rows), encoding="utf-8")
+    README.write_text(replace_between(README.read_text("utf-8"), readme_table(rows)), encoding="utf-8")
+    return [full, README]
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    table = Table(caption="† taken on a busy machine" if any(not one["clean"] for one in rows) else None)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold")
-    for group in by_workload(rows).values():
-        table.add_section()
-        table.add_row(f"[bold]{group[0]['what']}[/bold]")
-        for line in _lines(group):
-            table.add_row(*line)
+    """The rows of one workload, for a terminal."""
+    table = Table(*COLUMNS, title=rows[0]["what"], title_justify="left", title_style="bold")
+    for line in _lines(rows):
+        table.add_row(*line)
     return table
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Every row, one section for each machine and in it one table for each workload."""
-    parts = ["# Results", "Generated by `python -m benchmarks report` from the rows in this folder."]
-    machines = dict.fromkeys(_machine(one) for one in rows)
-    for machine in machines:
+    """Every row: a section for each machine, in it a table for each workload."""
+    parts = ["# Results", "Made by `python -m benchmarks report` from the rows in this folder.", NOTE]
+    for machine in dict.fromkeys(_machine(one) for one in rows):
         here = [one for one in rows if _machine(one) == machine]
-        parts.append(f"## {circumstances(here[-1])}")
-        for group in by_workload(here).values():
-            first = group[0]
-            versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
-            changed = " with uncommitted changes" if first["dirty"] else ""
-            parts.append(f"### {first['what']}")
-            parts.append(_table(COLUMNS, _lines(group)))
-            parts.append(
-                f"{first['dtype']}, {first['date'][:10]}, commit {first['commit'][:10]}{changed}, {versions}. "
-                f"Command: `{first['command']}`"
-            )
-    return "\n\n".join(parts) + "\n\n" + NOTE + "\n"
-
-
-NOTE = (
-    "Medians; the factor is the median over rounds of both times in the same round, above 1 where modernbert is ahead. "
-    "† marks a row taken while other programs used more than 6 % of a core."
-)
+        parts.append(f"## {', '.join(machine)}")
+        for group in _by_workload(here):
+            parts += [f"### {group[0]['what']}", _table(COLUMNS, _lines(group)), _origin(group[0])]
+    return "\n\n".join(parts) + "\n"
 
 
 def readme_table(rows: Sequence[Row]) -> str:
-    """One line per workload of the newest machine: ours, the fastest way to run transformers, ONNX Runtime, others."""
-    newest = _machine(max(rows, key=lambda one: one["date"]))
-    here = [one for one in rows if _machine(one) == newest]
+    """One line per workload on the machine measured last: ours, transformers at its fastest, other peers."""
+    last = max(rows, key=lambda one: one["date"])
     lines = []
-    for name, group in by_workload(here).items():
+    for group in _by_workload(one for one in rows if _machine(one) == _machine(last)):
         ours = _ours(group)
         if ours is None:
             continue
-        peers = {TRANSFORMERS: "", ONNX_RUNTIME: "", "others": ""}
-        for one in sorted(group, key=lambda one: ours["times_better_than"].get(one["implementation"], 0), reverse=True):
-            if one is ours:
-                continue
-            cell = f"{value(one)} ({ours['times_better_than'][one['implementation']]:.2f}x)"
-            if one["implementation"].startswith(TRANSFORMERS):
-                peers[TRANSFORMERS] = cell  # the last one is the fastest
-            elif one["implementation"] == ONNX_RUNTIME:
-                peers[ONNX_RUNTIME] = cell
-            else:
-                peers["others"] += f"{'; ' if peers['others'] else ''}{one['implementation']} {cell}"
-        command = f"`python -m benchmarks {ours['suite']} --only {name}`"
-        lines.append([ours["what"], f"**{value(ours)}**", *(cell or "-" for cell in peers.values()), command])
-    columns = ("float32", "modernbert", "transformers, fastest way", "ONNX Runtime", "others", "command")
-    return f"{_table(columns, lines)}\n\nIn brackets: how many times faster (or leaner) modernbert is. {circumstances(ours_of(here))}. {NOTE}"
-
-
-def circumstances(one: Row) -> str:
-    versions = one["versions"]
-    return (
-        f"{one['cpu']}, {one['threads']} threads, {one['system']}, Python {versions['python']}, torch {versions['torch']}"
-    )
-
-
-def ours_of(rows: Sequence[Row]) -> Row:
-    return rows[-1]
-
-
-def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    cells = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+        factors = ours["times_better_than"]
+        cells = {
+            one["implementation"]: f"{value(one)} ({factors[one['implementation']]:.2f}x)"
+            for one in group
+            if one is not ours
+        }
+        of_transformers = [name for name in cells if name.startswith(TRANSFORMERS)]
+        fastest = cells[min(of_transformers, key=lambda name: factors[name])] if of_transformers else "-"
+        others = [name for name in cells if name not in of_transformers and name != ONNX_RUNTIME]
+        lines.append(
+            [
+                ours["what"],
+                f"**{value(ours)}**",
+                fastest,
+                cells.get(ONNX_RUNTIME, "-"),
+                ", ".join(f"{name} {cells[name]}" for name in others) or "-",
+                f"`python -m benchmarks {ours['suite']} --only {ours['workload']}`",
+            ]
+        )
+    columns = ("", "modernbert", "transformers, fastest of its ways", "ONNX Runtime", "others", "command")
+    return f"{_table(columns, lines)}\n\n{', '.join(_machine(last))}. {_origin(last, command=False)} {NOTE}"
 
 
 def replace_between(text: str, table: str) -> str:
@@ -175,12 +114,61 @@ def replace_between(text: str, table: str) -> str:
     return re.sub(f"{START}.*{END}", lambda _: f"{START}\n{table}\n{END}", text, flags=re.DOTALL)
 
 
-def write() -> list[Path]:
-    """Write benchmarks/results/cpu/README.md and the table in README.md; the files written."""
-    rows = latest(read(RESULTS / "cpu"))
-    if not rows:
-        raise SystemExit(f"no rows in {RESULTS / 'cpu'}; run python -m benchmarks cpu --output benchmarks/results/cpu")
-    full = RESULTS / "cpu" / "README.md"
-    full.write_text(markdown(rows), encoding="utf-8")
-    README.write_text(replace_between(README.read_text("utf-8"), readme_table(rows)), encoding="utf-8")
-    return [full, README]
+def value(one: Row) -> str:
+    return f"{_number(one['median'])} {one['unit']}" + ("" if one["clean"] else " †")
+
+
+def _lines(group: Sequence[Row]) -> list[list[str]]:
+    ours = _ours(group)
+    return [
+        [
+            one["implementation"],
+            value(one),
+            f"{_number(one['min'])} to {_number(one['max'])}",
+            str(one["samples"]),
+            _factor(ours, one),
+            "" if one["foreign_percent"] is None else f"{one['foreign_percent']:.1f} %",
+            f"{one['max_error']:.1e}",
+            one["settings"],
+        ]
+        for one in group
+    ]
+
+
+def _factor(ours: Row | None, one: Row) -> str:
+    """How many times better ours is, and what we mean it to be."""
+    name = one["implementation"]
+    if ours is None or name == OURS:
+        return ""
+    goal = f" (goal {ours['goals'][name]:g}x)" if name in ours["goals"] else ""
+    return f"{ours['times_better_than'][name]:.2f}x{goal}"
+
+
+def _ours(group: Sequence[Row]) -> Row | None:
+    return next((one for one in group if one["implementation"] == OURS), None)
+
+
+def _by_workload(rows: Iterable[Row]) -> list[list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for one in rows:
+        groups.setdefault(one["workload"], []).append(one)
+    return list(groups.values())
+
+
+def _machine(one: Row) -> tuple[str, ...]:
+    return one["cpu"], f"{one['threads']} threads", one["system"]
+
+
+def _origin(one: Row, *, command: bool = True) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items() if version)
+    changed = " with uncommitted changes" if one["dirty"] else ""
+    text = f"{one['dtype']}, {one['date'][:10]}, commit {one['commit'][:10]}{changed}, {versions}."
+    return f"{text} Command: `{one['command']}`" if command else text
+
+
+def _number(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *lines])

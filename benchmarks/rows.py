@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 Row = dict[str, Any]
@@ -44,8 +45,8 @@ def row(
 
     Args:
         values: one per sample, in `unit`.
-        foreign_percent: the busiest kept sample's CPU use by others, in percent of one core; None where time is not
-            what was measured.
+        foreign_percent: CPU use by others in the busiest kept sample, in percent of one core; None if no time was
+            measured.
         calls: in one sample, which is then their median.
         times_better_than: factor over each peer, the median of the factors within each round.
         goals: the factors that we mean to reach.
@@ -83,7 +84,7 @@ def circumstances() -> dict[str, Any]:
     """The machine, the versions, the commit, the date and the command of this run."""
     return {
         "cpu": _cpu(),
-        "cores": psutil.cpu_count(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -100,9 +101,8 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
-    fields = dict(
-        tuple(part.strip() for part in line.split(":", 1)) for line in info.read_text().splitlines() if ":" in line
-    )
+    lines = (line.partition(":") for line in info.read_text().splitlines())
+    fields = {name.strip(): text.strip() for name, _, text in lines}
     flags = fields.get("flags", "").split()
     widest = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), None)
     name = fields.get("model name", platform.machine())
@@ -117,6 +117,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
+    if not shutil.which("git"):
+        return "unknown"
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -109,8 +108,8 @@ def read_state_dict(
     """All tensors of `folder`: of model.safetensors, else of its shards, else of pytorch_model.bin.
 
     A tensor that has the device and dtype asked for stays a view of the mapped file: writing to it leaves the
-    file as it is, but a file that is overwritten in place, and not replaced, takes its tensors along. The others
-    are converted one at a time; `dtype` is for floating-point ones. Pickles are read with `weights_only=True`.
+    file as it is, but overwriting the file in place (and not replacing it) changes the tensor. Others are
+    converted one at a time; `dtype` is for floating-point ones. Pickles are read with `weights_only=True`.
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
@@ -171,7 +170,7 @@ def _read_pickle(path: Path, device: torch.device, dtype: torch.dtype | None) ->
     try:
         # The format of torch before 1.6 is no zip file and cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # on a damaged file the readers of zip and pickle raise nearly anything
         raise ValueError(
             f"{path} is damaged, or holds more than tensors, and reading that could run any code; "
             f"where you trust it, convert it to {SAFETENSORS}: {error}"
@@ -252,16 +251,18 @@ def save(
     """Write config.json, the weights of `state` and `files` (name to bytes, or to JSON content) in one step.
 
     All goes to a hidden folder beside `folder`, which takes its place once it is on the disk: a crash leaves
-    the old folder or the new one. Other files of the old one (README.md) stay, its weights do not. Where folders
-    cannot be swapped (not Linux, some network file systems, a mount point), files are moved one by one,
-    config.json last: a folder caught in between is refused, not misread. Of tied tensors the first is written.
+    the old folder or the new one. Other files of the old one (README.md) stay, its weights do not. Where
+    folders cannot be swapped (not Linux, some network file systems, a mount point, the working directory),
+    files are moved one by one, config.json last: a folder caught in between is refused, and not misread.
+    Of tied tensors the first is written.
     """
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; give a folder to save into")
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = not os.path.ismount(target) and os.access(target.parent, os.W_OK)
-    new = (target.parent if beside else target) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
+    fixed = os.path.ismount(target) or Path.cwd().is_relative_to(target)
+    inside = target.exists() and (fixed or not os.access(target.parent, os.W_OK))
+    new = (target if inside else target.parent) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
     new.mkdir()
     try:
         for name, content in {**(files or {}), "config.json": config}.items():
@@ -274,7 +275,7 @@ def save(
         if not target.exists():
             _flush(_folders(new))
             new.rename(target)
-        elif not (beside and _swap(new, target)):
+        elif inside or not _swap(new, target):
             _move_into(new, target)
         _flush([target.parent])
     finally:
@@ -311,27 +312,36 @@ def _swap(new: Path, target: Path) -> bool:
     if sys.platform != "linux":
         return False
 
-    def replaced(folder: str, names: list[str]) -> list[str]:
-        here = new / Path(folder).relative_to(target)
-        return [n for n in names if (here / n).is_file() or (here == new and WEIGHTS.fullmatch(n))]
-
     try:
-        shutil.copytree(target, new, True, replaced, os.link, dirs_exist_ok=True)  # symlinks as symlinks
+        _carry_over(target, new)
     except shutil.Error:  # a file system without hard links, or somebody else's file
         return False
     _flush(_folders(new))
     at_fdcwd, rename_exchange = -100, 2  # of <fcntl.h> and <linux/fs.h>
     rename = ctypes.CDLL(None, use_errno=True).renameat2
     if rename(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(target), rename_exchange) == 0:
+        _carry_over(new, target)  # what others wrote into the old folder meanwhile
         return True
     if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY):
         return False
     raise OSError(code, os.strerror(code), str(target))
 
 
+def _carry_over(old: Path, new: Path) -> None:
+    """Link into `new` what only `old` has, but for its weights."""
+
+    def ignored(folder: str, names: list[str]) -> list[str]:
+        here = new / Path(folder).relative_to(old)
+        there = [name for name in names if os.path.lexists(here / name) and not (here / name).is_dir()]
+        return there + [name for name in names if here == new and WEIGHTS.fullmatch(name)]
+
+    shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=os.link, dirs_exist_ok=True)
+
+
 def _move_into(new: Path, target: Path) -> None:
+    (target / "config.json").unlink(missing_ok=True)
     for path in target.iterdir():
-        if path.name == "config.json" or WEIGHTS.fullmatch(path.name):
+        if WEIGHTS.fullmatch(path.name):
             path.unlink()
     for path in sorted(new.rglob("*"), key=lambda path: path == new / "config.json"):
         if path.is_file():
@@ -346,11 +356,12 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _flush(paths: Iterable[Path]) -> None:
-    """Have the disk hold these files, and what these folders list (which Windows does by itself)."""
+    """Have the disk hold these files, and what these folders list."""
+    if os.name == "nt":
+        return  # which has no such call for folders, nor for files that are open to be read
     for path in paths:
-        if os.name != "nt" or path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""EncoderConfig: what distinguishes one ModernBERT encoder from another, in our words and in config.json's."""
+"""EncoderConfig: what makes one ModernBERT encoder differ from another, in our words and in config.json's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -15,7 +15,9 @@ Size = int
 TokenId = int | None
 Positive = float
 Rate = float
-LayerPattern = tuple[str, ...]
+Activation = Literal["gelu", "silu"]
+Pooling = Literal["cls", "mean"]
+Pattern = tuple[str, ...]
 
 KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "Size": (lambda v: type(v) is int and v >= 1, int, "a whole number, 1 or more"),
@@ -23,17 +25,14 @@ KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "Positive": (lambda v: type(v) in (int, float) and 0 < v < math.inf, float, "a finite number above 0"),
     "Rate": (lambda v: type(v) in (int, float) and 0 <= v < 1, float, "a probability below 1"),
     "bool": (lambda v: type(v) is bool, bool, "true or false"),
-    "str": (lambda v: type(v) is str, str, "a string"),
-    "LayerPattern": (
+    "Activation": (lambda v: v in ("gelu", "silu"), str, "gelu (by erf) or silu; no other is implemented"),
+    "Pooling": (lambda v: v in ("cls", "mean"), str, "cls or mean"),
+    "Pattern": (
         lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(t in (FULL, SLIDING) for t in v),
         tuple,
         f"a list of {FULL!r} and {SLIDING!r}, not empty",
     ),
     "Object": (lambda v: v is None or isinstance(v, Mapping), lambda v: v or {}, "a JSON object or null"),
-}
-CHOICES = {
-    "hidden_activation": ("gelu", "silu"),  # gelu is the exact one, by erf; its approximations are refused
-    "classifier_pooling": ("cls", "mean"),
 }
 
 
@@ -43,9 +42,8 @@ class EncoderConfig:
 
     Names and defaults are Hugging Face's, but for two. `layer_pattern` is the attention of the first layers,
     repeated for the others, so that `dataclasses.replace(config, num_hidden_layers=4)` just works; the whole
-    list is `layer_types`. Token ids default to None, because they belong to a tokenizer.
-
-    Raises ValueError with the field, its value and what is wanted instead.
+    list is `layer_types`. Token ids default to None, because they belong to a tokenizer. A wrong value raises
+    ValueError with the field, the value and what is wanted instead.
     """
 
     vocab_size: Size = 50368
@@ -53,13 +51,13 @@ class EncoderConfig:
     intermediate_size: Size = 1152
     num_hidden_layers: Size = 22
     num_attention_heads: Size = 12
-    hidden_activation: str = "gelu"
+    hidden_activation: Activation = "gelu"
     max_position_embeddings: Size = 8192
     norm_eps: Positive = 1e-5
     norm_bias: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    layer_pattern: LayerPattern = (FULL, SLIDING, SLIDING)
+    layer_pattern: Pattern = (FULL, SLIDING, SLIDING)
     local_attention: Size = 128  # the whole span; `window` counts the neighbours on each side
     global_rope_theta: Positive = 160_000.0
     local_rope_theta: Positive = 10_000.0
@@ -76,22 +74,16 @@ class EncoderConfig:
     # The heads' fields.
     decoder_bias: bool = True
     tie_word_embeddings: bool = True
-    classifier_pooling: str = "cls"
-    classifier_activation: str = "gelu"
+    classifier_pooling: Pooling = "cls"
+    classifier_activation: Activation = "gelu"
     classifier_bias: bool = False
     classifier_dropout: Rate = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = _checked(str(field.type), field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise _refusal(name, getattr(self, name), f"{' or '.join(choices)}, all that is implemented")
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(str(f.type), f.name, getattr(self, f.name)))
         if self.hidden_size % (2 * self.num_attention_heads):
-            wanted = (
-                f"a number that cuts hidden_size {self.hidden_size} into heads of one even width, for RoPE"
-            )
+            wanted = f"a number that cuts hidden_size {self.hidden_size} into heads of one even width"
             raise _refusal("num_attention_heads", self.num_attention_heads, wanted)
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise _refusal("pad_token_id", self.pad_token_id, f"below vocab_size {self.vocab_size}, or null")
@@ -106,9 +98,8 @@ class EncoderConfig:
         return self.local_attention // 2
 
     @property
-    def layer_types(self) -> tuple[str, ...]:
-        """The kind of attention of every layer."""
-        return _repeated(self.layer_pattern, self.num_hidden_layers)
+    def layer_types(self) -> list[str]:
+        return [self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_hidden_layers)]
 
     def is_global(self, layer: int) -> bool:
         return self.layer_types[layer] == FULL
@@ -124,10 +115,9 @@ class EncoderConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> EncoderConfig:
-        """Read a parsed config.json of transformers 4.48 or later: either generation, or both in one file.
+        """Read the config.json of transformers 4.48 or later: either generation, or both in one file.
 
-        What is said twice must agree. Unknown keys are named in one warning. Whatever would change the model
-        and is not implemented raises ValueError.
+        What is said twice must agree; what is not implemented raises; unknown keys are named in one warning.
         """
         hf = _checked("Object", "config.json", hf)
         _refuse_unsupported(hf)
@@ -136,71 +126,55 @@ class EncoderConfig:
         if unknown:
             warnings.warn(f"config.json: ignored unknown keys: {', '.join(sorted(unknown))}", stacklevel=2)
 
-        plain = names - {"global_rope_theta", "local_rope_theta"}
-        given = {name: hf[name] for name in plain & set(hf)}
+        values = {name: hf[name] for name in names & set(hf)}
+        values["global_rope_theta"] = theta = _rope_theta(hf, FULL, "global_rope_theta")
+        values["local_rope_theta"] = _rope_theta(hf, SLIDING, "local_rope_theta", null_means=theta)
         if hf.get("sliding_window") is not None:
-            given.setdefault("local_attention", 2 * _checked("Size", "sliding_window", hf["sliding_window"]))
-        config = cls(**given)
-        theta = _rope_theta(hf, FULL, "global_rope_theta")
-        config = replace(
-            config,
-            layer_pattern=_layer_pattern(hf, config.num_hidden_layers),
-            global_rope_theta=theta,
-            local_rope_theta=_rope_theta(hf, SLIDING, "local_rope_theta", null_means=theta),
-        )
-        for key, restated in RESTATED.items():
-            if hf.get(key) not in (None, restated(config)):
-                raise _refusal(key, hf[key], f"{restated(config)} as other fields say; correct or remove it")
+            values.setdefault("local_attention", 2 * _checked("Size", "sliding_window", hf["sliding_window"]))
+        config = cls(**values, layer_pattern=_layer_pattern(hf))
+        for key, name in RESTATED.items():
+            if hf.get(key) not in (None, getattr(config, name)):
+                raise _refusal(key, hf[key], f"{getattr(config, name)} as the other fields say, or removed")
         return config
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers 4.48 to 5.x all read right: it is written in both generations."""
         hf = asdict(self)
-        period = len(hf.pop("layer_pattern"))
+        first, *others = hf.pop("layer_pattern")
+        every_n = 1 + len(others) if first == FULL and FULL not in others else None
+        thetas = {FULL: self.global_rope_theta, SLIDING: self.local_rope_theta}
         return {
             "architectures": ["ModernBertModel"],
             "model_type": "modernbert",
             **hf,
-            # transformers 4 has no irregular pattern: null makes it fail, where a number would be silently wrong.
-            "global_attn_every_n_layers": period if self.layer_pattern == _every(period) else None,
-            "layer_types": list(self.layer_types),
-            "rope_parameters": {
-                FULL: {"rope_type": "default", "rope_theta": self.global_rope_theta},
-                SLIDING: {"rope_type": "default", "rope_theta": self.local_rope_theta},
-            },
+            # transformers 4 knows no irregular pattern: null makes it fail, a number would be silently wrong.
+            "global_attn_every_n_layers": every_n,
+            "layer_types": self.layer_types,
+            "rope_parameters": {k: {"rope_type": "default", "rope_theta": v} for k, v in thetas.items()},
         }
 
 
-# The keys of config.json that are not fields, by what is done with them: become other fields,
-DERIVED = {"global_attn_every_n_layers", "layer_types", "rope_parameters", "rope_scaling"}
-# would change the model, so must have the one value that is implemented,
-ONLY: dict[str, Any] = {
-    "model_type": "modernbert",
-    "partial_rotary_factor": 1,
-    "per_layer_config": {},
-    "pruned_heads": {},
-    "quantization_config": {},
+# The keys of config.json that are not fields, by what is done with them. These become fields:
+DERIVED = {"global_attn_every_n_layers", "rope_parameters"}
+# These would change the model, so they must be empty or what is implemented:
+ONLY = {"model_type": "modernbert", "per_layer_config": {}, "quantization_config": {}, "rope_scaling": {}}
+PLAIN_ROPE = {"rope_type": "default", "type": "default"}
+# These say again what a field or property says, so they must agree:
+RESTATED = {
+    "layer_types": "layer_types",
+    "head_dim": "head_dim",
+    "sliding_window": "window",  # transformers 5 means the half width
+    "rope_theta": "global_rope_theta",  # an alias in transformers 4
 }
-ONLY_IN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-# say again what fields say, so must agree,
-RESTATED: dict[str, Callable[[EncoderConfig], Any]] = {
-    "head_dim": lambda config: config.head_dim,
-    "sliding_window": lambda config: config.window,  # in transformers 5 this is the half width
-    "rope_theta": lambda config: config.global_rope_theta,  # an alias in transformers 4
-}
-# do not change the encoder, so are ignored.
+# These do not change the encoder, so they are ignored: bookkeeping, switches of Hugging Face's code, what the
+# task of a head adds, and in the last line what decoders and BERT have and no version of ModernBERT reads.
 NOISE = (
-    # Hugging Face's bookkeeping, and the switches of its code
-    "architectures auto_map _name_or_path name_or_path transformers_version transformers.js_config dtype",
-    "torch_dtype use_bfloat16 torchscript tf_legacy_loss attn_implementation _attn_implementation",
-    "_attn_implementation_autoset gradient_checkpointing reference_compile deterministic_flash_attn",
-    "repad_logits_with_grad sparse_prediction sparse_pred_ignore_index chunk_size_feed_forward use_cache",
-    "return_dict output_attentions output_hidden_states tie_last_hidden_states tokenizer_class",
-    # what the task of a head adds
-    "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix",
-    # fields of decoders, or left over from BERT, that no version of ModernBERT reads
-    "is_decoder is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder",
-    "layer_norm_eps position_embedding_type hidden_act",
+    "architectures _name_or_path name_or_path transformers_version transformers.js_config dtype",
+    "torch_dtype attn_implementation _attn_implementation _attn_implementation_autoset reference_compile",
+    "deterministic_flash_attn gradient_checkpointing sparse_prediction sparse_pred_ignore_index use_cache",
+    "repad_logits_with_grad chunk_size_feed_forward return_dict output_attentions output_hidden_states",
+    "tie_last_hidden_states id2label label2id num_labels problem_type finetuning_task task_specific_params",
+    "is_decoder is_encoder_decoder pruned_heads layer_norm_eps position_embedding_type hidden_act",
 )
 
 
@@ -215,35 +189,22 @@ def _checked(kind: str, name: str, value: Any) -> Any:
     return stored(value)
 
 
-def _every(n: int) -> tuple[str, ...]:
-    """The pattern of transformers 4: a global layer, then n - 1 local ones."""
-    return (FULL,) + (SLIDING,) * (n - 1)
-
-
-def _repeated(pattern: tuple[str, ...], layers: int) -> tuple[str, ...]:
-    return tuple(pattern[i % len(pattern)] for i in range(layers))
-
-
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
-    if hf.get("model_type") is None:
-        raise _refusal("model_type", None, "'modernbert'; write it if this file describes a ModernBERT")
     for key, only in ONLY.items():
-        if hf.get(key) not in (None, only):
-            raise _refusal(key, hf[key], f"{only!r}; nothing else is implemented")
-    by_kind = _checked("Object", "rope_parameters", hf.get("rope_parameters"))
-    if not set(by_kind) <= {FULL, SLIDING}:
-        raise _refusal("rope_parameters", dict(by_kind), f"one object under {FULL} and one under {SLIDING}")
-    ropes = {f"rope_parameters.{kind}": rope for kind, rope in by_kind.items()}
-    for name, rope in {"rope_scaling": hf.get("rope_scaling"), **ropes}.items():
-        for key, value in _checked("Object", name, rope).items():
-            is_theta = key == "rope_theta" and name in ropes
-            if not is_theta and value not in (None, ONLY_IN_ROPE.get(key)):
-                wanted = f"{ONLY_IN_ROPE.get(key)!r} or absent; only plain RoPE is implemented"
-                raise _refusal(f"{name}.{key}", value, wanted)
+        if (hf.get(key) or {}) != only:
+            raise _refusal(key, hf.get(key), f"{only!r}; nothing else is implemented")
+    ropes = _checked("Object", "rope_parameters", hf.get("rope_parameters"))
+    if not set(ropes) <= {FULL, SLIDING}:
+        raise _refusal("rope_parameters", ropes, f"one object under {FULL} and one under {SLIDING}")
+    for kind, rope in ropes.items():
+        for key, value in _checked("Object", f"rope_parameters.{kind}", rope).items():
+            if key != "rope_theta" and value not in (None, PLAIN_ROPE.get(key)):
+                wanted = f"{PLAIN_ROPE.get(key)!r}; only plain RoPE is implemented"
+                raise _refusal(f"rope_parameters.{kind}.{key}", value, wanted)
 
 
 def _rope_theta(hf: Mapping[str, Any], kind: str, legacy: str, *, null_means: float | None = None) -> float:
-    """The theta of one kind of layer. There is no default: the published models differ, and a wrong one is silent."""
+    """The theta of one kind of layer. No default: models differ, and a wrong theta is silent."""
     rope = (hf.get("rope_parameters") or {}).get(kind) or {}
     spelled = {f"rope_parameters.{kind}.rope_theta": rope.get("rope_theta"), legacy: hf.get(legacy)}
     # transformers 4 writes null, and FlexBERT's converter -1, for local layers that use the global theta.
@@ -254,57 +215,35 @@ def _rope_theta(hf: Mapping[str, Any], kind: str, legacy: str, *, null_means: fl
         return next(iter(thetas.values()))
     if null_means is not None and ("rope_theta" in rope or legacy in hf):
         return null_means
-    raise ValueError(f"config: no RoPE theta for {kind} layers, {spelled}; write the one it was trained with")
+    raise ValueError(f"config: no RoPE theta for {kind} layers, got {spelled}; write the trained one")
 
 
-def _layer_pattern(hf: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    """The pattern behind `layer_types`, or of every n-th layer where that is given."""
+def _layer_pattern(hf: Mapping[str, Any]) -> Pattern:
+    """Every n-th layer global where the file says so, else the shortest pattern behind its `layer_types`."""
     n, types = hf.get("global_attn_every_n_layers"), hf.get("layer_types")
-    pattern = (
-        EncoderConfig.layer_pattern
-        if n is None
-        else _every(_checked("Size", "global_attn_every_n_layers", n))
-    )
-    if types is None:
-        return pattern
-    types = _checked("LayerPattern", "layer_types", types)
-    if len(types) != layers:
-        raise _refusal("layer_types", types, f"of length num_hidden_layers {layers}")
-    if n is None:
-        return next(types[:n] for n in range(1, layers + 1) if _repeated(types[:n], layers) == types)
-    if _repeated(pattern, layers) != types:
-        raise _refusal(
-            "global_attn_every_n_layers", n, f"in line with layer_types {types}; remove the wrong one"
-        )
-    return pattern
+    if n is not None:
+        return (FULL, *[SLIDING] * (_checked("Size", "global_attn_every_n_layers", n) - 1))
+    types = EncoderConfig.layer_pattern if types is None else _checked("Pattern", "layer_types", types)
+    periods = range(1, len(types) + 1)
+    return next(types[:p] for p in periods if all(t == types[i % p] for i, t in enumerate(types)))
 
 
-_MODERNBERT = EncoderConfig(
-    pad_token_id=50283,
-    cls_token_id=50281,
-    sep_token_id=50282,
-    bos_token_id=50281,
-    eos_token_id=50282,
-    classifier_pooling="mean",
+_IDS = EncoderConfig(
+    pad_token_id=50283, cls_token_id=50281, sep_token_id=50282, bos_token_id=50281, eos_token_id=50282
 )
+_MODERNBERT = replace(_IDS, classifier_pooling="mean")
 _ETTIN = replace(_MODERNBERT, max_position_embeddings=7999, local_rope_theta=160_000.0)
-_SHAPES = {  # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
-    "modernbert-base": (_MODERNBERT, 768, 1152, 22, 12),
-    "modernbert-large": (_MODERNBERT, 1024, 2624, 28, 16),
-    "ettin-17m": (_ETTIN, 256, 384, 7, 4),
-    "ettin-32m": (_ETTIN, 384, 576, 10, 6),
-    "ettin-68m": (_ETTIN, 512, 768, 19, 8),
-    "ettin-150m": (_ETTIN, 768, 1152, 22, 12),
-    "ettin-400m": (_ETTIN, 1024, 2624, 28, 16),
-    "ettin-1b": (_ETTIN, 1792, 3840, 28, 28),
-}
+_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 PRESETS: dict[str, EncoderConfig] = {
-    name: replace(
-        family,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+    name: replace(family, **dict(zip(_SHAPE, shape, strict=True)))
+    for name, family, *shape in (
+        ("modernbert-base", _MODERNBERT, 768, 1152, 22, 12),
+        ("modernbert-large", _MODERNBERT, 1024, 2624, 28, 16),
+        ("ettin-17m", _ETTIN, 256, 384, 7, 4),
+        ("ettin-32m", _ETTIN, 384, 576, 10, 6),
+        ("ettin-68m", _ETTIN, 512, 768, 19, 8),
+        ("ettin-150m", _ETTIN, 768, 1152, 22, 12),
+        ("ettin-400m", _ETTIN, 1024, 2624, 28, 16),
+        ("ettin-1b", _ETTIN, 1792, 3840, 28, 28),
     )
-    for name, (family, hidden, intermediate, layers, heads) in _SHAPES.items()
 }

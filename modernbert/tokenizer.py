@@ -121,7 +121,8 @@ class Tokenizer:
                 ids, offsets = [ids[row] for row in kept], [offsets[row] for row in kept if offsets]
             batch.append(Encoding(ids, offsets, truncated=len(whole) - len(ids)))
         if cut := sum(encoding.truncated > 0 for encoding in batch):
-            what = f"{cut} of {len(batch)} texts were cut to {limit} tokens, the longest of {max(map(len, wholes))}"
+            longest = max(map(len, wholes))
+            what = f"{cut} of {len(batch)} texts were cut to {limit} tokens, the longest of {longest}"
             todo = "pass a larger max_length or split them (encode_batch tells which). To silence this: "
             todo += "warnings.simplefilter('ignore', modernbert.tokenizer.TruncationWarning)"
             warnings.warn(f"{what}: {todo}", TruncationWarning, stacklevel=3)
@@ -137,6 +138,11 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         return self._backend.id_to_token(token_id)
 
+    @property
+    def added_tokens(self) -> set[str]:
+        """Tokens that are found in a text before anything else is split: special ones and those of `add_tokens`."""
+        return {token.content for token in self._backend.get_added_tokens_decoder().values()}
+
     def add_tokens(self, tokens: Sequence[str]) -> int:
         """Append tokens, return by how many rows the embeddings must grow (`resize_token_embeddings`)."""
         before = self.vocab_size
@@ -149,7 +155,7 @@ class Tokenizer:
         names = {role: name for role, name in self._names.items() if name is not None}
         # tokenizer.json holds the added tokens, and PreTrainedTokenizerFast takes it as it is.
         config = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
-        config |= {**names, "do_lower_case": self.do_lower_case, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
         return {
             "tokenizer.json": self._backend.to_str().encode(),
             "tokenizer_config.json": json.dumps(config, indent=2).encode(),

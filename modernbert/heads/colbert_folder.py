@@ -70,7 +70,7 @@ def _pylate(written: dict[str, Any]) -> dict[str, Any]:
 def _native(
     folder: Path, written: dict[str, Any], modules: dict[str, list[Path]], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """sentence-transformers: prefixes are text (a single token, where the vocabulary has it), blanks stay."""
+    """sentence-transformers: prefixes are text (one token, where it was added to the vocabulary), blanks stay."""
     transformer = files.read_json(folder, TRANSFORMER)
     expansion = transformer.get("query_expansion")
     if expansion and (expansion["strategy"] != "fixed" or expansion.get("token") not in (None, "[MASK]")):
@@ -90,7 +90,7 @@ def _native(
     }
     for role in ("query", "document"):
         prompt = (written.get("prompts") or {}).get(role) or ""
-        is_token = bool(prompt) and tokenizer.token_to_id(prompt) is not None
+        is_token = prompt in tokenizer.added_tokens  # an ordinary word could merge with what follows it
         settings |= {f"{role}_prefix": prompt if is_token else "", f"{role}_prompt": "" if is_token else prompt}
     return settings
 
@@ -121,12 +121,17 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:
-    """Write a PyLate 1.6 folder: the backbone at its root, each Dense in a folder of its own. Atomic."""
-    config = colbert.config
+    """Write a PyLate 1.6 folder: the backbone at its root, each Dense in a folder of its own. Atomic.
+
+    PyLate strips blanks around every text; a model that does not (`strip=False`, read from a sentence-transformers
+    folder) does so once it is read back.
+    """
+    config, tokenizer = colbert.config, colbert.tokenizer
+    skiplist = [word for word in config.skiplist_words if config.skip_unknown or tokenizer.token_to_id(word) is not None]
     if config.query_prompt != config.document_prompt:
         raise ValueError("PyLate folders hold no separate prompts for queries and documents: put them into the texts")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-    extra: dict[str, Any] = dict(colbert.tokenizer.files())
+    extra: dict[str, Any] = dict(tokenizer.files())
     for index, layer in enumerate(colbert.dense, 1):
         name = f"{index}_Dense"
         modules.append({"idx": index, "name": str(index), "path": name, "type": "pylate.models.Dense.Dense"})
@@ -136,7 +141,7 @@ def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:
     extra["modules.json"] = modules
     extra[TRANSFORMER] = {
         "max_seq_length": config.document_length - 1,
-        "do_lower_case": colbert.tokenizer.do_lower_case,
+        "do_lower_case": tokenizer.do_lower_case,
     }
     extra[SETTINGS] = {
         "__version__": {"pytorch": torch.__version__},
@@ -149,7 +154,7 @@ def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:
         "query_length": config.query_length,
         "document_length": config.document_length,
         "attend_to_expansion_tokens": config.attend_to_expansion_tokens,
-        "skiplist_words": list(config.skiplist_words),
+        "skiplist_words": skiplist,
         "do_query_expansion": config.do_query_expansion,
     }
     encoder = colbert.encoder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 import warnings
 import zlib
 from collections import Counter
@@ -26,9 +25,14 @@ def read_passages(
 ) -> Iterator[Passage]:
     """The passages of files and folders, in sorted order, with no more than one file in memory.
 
-    `words` is the longest passage, title included. What is left out or repaired is told to `note`, a sentence each.
-    Raises FileNotFoundError for a path that is not there, and ValueError for a file that is no text, for a broken
-    record (with its line), and when there is nothing to search at all.
+    Args:
+        paths: text and markdown files, JSON-lines corpora, and folders of these.
+        words: the longest passage, title included.
+        note: is told what is left out or repaired, a sentence each.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ValueError: a file that is no text, a broken record (with its line), nothing to search at all.
     """
     if words < 8:
         raise ValueError(f"words is {words}; a passage needs room for at least 8")
@@ -36,23 +40,23 @@ def read_passages(
     for root in roots:
         for file in _files(root, note):
             is_root = file == root
-            for document in (
-                read_records(file, note=note) if _is_records(file) else _text_file(file, is_root, note)
-            ):
+            documents = read_texts(file, note=note) if _is_records(file) else _text_file(file, is_root, note)
+            for document in documents:
                 for passage in passages(document, words=words):
                     empty = False
                     yield passage
     if empty:
         names, kinds = ", ".join(map(str, roots)) or "no path at all", " ".join(sorted(TEXT - {""}))
         raise ValueError(
-            f"nothing to search in {names}: there is no text in a {kinds} file or in a corpus.jsonl[.gz]"
+            f"no text to search in {names}; read are corpus.jsonl[.gz], README and the like, {kinds}"
         )
 
 
-def read_records(path: str | os.PathLike[str], *, note: Note = warnings.warn) -> Iterator[Document]:
-    """The records of a JSON-lines file: `text`, and if there `title` and `_id` (else the number of the line).
+def read_texts(path: str | os.PathLike[str], *, note: Note = warnings.warn) -> Iterator[Document]:
+    """The records of a JSON-lines file, and of any other file each line that is not blank, one document each.
 
-    Any other file gives one document for each line that is not blank. Raises ValueError with file and line.
+    A record has a `text`, and may have a `title` and an `_id` (else the number of its line).
+    Raises ValueError with file and line for a broken one.
     """
     path, replaced = Path(path), 0
     try:
@@ -73,7 +77,7 @@ def read_records(path: str | os.PathLike[str], *, note: Note = warnings.warn) ->
 
 
 def _files(root: Path, note: Note) -> Iterator[Path]:
-    """`root` itself if it is a file, else every text file and corpus below it; what is passed over is noted by kind."""
+    """`root` itself if it is a file, else every text file and corpus below it; the rest is noted by kind."""
     if not root.exists():
         raise FileNotFoundError(f"no such file or folder: {root}")
     if not root.is_dir():
@@ -104,7 +108,7 @@ def _files(root: Path, note: Note) -> Iterator[Path]:
 
 
 def _text_file(path: Path, asked_for: bool, note: Note) -> Iterator[Document]:
-    """The document in a text file. What cannot be read raises if it was asked for by name, and is noted in a folder."""
+    """The document in a text file. One that cannot be read raises if asked for by name, else it is noted."""
     try:
         raw = path.read_bytes()
     except OSError as error:

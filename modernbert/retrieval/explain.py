@@ -17,9 +17,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class TokenMatch:
-    """A query token and the most similar document token. `contribution` is their similarity, a summand of the score.
+    """A query token, the most similar document token, and their similarity, which is a summand of the score.
 
-    Spans are characters of the query and of the document; None for a token that no character stands for, such as [CLS].
+    Spans are characters of the query and of the document; None for a token without text, such as [CLS].
     """
 
     query: Span | None
@@ -29,7 +29,7 @@ class TokenMatch:
 
 @dataclass(frozen=True)
 class WordMatch:
-    """A query word, the document word that its strongest token found (None: a token without text), and their share."""
+    """A query word, the document word most of it was found in (None: tokens without text), and its share."""
 
     query: str
     document: str | None
@@ -37,12 +37,12 @@ class WordMatch:
 
 
 def explain(colbert: ColBERT, query: str, documents: Sequence[str]) -> list[list[TokenMatch]]:
-    """For each document one match per query token, in query order; the contributions sum to the MaxSim score."""
+    """For each document a match per query token, in query order; contributions sum to the MaxSim score."""
     query_QE = colbert.encode_queries([query]).values
-    query_spans = colbert.token_spans_queries([query])[0]
-    document_spans = colbert.token_spans_documents(list(documents))
+    query_spans = colbert.tokenize_queries([query]).spans[0]
+    document_spans = colbert.tokenize_documents(documents).spans
     explanations = []
-    for document_SE, spans in zip(colbert.encode_documents(list(documents)), document_spans, strict=True):
+    for document_SE, spans in zip(colbert.encode_documents(documents), document_spans, strict=True):
         best = (query_QE @ document_SE.T).max(dim=1)
         found = [spans[i] for i in best.indices.tolist()]
         matches = zip(query_spans, found, best.values.tolist(), strict=True)
@@ -61,15 +61,13 @@ def strongest_words(
             tokens_of.setdefault(word, []).append(match)
     words = []
     for (start, end), tokens in tokens_of.items():
-        strongest = max(tokens, key=lambda token: token.contribution)
-        found = _word(document, strongest.document) or strongest.document
-        words.append(
-            WordMatch(
-                query=query[start:end],
-                document=document[found[0] : found[1]].strip() if found else None,
-                contribution=sum(token.contribution for token in tokens),
-            )
-        )
+        shares: dict[Span | None, float] = {}
+        for token in tokens:
+            place = _word(document, token.document) or token.document
+            shares[place] = shares.get(place, 0.0) + token.contribution
+        best = max(shares, key=lambda place: shares[place])
+        found = document[best[0] : best[1]].strip() if best else None
+        words.append(WordMatch(query[start:end], found, sum(shares.values())))
     return sorted(words, key=lambda word: -word.contribution)[:limit]
 
 

@@ -1,7 +1,7 @@
 """Documents to passages: pieces that a model reads whole and a person reads at a glance.
 
-A document is cut at its headings first, then, where a section is too long, at paragraphs, list items and sentences.
-Each passage is titled with the headings above it, so that it can be understood, and found, on its own.
+A document is cut at its headings first, then, where a section is too long, at paragraphs, list items and
+sentences. Each passage is titled with the headings above it: it can be understood, and found, on its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MARKDOWN = frozenset({".md", ".markdown", ".mdx"})
 
 @dataclass(frozen=True)
 class Document:
-    """A text file, or a record in a file: then `id` is its `_id` instead of the path, and `line` (from 1) its place."""
+    """A text file (`id` is its path), or a record in a file (`id` is its `_id`, `line` its place, from 1)."""
 
     path: str
     id: str
@@ -35,7 +35,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """Characters `start` to `end` of a document, under a title; `line` is where in `path` it starts, from 1."""
+    """Characters `start` to `end` of a document, under a title; it begins in `line` of `path`, from 1."""
 
     path: str
     id: str
@@ -111,7 +111,7 @@ def _sections(document: Document) -> Iterator[Section]:
 
 
 def _headings(text: str, suffix: str) -> Iterator[Heading]:
-    """Markdown's `# heading` and underlined headings, and reStructuredText's, whose levels are in order of appearance."""
+    """Markdown's `# heading` and underlined headings; reStructuredText's, levels in order of appearance."""
     markdown = suffix in MARKDOWN
     if not markdown and suffix != ".rst":
         return
@@ -119,13 +119,14 @@ def _headings(text: str, suffix: str) -> Iterator[Heading]:
     fence, at = "", 0
     before, previous = "", ""  # the two lines above
     for line in text.splitlines(keepends=True):
+        heading = None
         mark = _FENCE.match(line) if markdown else None
         if mark and not fence and "`" not in mark[2]:
             fence = mark[1]
         elif mark and mark[1].startswith(fence) and not mark[2].strip():
             fence = ""
         elif not fence and markdown and (hashes := _ATX.match(line)):
-            yield Heading(at, at + len(line), len(hashes[1]), hashes[2])
+            heading = Heading(at, at + len(line), len(hashes[1]), hashes[2])
         elif not fence and (under := _UNDERLINE.match(line)) and _TEXT.match(previous):
             over = None if markdown else _UNDERLINE.match(before)
             overlined = bool(over and over[1] == under[1])
@@ -134,11 +135,14 @@ def _headings(text: str, suffix: str) -> Iterator[Heading]:
                 styles.append(style)
             if style in styles and (overlined or not before.strip()):
                 start = at - len(previous) - (len(before) if overlined else 0)
-                yield Heading(start, at + len(line), styles.index(style) + 1, previous.strip())
-        before, previous, at = previous, line, at + len(line)
+                heading = Heading(start, at + len(line), styles.index(style) + 1, previous.strip())
+        if heading:
+            yield heading
+        # A line cannot be in two headings.
+        before, previous, at = previous, "" if heading else line, at + len(line)
 
 
-# A word is a run without spaces, at most 16 characters of it; scripts written without spaces count by the character.
+# A word is a run without spaces, at most 16 characters of it; scripts without spaces count by the character.
 UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]{{1,16}}")
 _LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])[ \t]")

@@ -42,15 +42,11 @@ class MemoryIndex:
             raise ValueError(f"queries must be a list of texts, got the text {queries!r}; write [query]")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; ask for 1 passage or more")
-        if not queries or not self.passages:
-            return [[] for _ in queries]
-        scores_BK, indices_BK = maxsim(
-            self.colbert.encode_queries(list(queries)), self.vectors, top_k=min(top_k, len(self))
-        )
-        return [
-            [
-                Hit(rank, score, self.passages[i])
-                for rank, (score, i) in enumerate(zip(*row, strict=True), start=1)
-            ]
-            for row in zip(scores_BK.tolist(), indices_BK.tolist(), strict=True)
-        ]
+        scores_BK, indices_BK = maxsim(self.colbert.encode_queries(queries), self.vectors, top_k=top_k)
+        results = []
+        for scores, indices in zip(scores_BK.tolist(), indices_BK.tolist(), strict=True):
+            found = zip(scores, indices, strict=True)
+            results.append(
+                [Hit(rank, score, self.passages[i]) for rank, (score, i) in enumerate(found, start=1)]
+            )
+        return results

@@ -111,7 +111,7 @@ def test_decode_gives_the_text_back(tokenizer: Tokenizer, hugging_face) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_cuts_are_those_of_the_tokenizers_library(modernbert_tokenizer_file: Path, side: str) -> None:
-    """Every length from the special tokens alone to no cut, a text and pairs with either half longer or equal."""
+    """Every length from the special tokens alone to no cut; pairs with either half longer or equal ones."""
     ours = Tokenizer(backend(modernbert_tokenizer_file), {"truncation_side": side})
     theirs = backend(modernbert_tokenizer_file)
     texts = [LONG, (LONG, "short text"), ("short text", LONG), (LONG, LONG), ("", LONG), (LONG[:40], LONG)]
@@ -258,6 +258,13 @@ def test_the_checkpoint_says_whether_to_lower_case(
     assert (loaded.decode(encoding.ids) == "[CLS]deep learning[SEP]") is expected
 
 
+def test_sentence_transformers_word_on_lower_casing_goes_before_the_tokenizers(folder: Path) -> None:
+    """Fast tokenizers of transformers ignore do_lower_case, so False in the former means cased text."""
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    (folder / "sentence_bert_config.json").write_text('{"do_lower_case": false}')
+    assert not Tokenizer.from_pretrained(folder).do_lower_case
+
+
 def test_a_file_that_lower_cases_by_itself_keeps_its_special_tokens(tmp_path: Path) -> None:
     """BERT's tokenizer_config.json says do_lower_case too, and `[MASK]` in a text must stay one token."""
     bert = words("[UNK]", "[MASK]", "a")
@@ -321,12 +328,9 @@ def test_what_is_saved_loads_in_transformers_and_here(folder: Path, tmp_path: Pa
     from transformers import AutoTokenizer
 
     (folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": lower}))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {**config, "pad_token": "[MASK]", "tokenizer_class": "TokenizersBackend", "model_max_length": 299}
-        )
-    )
+    stale = {"50284": {"content": "[MASK]", "lstrip": False, "special": True}}  # tokenizer.json: lstrip
+    config = {"added_tokens_decoder": stale, "pad_token": "[MASK]", "model_max_length": 299}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     ours = Tokenizer.from_pretrained(folder)
     ours.add_tokens(["[Q] ", "[D] "])
     saved = tmp_path / "saved"
