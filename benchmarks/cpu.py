@@ -161,7 +161,7 @@ def maxsim(width: int, *, quick: bool) -> Workload:
         f"MaxSim, 1 query of 32 x 1000 documents ({sum(lengths):,} tokens), width {width}",
         [
             backends.ours_maxsim(query_QE, documents),
-            *backends.padded_maxsim(query_QE, documents, chunks=(1000, 50) if quick else (1000, 200, 50, 10)),
+            *backends.padded_maxsim(query_QE, documents, chunks=(50,) if quick else (200, 50, 10)),
             *backends.maxsim_cpu(query_QE, documents),
         ],
         torch.stack(in_float64),

@@ -174,7 +174,7 @@ def interleave(
     """Samples per implementation, taken in turns: A B C, B C A, C A B, ...
 
     A drift of the machine (clock rate, temperature, neighbours) then falls on all alike. A sample from a busy
-     machine is repeated while the implementation has retries left, and the quietest attempt is kept.
+    machine is repeated while the implementation has retries left, and the quietest attempt is kept.
     """
     taken: dict[str, list[Sample]] = {contender.implementation: [] for contender in contenders}
     left = dict.fromkeys(taken, retries)

@@ -45,8 +45,8 @@ def row(
 
     Args:
         values: one per sample, in `unit`.
-        foreign_percent: CPU use by others in the busiest kept sample, in percent of one core; None if no time was
-            measured.
+        foreign_percent: CPU use by others in the busiest kept sample, in percent of one core; None if not a
+            time.
         calls: in one sample, which is then their median.
         times_better_than: factor over each peer, the median of the factors within each round.
         goals: the factors that we mean to reach.

@@ -302,6 +302,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     )
     for shard, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / shard)  # safetensors 0.8 lets only the owner read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{SAFETENSORS}.index.json").write_bytes(_json(index))

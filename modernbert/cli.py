@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 QUESTIONS = (
-    "how does an Armenian priest become a member of the brotherhood?",
-    "why do doctors use acronyms?",
-    "which animals live in the wetlands of Manipur?",
+    "which foods protect the heart?",
+    "why does it rain more in the mountains?",
+    "how do buildings survive an earthquake?",
 )
 NOTES_SHOWN = 5
 

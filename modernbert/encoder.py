@@ -10,6 +10,7 @@ Dimension key, used as suffixes everywhere in this project:
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from typing import NamedTuple, overload
 
@@ -143,6 +144,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.warned_of_length = False
         self.thetas = tuple(config.rope_theta(layer) for layer in range(config.num_hidden_layers))
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
@@ -199,7 +201,7 @@ class Encoder(nn.Module):
             raise ValueError("token_type_ids: ModernBERT has no token types; leave the argument out")
         if output_attentions:
             raise ValueError("output_attentions: attention probabilities are never materialised here")
-        if not return_dict:
+        if return_dict is False:
             raise ValueError("return_dict=False: the output is a named tuple already; index it instead")
         if isinstance(input_ids, Packed):
             if attention_mask is not None or query_mask is not None or position_ids is not None:
@@ -225,6 +227,8 @@ class Encoder(nn.Module):
         self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """In inference on a CPU, a large batch runs in parts that stay in the cache; the rows are the same."""
+        if not torch.compiler.is_compiling():
+            self._warn_of_length(batch.max_seqlen)
         parts = micro_batches(batch) if not torch.is_grad_enabled() else [batch]
         if len(parts) == 1:
             return self._forward(batch, inputs_embeds_TD, output_hidden_states)
@@ -233,6 +237,16 @@ class Encoder(nn.Module):
         results = [self._forward(*part, output_hidden_states) for part in zip(parts, embeds, strict=True)]
         states = tuple(torch.cat(level) for level in zip(*(s for _, s in results if s is not None), strict=True))
         return torch.cat([x_TD for x_TD, _ in results]), states or None
+
+    def _warn_of_length(self, length: int) -> None:
+        limit = self.config.max_position_embeddings
+        if length > limit and not self.warned_of_length:
+            self.warned_of_length = True
+            warnings.warn(
+                f"a sequence of {length} tokens is longer than max_position_embeddings, {limit}: the model has not seen "
+                "such distances in training. It is encoded all the same; this is said once",
+                stacklevel=2,
+            )
 
     def _forward(
         self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool
@@ -292,6 +306,7 @@ class Encoder(nn.Module):
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`."""
+        config = replace(self.config, vocab_size=vocab_size)
         old = self.embeddings.tok_embeddings
         kept = min(vocab_size, old.num_embeddings)
         new = nn.Embedding(vocab_size, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
@@ -300,7 +315,7 @@ class Encoder(nn.Module):
             new.weight[:kept] = old.weight[:kept]
         new.weight.requires_grad_(old.weight.requires_grad)
         self.embeddings.tok_embeddings = new
-        self.config = replace(self.config, vocab_size=vocab_size)
+        self.config = config
 
     def reset_parameters(self) -> None:
         """The "full Megatron" initialisation of ModernBERT (paper, appendix A): outputs of a block start smaller."""

@@ -98,15 +98,13 @@ def pack(
     lengths = tuple(len(ids) for ids in sequences)
     flat = [token for ids in sequences for token in ids]
     try:
-        input_ids = torch.tensor(flat, dtype=torch.int64) if flat else torch.zeros(0, dtype=torch.int64)
-    except (TypeError, RuntimeError, OverflowError) as error:
+        input_ids = torch.tensor(flat) if flat else torch.zeros(0, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"token ids must be integers below 2**63: {error}") from error
-    if any(isinstance(token, float) for token in flat):
-        raise TypeError("token ids must be integers, got a float")
     _check_ids(input_ids, vocab_size)
     positions = [torch.arange(length) for length in lengths]
     return Packed(
-        input_ids=input_ids,
+        input_ids=input_ids.long(),
         positions=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64),
         cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
         lengths=lengths,
@@ -178,8 +176,6 @@ def _pack_padded(
 ) -> Packed:
     if ids_BS.dim() != 2:
         raise ValueError(f"input_ids must be [batch, length], got shape {tuple(ids_BS.shape)}")
-    if ids_BS.is_floating_point() or ids_BS.is_complex() or ids_BS.dtype == torch.bool:
-        raise TypeError(f"input_ids must be integers, got {ids_BS.dtype}")
     for name, tensor in (("attention_mask", attention_mask), ("query_mask", query_mask)):
         if tensor is not None and tensor.shape != ids_BS.shape:
             raise ValueError(
@@ -187,6 +183,8 @@ def _pack_padded(
                 "(prepared 3-D or 4-D masks are not supported)"
             )
     batch_size, padded_length = ids_BS.shape
+    if position_ids is not None and position_ids.shape not in ((padded_length,), (1, padded_length), ids_BS.shape):
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, input_ids {tuple(ids_BS.shape)}")
     keys_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     real_BS = keys_BS if query_mask is None else keys_BS | (query_mask != 0)
     _check_runs(keys_BS, real_BS)
@@ -194,7 +192,7 @@ def _pack_padded(
     length_B = real_BS.sum(1)
     lengths = tuple(length_B.tolist())
     rows_T = real_BS.flatten().nonzero().squeeze(1)
-    input_ids = ids_BS.flatten()[rows_T].long()
+    input_ids = ids_BS.flatten()[rows_T]
     _check_ids(input_ids, vocab_size)
     cu_seqlens = F.pad(length_B.cumsum(0), (1, 0)).int()
     if position_ids is None:
@@ -203,7 +201,7 @@ def _pack_padded(
     else:
         positions = position_ids.expand(batch_size, padded_length).flatten()[rows_T]
     return Packed(
-        input_ids=input_ids,
+        input_ids=input_ids.long(),
         positions=positions.long(),
         cu_seqlens=cu_seqlens,
         lengths=lengths,
@@ -216,22 +214,23 @@ def _pack_padded(
 
 def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
     """Each row of both masks must be one run of ones, and the runs must start together."""
-    for name, mask_BS in (("attention_mask", keys_BS), ("attention_mask | query_mask", real_BS)):
-        starts_B = (F.pad(mask_BS, (1, 0))[:, :-1] < mask_BS).sum(1)
-        if (starts_B > 1).any():
-            row = int((starts_B > 1).nonzero()[0])
+    starts = [F.pad(mask_BS, (1, 0))[:, :-1] < mask_BS for mask_BS in (keys_BS, real_BS)]
+    for name, starts_BS in zip(("attention_mask", "attention_mask | query_mask"), starts, strict=True):
+        holed_B = starts_BS.sum(1) > 1
+        if holed_B.any():
             raise ValueError(
-                f"{name} of sequence {row} has holes: real tokens must stand together. Distances and rotary positions "
-                "would be ambiguous; drop the masked tokens from input_ids instead"
+                f"{name} of sequence {int(holed_B.nonzero()[0])} has holes: real tokens must stand together. Distances "
+                "and rotary positions would be ambiguous; drop the masked tokens from input_ids instead"
             )
-    first_key_B, first_real_B = keys_BS.int().argmax(1), real_BS.int().argmax(1)
-    wrong_B = (first_key_B != first_real_B) & keys_BS.any(1)
+    wrong_B = (starts[0] & ~starts[1]).any(1)
     if wrong_B.any():
         raise ValueError(f"query_mask of sequence {int(wrong_B.nonzero()[0])} marks rows in front of the real tokens")
 
 
 def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
-    if ids.is_cuda or ids.numel() == 0:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"token ids must be integers, got {ids.dtype}")
+    if not ids.is_cpu or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):

@@ -125,7 +125,7 @@ def test_retries_are_bounded_and_the_quietest_attempt_is_kept_as_not_clean():
 
 
 def test_factors_compare_samples_of_the_same_round():
-    """The machine was six times slower in one round: the factor of most rounds is 2, of the medians it is not."""
+    """The machine was six times slower in one round: most rounds say 2, the medians alone do not."""
     ours, peer = measured("ours", 1.0, 6.0, 1.0, 8.0), measured("peer", 2.0, 12.0, 2.0, 4.0)
     assert ours.times_faster_than(peer) == 2.0
     assert ours.median == 3.5

@@ -65,7 +65,7 @@ def test_other_commands_exist():
 
 
 def listed(tree: str) -> dict[str, set[str]]:
-    """Children of each folder that the tree opens: `{"": {...}, "kernels/": {...}, ...}`. Indent is two spaces."""
+    """Children of each folder that the tree opens: `{"": {...}, "kernels/": {...}}`. Two spaces a level."""
     folders, stack = {"": set()}, [""]
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -83,7 +83,8 @@ def test_the_tree_is_the_tree():
         there = {
             child.name + "/" * child.is_dir()
             for child in (ROOT / folder).iterdir()
-            if child.name not in made and child.suffix != ".egg-info"
+            if child.name not in made
+            and child.suffix != ".egg-info"
             and (not child.name.startswith(".") or child.name == ".ci")
         }
         assert names == there - {"__init__.py", "py.typed"}, folder or "the root"

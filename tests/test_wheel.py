@@ -1,4 +1,4 @@
-"""What is installed is what was tested: a wheel is built, put into an environment of its own, and used from there."""
+"""What is installed is what was tested: a wheel is built, installed into a new environment, and used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel):
         assert wanted - names == set()
     assert any(name.startswith("modernbert/assets/default/") for name in names)
     assert any(name.startswith("modernbert/assets/demo/") for name in names)
-    assert {name.split("/")[0] for name in names} == {"modernbert", "modernbert_kernels", "modernbert-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "modernbert",
+        "modernbert_kernels",
+        "modernbert-0.1.0.dist-info",
+    }
 
 
 def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
@@ -45,12 +49,25 @@ def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
     elsewhere.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
     subprocess.run(install, check=True)
     # A path in a .pth file is searched, but the .pth files in it (ours, of an editable install) are not read.
     (site_packages,) = environment.glob("lib/python*/site-packages")
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
 
     def output(*command: str | Path) -> str:
         run = subprocess.run(command, cwd=elsewhere, env=clean, capture_output=True, text=True)

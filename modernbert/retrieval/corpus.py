@@ -21,28 +21,28 @@ Note = Callable[[str], None]
 
 
 def read_passages(
-    paths: Iterable[str | os.PathLike[str]], *, words: int = 120, note: Note = warnings.warn
+    paths: Iterable[str | os.PathLike[str]], *, tokens: int = 160, note: Note = warnings.warn
 ) -> Iterator[Passage]:
     """The passages of files and folders, in sorted order, with no more than one file in memory.
 
     Args:
         paths: text and markdown files, JSON-lines corpora, and folders of these.
-        words: the longest passage, title included.
+        tokens: the longest passage, title included, roughly (see `passages`).
         note: is told what is left out or repaired, a sentence each.
 
     Raises:
         FileNotFoundError: a path that is not there.
         ValueError: a file that is no text, a broken record (with its line), nothing to search at all.
     """
-    if words < 8:
-        raise ValueError(f"words is {words}; a passage needs room for at least 8")
+    if tokens < 8:
+        raise ValueError(f"tokens is {tokens}; a passage needs room for at least 8")
     roots, empty = [Path(path) for path in paths], True
     for root in roots:
         for file in _files(root, note):
             is_root = file == root
             documents = read_texts(file, note=note) if _is_records(file) else _text_file(file, is_root, note)
             for document in documents:
-                for passage in passages(document, words=words):
+                for passage in passages(document, tokens=tokens):
                     empty = False
                     yield passage
     if empty:

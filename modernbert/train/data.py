@@ -132,7 +132,8 @@ class Rows:
         parts, lengths = [], [0]
         dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
         for start in range(0, len(texts), 4096):
-            lowered = [text.lower() for text in texts[start : start + 4096]]
+            # No token of ordinary text is longer than 32 characters; the cut saves most of the work on long texts.
+            lowered = [text[: 32 * limit].lower() for text in texts[start : start + 4096]]
             ids = [encoding.ids[:limit] for encoding in tokenizer.encode_batch_fast(lowered, add_special_tokens=False)]
             lengths += map(len, ids)
             parts.append(np.fromiter(chain.from_iterable(ids), dtype))
@@ -147,29 +148,44 @@ class Rows:
 
 
 def plan_batches(
-    lengths: np.ndarray, strata: np.ndarray, *, max_pairs: int, max_tokens: int, seed: int, window: int = 16
+    lengths: np.ndarray, strata: np.ndarray, topics: np.ndarray, *, max_pairs: int, max_tokens: int, seed: int
 ) -> list[np.ndarray]:
-    """Index arrays that cover every pair once: the same list for the same arguments, on every machine.
+    """Index arrays that cover every pair once: the same list for the same arguments.
 
-    A batch holds pairs of one stratum (negatives from the same source are harder) and of similar length: a stratum is
-    shuffled, cut into windows of about `window` batches, sorted by length there and cut into batches of equal cost. The
-    order of the batches is random. No batch has more than `max_pairs` pairs; its lengths sum to `max_tokens` or a
-    little less, plus at most one pair.
+    A batch holds pairs of one stratum whose documents are alike, because such documents are harder negatives: a stratum
+    is shuffled, cut into windows of about 64 batches, and a window is halved along the line between two of its own
+    topic vectors until a part fits a batch. The order of the batches is random.
 
     Args:
-        lengths: tokens of each pair, int [N].
-        strata: int [N].
+        lengths: tokens of each pair, int [N]. strata: int [N]. topics: float [N, k].
+        max_pairs, max_tokens: what a batch holds. A pair longer than `max_tokens` is a batch of its own.
     """
     rng = np.random.default_rng(seed)
-    plan = []
+    # What a pair takes of a batch: of its tokens or of its places, whichever is scarcer.
+    cost = np.minimum(np.maximum(lengths / max_tokens, 1 / max_pairs), 1)
+    plan: list[np.ndarray] = []
+    parts = []
     for stratum in np.unique(strata):
         members = rng.permutation(np.flatnonzero(strata == stratum))
-        # What a pair takes of a batch: of its tokens or of its places, whichever is scarcer.
-        cost = np.maximum(lengths[members] / max_tokens, 1 / max_pairs)
-        for part in np.array_split(members, max(1, round(cost.sum() / window))):
-            part = part[np.argsort(lengths[part], kind="stable")]
-            cost = np.maximum(lengths[part] / max_tokens, 1 / max_pairs)
-            number = np.ceil(cost.sum() - 1e-9)
-            batch_of = np.minimum((np.cumsum(cost) - cost / 2) * (number / cost.sum()), number - 1).astype(int)
-            plan += np.split(part, np.flatnonzero(np.diff(batch_of)) + 1)
+        parts += np.array_split(members, max(1, round(cost[members].sum() / 64)))
+    while parts:
+        part = parts.pop()
+        if cost[part].sum() <= 1 + 1e-9:
+            plan.append(part)
+            continue
+        first, second = rng.choice(part, 2, replace=False)
+        part = part[np.argsort(topics[part] @ (topics[first] - topics[second]), kind="stable")]
+        filled, batches = np.cumsum(cost[part]), np.ceil(cost[part].sum())
+        cut = int(np.searchsorted(filled, filled[-1] * (batches // 2) / batches))
+        parts += np.split(part, [min(max(cut, 1), len(part) - 1)])
     return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def topic_vectors(rows: Rows, table: np.ndarray) -> np.ndarray:
+    """The mean of each text's token vectors `table [V, k]`, each weighted by -log(token's frequency): float32 [N, k]."""
+    counts = np.bincount(rows.values, minlength=len(table))
+    weighted = (table * np.log(counts.sum() / np.maximum(counts, 1))[:, None]).astype(np.float32)
+    topics = np.zeros((len(rows.lengths), table.shape[1]), np.float32)
+    for i in np.flatnonzero(rows.lengths):
+        topics[i] = weighted[rows[i]].mean(0)
+    return topics

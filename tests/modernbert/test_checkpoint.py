@@ -378,6 +378,8 @@ def test_safetensors_reads_what_save_wrote(tmp_path: Path) -> None:
     assert json.loads(written.pop("config.json")) == {"name": "é"}
     assert json.loads(written.pop("modules.json")) == [{"idx": 0}]
     assert written == {"1_Dense/model.safetensors": b"\0\1"}
+    with safetensors.safe_open(tmp_path / "new" / "model" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without which transformers 4 refuses it
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
 
 
@@ -440,6 +442,7 @@ def test_a_save_replaces_the_weights_and_keeps_other_files(tmp_path: Path, way: 
         (target / name).write_bytes(content)
     (target / "link").symlink_to("../outside")
     (target / "dangling").symlink_to("nowhere")
+    (target / "folder").symlink_to("runs")
     inode = (target / "README.md").stat().st_ino
     target.chmod(0o750)
 
@@ -452,6 +455,7 @@ def test_a_save_replaces_the_weights_and_keeps_other_files(tmp_path: Path, way: 
     assert written == others | {"link": b"far"}
     assert os.readlink(target / "link") == "../outside"
     assert os.readlink(target / "dangling") == "nowhere"
+    assert os.readlink(target / "folder") == "runs"
     assert (target / "README.md").stat().st_ino == inode
     assert target.stat().st_mode & 0o777 == 0o750
     assert {path.name for path in tmp_path.iterdir()} == {"model", "outside"}
@@ -503,13 +507,18 @@ def test_a_file_that_comes_during_the_save_is_kept(tmp_path: Path, monkeypatch: 
     """A log begun between the copy of the old folder's entries and the swap would go with the old folder."""
     save(tmp_path / "model", config={}, state=small_state())
 
+    calls: list[Iterable[Path]] = []
+
     def begin_a_log(paths: Iterable[Path]) -> None:
-        (tmp_path / "model" / "log").write_text("1")
+        calls.append(paths)
+        if len(calls) == 2:  # of the folders, when all is copied
+            (tmp_path / "model" / "log").write_text("1")
 
     monkeypatch.setattr(checkpoint, "_flush", begin_a_log)
     save(tmp_path / "model", config={"new": 1}, state=small_state())
     assert read_json(tmp_path / "model", "config.json") == {"new": 1}
     assert (tmp_path / "model" / "log").read_text() == "1"
+    assert len(calls) == 3
 
 
 def test_others_may_read_what_is_saved(tmp_path: Path, way: str) -> None:

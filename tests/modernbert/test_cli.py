@@ -313,10 +313,8 @@ def test_the_demo_answers_its_questions(modernbert):
     status, out, err = modernbert("demo")
     assert (status, err) == (0, "")
     assert "of 1,581 documents (Wikipedia), read and encoded in" in out
-    for question, article in zip(QUESTIONS, ANSWERS, strict=True):
+    answers = ("Cardiovascular disease", "Precipitation", "Structural engineering")
+    for question, article in zip(QUESTIONS, answers, strict=True):
         first = out.split(question)[1].split("\n1. ")[1].split("\n2. ")[0]
         assert first.splitlines()[1].strip() == article
         assert "why: " in first
-
-
-ANSWERS = ("Armenian Apostolic Church", "Acronym", "Manipur")

@@ -9,6 +9,7 @@ from importlib.resources import files
 from itertools import pairwise
 
 import pytest
+import tokenizers
 from markdown_it import MarkdownIt
 
 from modernbert.retrieval.corpus import read_passages, read_texts
@@ -115,25 +116,27 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("words", [8, 50, 120])
-def test_every_word_is_in_exactly_one_passage(name, words):
+@pytest.mark.parametrize("tokens", [8, 50, 160])
+def test_every_word_is_in_exactly_one_passage(name, tokens):
     """The spans are in order, hold the text they name, and leave out nothing but white space."""
     document = guide(LONG[name], "long.txt")
-    found = list(passages(document, words=words))
+    found = list(passages(document, tokens=tokens))
     end = 0
     for passage in found:
         assert passage.text == document.text[passage.start : passage.end]
         assert passage.text == passage.text.strip() != ""
         assert document.text[end : passage.start].strip() == ""
         assert passage.line == 1 + document.text.count("\n", 0, passage.start)
-        assert len(passage.content.split()) <= words
-        assert len(passage.text) <= 17 * words  # long words and scripts without spaces are cut, too
+        assert len(passage.content.split()) <= tokens
+        assert (
+            len(" ".join(passage.text.split())) <= 9 * tokens
+        )  # long words and unspaced scripts are cut, too
         end = passage.end
     assert document.text[end:].strip() == ""
 
 
 def test_markdown_keeps_every_line_but_headings_and_front_matter():
-    kept = " ".join(passage.text for passage in passages(guide(), words=8)).split()
+    kept = " ".join(passage.text for passage in passages(guide(), tokens=8)).split()
     body = re.sub(r"^## Empty$", "Empty-heading", GUIDE.split("---\n", 2)[2], flags=re.MULTILINE)
     for heading in ("# Birds #", "## Owls", "### Barn owl", "Setext heading\n--------------", "## Last ##"):
         body = body.replace(heading, "", 1)
@@ -142,13 +145,22 @@ def test_markdown_keeps_every_line_but_headings_and_front_matter():
 
 def test_cuts_prefer_paragraphs_then_list_items_then_sentences():
     sentence = "Seven short words stand in this sentence. "
-    found = list(passages(guide(sentence * 12 + "\n\n" + sentence * 8, "a.txt"), words=121))
+    found = list(passages(guide(sentence * 12 + "\n\n" + sentence * 8, "a.txt"), tokens=121))
     assert [len(passage.text.split()) for passage in found] == [84, 56]
-    found = list(passages(guide("Take:\n\n" + "- one two three four five six\n" * 6, "a.txt"), words=31))
+    found = list(passages(guide("Take:\n\n" + "- one two three four five six\n" * 6, "a.txt"), tokens=31))
     assert all(passage.text.startswith(("Take", "- one")) for passage in found)
-    found = list(passages(guide(sentence * 40, "a.txt"), words=121))
+    found = list(passages(guide(sentence * 40, "a.txt"), tokens=121))
     assert all(passage.text.endswith("sentence.") for passage in found)
     assert {len(passage.text.split()) for passage in found} == {91, 98}  # equal shares, no crumb at the end
+
+
+def test_passages_fit_a_real_tokenizer(modernbert_tokenizer_file):
+    """All but 1 in 100 of the demo's passages have at most the 180 tokens of PyLate's default."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(modernbert_tokenizer_file))
+    encodings = tokenizer.encode_batch([passage.content for passage in read_passages([DEMO])])
+    lengths = [1 + len(encoding) for encoding in encodings]  # and the prefix
+    assert sum(length > 180 for length in lengths) < 0.01 * len(lengths)
+    assert sum(lengths) > 90 * len(lengths)
 
 
 def test_records_are_read_as_beir_defines_them():

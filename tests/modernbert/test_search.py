@@ -8,7 +8,7 @@ import pytest
 from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.retrieval.corpus import read_passages
-from modernbert.retrieval.explain import explain, strongest_words
+from modernbert.retrieval.explain import TokenMatch, WordMatch, explain, strongest_words
 from modernbert.retrieval.passages import Passage
 from modernbert.retrieval.search import MemoryIndex
 
@@ -132,6 +132,22 @@ def test_strongest_words_are_whole_words_with_their_tokens_summed(colbert):
         inside = [m for m in matches if m.query and start <= m.query[1] - 1 < start + len(word.query)]
         assert abs(word.contribution - sum(match.contribution for match in inside)) < 1e-6
     assert strongest_words(matches, query, document, limit=1) == words[:1]
+
+
+def test_a_word_is_found_where_most_of_its_tokens_are():
+    """Not where its single strongest token is, here the "pur" of Bishnupur."""
+    query, document = "Manipur?", "Bishnupur in Manipur"
+    matches = [
+        TokenMatch(None, None, 0.5),
+        TokenMatch((0, 1), (13, 14), 0.75),
+        TokenMatch((1, 4), (14, 17), 0.5),
+        TokenMatch((4, 7), (6, 9), 1.0),
+        TokenMatch((7, 8), None, 0.25),
+    ]
+    assert strongest_words(matches, query, document) == [WordMatch("Manipur", "Manipur", 2.25)]
+    assert strongest_words([TokenMatch((0, 7), None, 1.0)], query, document) == [
+        WordMatch("Manipur", None, 1.0)
+    ]
 
 
 def test_words_of_scripts_without_spaces_are_characters(colbert):

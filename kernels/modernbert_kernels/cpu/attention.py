@@ -19,8 +19,7 @@ BLOCK = 64
 
 
 def _accepts(qkv_T3HK: Tensor, *_: object, dropout_p: float = 0.0, **__: object) -> bool:
-    exporting = torch.compiler.is_exporting()
-    return qkv_T3HK.is_cpu and dropout_p == 0.0 and not exporting and qkv_T3HK.shape[0] > 0
+    return qkv_T3HK.is_cpu and dropout_p == 0.0 and not torch.compiler.is_exporting()
 
 
 @attention.register("cpu", when=_accepts)
@@ -37,6 +36,8 @@ def attention_cpu(
     """`attention` without dropout; same arguments and result."""
     if dropout_p:
         raise ValueError("the cpu backend of attention has no dropout; use the reference")
+    if qkv_T3HK.shape[0] == 0:
+        return qkv_T3HK[:, 0]
     run = _opaque if torch.compiler.is_compiling() else _attention
     return run(qkv_T3HK, cu_seqlens, max_seqlen, *rope, window, key_lengths)
 
@@ -50,8 +51,9 @@ def _attention(
     window: int | None,
     key_lengths: Tensor | None,
 ) -> Tensor:
-    qk_T2HK, v_THK = _rotate(qkv_T3HK[:, :2], cos_TR, sin_TR), qkv_T3HK[:, 2]
-    q_THK, k_THK = qk_T2HK.unbind(1)
+    qk_T2HK, v_T1HK = qkv_T3HK.split([2, 1], dim=1)
+    q_THK, k_THK = _rotate(qk_T2HK, cos_TR, sin_TR).unbind(1)
+    v_THK = v_T1HK.squeeze(1)
     lengths = tuple(cu_seqlens.diff().tolist())
     if key_lengths is not None:
         return _runs(q_THK, k_THK, v_THK, lengths, window, key_lengths.tolist())
@@ -77,21 +79,20 @@ def _runs(
     key_lengths: list[int] | None,
 ) -> Tensor:
     """Dense attention, one SDPA call for each run of neighbours of equal length."""
-    outputs, token, sequence = [], 0, 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        if length:
-            shape = (count, length)
-            rows = slice(token, token + count * length)
-            q, k, v = (x[rows].unflatten(0, shape).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
-            if key_lengths is None:
-                out = F.scaled_dot_product_attention(q, k, v)
-            else:
-                visible = _visible(key_lengths[sequence : sequence + count], length, window)
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-                out = out * visible.any(-1, keepdim=True)  # a row without a visible key gives zero
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        token, sequence = token + count * length, sequence + count
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    # One split and not a slice per run: the backward pass of a slice fills a tensor of all T rows with zeros.
+    parts = (x.split([length * count for length, count in runs]) for x in (q_THK, k_THK, v_THK))
+    outputs, sequence = [], 0
+    for (length, count), *qkv in zip(runs, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        if key_lengths is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            visible = _visible(key_lengths[sequence : sequence + count], length, window)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+            out = out * visible.any(-1, keepdim=True)  # a row without a visible key gives zero
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        sequence += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -123,17 +124,19 @@ def _band(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, lengths: tuple[int, ...],
 def _band_mask(lengths: tuple[int, ...], window: int, dtype: torch.dtype) -> Tensor:
     """`[blocks, 1, BLOCK, BLOCK + 2 * window]` additive mask: same sequence and within the window.
 
-    A function of the lengths alone, so the local layers of a forward pass share it. Finite, because the rows behind
-    the last token see nothing and would give NaN.
+    A function of the lengths alone, so the local layers of a forward pass share it, and so may a later pass that
+    trains: it is made outside of inference mode. Finite, because the rows behind the last token see nothing and
+    would give NaN.
     """
-    sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    blocks = -(-len(sequence_T) // BLOCK)
-    tail = blocks * BLOCK - len(sequence_T)
-    keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
-    queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
-    distance = torch.arange(BLOCK)[:, None] - (torch.arange(BLOCK + 2 * window) - window)
-    visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)[:, None]
+    with torch.inference_mode(False):
+        sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        blocks = -(-len(sequence_T) // BLOCK)
+        tail = blocks * BLOCK - len(sequence_T)
+        keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
+        queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
+        distance = torch.arange(BLOCK)[:, None] - (torch.arange(BLOCK + 2 * window) - window)
+        visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)[:, None]
 
 
 @torch.library.custom_op("modernbert_kernels::attention_cpu", mutates_args=())
@@ -154,7 +157,6 @@ def _(qkv_T3HK: Tensor, *_: object) -> Tensor:
     return torch.empty_like(qkv_T3HK[:, 0], memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("modernbert_kernels::attention_cpu_backward", mutates_args=())
 def _opaque_backward(
     grad_THK: Tensor,
     qkv_T3HK: Tensor,
@@ -165,13 +167,19 @@ def _opaque_backward(
     window: int | None,
     key_lengths: Tensor | None,
 ) -> Tensor:
+    """Not a `custom_op`: inside of one autograd records nothing, even where it is switched on."""
     with torch.enable_grad():
         qkv_T3HK = qkv_T3HK.detach().requires_grad_()
         out_THK = _attention(qkv_T3HK, cu_seqlens, max_seqlen, cos_TR, sin_TR, window, key_lengths)
     return torch.autograd.grad(out_THK, qkv_T3HK, grad_THK)[0].contiguous()
 
 
-@_opaque_backward.register_fake
+BACKWARD = "modernbert_kernels::attention_cpu_backward"
+torch.library.define(BACKWARD, torch.library.infer_schema(_opaque_backward, mutates_args=()))
+torch.library.impl(BACKWARD, "CPU", _opaque_backward)
+
+
+@torch.library.register_fake(BACKWARD)
 def _(grad_THK: Tensor, qkv_T3HK: Tensor, *_: object) -> Tensor:
     return torch.empty_like(qkv_T3HK, memory_format=torch.contiguous_format)
 
@@ -184,7 +192,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_THK: Tensor):
     qkv_T3HK, cu_seqlens, cos_TR, sin_TR, key_lengths = ctx.saved_tensors
     arguments = (qkv_T3HK, cu_seqlens, ctx.max_seqlen, cos_TR, sin_TR, ctx.window, key_lengths)
-    return _opaque_backward(grad_THK.contiguous(), *arguments), None, None, None, None, None, None
+    grad_qkv_T3HK = torch.ops.modernbert_kernels.attention_cpu_backward(grad_THK.contiguous(), *arguments)
+    return grad_qkv_T3HK, None, None, None, None, None, None
 
 
 _opaque.register_autograd(_backward, setup_context=_setup_context)

@@ -1,11 +1,6 @@
-"""Exact MaxSim over ragged documents on the CPU: one GEMM per block of documents, one maximum per document, no padding.
-
-The similarities of a block stay in the cache and are never kept: the backward pass holds the index of each maximum.
-"""
+"""Exact MaxSim over ragged documents on the CPU: similarities block by block, in the cache, with no padding."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +8,7 @@ from torch import Tensor
 from ..reference import linear, maxsim
 
 BLOCK = 1 << 18
-"""Similarities computed at a time (1 MB of float32)."""
+"""Similarities computed at a time: 1 MB of float32."""
 
 
 def _accepts(queries_QE: Tensor, *_: object, paired: bool = False) -> bool:
@@ -28,54 +23,47 @@ def maxsim_cpu(
     if paired:
         raise ValueError("the cpu backend of maxsim scores all pairs; use the reference for paired scores")
     dtype = torch.promote_types(queries_QE.dtype, torch.float32)
-    best_NQ = _Best.apply(queries_QE.to(dtype), documents_NE.to(dtype), tuple(cu_documents.diff().tolist()))
-    # A cumulative sum would lose digits; queries are few, so one short sum each.
-    return torch.stack([best.sum(1) for best in best_NQ.split(cu_queries.diff().tolist(), dim=1)])
+    queries_QE, documents_NE = queries_QE.to(dtype), documents_NE.to(dtype)
+    training = torch.is_grad_enabled() and (queries_QE.requires_grad or documents_NE.requires_grad)
+    best = _DifferentiableBest.apply if training else _best
+    best_NQ = best(queries_QE, documents_NE, cu_documents.diff())
+    return torch.stack([part.sum(1) for part in best_NQ.split(cu_queries.diff().tolist(), dim=1)])
 
 
-class _Best(torch.autograd.Function):
-    """`[N, Q]`: for every query token the similarity of the best token of every document."""
+def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor) -> Tensor:
+    """`[documents, Q]`: for every query token the similarity of the best token of every document."""
+    best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
+    owner_N1 = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:, None]
+    size = max(1, BLOCK // max(1, len(queries_QE)))
+    for block_NE, owner in zip(documents_NE.split(size), owner_N1.split(size), strict=True):
+        best_NQ.scatter_reduce_(0, owner.expand(-1, len(queries_QE)), linear(block_NE, queries_QE), "amax")
+    return best_NQ
+
+
+class _DifferentiableBest(torch.autograd.Function):
+    """`_best` that keeps the place of every maximum, and nothing else, for the backward pass."""
 
     @staticmethod
-    def forward(ctx, queries_QE: Tensor, documents_NE: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        training = any(ctx.needs_input_grad)
+    def forward(ctx, queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor) -> Tensor:
+        ctx.lengths = lengths.tolist()
         best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
-        argmax_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64) if training else None
-        for first, block in _blocks(lengths, max(1, BLOCK // max(1, len(queries_QE)))):
-            rows, token = block
-            similarity = linear(documents_NE[token : token + sum(rows)], queries_QE)
-            for index, part in enumerate(similarity.split(rows), first):
-                if argmax_NQ is None and len(part):
-                    torch.amax(part, 0, out=best_NQ[index])
-                elif len(part):
-                    torch.max(part, 0, out=(best_NQ[index], argmax_NQ[index]))
-        ctx.lengths = lengths
-        ctx.save_for_backward(queries_QE, documents_NE, argmax_NQ)
+        place_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64)
+        for index, document_SE in enumerate(documents_NE.split(ctx.lengths)):
+            if len(document_SE):
+                torch.max(linear(document_SE, queries_QE), 0, out=(best_NQ[index], place_NQ[index]))
+        ctx.save_for_backward(queries_QE, documents_NE, place_NQ)
         return best_NQ
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NQ: Tensor):
-        queries_QE, documents_NE, argmax_NQ = ctx.saved_tensors
-        grad_queries_QE, grad_documents_NE = torch.zeros_like(queries_QE), torch.zeros_like(documents_NE)
-        token = 0
-        for length, grad_Q, argmax_Q in zip(ctx.lengths, grad_NQ, argmax_NQ, strict=True):
-            if length:
-                rows = slice(token, token + length)
-                weight_LQ = grad_Q.new_zeros(length, len(grad_Q)).scatter_(0, argmax_Q[None], grad_Q[None])
-                grad_documents_NE[rows] = weight_LQ @ queries_QE
-                grad_queries_QE.addmm_(weight_LQ.T, documents_NE[rows])
-            token += length
-        return grad_queries_QE, grad_documents_NE, None
-
-
-def _blocks(lengths: tuple[int, ...], tokens: int) -> Iterator[tuple[int, tuple[list[int], int]]]:
-    """Runs of documents of about `tokens` tokens: index of the first document, (their lengths, their first token)."""
-    first, start, rows = 0, 0, []
-    for index, length in enumerate(lengths):
-        if rows and sum(rows) + length > tokens:
-            yield first, (rows, start)
-            first, start, rows = index, start + sum(rows), []
-        rows.append(length)
-    if rows:
-        yield first, (rows, start)
+        queries_QE, documents_NE, place_NQ = ctx.saved_tensors
+        grad_queries_QE, grads_SE = torch.zeros_like(queries_QE), []
+        for document_SE, grad_Q, place_Q in zip(documents_NE.split(ctx.lengths), grad_NQ, place_NQ, strict=True):
+            if not len(document_SE):
+                grads_SE.append(document_SE)
+                continue
+            weight_SQ = grad_Q.new_zeros(len(document_SE), len(grad_Q)).scatter_(0, place_Q[None], grad_Q[None])
+            grads_SE.append(weight_SQ @ queries_QE)
+            grad_queries_QE.addmm_(weight_SQ.T, document_SE)
+        return grad_queries_QE, torch.cat(grads_SE), None

@@ -1,0 +1,316 @@
+"""Train a small ColBERT from nothing: its tokenizer, then contrastive learning on query-passage pairs.
+
+    python -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER
+
+The defaults are the run of the model that ships in `modernbert/assets/default`. A run that was stopped goes on where its
+last checkpoint stands, to the same weights, when the same command is given again. `OUTPUT/model` is the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+import modernbert_kernels as ops
+from modernbert.config import EncoderConfig
+from modernbert.encoder import Encoder
+from modernbert.heads.colbert import ColBERT, ColBERTConfig
+from modernbert.packing import Packed, pack
+from modernbert.tokenizer import Tokenizer
+from modernbert.train import data
+from modernbert.train.losses import all_pairs_maxsim, info_nce, kl_distill
+from modernbert.train.teacher import Teacher, write_teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    pairs: str  # a folder of *.jsonl or *.jsonl.zst, see train/data.py
+    output: str
+    drop: tuple[str, ...] = ("nl2bash",)  # sources left out (this one is GPL)
+    held_out: tuple[str, ...] = ()  # BEIR folders; pairs whose passage shares 8 words in a row with theirs are left out
+    teacher: str = ""  # a folder of vectors, see train/teacher.py
+    label_with: str = ""  # a sentence-transformers model that writes `teacher` if it is not there
+    label_pairs: int = 0  # pairs of each source that it embeds, besides the tokens of the vocabulary
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int = 256
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    rope_theta: float = 10_000.0
+    dim: int = 64
+    query_length: int = 32
+    document_length: int = 224
+    train_document_length: int = 64  # documents are cut shorter in training, for speed
+
+    steps: int = 1000
+    batch_pairs: int = 256
+    batch_tokens: int = 24_000
+    learning_rate: float = 2e-3
+    embedding_learning_rate: float = 1e-3
+    temperature: float = 0.5  # of the sum over query tokens
+    warmup: float = 0.03  # of the steps, linear from nothing
+    decay: float = 0.4  # of the steps, linear to nothing at the end
+    teacher_weight: float = 0.5  # of KL(teacher || student) in batches that the teacher has labelled
+    teacher_temperature: float = 0.05
+    seed: int = 0
+    threads: int = 2
+    save_minutes: float = 5.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The pairs as token ids, and what a batch needs to know of them; `*_rows` are rows of the teacher, or -1."""
+
+    queries: data.Rows
+    positives: data.Rows
+    sources: np.ndarray
+    groups: np.ndarray
+    query_rows: np.ndarray
+    positive_rows: np.ndarray
+
+    def save(self, file: Path) -> None:
+        rest = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        queries, positives = vars(self.queries), vars(self.positives)
+        with file.with_suffix(".tmp").open("wb") as part:
+            np.savez(part, **rest, **{f"q_{k}": v for k, v in queries.items()}, **{f"p_{k}": v for k, v in positives.items()})
+        os.replace(file.with_suffix(".tmp"), file)
+
+    @classmethod
+    def load(cls, file: Path) -> Tokens:
+        with np.load(file) as arrays:
+            rows = [data.Rows(arrays[f"{side}_values"], arrays[f"{side}_offsets"]) for side in "qp"]
+            return cls(*rows, **{name: arrays[name] for name in arrays.files if name[:2] not in ("q_", "p_")})
+
+
+def main(config: Config) -> ColBERT:
+    """Run what is left of the recipe and return the model."""
+    torch.set_num_threads(config.threads)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    backend, tokens, teacher = prepare(config, output)
+    model = build(config, backend, teacher)
+    # Only the reference attention has a backward pass whose cost does not grow with the number of sequences.
+    with ops.backend("reference"):
+        fit(config, model, tokens, teacher, output)
+    model.eval()
+    copy.deepcopy(model).half().save_pretrained(output / "model")
+    return model
+
+
+def prepare(config: Config, output: Path) -> tuple[tokenizers.Tokenizer, Tokens, Teacher | None]:
+    """Pairs to a tokenizer, token ids and a teacher; what takes long is kept in the output folder and read from there."""
+    if (output / "tokens.npz").exists():
+        backend = tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
+        return backend, Tokens.load(output / "tokens.npz"), Teacher(config.teacher) if config.teacher else None
+    pairs = data.read_pairs(config.pairs, drop=config.drop)
+    if config.held_out:
+        held_out = (text for folder in config.held_out for text in data.read_corpus(folder))
+        pairs = data.without_overlap(pairs, held_out)
+    pairs = [pair for pair in pairs if pair.query.strip() and pair.positive.strip()]
+    print(f"{len(pairs):,} pairs", flush=True)
+
+    texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
+    backend = data.train_tokenizer(texts, vocab_size=config.vocab_size)
+    backend.save(str(output / "tokenizer.json"), pretty=False)
+
+    teacher = None
+    if config.teacher:
+        if config.label_with and not Path(config.teacher, "keys.npy").exists():
+            chosen = data.first_per_source(pairs, config.label_pairs)
+            texts = token_texts(backend) + [text for pair in chosen for text in (pair.query, pair.positive)]
+            write_teacher(texts, config.label_with, config.teacher)
+        teacher = Teacher(config.teacher)
+
+    queries, positives = [pair.query for pair in pairs], [pair.positive for pair in pairs]
+    sources: dict[str, int] = {}
+    groups: dict[tuple[str, str], int] = {}
+    unlabelled = np.full(len(pairs), -1)
+    tokens = Tokens(
+        queries=data.Rows.from_texts(queries, backend, config.query_length - 3),
+        positives=data.Rows.from_texts(positives, backend, config.train_document_length - 3),
+        sources=np.array([sources.setdefault(pair.source, len(sources)) for pair in pairs]),
+        groups=np.array([groups.setdefault((pair.source, pair.group), len(groups)) for pair in pairs]),
+        query_rows=teacher.rows(queries) if teacher else unlabelled,
+        positive_rows=teacher.rows(positives) if teacher else unlabelled,
+    )
+    tokens.save(output / "tokens.npz")
+    return backend, tokens, teacher
+
+
+def token_texts(backend: tokenizers.Tokenizer) -> list[str]:
+    """Each token of the vocabulary as a text that a teacher can embed."""
+    ids = range(backend.get_vocab_size())
+    return [backend.decode([i]).strip() or str(backend.id_to_token(i)) for i in ids]
+
+
+def build(config: Config, backend: tokenizers.Tokenizer, teacher: Teacher | None) -> ColBERT:
+    """The untrained model; a teacher that knows the tokens gives their embeddings."""
+    torch.manual_seed(config.seed)
+    tokenizer = Tokenizer(backend, do_lower_case=True)
+    encoder = Encoder(
+        EncoderConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=1024,
+            global_rope_theta=config.rope_theta,
+            local_rope_theta=config.rope_theta,
+            pad_token_id=tokenizer.pad_token_id,
+            cls_token_id=tokenizer.cls_token_id,
+            sep_token_id=tokenizer.sep_token_id,
+        )
+    )
+    if teacher is not None:
+        rows = teacher.rows(token_texts(backend))
+        if (rows >= 0).all():
+            vectors = teacher[rows]
+            _, _, axes = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+            vectors = torch.nn.functional.normalize((vectors - vectors.mean(0)) @ axes[: config.hidden_size].T, dim=-1)
+            table = encoder.embeddings.tok_embeddings.weight
+            with torch.no_grad():
+                # The deviation of a unit vector's elements would be hidden_size ** -0.5.
+                table[:, : vectors.shape[1]] = vectors * (encoder.config.initializer_range * config.hidden_size**0.5)
+    settings = ColBERTConfig(query_length=config.query_length, document_length=config.document_length)
+    return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=settings)
+
+
+def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None, output: Path) -> None:
+    """Train from the checkpoint in `output`, if there is one, to the last step."""
+    table = model.encoder.embeddings.tok_embeddings.weight
+    others = [parameter for parameter in model.parameters() if parameter is not table]
+    groups = [{"params": [table], "lr": config.embedding_learning_rate}, {"params": others, "lr": config.learning_rate}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    plan = Plan(config, tokens, table.detach().numpy())
+    first = load_checkpoint(output, config, model, optimizer)
+    model.train()
+    saved = logged = time.perf_counter()
+    seen, history = 0, []
+    for step in range(first, config.steps):
+        for group, rate in zip(optimizer.param_groups, (config.embedding_learning_rate, config.learning_rate), strict=True):
+            group["lr"] = rate * schedule(step, config)
+        loss, accuracy, size = train_step(config, model, tokens, teacher, plan[step])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += size
+        history.append((loss.item(), accuracy))
+        now = time.perf_counter()
+        if (step + 1) % 20 == 0 or step + 1 == config.steps:
+            mean_loss, mean_accuracy = np.mean(history, axis=0)
+            line = {"step": step + 1, "loss": round(mean_loss, 4), "in_batch_accuracy": round(mean_accuracy, 4)}
+            line |= {"tokens_per_s": round(seen / (now - logged)), "cpu_s": round(time.process_time())}
+            print(json.dumps(line), flush=True)
+            seen, history, logged = 0, [], now
+        if now - saved > 60 * config.save_minutes or step + 1 == config.steps:
+            save_checkpoint(output, config, model, optimizer, step + 1)
+            saved = now
+
+
+def schedule(step: int, config: Config) -> float:
+    """Warm-up, a plateau, and a linear decay to nothing: more steps can be asked for until the decay begins."""
+    rise = (step + 1) / max(1, config.warmup * config.steps)
+    fall = (config.steps - step) / max(1, config.decay * config.steps)
+    return min(1.0, rise, fall)
+
+
+class Plan:
+    """The batch of every step, epoch after epoch: a function of the config and the pairs."""
+
+    def __init__(self, config: Config, tokens: Tokens, table: np.ndarray) -> None:
+        self.config, self.batches, self.epoch_ends = config, [], [0]
+        self.lengths = tokens.queries.lengths + tokens.positives.lengths + 6
+        # Pairs with and without a teacher's vectors never share a batch.
+        self.strata = tokens.sources * 2 + ((tokens.query_rows >= 0) & (tokens.positive_rows >= 0))
+        self.topics = data.topic_vectors(tokens.positives, table)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        while step >= len(self.batches):
+            seed = self.config.seed + len(self.epoch_ends)
+            limits = {"max_pairs": self.config.batch_pairs, "max_tokens": self.config.batch_tokens}
+            self.batches += data.plan_batches(self.lengths, self.strata, self.topics, **limits, seed=seed)
+            self.epoch_ends.append(len(self.batches))
+            print(f"epoch {len(self.epoch_ends) - 1} ends with step {len(self.batches):,}", flush=True)
+        return self.batches[step]
+
+
+def train_step(
+    config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None, batch: np.ndarray
+) -> tuple[Tensor, float, int]:
+    """The loss of one batch of pairs, how often the positive came first, and the number of tokens."""
+    queries = with_specials(model, tokens.queries, batch, model.config.query_prefix)
+    positives = with_specials(model, tokens.positives, batch, model.config.document_prefix)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores_BB = all_pairs_maxsim(model(queries), queries.lengths, model(positives), positives.lengths)
+    loss = info_nce(scores_BB / config.temperature, torch.from_numpy(tokens.groups[batch]))
+    if teacher is not None and (tokens.query_rows[batch] >= 0).all() and (tokens.positive_rows[batch] >= 0).all():
+        teacher_BB = teacher[tokens.query_rows[batch]] @ teacher[tokens.positive_rows[batch]].T
+        kl = kl_distill(scores_BB / config.temperature, teacher_BB / config.teacher_temperature)
+        loss = (1 - config.teacher_weight) * loss + config.teacher_weight * kl
+    accuracy = (scores_BB.argmax(1) == torch.arange(len(batch))).float().mean().item()
+    return loss, accuracy, queries.num_tokens + positives.num_tokens
+
+
+def with_specials(model: ColBERT, rows: data.Rows, batch: np.ndarray, prefix: str) -> Packed:
+    """[CLS] prefix text [SEP], as `ColBERT.tokenize_queries` and `tokenize_documents` build it."""
+    tokenizer = model.tokenizer
+    head, tail = [tokenizer.cls_token_id, tokenizer.token_to_id(prefix)], [tokenizer.sep_token_id]
+    return pack([[*head, *rows[i].tolist(), *tail] for i in batch])  # pyright: ignore[reportArgumentType]
+
+
+def save_checkpoint(
+    output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Atomic: a run killed here goes on from the checkpoint before."""
+    state = {"config": asdict(config), "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, output / "checkpoint.tmp")
+    os.replace(output / "checkpoint.tmp", output / "checkpoint.pt")
+
+
+def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer) -> int:
+    """The step to go on from: 0 without a checkpoint. Only what does not change the past may differ from its config."""
+    file = output / "checkpoint.pt"
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    free = {"pairs", "output", "teacher", "label_with", "steps", "decay", "save_minutes"}
+    ours = asdict(config)
+    differs = {k: (v, ours[k]) for k, v in state["config"].items() if k not in free and v != ours[k]}
+    if differs:
+        raise ValueError(f"{file} belongs to another run: {differs} (checkpoint, asked for). Choose another --output")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resumed at step {state['step']:,}", flush=True)
+    return state["step"]
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """A command line to a `Config`: one option for each field."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        name, many = "--" + field.name.replace("_", "-"), isinstance(field.default, tuple)
+        if field.default is MISSING:
+            parser.add_argument(name, required=True)
+        elif many:
+            parser.add_argument(name, nargs="*", default=field.default, help=f"default: {' '.join(field.default) or 'none'}")
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default, help=f"default: {field.default}")
+    values = vars(parser.parse_args(arguments))
+    return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+if __name__ == "__main__":
+    main(parse())

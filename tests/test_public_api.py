@@ -1,0 +1,138 @@
+"""The public surface, frozen. A changed row changes somebody's code: it needs a line in CHANGELOG.md."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+
+import modernbert
+import modernbert_kernels
+
+FROZEN = {
+    "modernbert.ColBERT": "(encoder, tokenizer, dense, config)",
+    "modernbert.ColBERT.default": "()",
+    "modernbert.ColBERT.encode_documents": (
+        "(self, texts, *, batch_tokens=None, progress=None, devices=None, pool_factor=1)"
+    ),
+    "modernbert.ColBERT.encode_queries": ("(self, texts, *, batch_tokens=None, progress=None, devices=None)"),
+    "modernbert.ColBERT.forward": "(self, batch)",
+    "modernbert.ColBERT.from_encoder": "(encoder, tokenizer, *, dim=128, config=None)",
+    "modernbert.ColBERT.from_pretrained": (
+        "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
+    ),
+    "modernbert.ColBERT.save_pretrained": "(self, folder)",
+    "modernbert.ColBERT.tokenize_documents": "(self, texts)",
+    "modernbert.ColBERT.tokenize_queries": "(self, texts)",
+    "modernbert.Encoder": "(config)",
+    "modernbert.Encoder.forward": (
+        "(self, input_ids=None, attention_mask=None, *, query_mask=None, position_ids=None, "
+        "inputs_embeds=None, token_type_ids=None, output_hidden_states=False, "
+        "output_attentions=False, return_dict=True)"
+    ),
+    "modernbert.Encoder.from_config": "(config)",
+    "modernbert.Encoder.from_pretrained": (
+        "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
+    ),
+    "modernbert.Encoder.reset_parameters": "(self)",
+    "modernbert.Encoder.resize_token_embeddings": "(self, vocab_size)",
+    "modernbert.Encoder.save_pretrained": "(self, folder)",
+    "modernbert.EncoderConfig": (
+        "(vocab_size=50368, hidden_size=768, intermediate_size=1152, num_hidden_layers=22, "
+        "num_attention_heads=12, hidden_activation='gelu', max_position_embeddings=8192, "
+        "norm_eps=1e-05, norm_bias=False, attention_bias=False, mlp_bias=False, "
+        "layer_pattern=('full_attention', 'sliding_attention', 'sliding_attention'), "
+        "local_attention=128, global_rope_theta=160000.0, local_rope_theta=10000.0, "
+        "embedding_dropout=0.0, attention_dropout=0.0, mlp_dropout=0.0, initializer_range=0.02, "
+        "initializer_cutoff_factor=2.0, pad_token_id=None, cls_token_id=None, sep_token_id=None, "
+        "bos_token_id=None, eos_token_id=None, decoder_bias=True, tie_word_embeddings=True, "
+        "classifier_pooling='cls', classifier_activation='gelu', classifier_bias=False, "
+        "classifier_dropout=0.0)"
+    ),
+    "modernbert.EncoderConfig.from_hf": "(hf)",
+    "modernbert.EncoderConfig.head_dim": "property",
+    "modernbert.EncoderConfig.is_global": "(self, layer)",
+    "modernbert.EncoderConfig.layer_types": "property",
+    "modernbert.EncoderConfig.preset": "(name)",
+    "modernbert.EncoderConfig.rope_theta": "(self, layer)",
+    "modernbert.EncoderConfig.to_hf": "(self)",
+    "modernbert.EncoderConfig.window": "property",
+    "modernbert.Packed": (
+        "(input_ids, positions, cu_seqlens, lengths, max_seqlen, key_lengths=None, "
+        "padded_rows=None, padded_length=None)"
+    ),
+    "modernbert.Packed.num_tokens": "property",
+    "modernbert.Packed.select": "(self, indices)",
+    "modernbert.Packed.to": "(self, device)",
+    "modernbert.Tokenizer": "(backend, config=None)",
+    "modernbert.Tokenizer.__call__": "(self, texts, *, max_length=None)",
+    "modernbert.Tokenizer.add_tokens": "(self, tokens)",
+    "modernbert.Tokenizer.added_tokens": "property",
+    "modernbert.Tokenizer.decode": "(self, ids)",
+    "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None)",
+    "modernbert.Tokenizer.files": "(self)",
+    "modernbert.Tokenizer.from_pretrained": (
+        "(name_or_path, *, revision=None, token=None, local_files_only=False)"
+    ),
+    "modernbert.Tokenizer.id_to_token": "(self, token_id)",
+    "modernbert.Tokenizer.save_pretrained": "(self, folder)",
+    "modernbert.Tokenizer.token_to_id": "(self, token)",
+    "modernbert.maxsim": "(queries, documents, *, paired=False, top_k=None)",
+    "modernbert.pack": (
+        "(sequences, attention_mask=None, *, query_mask=None, position_ids=None, vocab_size=None)"
+    ),
+    "modernbert.unpack": "(values, batch)",
+    "modernbert_kernels.Op": "(reference)",
+    "modernbert_kernels.Op.__call__": "(self, *args, **kwargs)",
+    "modernbert_kernels.Op.register": "(self, backend, *, when)",
+    "modernbert_kernels.add_layer_norm": "(x_TD, delta_TD, weight_D, bias_D, eps)",
+    "modernbert_kernels.attention": (
+        "(qkv_T3HK, cu_seqlens, max_seqlen, *, rope, window=None, key_lengths=None, dropout_p=0.0)"
+    ),
+    "modernbert_kernels.backend": "(name)",
+    "modernbert_kernels.cpu": "module",
+    "modernbert_kernels.embed_layer_norm": "(input_ids_T, table_VD, weight_D, bias_D, eps)",
+    "modernbert_kernels.geglu": "(h_T2F, activation='gelu')",
+    "modernbert_kernels.layer_norm": "(x_TD, weight_D, bias_D, eps)",
+    "modernbert_kernels.linear": "(x_TD, weight_FD, bias_F=None)",
+    "modernbert_kernels.maxsim": "(queries_QE, cu_queries, documents_NE, cu_documents, *, paired=False)",
+    "modernbert_kernels.rotary": "(qkv_T3HK, cos_TR, sin_TR)",
+}
+
+
+def arguments(function: Callable) -> str:
+    """Names, kinds and defaults; annotations are the type checker's business."""
+    signature = inspect.signature(function)
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+def surface() -> dict[str, str]:
+    """Every public name of the two packages, with its arguments."""
+    rows = {}
+    for package in (modernbert, modernbert_kernels):
+        for name in package.__all__:
+            value, label = getattr(package, name), f"{package.__name__}.{name}"
+            if isinstance(value, modernbert_kernels.Op):
+                rows[label] = arguments(value.reference)
+            elif not inspect.isclass(value):
+                rows[label] = arguments(value) if callable(value) else "module"
+            else:
+                rows[label] = arguments(value)
+                for member, raw in vars(value).items():
+                    if isinstance(raw, property):
+                        rows[f"{label}.{member}"] = "property"
+                    elif inspect.isroutine(raw) and (member == "__call__" or not member.startswith("_")):
+                        rows[f"{label}.{member}"] = arguments(getattr(value, member))
+    return dict(sorted(rows.items()))
+
+
+def test_nothing_public_changes_unseen():
+    assert surface() == FROZEN
+
+
+def test_names_are_listed_and_nothing_else_answers():
+    assert set(modernbert.__all__) <= set(dir(modernbert))
+    with pytest.raises(AttributeError, match="no attribute 'Encodre'; it has ColBERT, Encoder"):
+        modernbert.Encodre  # noqa: B018
