@@ -227,7 +227,7 @@ def ours_maxsim(query_QE: Tensor, documents: Sequence[Tensor]) -> Contender:
 def padded_maxsim(
     query_QE: Tensor, documents: Sequence[Tensor], *, chunks: Sequence[int]
 ) -> Iterator[Contender]:
-    """On documents padded with zeros: PyLate's `colbert_scores`, and the best that tuning by hand makes of it."""
+    """On documents padded with zeros: PyLate's `colbert_scores`, and the best that hands make of it."""
     padded_NSE = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
     lengths_N1 = torch.tensor([len(document) for document in documents])[:, None]
     real_NS = torch.arange(padded_NSE.shape[1]) < lengths_N1

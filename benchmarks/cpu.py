@@ -9,7 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -258,43 +260,36 @@ def _row(name: str, workload: Workload, one: Measured, all_measured: Sequence[Me
 def memory(folder: Path, *, quick: bool) -> Result:
     """Extra peak memory of one text of 8192 tokens. Other programs do not change it: every row is clean."""
     if not peak_memory.CLEAR.exists():
-        return Result(
-            MEMORY,
-            [],
-            {"every implementation": "cannot be measured: only Linux resets its memory high-water mark"},
-        )
+        reason = "cannot be measured: only Linux resets the high-water mark of a process"
+        return Result(MEMORY, [], {"every implementation": reason})
+    implementations = [backends.OURS, backends.TRANSFORMERS]
+    if not quick and find_spec("onnxruntime"):
+        implementations.append(backends.ONNX_RUNTIME)
     expected = alone(folder, random_ids([8192]))
     peaks: dict[str, list[float]] = {}
     errors, refused = {}, {}
-    for implementation in [backends.OURS, backends.TRANSFORMERS] + [backends.ONNX_RUNTIME] * (not quick):
-        runs = [
-            peak_memory.in_fresh_process(implementation, folder, 8192, THREADS)
-            for _ in range(1 if quick else 3)
-        ]
+    for name in implementations:
+        runs = [peak_memory.in_fresh_process(name, folder, 8192, THREADS) for _ in range(1 if quick else 3)]
         error = max((output - expected).abs().max().item() for _, output in runs)
         if error <= TOLERANCE:
-            peaks[implementation], errors[implementation] = [peak for peak, _ in runs], error
+            peaks[name], errors[name] = [peak for peak, _ in runs], error
         else:
-            refused[implementation] = (
-                f"differs from the reference by {error:.2g}, allowed are {TOLERANCE:.2g}"
-            )
+            refused[name] = f"differs from the reference by {error:.2g}, allowed are {TOLERANCE:.2g}"
     rows = [
         row(
             workload=MEMORY,
             what="Ettin-17m, one text of 8192 tokens: peak memory beyond the loaded model",
-            implementation=implementation,
+            implementation=name,
             settings="a fresh process for each sample",
             unit="MB",
             values=values,
-            max_error=errors[implementation],
+            max_error=errors[name],
             tolerance=TOLERANCE,
             times_better_than={
-                other: sorted(peaks[other])[len(values) // 2] / sorted(values)[len(values) // 2]
-                for other in peaks
-                if other != implementation
+                other: median(theirs) / median(values) for other, theirs in peaks.items() if other != name
             },
-            goals={backends.TRANSFORMERS: 8.0} if implementation == backends.OURS else {},
+            goals={backends.TRANSFORMERS: 8.0} if name == backends.OURS else {},
         )
-        for implementation, values in peaks.items()
+        for name, values in peaks.items()
     ]
     return Result(MEMORY, rows, refused)

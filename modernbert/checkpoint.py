@@ -332,9 +332,10 @@ def _carry_over(old: Path, new: Path) -> None:
     """Link into `new` what only `old` has, but for its weights."""
 
     def ignored(folder: str, names: list[str]) -> list[str]:
-        here = new / Path(folder).relative_to(old)
-        there = [name for name in names if os.path.lexists(here / name) and not (here / name).is_dir()]
-        return there + [name for name in names if here == new and WEIGHTS.fullmatch(name)]
+        here, there = new / Path(folder).relative_to(old), Path(folder)
+        folders = [n for n in names if (there / n).is_dir() and not (there / n).is_symlink()]
+        present = [n for n in names if os.path.lexists(here / n) and n not in folders]
+        return present + [n for n in names if here == new and WEIGHTS.fullmatch(n)]
 
     shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=os.link, dirs_exist_ok=True)
 

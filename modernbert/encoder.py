@@ -297,8 +297,9 @@ class Encoder(nn.Module):
         config = EncoderConfig.from_hf(files.read_json(folder, "config.json"))
         with torch.device("meta"):
             encoder = cls(config)
-        files.load_state_dict(encoder, files.read_state_dict(folder, dtype=dtype or torch.float32))
-        return encoder.to(device or "cpu").eval()
+        state = files.read_state_dict(folder, device=device or "cpu", dtype=dtype or torch.float32)
+        files.load_state_dict(encoder, state)
+        return encoder.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, which `ModernBertModel.from_pretrained` reads. Atomic."""

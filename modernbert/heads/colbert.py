@@ -161,8 +161,9 @@ class ColBERT(nn.Module):
         for subfolder, arguments in layers:
             with torch.device("meta"):
                 layer = Dense(**arguments)
-            files.load_state_dict(layer, files.read_state_dict(subfolder, dtype=dtype or torch.float32), prefix="")
-            dense.append(layer.to(device or "cpu"))
+            state = files.read_state_dict(subfolder, device=device or "cpu", dtype=dtype or torch.float32)
+            files.load_state_dict(layer, state, prefix="", ignore=())
+            dense.append(layer)
         return cls(encoder, tokenizer, dense, ColBERTConfig(**settings)).eval()
 
     @classmethod

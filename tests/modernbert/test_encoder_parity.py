@@ -1,0 +1,276 @@
+"""The encoder gives transformers' numbers: every preset and variant, every way in, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from hf_twin import BIASES, TINY, hf_dict, pad, random_ids, twins
+from torch import Tensor, nn
+from transformers.models.modernbert import modeling_modernbert
+
+from modernbert import Encoder, EncoderConfig, pack
+from modernbert.config import FULL, PRESETS, SLIDING
+from modernbert_kernels import backend
+
+LIMIT = 1e-4  # the bar of the project for float32; the weights are loud, and most of what is below stays under 2e-5
+LENGTHS = [1, 2, 64, 65, 66, 129, 130, 512]
+
+# Depth and vocabulary are cut so that all of them fit in memory and minutes: ids only pick rows of the table, and
+# three layers are one whole pattern. The other fields are the published ones.
+FULL_DEPTH = {"ettin-17m", "ettin-32m", "modernbert-base"}
+CASES = {
+    name: replace(config, vocab_size=1000, pad_token_id=None)
+    if name in FULL_DEPTH
+    else replace(config, vocab_size=1000, pad_token_id=None, num_hidden_layers=3)
+    for name, config in PRESETS.items()
+}
+EVERY_THIRD = (FULL, SLIDING, SLIDING)
+CASES |= {
+    # Head width 32, last layer local, SiLU in its multilingual sibling.
+    "granite-small": replace(
+        TINY, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12, local_attention=128
+    ),
+    "granite-97m": replace(
+        TINY,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        local_attention=128,
+        hidden_activation="silu",
+        global_rope_theta=150_000.0,
+        local_rope_theta=160_000.0,
+    ),
+    "mmBERT-small": replace(
+        TINY,
+        hidden_size=384,
+        intermediate_size=1152,
+        num_attention_heads=6,
+        local_attention=128,
+        local_rope_theta=160_000.0,
+    ),
+    "all biases": replace(TINY, **BIASES),
+    "silu": replace(TINY, hidden_activation="silu", norm_eps=1e-3),
+    "odd window": replace(TINY, local_attention=33),
+    "all global": replace(TINY, layer_pattern=(FULL,)),
+    "all local": replace(TINY, layer_pattern=(SLIDING,)),
+    "irregular": replace(TINY, layer_pattern=(SLIDING, FULL, FULL, SLIDING)),
+}
+
+
+def worst(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return (got - wanted).abs().max().item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_ragged_batch_is_each_text_alone_in_transformers(name: str) -> None:
+    config = CASES[name]
+    lengths = LENGTHS[:-1] if name == "modernbert-base" else LENGTHS
+    theirs, ours = twins(config)
+    texts = random_ids(lengths, config.vocab_size)
+    batch = pack(texts, vocab_size=config.vocab_size)
+    with torch.inference_mode():
+        packed = ours(batch).split(batch.lengths)
+        for ids, rows in zip(texts, packed, strict=True):
+            wanted = theirs(torch.tensor([ids])).last_hidden_state[0]
+            assert worst(rows, wanted) <= LIMIT, f"length {len(ids)}"
+            assert rows.std() > 0.5, "the weights are so quiet that the test says nothing"
+
+
+def test_a_text_of_3000_tokens() -> None:
+    theirs, ours = twins(CASES["ettin-17m"])
+    texts = random_ids([7, 3000, 65], 1000)
+    with torch.inference_mode():
+        batch = pack(texts)
+        wanted = theirs(torch.tensor([texts[1]])).last_hidden_state[0]
+        assert worst(ours(batch).split(batch.lengths)[1], wanted) <= LIMIT
+        with backend("reference"):
+            assert worst(ours(pack(texts[1:2])), wanted) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["ettin-17m", "all biases"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_packed_and_alone_are_equal(name: str, side: str) -> None:
+    """Four ways in and transformers' padded batch, which counts positions from the padding if it stands left."""
+    config = CASES[name]
+    theirs, ours = twins(config)
+    texts = random_ids(LENGTHS[:-1], config.vocab_size)
+    ids, mask = pad(texts, side, extra=3)
+    with torch.inference_mode():
+        wanted = theirs(ids, attention_mask=mask).last_hidden_state
+        got = ours(ids, mask).last_hidden_state
+        assert worst(got[mask.bool()], wanted[mask.bool()]) <= LIMIT
+        assert got[~mask.bool()].eq(0).all()
+        together = ours(pack(texts))
+        assert worst(together, got[mask.bool()]) <= LIMIT
+        for text, rows in zip(texts, together.split([len(text) for text in texts]), strict=True):
+            assert worst(ours(pack([text])), rows) <= LIMIT
+            assert worst(ours(torch.tensor([text])).last_hidden_state[0], rows) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["ettin-17m", "granite-97m", "all biases", "irregular"])
+def test_reference_ops_are_transformers_too(name: str) -> None:
+    theirs, ours = twins(CASES[name])
+    texts = random_ids(LENGTHS[:-1], CASES[name].vocab_size)
+    ids, mask = pad(texts)
+    with torch.inference_mode(), backend("reference"):
+        wanted = theirs(ids, attention_mask=mask).last_hidden_state
+        assert worst(ours(ids, mask).last_hidden_state[mask.bool()], wanted[mask.bool()]) <= LIMIT
+
+
+@pytest.mark.parametrize("field", ["local_rope_theta", "global_rope_theta", "local_attention", "norm_eps", "activation"])
+def test_each_field_matters(field: str) -> None:
+    """The weights and texts of this file would show a wrong theta, a window off by one, another activation."""
+    base = replace(TINY, local_attention=128)
+    _, right = twins(base)
+    wrong = {
+        "local_rope_theta": replace(base, local_rope_theta=160_000.0),
+        "global_rope_theta": replace(base, global_rope_theta=10_000.0),
+        "local_attention": replace(base, local_attention=126),
+        "norm_eps": replace(base, norm_eps=1e-3),
+        "activation": replace(base, hidden_activation="silu"),
+    }[field]
+    other = Encoder(wrong).eval()
+    other.load_state_dict(right.state_dict())
+    batch = pack(random_ids([130], base.vocab_size))
+    with torch.inference_mode():
+        assert worst(right(batch), other(batch)) > 20 * LIMIT
+
+
+@pytest.mark.parametrize("config", [TINY, replace(TINY, num_hidden_layers=6, local_rope_theta=160_000.0)])
+def test_both_generations_of_config_are_one_model(config: EncoderConfig) -> None:
+    batch, (theirs4, ours4), (_, ours5) = pack([[5, 6, 7] * 20]), twins(config, generation=4), twins(config)
+    assert "global_attn_every_n_layers" in hf_dict(config, 4)
+    assert "layer_types" in hf_dict(config, 5)
+    with torch.inference_mode():
+        assert torch.equal(ours4(batch), ours5(batch))
+        assert worst(ours4(batch), theirs4(batch.input_ids[None]).last_hidden_state[0]) <= LIMIT
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_are_those_of_transformers_5(layers: int, side: str) -> None:
+    """N + 1 of them; the last is after the final norm. A large batch in inference goes in parts: the same."""
+    theirs, ours = twins(replace(TINY, num_hidden_layers=layers, **BIASES))
+    for texts in (random_ids([3, 40, 17], 100), random_ids([500, 480, 510, 490, 470, 5], 100)):
+        ids, mask = pad(texts, side)
+        real = mask.bool()
+        with torch.inference_mode():
+            wanted = theirs(ids, attention_mask=mask, output_hidden_states=True)
+            padded = ours(ids, mask, output_hidden_states=True)
+            packed = ours(pack(texts), output_hidden_states=True)
+        assert len(padded.hidden_states) == len(packed.hidden_states) == len(wanted.hidden_states) == layers + 1
+        assert torch.equal(packed.hidden_states[-1], packed.last_hidden_state)
+        for mine, flat, yours in zip(padded.hidden_states, packed.hidden_states, wanted.hidden_states, strict=True):
+            assert worst(mine[real], yours[real]) <= LIMIT
+            assert worst(flat, yours[real]) <= LIMIT
+            assert mine[~real].eq(0).all()
+        assert ours(ids, mask).hidden_states is None
+
+
+def test_inputs_embeds() -> None:
+    """In place of rows of the table; they are normed as those are. Padded, packed, values and gradients."""
+    theirs, ours = twins(TINY)
+    texts = random_ids([3, 40, 17], 100)
+    ids, mask = pad(texts, "left")
+    real = mask.bool()
+    embeds = torch.randn(3, 40, 64)
+    outputs, gradients = [], []
+    for run in (
+        lambda x: theirs(inputs_embeds=x, attention_mask=mask).last_hidden_state[real],
+        lambda x: ours(inputs_embeds=x, attention_mask=mask).last_hidden_state[real],
+        lambda x: ours(None, mask, inputs_embeds=x).last_hidden_state[real],
+        lambda x: ours(pack(ids, mask), inputs_embeds=x[real]),
+    ):
+        leaf = embeds.clone().requires_grad_()
+        outputs.append(run(leaf))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), leaf)[0])
+    for output, gradient in zip(outputs[1:], gradients[1:], strict=True):
+        assert worst(output, outputs[0]) <= LIMIT
+        # The loss is about 1e4 and the gradients are of the size of ten, so five digits are left of float32's seven.
+        assert worst(gradient, gradients[0]) <= 1e-4 * gradients[0].abs().max()
+        assert gradient[~real].eq(0).all()
+    with torch.inference_mode():
+        table = ours.embeddings.tok_embeddings.weight
+        assert worst(ours(ids, mask).last_hidden_state, ours(None, mask, inputs_embeds=table[ids]).last_hidden_state) == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_position_ids(side: str) -> None:
+    theirs, ours = twins(TINY)
+    ids, mask = pad(random_ids([3, 40, 17], 100), side)
+    real = mask.bool()
+    steps = torch.randint(1, 4, ids.shape).cumsum(1)
+    with torch.inference_mode():
+        for positions in (steps, steps[:1]):
+            wanted = theirs(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+            got = ours(ids, mask, position_ids=positions).last_hidden_state
+            assert worst(got[real], wanted[real]) <= LIMIT
+        assert worst(got[real], ours(ids, mask).last_hidden_state[real]) > LIMIT
+
+
+# Gradients
+
+
+def exact_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Transformers' rotary without its cast to float32, so that its float64 model is a float64 model."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    turn = modeling_modernbert.rotate_half
+    return q * cos + turn(q) * sin, k * cos + turn(k) * sin
+
+
+def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Of every parameter, by a fixed cotangent on the rows of real tokens; the rows themselves too."""
+    rows = run()
+    cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(3)).to(rows.dtype)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad((rows * cotangent).sum(), parameters)
+    return {"rows": rows.detach(), **dict(zip(names, grads, strict=True))}
+
+
+@pytest.mark.parametrize("name", ["tiny", "all biases", "silu", "irregular"])
+def test_gradients_of_all_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to transformers in float64; in float32 no worse than twice transformers' own float32.
+
+    Both entrances, both sides of padding, gradient checkpointing, and the reference ops.
+    """
+    monkeypatch.setattr(modeling_modernbert, "apply_rotary_pos_emb", exact_rotary)
+    config = TINY if name == "tiny" else replace(CASES[name], num_hidden_layers=4)
+    texts = random_ids([1, 2, 40, 17, 66], config.vocab_size)
+    ids, mask = pad(texts)
+    real, left = mask.bool(), pad(texts, "left")
+
+    theirs, ours = twins(config)
+    runs = {
+        "packed": lambda: ours(pack(texts)),
+        "padded": lambda: ours(ids, mask).last_hidden_state[real],
+        "padded left": lambda: ours(*left).last_hidden_state[left[1].bool()],
+    }
+    their_run = lambda: theirs(ids, attention_mask=mask).last_hidden_state[real]  # noqa: E731
+    plain = gradients(theirs, their_run)
+    singles = {way: gradients(ours, run) for way, run in runs.items()}
+    with backend("reference"):
+        singles["reference"] = gradients(ours, runs["packed"])
+    ours.gradient_checkpointing = True
+    singles["checkpointed"] = gradients(ours, runs["packed"])
+    ours.gradient_checkpointing = False
+    assert all(torch.equal(singles["checkpointed"][key], singles["packed"][key]) for key in plain)
+
+    theirs.double(), ours.double()
+    truth = gradients(theirs, their_run)
+    doubles = {way: gradients(ours, run) for way, run in runs.items()}
+    with backend("reference"):
+        doubles["reference"] = gradients(ours, runs["packed"])
+
+    assert set(truth) == {"rows", *dict(ours.named_parameters())}
+    for key, value in truth.items():
+        assert value.abs().max() > 1e-3, f"{key} has no gradient to speak of"
+        for way, grads in doubles.items():
+            torch.testing.assert_close(grads[key], value, rtol=0, atol=1e-11 * value.abs().max().item(), msg=f"{way} {key}")
+        for way, grads in singles.items():
+            assert_accurate(grads[key], plain[key], value, f"{way} {key}")
