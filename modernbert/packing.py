@@ -161,7 +161,7 @@ def pack_static(
 def unpack_static(values: Tensor, batch: Packed) -> Tensor:
     """Undo `pack_static`: `[B * S, ...]` to `[B, S, ...]` with zeros in padding."""
     assert batch.padded_rows is not None and batch.padded_length is not None and batch.key_lengths is not None
-    within_T = torch.arange(batch.padded_length, device=values.device).expand(len(batch.key_lengths), -1)
+    within_T = torch.arange(batch.padded_length, device=values.device).expand(batch.key_lengths.shape[0], -1)
     real_T = (within_T < batch.key_lengths[:, None]).flatten()
     values = torch.where(real_T.view(-1, *[1] * (values.dim() - 1)), values, 0)
     return torch.empty_like(values).index_copy(0, batch.padded_rows, values).unflatten(0, (-1, batch.padded_length))

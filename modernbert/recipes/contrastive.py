@@ -51,13 +51,13 @@ class Config:
     dim: int = 64
     query_length: int = 32
     document_length: int = 224
-    train_document_length: int = 64  # documents are cut shorter in training, for speed
+    train_document_length: int = 96  # documents are cut shorter in training, for speed
 
     steps: int = 1000
     batch_pairs: int = 256
     batch_tokens: int = 24_000
     learning_rate: float = 2e-3
-    embedding_learning_rate: float = 1e-3
+    embedding_learning_rate: float = 5e-4
     temperature: float = 0.5  # of the sum over query tokens
     warmup: float = 0.03  # of the steps, linear from nothing
     decay: float = 0.4  # of the steps, linear to nothing at the end
@@ -157,7 +157,7 @@ def token_texts(backend: tokenizers.Tokenizer) -> list[str]:
 def build(config: Config, backend: tokenizers.Tokenizer, teacher: Teacher | None) -> ColBERT:
     """The untrained model; a teacher that knows the tokens gives their embeddings."""
     torch.manual_seed(config.seed)
-    tokenizer = Tokenizer(backend, do_lower_case=True)
+    tokenizer = Tokenizer(backend, {"do_lower_case": True})
     encoder = Encoder(
         EncoderConfig(
             vocab_size=tokenizer.vocab_size,

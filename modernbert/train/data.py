@@ -176,7 +176,7 @@ def plan_batches(
         first, second = rng.choice(part, 2, replace=False)
         part = part[np.argsort(topics[part] @ (topics[first] - topics[second]), kind="stable")]
         filled, batches = np.cumsum(cost[part]), np.ceil(cost[part].sum())
-        cut = int(np.searchsorted(filled, filled[-1] * (batches // 2) / batches))
+        cut = int(np.searchsorted(filled, filled[-1] * (batches // 2) / batches + 1e-9, side="right"))
         parts += np.split(part, [min(max(cut, 1), len(part) - 1)])
     return [plan[i] for i in rng.permutation(len(plan))]
 

@@ -76,7 +76,7 @@ def test_tokenizer_cuts_at_spaces_punctuation_and_underscores(tokenizer):
 
 def test_tokenizer_offsets_name_the_text(tokenizer):
     text = "Read_File: naïve, 5678"
-    encoding = Tokenizer(tokenizer, do_lower_case=True).encode_batch([text])[0]
+    encoding = Tokenizer(tokenizer, {"do_lower_case": True}).encode_batch([text])[0]
     words = [text[start:end] for start, end in encoding.offsets]
     assert words[1:3] == ["Read", "File"]
     assert words[-2] == "5678"
