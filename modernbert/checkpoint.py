@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in the order they are looked for
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-HEADS = ("head.", "decoder.", "classifier.")
+HEADS = ("head.", "decoder.", "classifier.", "linear.")  # linear: of Stanford's ColBERT
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
 
 # What a load can need of a hub repository; a module of a retriever (1_Dense) has a folder of its own.
-HUB_FILES = ["*.json", "*.txt", "model*.safetensors", "[0-9]*_*/model*.safetensors"]
+HUB_FILES = ["*.json", "artifact.metadata", "*.txt", "model*.safetensors", "[0-9]*_*/model*.safetensors"]
 HUB_OTHERS = ["onnx/*", "openvino/*", "checkpoint-*/*"]
 
 

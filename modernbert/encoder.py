@@ -42,6 +42,10 @@ class EncoderOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+# So that torch.export.save can write a program that returns one; its error message names this function.
+torch.utils._pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` that computes through the `linear` op."""
 

@@ -126,8 +126,8 @@ def unpack(values: Tensor, batch: Packed) -> Tensor:
         sequence = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(batch.lengths, dtype=torch.int64))
         within = torch.arange(batch.num_tokens) - batch.cu_seqlens.cpu()[sequence]
         rows = (sequence * length + within).to(values.device)
-    padded = values.new_zeros(len(batch) * length, *values.shape[1:])
-    return padded.index_copy(0, rows, values).unflatten(0, (len(batch), length))
+    padded = values.new_zeros(len(batch), length, *values.shape[1:])
+    return padded.index_put_((rows // length, rows % length), values)
 
 
 def pack_static(

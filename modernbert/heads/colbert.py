@@ -112,6 +112,9 @@ class ColBERT(nn.Module):
         self.dense = nn.ModuleList(dense)
         self.dim = dense[-1].linear.out_features
         self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
+        for prefix in (config.query_prefix, config.document_prefix):
+            if prefix and tokenizer.token_to_id(prefix) is None:
+                raise ValueError(f"the prefix {prefix!r} is no token of the tokenizer: add it, or set the prefix to ''")
         if config.do_query_expansion and tokenizer.mask_token_id is None:
             raise ValueError("do_query_expansion needs a [MASK] token, and the tokenizer has none")
 
@@ -144,7 +147,7 @@ class ColBERT(nn.Module):
         token: str | None = None,
         local_files_only: bool = False,
     ) -> ColBERT:
-        """Load a folder written by PyLate or by sentence-transformers' `MultiVectorEncoder`, in evaluation mode.
+        """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT, for inference.
 
         Arguments as of `Encoder.from_pretrained`. PyLate's and sentence-transformers' own ways with blanks, prompts
         and the skiplist are kept (see `ColBERTConfig`), so that vectors equal those of the library that wrote it.
@@ -156,12 +159,11 @@ class ColBERT(nn.Module):
         folder = files.locate(folder_or_hub_id, **access)
         encoder = Encoder.from_pretrained(folder, dtype=dtype, device=device)
         tokenizer = Tokenizer.from_pretrained(folder)
-        settings, layers = colbert_folder.read(folder, tokenizer)
+        settings, layers = colbert_folder.read(folder, tokenizer, device or "cpu", dtype or torch.float32)
         dense = []
-        for subfolder, arguments in layers:
+        for arguments, state in layers:
             with torch.device("meta"):
                 layer = Dense(**arguments)
-            state = files.read_state_dict(subfolder, device=device or "cpu", dtype=dtype or torch.float32)
             files.load_state_dict(layer, state, prefix="", ignore=())
             dense.append(layer)
         return cls(encoder, tokenizer, dense, ColBERTConfig(**settings)).eval()

@@ -1,15 +1,15 @@
-"""ColBERT folders of PyLate 1.x and of sentence-transformers 6: settings and head in, a PyLate folder out."""
+"""ColBERT folders of PyLate 1.x, sentence-transformers 6 and Stanford: settings and head in, a PyLate folder out."""
 
 from __future__ import annotations
 
 import os
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checkpoint as files
 from ..tokenizer import Tokenizer
@@ -19,14 +19,28 @@ if TYPE_CHECKING:
 
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
+METADATA = "artifact.metadata"
 
 # Modules by the last part of their type; the others have no meaning for late interaction.
 READ = ("Transformer", "Dense", "MultiVectorMask")
 SKIPPED = ("Normalize", "Pooling")  # normalising is part of our forward pass; PyLate drops both as well
 
 
-def read(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[tuple[Path, dict[str, Any]]]]:
-    """Fields of `ColBERTConfig`, and for each layer of the head its folder and the arguments of `Dense`."""
+class Layer(NamedTuple):
+    """One layer of the head: the arguments of `Dense`, and its weights."""
+
+    arguments: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+def read(
+    folder: Path, tokenizer: Tokenizer, device: torch.device | str, dtype: torch.dtype
+) -> tuple[dict[str, Any], list[Layer]]:
+    """Fields of `ColBERTConfig`, and the layers of the head."""
+    if files.read_json(folder, "config.json").get("architectures") == ["HF_ColBERT"]:
+        weight = files.read_state_dict(folder, device=device, dtype=dtype)["linear.weight"]
+        head = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+        return _stanford(folder), [Layer(head, {"linear.weight": weight})]
     if not (folder / "modules.json").is_file():
         raise ValueError(
             f"{folder} has no modules.json, so no late-interaction head: make one with "
@@ -43,10 +57,23 @@ def read(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[tuple
     written = files.read_json(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
     native = written.get("model_type") == "MultiVectorEncoder"
     settings = _native(folder, written, modules, tokenizer) if native else _pylate(written)
-    for role in ("query_prefix", "document_prefix"):
-        if settings[role] and tokenizer.token_to_id(settings[role]) is None:
-            raise ValueError(f"{folder}: {role} {settings[role]!r} is no token of tokenizer.json; add it, or set it to ''")
-    return settings, [(path, _dense_arguments(path)) for path in modules["Dense"]]
+    layers = [
+        Layer(_dense_arguments(path), files.read_state_dict(path, device=device, dtype=dtype)) for path in modules["Dense"]
+    ]
+    return settings, layers
+
+
+def _stanford(folder: Path) -> dict[str, Any]:
+    """artifact.metadata as PyLate reads it: always expansion, the whole skiplist, and its own defaults for the rest."""
+    written = files.read_json(folder, METADATA) if (folder / METADATA).is_file() else {}
+    names = {
+        "query_prefix": ("query_token_id", "[unused0]"),
+        "document_prefix": ("doc_token_id", "[unused1]"),
+        "query_length": ("query_maxlen", 32),
+        "document_length": ("doc_maxlen", 180),
+        "attend_to_expansion_tokens": ("attend_to_mask_tokens", False),
+    }
+    return {ours: written.get(theirs, default) for ours, (theirs, default) in names.items()} | {"do_query_expansion": True}
 
 
 def _pylate(written: dict[str, Any]) -> dict[str, Any]:
@@ -112,12 +139,9 @@ def _dense_arguments(folder: Path) -> dict[str, Any]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) and not path.is_dir():
-        raise ValueError(f"{folder}/modules.json points to {name!r}, outside of the folder")
     if ".." in Path(name).parts or Path(name).is_absolute():
         raise ValueError(f"{folder}/modules.json points to {name!r}, outside of the folder")
-    return path
+    return folder / name
 
 
 def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:

@@ -37,7 +37,9 @@ class Config:
     pairs: str  # a folder of *.jsonl or *.jsonl.zst, see train/data.py
     output: str
     drop: tuple[str, ...] = ("nl2bash",)  # sources left out (this one is GPL)
-    held_out: tuple[str, ...] = ()  # BEIR folders; pairs whose passage shares 8 words in a row with theirs are left out
+    held_out: tuple[
+        str, ...
+    ] = ()  # BEIR folders; pairs whose passage shares 8 words in a row with theirs are left out
     teacher: str = ""  # a folder of vectors, see train/teacher.py
     label_with: str = ""  # a sentence-transformers model that writes `teacher` if it is not there
     label_pairs: int = 0  # pairs of each source that it embeds, besides the tokens of the vocabulary
@@ -83,7 +85,12 @@ class Tokens:
         rest = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         queries, positives = vars(self.queries), vars(self.positives)
         with file.with_suffix(".tmp").open("wb") as part:
-            np.savez(part, **rest, **{f"q_{k}": v for k, v in queries.items()}, **{f"p_{k}": v for k, v in positives.items()})
+            np.savez(
+                part,
+                **rest,
+                **{f"q_{k}": v for k, v in queries.items()},
+                **{f"p_{k}": v for k, v in positives.items()},
+            )
         os.replace(file.with_suffix(".tmp"), file)
 
     @classmethod
@@ -112,7 +119,11 @@ def prepare(config: Config, output: Path) -> tuple[tokenizers.Tokenizer, Tokens,
     """Pairs to a tokenizer, token ids and a teacher; what takes long is kept in the output folder and read from there."""
     if (output / "tokens.npz").exists():
         backend = tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
-        return backend, Tokens.load(output / "tokens.npz"), Teacher(config.teacher) if config.teacher else None
+        return (
+            backend,
+            Tokens.load(output / "tokens.npz"),
+            Teacher(config.teacher) if config.teacher else None,
+        )
     pairs = data.read_pairs(config.pairs, drop=config.drop)
     if config.held_out:
         held_out = (text for folder in config.held_out for text in data.read_corpus(folder))
@@ -178,11 +189,15 @@ def build(config: Config, backend: tokenizers.Tokenizer, teacher: Teacher | None
         if (rows >= 0).all():
             vectors = teacher[rows]
             _, _, axes = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
-            vectors = torch.nn.functional.normalize((vectors - vectors.mean(0)) @ axes[: config.hidden_size].T, dim=-1)
+            vectors = torch.nn.functional.normalize(
+                (vectors - vectors.mean(0)) @ axes[: config.hidden_size].T, dim=-1
+            )
             table = encoder.embeddings.tok_embeddings.weight
             with torch.no_grad():
                 # The deviation of a unit vector's elements would be hidden_size ** -0.5.
-                table[:, : vectors.shape[1]] = vectors * (encoder.config.initializer_range * config.hidden_size**0.5)
+                table[:, : vectors.shape[1]] = vectors * (
+                    encoder.config.initializer_range * config.hidden_size**0.5
+                )
     settings = ColBERTConfig(query_length=config.query_length, document_length=config.document_length)
     return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=settings)
 
@@ -191,7 +206,10 @@ def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None,
     """Train from the checkpoint in `output`, if there is one, to the last step."""
     table = model.encoder.embeddings.tok_embeddings.weight
     others = [parameter for parameter in model.parameters() if parameter is not table]
-    groups = [{"params": [table], "lr": config.embedding_learning_rate}, {"params": others, "lr": config.learning_rate}]
+    groups = [
+        {"params": [table], "lr": config.embedding_learning_rate},
+        {"params": others, "lr": config.learning_rate},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
     plan = Plan(config, tokens, table.detach().numpy())
     first = load_checkpoint(output, config, model, optimizer)
@@ -199,7 +217,9 @@ def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None,
     saved = logged = time.perf_counter()
     seen, history = 0, []
     for step in range(first, config.steps):
-        for group, rate in zip(optimizer.param_groups, (config.embedding_learning_rate, config.learning_rate), strict=True):
+        for group, rate in zip(
+            optimizer.param_groups, (config.embedding_learning_rate, config.learning_rate), strict=True
+        ):
             group["lr"] = rate * schedule(step, config)
         loss, accuracy, size = train_step(config, model, tokens, teacher, plan[step])
         loss.backward()
@@ -211,7 +231,11 @@ def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None,
         now = time.perf_counter()
         if (step + 1) % 20 == 0 or step + 1 == config.steps:
             mean_loss, mean_accuracy = np.mean(history, axis=0)
-            line = {"step": step + 1, "loss": round(mean_loss, 4), "in_batch_accuracy": round(mean_accuracy, 4)}
+            line = {
+                "step": step + 1,
+                "loss": round(mean_loss, 4),
+                "in_batch_accuracy": round(mean_accuracy, 4),
+            }
             line |= {"tokens_per_s": round(seen / (now - logged)), "cpu_s": round(time.process_time())}
             print(json.dumps(line), flush=True)
             seen, history, logged = 0, [], now
@@ -256,7 +280,11 @@ def train_step(
     with torch.autocast("cpu", torch.bfloat16):
         scores_BB = all_pairs_maxsim(model(queries), queries.lengths, model(positives), positives.lengths)
     loss = info_nce(scores_BB / config.temperature, torch.from_numpy(tokens.groups[batch]))
-    if teacher is not None and (tokens.query_rows[batch] >= 0).all() and (tokens.positive_rows[batch] >= 0).all():
+    if (
+        teacher is not None
+        and (tokens.query_rows[batch] >= 0).all()
+        and (tokens.positive_rows[batch] >= 0).all()
+    ):
         teacher_BB = teacher[tokens.query_rows[batch]] @ teacher[tokens.positive_rows[batch]].T
         kl = kl_distill(scores_BB / config.temperature, teacher_BB / config.teacher_temperature)
         loss = (1 - config.teacher_weight) * loss + config.teacher_weight * kl
@@ -275,7 +303,12 @@ def save_checkpoint(
     output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     """Atomic: a run killed here goes on from the checkpoint before."""
-    state = {"config": asdict(config), "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {
+        "config": asdict(config),
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
     torch.save(state, output / "checkpoint.tmp")
     os.replace(output / "checkpoint.tmp", output / "checkpoint.pt")
 
@@ -290,7 +323,9 @@ def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: tor
     ours = asdict(config)
     differs = {k: (v, ours[k]) for k, v in state["config"].items() if k not in free and v != ours[k]}
     if differs:
-        raise ValueError(f"{file} belongs to another run: {differs} (checkpoint, asked for). Choose another --output")
+        raise ValueError(
+            f"{file} belongs to another run: {differs} (checkpoint, asked for). Choose another --output"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     print(f"resumed at step {state['step']:,}", flush=True)
@@ -299,17 +334,25 @@ def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: tor
 
 def parse(arguments: list[str] | None = None) -> Config:
     """A command line to a `Config`: one option for each field."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for field in fields(Config):
         name, many = "--" + field.name.replace("_", "-"), isinstance(field.default, tuple)
         if field.default is MISSING:
             parser.add_argument(name, required=True)
         elif many:
-            parser.add_argument(name, nargs="*", default=field.default, help=f"default: {' '.join(field.default) or 'none'}")
+            parser.add_argument(
+                name, nargs="*", default=field.default, help=f"default: {' '.join(field.default) or 'none'}"
+            )
         else:
-            parser.add_argument(name, type=type(field.default), default=field.default, help=f"default: {field.default}")
+            parser.add_argument(
+                name, type=type(field.default), default=field.default, help=f"default: {field.default}"
+            )
     values = vars(parser.parse_args(arguments))
-    return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return Config(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    )
 
 
 if __name__ == "__main__":

@@ -46,8 +46,15 @@ def read_pairs(folder: str | os.PathLike, *, drop: Collection[str] = ()) -> Iter
         for number, line in enumerate(_lines(path), start=1):
             row = json.loads(line)
             if "query" not in row or "positive" not in row:
-                raise ValueError(f'{path}:{number}: a pair needs "query" and "positive", got keys {sorted(row)}')
-            pair = Pair(row["query"], row["positive"], row.get("source", path.name.split(".")[0]), row.get("group", row["positive"]))
+                raise ValueError(
+                    f'{path}:{number}: a pair needs "query" and "positive", got keys {sorted(row)}'
+                )
+            pair = Pair(
+                row["query"],
+                row["positive"],
+                row.get("source", path.name.split(".")[0]),
+                row.get("group", row["positive"]),
+            )
             if pair.source not in drop:
                 yield pair
 
@@ -87,7 +94,9 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> tokenizers.Toke
     tokenizer.train_from_iterator((text.lower() for text in texts), trainer)
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
     )
     return tokenizer
 
@@ -134,7 +143,10 @@ class Rows:
         for start in range(0, len(texts), 4096):
             # No token of ordinary text is longer than 32 characters; the cut saves most of the work on long texts.
             lowered = [text[: 32 * limit].lower() for text in texts[start : start + 4096]]
-            ids = [encoding.ids[:limit] for encoding in tokenizer.encode_batch_fast(lowered, add_special_tokens=False)]
+            ids = [
+                encoding.ids[:limit]
+                for encoding in tokenizer.encode_batch_fast(lowered, add_special_tokens=False)
+            ]
             lengths += map(len, ids)
             parts.append(np.fromiter(chain.from_iterable(ids), dtype))
         return cls(np.concatenate(parts), np.cumsum(lengths))

@@ -49,7 +49,9 @@ def all_pairs_maxsim(
     may be empty.
     """
     best_QB = _BestMatch.apply(queries_QE, documents_NE, tuple(document_lengths))
-    owner_Q = torch.repeat_interleave(torch.arange(len(query_lengths)), torch.tensor(query_lengths)).to(best_QB.device)
+    owner_Q = torch.repeat_interleave(torch.arange(len(query_lengths)), torch.tensor(query_lengths)).to(
+        best_QB.device
+    )
     return best_QB.new_zeros(len(query_lengths), best_QB.shape[1]).index_add(0, owner_Q, best_QB)
 
 

@@ -173,7 +173,8 @@ def their_rows(model: Any, kind: str, texts: list[str]) -> list[np.ndarray]:
     return (model.encode_query if kind == "queries" else model.encode_document)(texts, convert_to_numpy=True)
 
 
-@pytest.mark.parametrize("name", SHARED)
+# Of Stanford's format it makes "[unused0] " + text; the blank is a token of its own to a byte-level BPE.
+@pytest.mark.parametrize("name", [name for name in SHARED if name != "stanford"])
 def test_pylate_folder_gives_sentence_transformers_vectors(
     name: str, folder_of: Assemble, multi_vector_encoder: Any
 ) -> None:

@@ -17,14 +17,16 @@ WORDS = "river mountain engine pressure violin market planet protein castle harb
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Sentences around a key word and a number; the query names both in another order. Teacher: one-hot of the word."""
+    """A query asks in another word for what its document names, so that only learning finds it."""
     folder = tmp_path_factory.mktemp("pairs")
     draw = random.Random(0)
     rows = []
     for i in range(240):
-        word, other = draw.sample(WORDS, 2)
-        positive = f"the {word} of {i} was seen by many people who knew the {other}"
-        rows.append({"query": f"{i} {word}", "positive": positive, "source": "ab"[i % 2], "group": str(i)})
+        word = draw.choice(WORDS[:4])
+        positive = f"the {word} was seen by {draw.randrange(100)} people who knew it"
+        rows.append(
+            {"query": f"find {word[::-1]}", "positive": positive, "source": "ab"[i % 2], "group": word}
+        )
     (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -33,13 +35,9 @@ def config(toy, output, **changes) -> Config:
     tiny = Config(
         pairs=str(toy), output=str(output), vocab_size=400, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, dim=16, steps=20, batch_pairs=24, batch_tokens=600, threads=1, warmup=0.1,
-        learning_rate=5e-3, embedding_learning_rate=5e-3, save_minutes=0.0,
+        learning_rate=2e-2, embedding_learning_rate=2e-2, save_minutes=0.0,
     )  # fmt: skip
     return replace(tiny, **changes)
-
-
-def losses(output: str) -> list[float]:
-    return [json.loads(line)["loss"] for line in output.splitlines() if line.startswith("{")]
 
 
 def test_twenty_steps_learn(toy, tmp_path, monkeypatch):
@@ -47,7 +45,7 @@ def test_twenty_steps_learn(toy, tmp_path, monkeypatch):
     step = contrastive.train_step
     monkeypatch.setattr(contrastive, "train_step", lambda *args: seen.append(step(*args)) or seen[-1])
     main(config(toy, tmp_path))
-    loss = [float(loss) for loss, _, _ in seen]
+    loss = [loss.item() for loss, _, _ in seen]
     assert np.mean(loss[-5:]) < 0.7 * np.mean(loss[:5])
 
 
@@ -106,7 +104,13 @@ def test_a_teacher_gives_embeddings_and_its_loss(toy, tmp_path, monkeypatch):
     output = tmp_path / "out"
     main(config(toy, output, steps=0))
     backend = contrastive.prepare(config(toy, output), output)[0]
-    texts = sorted({*contrastive.token_texts(backend), *(t for p in data.read_pairs(toy) for t in (p.query, p.positive))}, key=text_key)
+    texts = sorted(
+        {
+            *contrastive.token_texts(backend),
+            *(t for p in data.read_pairs(toy) for t in (p.query, p.positive)),
+        },
+        key=text_key,
+    )
     rng = np.random.default_rng(0)
     folder = tmp_path / "teacher"
     folder.mkdir()
@@ -121,9 +125,11 @@ def test_a_teacher_gives_embeddings_and_its_loss(toy, tmp_path, monkeypatch):
 
     teacher = contrastive.Teacher(folder)
     table = contrastive.build(taught, backend, teacher).encoder.embeddings.tok_embeddings.weight
-    ours = torch.nn.functional.normalize(table[: backend.get_vocab_size()].detach(), dim=-1)
+    ours = torch.nn.functional.normalize(table[: backend.get_vocab_size(), :24].detach(), dim=-1)
     theirs = teacher[teacher.rows(contrastive.token_texts(backend))]
-    theirs = torch.nn.functional.normalize(theirs - theirs.mean(0), dim=-1)
+    theirs = torch.nn.functional.normalize(
+        theirs - theirs.mean(0), dim=-1
+    )  # 24 of the 32 columns are the teacher's
     torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0, atol=1e-4)
 
 
@@ -137,5 +143,7 @@ def test_schedule_rises_stays_and_falls():
 
 
 def test_the_command_line_is_the_config():
-    got = parse(["--pairs", "p", "--output", "o", "--steps", "7", "--held-out", "a", "b", "--learning-rate", "1e-3"])
+    got = parse(
+        ["--pairs", "p", "--output", "o", "--steps", "7", "--held-out", "a", "b", "--learning-rate", "1e-3"]
+    )
     assert got == Config(pairs="p", output="o", steps=7, held_out=("a", "b"), learning_rate=1e-3)

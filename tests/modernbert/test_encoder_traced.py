@@ -1,0 +1,170 @@
+"""The encoder under torch.compile (whole graph, few compilations) and under torch.export (the padded entrance)."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hf_twin import BIASES, TINY, pad, random_ids, twins
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, ExportedProgram
+
+import modernbert_kernels  # noqa: F401  (registers its operators)
+from modernbert import Encoder, pack
+from modernbert.config import FULL, SLIDING
+
+SMALL = replace(TINY, num_hidden_layers=2, layer_pattern=(FULL, SLIDING))
+MIXES = [[3, 40], [7, 9, 30], [64, 65, 2], [129], [5, 5, 5, 5], [200, 0, 1], [17], [90, 31]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def rows_and_gradients(run: Any, encoder: Encoder, batch: Any) -> tuple[Tensor, ...]:
+    rows = run(batch)
+    return rows.detach(), *torch.autograd.grad(rows.square().sum(), list(encoder.parameters()))
+
+
+def assert_same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    for mine, yours in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-5 * (1 + yours.abs().max().item()))
+
+
+def test_one_graph_for_all_lengths() -> None:
+    """Forward and backward of eight mixes equal eager; after the first, with sizes open, nothing compiles again."""
+    encoder, counter = twins(SMALL)[1], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(encoder, fullgraph=True, backend=counter)
+    for lengths in MIXES:
+        batch = pack(random_ids(lengths, 100))
+        assert_same(rows_and_gradients(compiled, encoder, batch), rows_and_gradients(encoder, encoder, batch))
+    assert counter.frame_count <= 2
+    counter.frame_count = 0
+    with torch.no_grad():  # also where eager would cut the batch into parts
+        for lengths in [*MIXES, [900, 800, 700]]:
+            batch = pack(random_ids(lengths, 100))
+            assert_same((compiled(batch),), (encoder(batch),))
+    assert counter.frame_count <= 2
+    batch = pack([[7]])  # torch always makes sizes of one a case of their own
+    assert_same((compiled(batch),), (encoder(batch),))
+
+
+def test_one_graph_with_query_rows_dropout_and_autocast() -> None:
+    encoder = twins(replace(SMALL, attention_dropout=0.2, mlp_dropout=0.2, **BIASES))[1]
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    keys = torch.tensor([[1] * 20 + [0] * 12, [1] * 3 + [0] * 29])
+    batch = pack(torch.tensor(random_ids([32, 32], 100)), keys, query_mask=1 - keys)
+    assert_same(rows_and_gradients(compiled, encoder, batch), rows_and_gradients(encoder, encoder, batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(batch), encoder(batch), rtol=0, atol=0.1)
+    encoder.train()
+    first, second = compiled(batch), compiled(batch)
+    assert first.isfinite().all()
+    assert (first - second).abs().max() > 0.1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor() -> None:
+    encoder = twins(SMALL)[1]
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True)
+    for lengths in MIXES[:3]:
+        batch = pack(random_ids(lengths, 100))
+        assert_same(rows_and_gradients(compiled, encoder, batch), rows_and_gradients(encoder, encoder, batch))
+
+
+def test_the_padded_entrance_compiles_with_graph_breaks() -> None:
+    """It looks at the mask, so it is not one graph; the numbers are the same."""
+    encoder = twins(SMALL)[1]
+    compiled = torch.compile(encoder, backend="aot_eager")
+    ids, mask = pad(random_ids([3, 40, 17], 100), "left")
+    with torch.no_grad():
+        assert_same((compiled(ids, mask)[0],), (encoder(ids, mask)[0],))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("query_rows", [False, True])
+def test_opaque_operators_keep_the_rules(window: int | None, query_rows: bool) -> None:
+    """torch's own check: schema, fake tensors, autograd registration, tracing with open shapes."""
+    qkv, cos, sin = torch.randn(51, 3, 2, 8, requires_grad=True), torch.rand(51, 4), torch.rand(51, 4)
+    cu_seqlens = torch.tensor([0, 40, 40, 51], dtype=torch.int32)
+    keys = torch.tensor([3, 0, 11], dtype=torch.int32) if query_rows else None
+    arguments = (qkv, cu_seqlens, 40, cos, sin, window, keys)
+    operators = torch.ops.modernbert_kernels
+    torch.library.opcheck(operators.attention_cpu.default, arguments)
+    backward = (torch.randn(51, 2, 8), qkv.detach(), *arguments[1:])
+    torch.library.opcheck(operators.attention_cpu_backward.default, backward)
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return twins(replace(TINY, **BIASES))[1]
+
+
+@pytest.fixture(scope="module")
+def program(encoder: Encoder) -> ExportedProgram:
+    sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    return torch.export.export(encoder, pad(random_ids([3, 40, 17], 100)), dynamic_shapes=(sizes, sizes))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [[3, 40, 17], [100, 2], [5, 7, 64, 65, 130], [33]])
+def test_an_exported_program_at_other_sizes(
+    program: ExportedProgram, encoder: Encoder, side: str, lengths: list[int]
+) -> None:
+    ids, mask = pad(random_ids(lengths, 100), side, extra=3)
+    with torch.no_grad():
+        got, wanted = program.module()(ids, mask), encoder(ids, mask)
+    torch.testing.assert_close(got.last_hidden_state, wanted.last_hidden_state, rtol=0, atol=2e-5)
+    assert got.last_hidden_state[mask == 0].eq(0).all()
+
+
+def test_an_exported_program_is_saved_and_loaded(program: ExportedProgram, encoder: Encoder) -> None:
+    """Saving failed, because the class of the output was not known to torch's serialiser."""
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    ids, mask = pad(random_ids([5, 9], 100), "left")
+    with torch.no_grad():
+        got = torch.export.load(file).module()(ids, mask)
+        torch.testing.assert_close(got.last_hidden_state, encoder(ids, mask)[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_the_other_arguments(encoder: Encoder, strict: bool) -> None:
+    """Positions, embeddings and hidden states, with and without dynamo, all sizes open."""
+    ids, mask = pad(random_ids([3, 40, 17], 100), "left")
+    embeds = torch.randn(*ids.shape, 64)
+    cases = {
+        "position_ids": {"input_ids": ids, "attention_mask": mask, "position_ids": torch.randint(0, 50, ids.shape)},
+        "inputs_embeds": {"inputs_embeds": embeds, "attention_mask": mask},
+        "no mask": {"input_ids": ids},
+    }
+    for name, arguments in cases.items():
+        sizes = {key: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for key in arguments}
+        options: dict[str, Any] = {"output_hidden_states": True}
+        sizes["output_hidden_states"] = None
+        program = torch.export.export(encoder, (), {**arguments, **options}, dynamic_shapes=sizes, strict=strict)
+        fewer = {key: torch.cat([x, x])[:5, -20:] for key, x in arguments.items()}
+        with torch.no_grad():
+            got, wanted = program.module()(**fewer, **options), encoder(**fewer, **options)
+        assert len(got.hidden_states) == 5
+        for mine, yours in zip(got.hidden_states, wanted.hidden_states, strict=True):
+            torch.testing.assert_close(mine, yours, rtol=0, atol=2e-5, msg=name)
+
+
+def test_export_refuses_query_rows(encoder: Encoder) -> None:
+    ids, mask = pad(random_ids([3, 40], 100))
+    with pytest.raises(ValueError, match="query_mask cannot be exported"):
+        torch.export.export(encoder, (ids, mask), {"query_mask": 1 - mask}, strict=False)

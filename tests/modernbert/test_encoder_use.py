@@ -1,0 +1,377 @@
+"""What people do with an encoder: odd batches, wrong arguments, dtypes, autocast, dropout, copies, threads, resizing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from hf_twin import BIASES, TINY, hf_dict, pad, random_ids, twins
+from torch import Tensor
+from transformers import ModernBertConfig, ModernBertModel
+from transformers.models.modernbert import modeling_modernbert
+
+from modernbert import Encoder, EncoderConfig, Packed, pack
+from modernbert.encoder import EncoderOutput
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return twins(TINY)[1]
+
+
+# Odd batches
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (2, 0)])
+def test_an_empty_batch(encoder: Encoder, shape: tuple[int, int]) -> None:
+    ids = torch.zeros(shape, dtype=torch.int64)
+    out = encoder(ids, torch.ones_like(ids), output_hidden_states=True)
+    assert out.last_hidden_state.shape == (*shape, 64)
+    assert len(out.hidden_states) == 5
+    batch = pack([[]] * shape[0])
+    x_TD = encoder(batch)
+    assert x_TD.shape == (0, 64)
+    x_TD.sum().backward()  # a rank without data still takes part in a training step
+    assert encoder.final_norm.weight.grad is not None
+    encoder.zero_grad()
+
+
+def test_sequences_of_no_token(encoder: Encoder) -> None:
+    """They give no row, and the others are what they are without them; also where the batch is cut into parts."""
+    texts = random_ids([700, 3, 800, 900], 100)
+    with torch.inference_mode():
+        wanted = encoder(pack(texts))
+        got = encoder(pack([[], texts[0], [], [], *texts[1:], []]))
+        ids, mask = pad([[], *texts])
+        padded = encoder(ids, mask).last_hidden_state
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(padded[mask.bool()], wanted, rtol=0, atol=2e-5)
+    assert padded[0].eq(0).all()
+
+
+def test_a_text_beyond_the_maximum_warns_once() -> None:
+    encoder = Encoder(replace(TINY, max_position_embeddings=50)).eval()
+    ids, mask = pad(random_ids([50], 100), extra=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder(pack(random_ids([50, 50], 100)))
+        encoder(ids, mask)
+    with pytest.warns(UserWarning, match="51 tokens is longer than max_position_embeddings, 50"):
+        encoder(pack(random_ids([3, 51], 100)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder(pack(random_ids([60], 100)))
+
+
+def test_padding_is_never_read(encoder: Encoder) -> None:
+    """Ids beyond the vocabulary and NaN embeddings in padding reach neither the rows nor the gradients."""
+    ids, mask = pad(random_ids([3, 40, 17], 100), "left")
+    real = mask.bool()
+    table = encoder.embeddings.tok_embeddings.weight
+    wild = ids.masked_fill(~real, 10**9)
+    with torch.no_grad():
+        wanted = encoder(ids, mask).last_hidden_state
+        assert torch.equal(encoder(wild, mask).last_hidden_state, wanted)
+    embeds = table.detach()[ids].masked_fill(~real[..., None], torch.nan).requires_grad_()
+    got = encoder(None, mask, inputs_embeds=embeds).last_hidden_state
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+    (gradient,) = torch.autograd.grad(got.square().sum(), embeds)
+    assert gradient[~real].eq(0).all()
+    assert gradient[real].isfinite().all()
+
+
+# Arguments
+
+
+def test_every_argument_of_transformers_has_a_meaning_or_is_refused_by_name(encoder: Encoder) -> None:
+    theirs = set(inspect.signature(inspect.unwrap(ModernBertModel.forward)).parameters) - {"self", "kwargs"}
+    # What transformers 4 took, and what passes through the keyword arguments of 5.
+    theirs |= {"token_type_ids", "output_attentions", "output_hidden_states", "return_dict"}
+    ours = inspect.signature(encoder.forward).parameters
+    assert theirs <= set(ours)
+    assert not any(p.kind is p.VAR_KEYWORD for p in ours.values())
+    mask = torch.ones_like(IDS)
+    wanted = encoder(IDS).last_hidden_state
+    defaults = {"output_attentions": None, "output_hidden_states": None, "return_dict": None, "token_type_ids": None}
+    for given in ({}, defaults, {"return_dict": True, "output_attentions": False}):
+        out = encoder(input_ids=IDS, attention_mask=mask, position_ids=None, inputs_embeds=None, **given)
+        assert isinstance(out, EncoderOutput)
+        assert torch.equal(out.last_hidden_state, wanted)
+        assert torch.equal(out[0], wanted)
+    for name, value in (
+        ("token_type_ids", torch.zeros_like(IDS)),
+        ("output_attentions", True),
+        ("return_dict", False),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            encoder(IDS, **{name: value})
+    for name in ("labels", "cu_seqlens", "sliding_window_mask", "past_key_values"):
+        with pytest.raises(TypeError, match=name):
+            encoder(IDS, **{name: IDS})
+
+
+def test_arguments_that_contradict(encoder: Encoder) -> None:
+    embeds = torch.zeros(2, 4, 64)
+    for arguments in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            encoder(**arguments)
+    batch = pack(IDS)
+    for name in ("attention_mask", "query_mask", "position_ids"):
+        with pytest.raises(ValueError, match="a Packed carries its own"):
+            encoder(batch, **{name: torch.ones_like(IDS)})
+
+
+def test_ids_beyond_the_vocabulary_are_named(encoder: Encoder) -> None:
+    for wrong in (100, -1, 2**40):
+        ids = IDS.clone()
+        ids[1, 2] = wrong
+        with pytest.raises(ValueError, match=f"token id {wrong} is out of range"):
+            encoder(ids)
+
+
+def test_a_mask_with_holes_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match=r"sequence 1 has holes.*drop the masked tokens"):
+        encoder(IDS, torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]))
+
+
+# Query-only rows
+
+
+def test_unattended_expansion_rows_are_those_of_transformers() -> None:
+    """Masks by hand, 4-D, one for each kind of layer, because transformers has no argument for them.
+
+    Some of these rows are farther from the real tokens than the window, so that local layers show them nothing.
+    """
+    theirs, ours = twins(replace(TINY, **BIASES))
+    length, real, expanded = 40, [3, 40, 17, 12], [30, 0, 5, 28]
+    ids = torch.tensor(random_ids([length] * 4, 100))
+    place = torch.arange(length)
+    keys = torch.stack([place < n for n in real])
+    queries = torch.stack([(place >= n) & (place < n + m) for n, m in zip(real, expanded, strict=True)])
+    near = (place[:, None] - place).abs() <= TINY.window
+    masks = {"full_attention": keys[:, None, None, :].expand(-1, 1, length, -1)}
+    masks["sliding_attention"] = masks["full_attention"] & near
+    assert (~masks["sliding_attention"].any(-1)[:, 0] & queries).any()
+    got, wanted = ours(ids, keys, query_mask=queries), theirs(ids, attention_mask=masks)
+    rows = keys | queries
+    torch.testing.assert_close(got[0][rows], wanted[0][rows], rtol=0, atol=2e-5)
+    assert got[0][~rows].eq(0).all()
+
+    # The real tokens do not notice the expansion, and it does not stand in the way of gradients.
+    alone = ours(ids, keys).last_hidden_state
+    torch.testing.assert_close(got[0][keys], alone[keys], rtol=0, atol=2e-5)
+    weights = torch.randn_like(got[0][rows])
+    for out in (got, wanted):
+        grads = torch.autograd.grad((out[0][rows] * weights).sum(), list(ours.parameters()))
+        if out is got:
+            ours_grads = grads
+    for (name, _), mine, yours in zip(ours.named_parameters(), ours_grads, grads, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-4 * yours.abs().max().item(), msg=name)
+
+
+# Numbers
+
+
+def exact_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    cos, sin, turn = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim), modeling_modernbert.rotate_half
+    return q * cos + turn(q) * sin, k * cos + turn(k) * sin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_model_in_another_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worse than twice transformers in the same dtype, against float64 on the same rounded weights."""
+    theirs, ours = twins(replace(TINY, **BIASES))
+    texts = random_ids([1, 40, 17, 66], 100)
+    ids, mask = pad(texts)
+    real = mask.bool()
+    for parameter in ours.parameters():  # theirs are the same; .to(dtype) would round their RoPE frequencies too
+        parameter.data = parameter.data.to(dtype)
+    with torch.inference_mode():
+        got, plain = ours(pack(texts)), theirs(ids, attention_mask=mask).last_hidden_state[real]
+        theirs.double(), ours.double()
+        monkeypatch.setattr(modeling_modernbert, "apply_rotary_pos_emb", exact_rotary)
+        truth = theirs(ids, attention_mask=mask).last_hidden_state[real]
+        assert_accurate(got, plain, truth)
+        torch.testing.assert_close(ours(pack(texts)), truth, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and gradients of float32 parameters under autocast, no worse than twice transformers' under autocast."""
+    theirs, ours = twins(replace(TINY, **BIASES))
+    texts = random_ids([1, 40, 17, 66], 100)
+    ids, mask = pad(texts)
+    names, parameters = zip(*ours.named_parameters(), strict=True)
+    runs = {
+        "got": lambda: ours(pack(texts)),
+        "plain": lambda: theirs(ids, attention_mask=mask).last_hidden_state[mask.bool()],
+    }
+    cotangent = torch.randn(sum(map(len, texts)), 64)
+    found = {}
+    for who, run in runs.items():
+        with torch.autocast("cpu", dtype):
+            rows = run()
+        grads = torch.autograd.grad((rows * cotangent).sum(), parameters)
+        found[who] = {"rows": rows.detach(), **dict(zip(names, grads, strict=True))}
+    with torch.inference_mode(), torch.autocast("cpu", dtype):
+        assert_accurate(ours(pack(texts)), found["plain"]["rows"], found["got"]["rows"].double(), "inference")
+    theirs.double(), ours.double()
+    monkeypatch.setattr(modeling_modernbert, "apply_rotary_pos_emb", exact_rotary)
+    rows = runs["plain"]()
+    grads = torch.autograd.grad((rows * cotangent).sum(), list(ours.parameters()))
+    truth = {"rows": rows.detach(), **dict(zip(names, grads, strict=True))}
+    for name, value in truth.items():
+        assert_accurate(found["got"][name], found["plain"][name], value, name)
+    assert (found["got"]["rows"].double() - truth["rows"]).abs().max() > 1e-3, "autocast did nothing"
+
+
+@pytest.mark.parametrize("which", ["embedding_dropout", "attention_dropout", "mlp_dropout", "all"])
+def test_dropout_is_that_of_transformers(which: str) -> None:
+    """In training the same seed drops the same numbers as in transformers: the same places, the same order."""
+    names = ["embedding_dropout", "attention_dropout", "mlp_dropout"]
+    rates = {name: 0.3 for name in names if which in (name, "all")}
+    theirs, ours = twins(replace(TINY, **rates))
+    ids = torch.tensor(random_ids([40], 100))
+    quiet = ours(ids).last_hidden_state
+    assert torch.equal(quiet, ours(ids).last_hidden_state), "evaluation is not deterministic"
+    theirs.train(), ours.train()
+
+    def run(call, seed: int = 7) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        rows = call()
+        return rows, torch.autograd.grad(rows.square().sum(), ours.layers[0].attn.Wqkv.weight)[0]
+
+    wanted = run(lambda: theirs(ids).last_hidden_state)
+    for call in (lambda: ours(ids).last_hidden_state, lambda: ours(pack(ids))[None]):
+        rows, gradient = run(call)
+        torch.testing.assert_close(rows, wanted[0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(gradient, wanted[1], rtol=0, atol=1e-4 * wanted[1].abs().max().item())
+    assert (rows - quiet).abs().max() > 0.1
+    assert not torch.allclose(run(lambda: ours(pack(ids)), seed=8)[0], rows[0], atol=0.1)
+    ours.gradient_checkpointing = True
+    again = run(lambda: ours(pack(ids)))
+    assert torch.equal(again[0], rows[0])
+    assert torch.equal(again[1], gradient), "recomputing dropped other numbers"
+    with torch.no_grad():
+        large = ours(pack([ids[0].tolist()] * 60))  # in parts, and still with dropout
+    first, second = large[:40], large[40:80]
+    assert not torch.allclose(first, second, atol=0.1)
+
+
+# Copies, threads
+
+
+def test_copies_are_equal_and_apart(encoder: Encoder) -> None:
+    batch = pack([[5, 6, 7], [8] * 30])
+    wanted = encoder(batch)
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(twin(batch), wanted)
+        assert twin.config == encoder.config
+        with torch.no_grad():
+            twin.final_norm.weight += 1
+    assert torch.equal(encoder(batch), wanted)
+
+
+def test_threads_in_inference(encoder: Encoder) -> None:
+    """Eight threads, other lengths in each, and one that trains beside them: all as if they were alone."""
+    batches = [pack(random_ids([30 + i, 3, 90 - i], 100, seed=i)) for i in range(8)]
+    long = pack(random_ids([900, 800, 700], 100))  # goes in parts
+    with torch.inference_mode():
+        wanted = [encoder(batch).clone() for batch in [*batches, long]]
+    twin = copy.deepcopy(encoder)
+    twin(batches[0]).square().sum().backward()
+    failures: list[str] = []
+
+    def infer(i: int, batch: Packed) -> None:
+        with torch.inference_mode():
+            for _ in range(3):
+                if not torch.equal(encoder(batch), wanted[i]):
+                    failures.append(f"thread {i}")
+
+    def train() -> None:
+        other = copy.deepcopy(encoder)
+        other(batches[0]).square().sum().backward()
+        for (name, mine), yours in zip(other.named_parameters(), twin.parameters(), strict=True):
+            if mine.grad is None or not torch.equal(mine.grad, yours.grad):
+                failures.append(f"gradient of {name}")
+
+    threads = [threading.Thread(target=infer, args=(i, batch)) for i, batch in enumerate([*batches, long])]
+    threads.append(threading.Thread(target=train))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_inference_and_training_take_turns(encoder: Encoder) -> None:
+    """A mask that inference cached could not be saved for the backward pass."""
+    batch = pack(random_ids([33, 44, 20], 100))
+    with torch.inference_mode():
+        wanted = encoder(batch).clone()
+    rows = encoder(batch)
+    rows.sum().backward()
+    torch.testing.assert_close(rows, wanted, rtol=0, atol=2e-5)
+    encoder.zero_grad()
+
+
+# Resizing
+
+
+def test_resize_token_embeddings() -> None:
+    config = replace(TINY, vocab_size=90, pad_token_id=3)
+    encoder = Encoder(config)
+    encoder.embeddings.tok_embeddings.weight.requires_grad_(False)
+    before = encoder.embeddings.tok_embeddings.weight.clone()
+    wanted = encoder(pack([[5, 6, 89]]))
+    encoder.resize_token_embeddings(5000)
+    after = encoder.embeddings.tok_embeddings.weight
+    assert encoder.config == replace(config, vocab_size=5000)
+    assert torch.equal(after[:90], before)
+    assert not after.requires_grad
+    assert abs(after[90:].std() / config.initializer_range - 0.88) < 0.02  # of a normal cut at two deviations
+    assert after[90:].abs().max() <= 2 * config.initializer_range
+    assert torch.equal(encoder(pack([[5, 6, 89]])), wanted)
+    assert encoder(torch.tensor([[4999]])).last_hidden_state.isfinite().all()
+    encoder.bfloat16().resize_token_embeddings(50)
+    assert encoder.embeddings.tok_embeddings.weight.shape == (50, 64)
+    assert encoder.embeddings.tok_embeddings.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="token id 50 is out of range"):
+        encoder(torch.tensor([[50]]))
+    with pytest.raises(ValueError, match="pad_token_id"):
+        encoder.resize_token_embeddings(3)
+    assert encoder.embeddings.tok_embeddings.weight.shape == (50, 64), "a refused call changed the encoder"
+    assert encoder.config.vocab_size == 50
+
+
+# Making one
+
+
+def test_from_config_and_presets() -> None:
+    assert Encoder.from_config(TINY).config == TINY
+    with torch.device("meta"):
+        assert Encoder.from_config("ettin-1b").config == EncoderConfig.preset("ettin-1b")
+    with pytest.raises(ValueError, match="ettin-17m"):
+        Encoder.from_config("ettin-17")
+
+
+def test_a_new_encoder_is_initialised_as_transformers_does_it() -> None:
+    """Standard deviations and bounds of every parameter: outputs of a block start smaller by the root of 2 N."""
+    config = replace(TINY, hidden_size=256, vocab_size=500, **BIASES)
+    ours, theirs = Encoder(config), ModernBertModel(ModernBertConfig.from_dict(hf_dict(config, 5)))
+    for (name, mine), yours in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if mine.dim() == 1:
+            assert torch.equal(mine, yours), name
+        else:
+            assert abs(mine.std() / yours.std() - 1) < 0.02, name
+            assert abs(mine.abs().max() / yours.abs().max() - 1) < 0.02, name
+            assert abs(mine.mean()) < 0.01 * mine.std() + 1e-4, name
