@@ -35,12 +35,10 @@ def in_fresh_process(implementation: str, folder: Path, length: int, threads: in
         return json.loads(done.stdout.splitlines()[-1]), torch.load(output)
 
 
-def contender(implementation: str, folder: Path, sequences: Ids, threads: int) -> Contender:
+def contender(implementation: str, folder: Path, sequences: Ids) -> Contender:
     if implementation == backends.OURS:
         return backends.ours(folder, sequences)
-    if implementation == backends.TRANSFORMERS:
-        return backends.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
-    return next(backends.onnx_runtime(folder, batched(sequences, 1), "one text", threads))
+    return backends.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
 
 
 def _memory(field: str) -> float:
@@ -54,7 +52,7 @@ def main(implementation: str, folder: str, length: str, threads: str, output: st
     contender(
         implementation, Path(folder), random_ids([16]), int(threads)
     ).run()  # thread pools, lazy imports
-    one_text = contender(implementation, Path(folder), random_ids([int(length)]), int(threads))
+    one_text = contender(implementation, Path(folder), random_ids([int(length)]))
     gc.collect()
     before = _memory("VmRSS")
     CLEAR.write_text("5")

@@ -83,7 +83,8 @@ def attention(
         return qkv_T3HK[:, 0]
     place_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
     rows_BS = (cu_seqlens[:-1, None] + place_S).clamp(max=num_tokens - 1)
-    q_BHSK, k_BHSK, v_BHSK = rotary(qkv_T3HK, *rope)[rows_BS].permute(2, 0, 3, 1, 4)
+    qkv_BS3HK = rotary(qkv_T3HK, *rope).index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape)
+    q_BHSK, k_BHSK, v_BHSK = qkv_BS3HK.permute(2, 0, 3, 1, 4)
     key_lengths = cu_seqlens.diff() if key_lengths is None else key_lengths
     visible_B1SS = (place_S < key_lengths[:, None])[:, None, None, :]
     if window is not None:
@@ -92,7 +93,8 @@ def attention(
     out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=visible_B1SS, dropout_p=dropout_p)
     token_T = torch.arange(num_tokens, device=qkv_T3HK.device, dtype=cu_seqlens.dtype)
     sequence_T = torch.bucketize(token_T, cu_seqlens[1:], right=True)
-    return out_BHSK.transpose(1, 2)[sequence_T, token_T - cu_seqlens[sequence_T]]
+    row_T = sequence_T * max_seqlen + token_T - cu_seqlens[sequence_T]
+    return out_BHSK.transpose(1, 2).flatten(0, 1).index_select(0, row_T)
 
 
 @Op

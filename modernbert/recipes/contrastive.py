@@ -2,8 +2,9 @@
 
     python -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER
 
-The defaults are the run of the model that ships in `modernbert/assets/default`. A run that was stopped goes on where its
-last checkpoint stands, to the same weights, when the same command is given again. `OUTPUT/model` is the result.
+The defaults are those of the model that ships in `modernbert/assets/default`. A run that was stopped goes
+on from its last checkpoint, to the same weights, when the same command is given again. `OUTPUT/model` is the
+result.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import os
 import time
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import modernbert_kernels as ops
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
@@ -39,7 +41,7 @@ class Config:
     drop: tuple[str, ...] = ("nl2bash",)  # sources left out (this one is GPL)
     held_out: tuple[
         str, ...
-    ] = ()  # BEIR folders; pairs whose passage shares 8 words in a row with theirs are left out
+    ] = ()  # BEIR folders; a pair that shares 8 words in a row with their texts is left out
     teacher: str = ""  # a folder of vectors, see train/teacher.py
     label_with: str = ""  # a sentence-transformers model that writes `teacher` if it is not there
     label_pairs: int = 0  # pairs of each source that it embeds, besides the tokens of the vocabulary
@@ -55,7 +57,7 @@ class Config:
     document_length: int = 224
     train_document_length: int = 96  # documents are cut shorter in training, for speed
 
-    steps: int = 1000
+    steps: int = 1800
     batch_pairs: int = 256
     batch_tokens: int = 24_000
     learning_rate: float = 2e-3
@@ -72,7 +74,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The pairs as token ids, and what a batch needs to know of them; `*_rows` are rows of the teacher, or -1."""
+    """The pairs as token ids, and what a batch needs to know of them; `*_rows`: of the teacher, or -1."""
 
     queries: data.Rows
     positives: data.Rows
@@ -82,15 +84,11 @@ class Tokens:
     positive_rows: np.ndarray
 
     def save(self, file: Path) -> None:
-        rest = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        queries, positives = vars(self.queries), vars(self.positives)
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        for side, rows in (("q", self.queries), ("p", self.positives)):
+            arrays |= {f"{side}_{name}": value for name, value in vars(rows).items()}
         with file.with_suffix(".tmp").open("wb") as part:
-            np.savez(
-                part,
-                **rest,
-                **{f"q_{k}": v for k, v in queries.items()},
-                **{f"p_{k}": v for k, v in positives.items()},
-            )
+            np.savez(part, allow_pickle=False, **arrays)
         os.replace(file.with_suffix(".tmp"), file)
 
     @classmethod
@@ -107,23 +105,18 @@ def main(config: Config) -> ColBERT:
     output.mkdir(parents=True, exist_ok=True)
     backend, tokens, teacher = prepare(config, output)
     model = build(config, backend, teacher)
-    # Only the reference attention has a backward pass whose cost does not grow with the number of sequences.
-    with ops.backend("reference"):
-        fit(config, model, tokens, teacher, output)
+    fit(config, model, tokens, teacher, output)
     model.eval()
     copy.deepcopy(model).half().save_pretrained(output / "model")
     return model
 
 
 def prepare(config: Config, output: Path) -> tuple[tokenizers.Tokenizer, Tokens, Teacher | None]:
-    """Pairs to a tokenizer, token ids and a teacher; what takes long is kept in the output folder and read from there."""
+    """Pairs to a tokenizer, token ids and a teacher; the output folder keeps them for the next start."""
     if (output / "tokens.npz").exists():
         backend = tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
-        return (
-            backend,
-            Tokens.load(output / "tokens.npz"),
-            Teacher(config.teacher) if config.teacher else None,
-        )
+        teacher = Teacher(config.teacher) if config.teacher else None
+        return backend, Tokens.load(output / "tokens.npz"), teacher
     pairs = data.read_pairs(config.pairs, drop=config.drop)
     if config.held_out:
         held_out = (text for folder in config.held_out for text in data.read_corpus(folder))
@@ -187,17 +180,13 @@ def build(config: Config, backend: tokenizers.Tokenizer, teacher: Teacher | None
     if teacher is not None:
         rows = teacher.rows(token_texts(backend))
         if (rows >= 0).all():
-            vectors = teacher[rows]
-            _, _, axes = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
-            vectors = torch.nn.functional.normalize(
-                (vectors - vectors.mean(0)) @ axes[: config.hidden_size].T, dim=-1
-            )
-            table = encoder.embeddings.tok_embeddings.weight
+            vectors = teacher[rows] - teacher[rows].mean(0)
+            _, _, axes = torch.linalg.svd(vectors, full_matrices=False)
+            vectors = F.normalize(vectors @ axes[: config.hidden_size].T, dim=-1)
+            # A unit vector's elements deviate by hidden_size ** -0.5, the table's by initializer_range.
+            scale = encoder.config.initializer_range * config.hidden_size**0.5
             with torch.no_grad():
-                # The deviation of a unit vector's elements would be hidden_size ** -0.5.
-                table[:, : vectors.shape[1]] = vectors * (
-                    encoder.config.initializer_range * config.hidden_size**0.5
-                )
+                encoder.embeddings.tok_embeddings.weight[:, : vectors.shape[1]] = vectors * scale
     settings = ColBERTConfig(query_length=config.query_length, document_length=config.document_length)
     return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=settings)
 
@@ -206,20 +195,17 @@ def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None,
     """Train from the checkpoint in `output`, if there is one, to the last step."""
     table = model.encoder.embeddings.tok_embeddings.weight
     others = [parameter for parameter in model.parameters() if parameter is not table]
-    groups = [
-        {"params": [table], "lr": config.embedding_learning_rate},
-        {"params": others, "lr": config.learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    rates = (config.embedding_learning_rate, config.learning_rate)
+    optimizer = torch.optim.AdamW(
+        [{"params": [table]}, {"params": others}], betas=(0.9, 0.98), weight_decay=0.01
+    )
     plan = Plan(config, tokens, table.detach().numpy())
     first = load_checkpoint(output, config, model, optimizer)
     model.train()
     saved = logged = time.perf_counter()
     seen, history = 0, []
     for step in range(first, config.steps):
-        for group, rate in zip(
-            optimizer.param_groups, (config.embedding_learning_rate, config.learning_rate), strict=True
-        ):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step, config)
         loss, accuracy, size = train_step(config, model, tokens, teacher, plan[step])
         loss.backward()
@@ -245,7 +231,7 @@ def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None,
 
 
 def schedule(step: int, config: Config) -> float:
-    """Warm-up, a plateau, and a linear decay to nothing: more steps can be asked for until the decay begins."""
+    """Warm-up, a plateau, and a linear decay to nothing: until it begins, more steps can be asked for."""
     rise = (step + 1) / max(1, config.warmup * config.steps)
     fall = (config.steps - step) / max(1, config.decay * config.steps)
     return min(1.0, rise, fall)
@@ -280,12 +266,9 @@ def train_step(
     with torch.autocast("cpu", torch.bfloat16):
         scores_BB = all_pairs_maxsim(model(queries), queries.lengths, model(positives), positives.lengths)
     loss = info_nce(scores_BB / config.temperature, torch.from_numpy(tokens.groups[batch]))
-    if (
-        teacher is not None
-        and (tokens.query_rows[batch] >= 0).all()
-        and (tokens.positive_rows[batch] >= 0).all()
-    ):
-        teacher_BB = teacher[tokens.query_rows[batch]] @ teacher[tokens.positive_rows[batch]].T
+    query_rows, positive_rows = tokens.query_rows[batch], tokens.positive_rows[batch]
+    if teacher is not None and min(query_rows.min(), positive_rows.min()) >= 0:
+        teacher_BB = teacher[query_rows] @ teacher[positive_rows].T
         kl = kl_distill(scores_BB / config.temperature, teacher_BB / config.teacher_temperature)
         loss = (1 - config.teacher_weight) * loss + config.teacher_weight * kl
     accuracy = (scores_BB.argmax(1) == torch.arange(len(batch))).float().mean().item()
@@ -303,18 +286,17 @@ def save_checkpoint(
     output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     """Atomic: a run killed here goes on from the checkpoint before."""
-    state = {
-        "config": asdict(config),
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    torch.save(state, output / "checkpoint.tmp")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({"config": asdict(config), "step": step, **state}, output / "checkpoint.tmp")
     os.replace(output / "checkpoint.tmp", output / "checkpoint.pt")
 
 
 def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on from: 0 without a checkpoint. Only what does not change the past may differ from its config."""
+    """The step to go on from: 0 without a checkpoint.
+
+    Its config must be ours, but for what does not change the past: before the decay has begun, another number
+    of steps may be asked for.
+    """
     file = output / "checkpoint.pt"
     if not file.exists():
         return 0
@@ -324,7 +306,7 @@ def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: tor
     differs = {k: (v, ours[k]) for k, v in state["config"].items() if k not in free and v != ours[k]}
     if differs:
         raise ValueError(
-            f"{file} belongs to another run: {differs} (checkpoint, asked for). Choose another --output"
+            f"{file} is of another run: {differs} (checkpoint, asked for). Choose another --output"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -334,25 +316,16 @@ def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: tor
 
 def parse(arguments: list[str] | None = None) -> Config:
     """A command line to a `Config`: one option for each field."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     for field in fields(Config):
-        name, many = "--" + field.name.replace("_", "-"), isinstance(field.default, tuple)
-        if field.default is MISSING:
-            parser.add_argument(name, required=True)
-        elif many:
-            parser.add_argument(
-                name, nargs="*", default=field.default, help=f"default: {' '.join(field.default) or 'none'}"
-            )
-        else:
-            parser.add_argument(
-                name, type=type(field.default), default=field.default, help=f"default: {field.default}"
-            )
+        option: dict[str, Any] = {"required": True}
+        if field.default is not MISSING:
+            option = {"default": field.default, "help": f"default: {field.default!r}"}
+            option |= {"nargs": "*"} if isinstance(field.default, tuple) else {"type": type(field.default)}
+        parser.add_argument("--" + field.name.replace("_", "-"), **option)
     values = vars(parser.parse_args(arguments))
-    return Config(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    )
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 if __name__ == "__main__":

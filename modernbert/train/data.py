@@ -20,9 +20,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 SPECIAL_TOKENS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 
-# What becomes a token: words with their accents, numbers in groups of at most four digits, and the symbols that mean
-# something in code and mathematics. Other punctuation (late interaction would skip it in documents anyway), spaces and
-# underscores only separate, so "file" is the same token in "a file", "(file)" and "read_file".
+# What becomes a token: words with their accents, numbers in groups of at most four digits, and the symbols
+# that mean something in code and mathematics. Other punctuation (late interaction would skip it in documents
+# anyway), spaces and underscores only separate: "file" is one token in "a file", "(file)" and "read_file".
 WORDS = r"[\p{L}\p{M}]+|\p{N}{1,4}|[$+<=>^|~#*%&@]|[^\s\p{L}\p{M}\p{N}\p{P}\p{C}`]"
 
 
@@ -34,10 +34,10 @@ class Pair(NamedTuple):
 
 
 def read_pairs(folder: str | os.PathLike, *, drop: Collection[str] = ()) -> Iterator[Pair]:
-    """Every pair of the `*.jsonl` and `*.jsonl.zst` files of a folder in name order, without the sources in `drop`.
+    """The pairs of the `*.jsonl` and `*.jsonl.zst` files of a folder, in name order, without the sources `drop`.
 
-    A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name) and "group"
-    (default: the positive itself). Pairs of one group never serve as each other's negatives.
+    A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name)
+    and "group" (default: the positive itself). Pairs of one group never serve as each other's negatives.
     """
     files = sorted(path for path in Path(folder).iterdir() if path.name.endswith((".jsonl", ".jsonl.zst")))
     if not files:
@@ -49,14 +49,9 @@ def read_pairs(folder: str | os.PathLike, *, drop: Collection[str] = ()) -> Iter
                 raise ValueError(
                     f'{path}:{number}: a pair needs "query" and "positive", got keys {sorted(row)}'
                 )
-            pair = Pair(
-                row["query"],
-                row["positive"],
-                row.get("source", path.name.split(".")[0]),
-                row.get("group", row["positive"]),
-            )
-            if pair.source not in drop:
-                yield pair
+            source, group = row.get("source", path.name.split(".")[0]), row.get("group", row["positive"])
+            if source not in drop:
+                yield Pair(row["query"], row["positive"], source, group)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -73,8 +68,8 @@ def _lines(path: Path) -> Iterator[str]:
 def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer for lower-cased text with ModernBERT's special tokens at ids 0 to 4.
 
-    The texts are lower-cased here; whoever uses the tokenizer lower-cases first (`do_lower_case`). Every word starts with
-    the byte-level space, whatever stood before it.
+    The texts are lower-cased here; whoever uses the tokenizer lower-cases first (`do_lower_case`). Every word
+    starts with the byte-level space, whatever stood before it.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.NFC()
@@ -141,12 +136,10 @@ class Rows:
         parts, lengths = [], [0]
         dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
         for start in range(0, len(texts), 4096):
-            # No token of ordinary text is longer than 32 characters; the cut saves most of the work on long texts.
+            # Tokens of ordinary text are far shorter than 32 characters; the cut saves most of the work.
             lowered = [text[: 32 * limit].lower() for text in texts[start : start + 4096]]
-            ids = [
-                encoding.ids[:limit]
-                for encoding in tokenizer.encode_batch_fast(lowered, add_special_tokens=False)
-            ]
+            encodings = tokenizer.encode_batch_fast(lowered, add_special_tokens=False)
+            ids = [encoding.ids[:limit] for encoding in encodings]
             lengths += map(len, ids)
             parts.append(np.fromiter(chain.from_iterable(ids), dtype))
         return cls(np.concatenate(parts), np.cumsum(lengths))
@@ -164,9 +157,9 @@ def plan_batches(
 ) -> list[np.ndarray]:
     """Index arrays that cover every pair once: the same list for the same arguments.
 
-    A batch holds pairs of one stratum whose documents are alike, because such documents are harder negatives: a stratum
-    is shuffled, cut into windows of about 64 batches, and a window is halved along the line between two of its own
-    topic vectors until a part fits a batch. The order of the batches is random.
+    A batch holds pairs of one stratum whose documents are alike, because such documents are harder negatives:
+    a stratum is shuffled, cut into windows of about 64 batches, and a window is halved along the line between
+    two of its own topic vectors until a part fits a batch. The order of the batches is random.
 
     Args:
         lengths: tokens of each pair, int [N]. strata: int [N]. topics: float [N, k].
@@ -194,10 +187,10 @@ def plan_batches(
 
 
 def topic_vectors(rows: Rows, table: np.ndarray) -> np.ndarray:
-    """The mean of each text's token vectors `table [V, k]`, each weighted by -log(token's frequency): float32 [N, k]."""
+    """The mean of each text's token vectors `table [V, k]`, weighted by -log(frequency): float32 [N, k]."""
     counts = np.bincount(rows.values, minlength=len(table))
     weighted = (table * np.log(counts.sum() / np.maximum(counts, 1))[:, None]).astype(np.float32)
     topics = np.zeros((len(rows.lengths), table.shape[1]), np.float32)
-    for i in np.flatnonzero(rows.lengths):
+    for i in np.flatnonzero(rows.lengths).tolist():
         topics[i] = weighted[rows[i]].mean(0)
     return topics

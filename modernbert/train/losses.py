@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,13 @@ def info_nce(scores_BB: Tensor, groups_B: Tensor) -> Tensor:
         scores_BB: float, queries by documents, divided by the temperature already.
         groups_B: int. Another pair's document is no negative of a query whose group it shares.
     """
-    return F.cross_entropy(scores_BB.masked_fill(same_group(groups_B), float("-inf")), _diagonal(scores_BB))
+    same_BB = (groups_B[:, None] == groups_B).fill_diagonal_(False)
+    target_B = torch.arange(len(scores_BB), device=scores_BB.device)
+    return F.cross_entropy(scores_BB.masked_fill(same_BB, float("-inf")), target_B)
 
 
 def kl_distill(scores_BB: Tensor, teacher_BB: Tensor) -> Tensor:
-    """KL(teacher || student) of each query's distribution over the documents of the batch, averaged over queries.
+    """KL(teacher || student) of each query's distribution over the batch's documents, averaged over queries.
 
     Both are logits, divided by their temperatures already. The gradient goes to `scores_BB` only.
     """
@@ -28,60 +31,47 @@ def kl_distill(scores_BB: Tensor, teacher_BB: Tensor) -> Tensor:
     return F.kl_div(scores_BB.log_softmax(dim=1), teacher_BB, log_target=True, reduction="batchmean")
 
 
-def same_group(groups_B: Tensor) -> Tensor:
-    """bool `[B, B]`: another pair of the same group."""
-    same_BB = groups_B[:, None] == groups_B
-    return same_BB.fill_diagonal_(False)
-
-
-def _diagonal(scores_BB: Tensor) -> Tensor:
-    return torch.arange(len(scores_BB), device=scores_BB.device)
-
-
 def all_pairs_maxsim(
     queries_QE: Tensor, query_lengths: Sequence[int], documents_NE: Tensor, document_lengths: Sequence[int]
 ) -> Tensor:
     """MaxSim of every query with every document of a batch, float32 `[queries, documents]`, differentiable.
 
-    The `maxsim` op's all-pairs form for training, where both sides need gradients and the batch is small: documents of
-    a batch have similar lengths, so they are padded here and each block of query tokens costs one matrix product
-    forward and two backward, in the dtype of autocast. Only the place of each maximum is kept in between. No document
-    may be empty.
+    What the `maxsim` op computes, for training on a CPU, where both sides need gradients: documents are
+    padded, and each block of query tokens costs one matrix product forward and two backward, in the dtype of
+    autocast. Only the place of each maximum is kept in between. No document may be empty.
     """
     best_QB = _BestMatch.apply(queries_QE, documents_NE, tuple(document_lengths))
-    owner_Q = torch.repeat_interleave(torch.arange(len(query_lengths)), torch.tensor(query_lengths)).to(
-        best_QB.device
-    )
+    owner_Q = torch.repeat_interleave(torch.arange(len(query_lengths)), torch.tensor(query_lengths))
     return best_QB.new_zeros(len(query_lengths), best_QB.shape[1]).index_add(0, owner_Q, best_QB)
 
 
 class _BestMatch(torch.autograd.Function):
-    """float32 `[Q, B]`: the best similarity of each query token in each document; ties go to the first token."""
+    """float32 `[Q, B]`: each query token's best similarity in each document; ties go to the first token."""
 
     BLOCK = 128  # query tokens at a time: the block of similarities stays near the cache
 
     @staticmethod
-    def forward(ctx, queries_QE: Tensor, documents_NE: Tensor, lengths: tuple[int, ...]) -> Tensor:  # pyright: ignore
+    def forward(ctx: Any, queries_QE: Tensor, documents_NE: Tensor, lengths: tuple[int, ...]) -> Tensor:  # pyright: ignore
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else queries_QE.dtype
         queries_QE, documents_NE = queries_QE.to(dtype), documents_NE.to(dtype)
-        longest = max(lengths)
+        longest, length_B = max(lengths), torch.tensor(lengths)
         padded_BSE = torch.nn.utils.rnn.pad_sequence(documents_NE.split(lengths), batch_first=True)
-        # Padding repeats the first token: it can tie with the maximum, but never exceed it, and ties go to the first.
+        # Padding repeats the first token, so that it can tie with a maximum but not exceed it.
         place_S = torch.arange(longest)
-        padding_BS1 = (place_S >= torch.tensor(lengths)[:, None])[..., None]
+        padding_BS1 = (place_S >= length_B[:, None])[..., None]
         padded_BSE = torch.where(padding_BS1, padded_BSE[:, :1], padded_BSE)
         best, place = [], []
         for block_QE in queries_QE.split(_BestMatch.BLOCK):
             similarity_QBS = (block_QE @ padded_BSE.flatten(0, 1).T).unflatten(1, (len(lengths), longest))
             values_QB, places_QB = similarity_QBS.max(dim=2)
             best.append(values_QB.float())
-            place.append(places_QB)
+            place.append(places_QB.where(places_QB < length_B, 0))
         ctx.save_for_backward(queries_QE, padded_BSE, torch.cat(place))
         ctx.lengths = lengths
         return torch.cat(best)
 
     @staticmethod
-    def backward(ctx, grad_QB: Tensor):  # pyright: ignore
+    def backward(ctx: Any, grad_QB: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
         queries_QE, padded_BSE, place_QB = ctx.saved_tensors
         batch, longest, _ = padded_BSE.shape
         padded = padded_BSE.flatten(0, 1)

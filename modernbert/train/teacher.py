@@ -14,7 +14,7 @@ import torch
 
 
 class Teacher:
-    """Vectors by text: `keys.npy` (uint64 [n], ascending hashes of the texts) and `vectors.npy` (float16 [n, E]).
+    """Vectors by text: `keys.npy` (uint64 [n], ascending hashes of texts) and `vectors.npy` (float16 [n, E]).
 
     Any program may write such a folder; `write_teacher` does it with a sentence-transformers model.
     """
@@ -23,9 +23,8 @@ class Teacher:
         self.keys = np.load(Path(folder) / "keys.npy")
         self.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
         if self.keys.shape != self.vectors.shape[:1] or np.any(self.keys[1:] <= self.keys[:-1]):
-            raise ValueError(
-                f"{folder}: keys.npy must be ascending and as long as vectors.npy, got {self.keys.shape}, {self.vectors.shape}"
-            )
+            shapes = f"{self.keys.shape} and {self.vectors.shape}"
+            raise ValueError(f"{folder}: keys.npy must ascend and be as long as vectors.npy, got {shapes}")
 
     def rows(self, texts: Iterable[str]) -> np.ndarray:
         """The row of each text in `vectors`, int64 [N]; -1 where the teacher has not seen the text."""
@@ -46,7 +45,7 @@ def text_key(text: str) -> int:
 def write_teacher(
     texts: Sequence[str], model: str, folder: str | os.PathLike, *, max_length: int = 96
 ) -> None:
-    """Embed the texts, cut to `max_length` tokens, with a sentence-transformers model under bfloat16 autocast."""
+    """Embed texts, cut to `max_length` tokens, with a sentence-transformers model under bfloat16 autocast."""
     from sentence_transformers import SentenceTransformer
 
     encoder = SentenceTransformer(model)
@@ -54,19 +53,14 @@ def write_teacher(
     unique = sorted({text_key(text): text for text in texts}.items())
     started, vectors = time.perf_counter(), []
     for start in range(0, len(unique), 4_000):
+        part = [text for _, text in unique[start : start + 4_000]]
         with torch.autocast(encoder.device.type, torch.bfloat16):
-            part = encoder.encode(
-                [text for _, text in unique[start : start + 4_000]], batch_size=128, convert_to_tensor=True
-            )
-        vectors.append(part.half().cpu().numpy())
-        print(
-            f"teacher: {start + len(part):,} of {len(unique):,} texts, {time.perf_counter() - started:.0f} s",
-            flush=True,
-        )
+            vectors.append(encoder.encode(part, batch_size=128, convert_to_tensor=True).half().cpu().numpy())
+        seconds = time.perf_counter() - started
+        print(f"teacher: {start + len(part):,} of {len(unique):,} texts, {seconds:.0f} s", flush=True)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "vectors.npy", np.concatenate(vectors))
     np.save(folder / "keys.npy", np.array([key for key, _ in unique], np.uint64))
-    (folder / "teacher.json").write_text(
-        json.dumps({"model": Path(model).name, "texts": len(unique), "max_length": max_length})
-    )
+    about = {"model": Path(model).name, "texts": len(unique), "max_length": max_length}
+    (folder / "teacher.json").write_text(json.dumps(about))

@@ -240,6 +240,17 @@ def test_the_mask_of_an_inference_pass_serves_a_training_pass() -> None:
     assert qkv.grad is not None
 
 
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("query_rows", [False, True])
+def test_opaque_attention_keeps_the_rules(window: int | None, query_rows: bool) -> None:
+    """torch's own check: schema, fake tensors, autograd registration, tracing with open shapes."""
+    qkv, cos, sin = torch.randn(51, 3, 2, 8, requires_grad=True), torch.rand(51, 4), torch.rand(51, 4)
+    cu_seqlens = torch.tensor([0, 40, 40, 51], dtype=torch.int32)
+    keys = torch.tensor([3, 0, 11], dtype=torch.int32) if query_rows else None
+    arguments = (qkv, cu_seqlens, 40, cos, sin, window, keys)
+    torch.library.opcheck(torch.ops.modernbert_kernels.attention_cpu.default, arguments)
+
+
 def test_rotary_turns_pairs() -> None:
     """Rotation keeps lengths, leaves v alone, and makes q k depend on the distance only."""
     cos, sin = rope([50], 16)

@@ -45,7 +45,7 @@ def test_a_line_without_a_positive_is_named(tmp_path):
 
 
 def test_a_folder_without_pairs_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no \\*.jsonl"):
+    with pytest.raises(ValueError, match=r"no \*\.jsonl"):
         list(read_pairs(tmp_path))
 
 

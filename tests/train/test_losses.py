@@ -22,7 +22,7 @@ def offsets(lengths) -> torch.Tensor:
     ids=["one", "two", "more query rows than a block"],
 )
 def test_maxsim_equals_the_reference_op(query_lengths, document_lengths):
-    """Values to float32 rounding (the result is float32) and both gradients in float64, negative similarities included."""
+    """Values and both gradients to float32 rounding (the result is float32); negative similarities too."""
     torch.manual_seed(0)
     queries, documents = unit_rows(*query_lengths), unit_rows(*document_lengths)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_info_nce_is_minus_log_softmax_of_the_positive():
 
 
 def test_info_nce_ignores_documents_of_the_same_group():
-    """Pairs 0 and 2 share a group: neither's document is a negative, nor gets a gradient, for the other's query."""
+    """Pairs 0 and 2 share a group: the document of one is no negative for the query of the other."""
     torch.manual_seed(0)
     scores = torch.randn(3, 3, requires_grad=True)
     loss = info_nce(scores, torch.tensor([5, 1, 5]))

@@ -39,7 +39,10 @@ def attention_cpu(
     if qkv_T3HK.shape[0] == 0:
         return qkv_T3HK[:, 0]
     run = _opaque if torch.compiler.is_compiling() else _attention
-    return run(qkv_T3HK, cu_seqlens, max_seqlen, *rope, window, key_lengths)
+    # Half precision is computed in float32, which autocast would undo: exacter, and 2.7 times as fast as SDPA in
+    # bfloat16 (Zen 5, both passes).
+    with torch.autocast("cpu", enabled=False):
+        return run(qkv_T3HK, cu_seqlens, max_seqlen, *rope, window, key_lengths)
 
 
 def _attention(
@@ -51,23 +54,24 @@ def _attention(
     window: int | None,
     key_lengths: Tensor | None,
 ) -> Tensor:
-    qk_T2HK, v_T1HK = qkv_T3HK.split([2, 1], dim=1)
+    dtype = qkv_T3HK.dtype
+    qk_T2HK, v_T1HK = qkv_T3HK.to(torch.promote_types(dtype, torch.float32)).split([2, 1], dim=1)
     q_THK, k_THK = _rotate(qk_T2HK, cos_TR, sin_TR).unbind(1)
     v_THK = v_T1HK.squeeze(1)
     lengths = tuple(cu_seqlens.diff().tolist())
     if key_lengths is not None:
-        return _runs(q_THK, k_THK, v_THK, lengths, window, key_lengths.tolist())
-    if window is None or max_seqlen <= window + 1:
-        return _runs(q_THK, k_THK, v_THK, lengths, None, None)
-    return _band(q_THK, k_THK, v_THK, lengths, window)
+        out_THK = _runs(q_THK, k_THK, v_THK, lengths, window, key_lengths.tolist())
+    elif window is None or max_seqlen <= window + 1:
+        out_THK = _runs(q_THK, k_THK, v_THK, lengths, None, None)
+    else:
+        out_THK = _band(q_THK, k_THK, v_THK, lengths, window)
+    return out_THK.to(dtype)
 
 
 def _rotate(qk_T2HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotary as one complex product. Pairs come out side by side, in q and in k alike, so their products are the same."""
-    wide = torch.promote_types(qk_T2HK.dtype, torch.float32)
-    real_T2HR, imag_T2HR = qk_T2HK.to(wide).chunk(2, dim=-1)
-    angle_T11R = torch.complex(cos_TR.to(wide), sin_TR.to(wide))[:, None, None]
-    return torch.view_as_real(torch.complex(real_T2HR, imag_T2HR) * angle_T11R).flatten(-2).to(qk_T2HK.dtype)
+    angle_T11R = torch.complex(cos_TR.to(qk_T2HK.dtype), sin_TR.to(qk_T2HK.dtype))[:, None, None]
+    return torch.view_as_real(torch.complex(*qk_T2HK.chunk(2, dim=-1)) * angle_T11R).flatten(-2)
 
 
 def _runs(
@@ -157,6 +161,7 @@ def _(qkv_T3HK: Tensor, *_: object) -> Tensor:
     return torch.empty_like(qkv_T3HK[:, 0], memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("modernbert_kernels::attention_cpu_backward", mutates_args=())
 def _opaque_backward(
     grad_THK: Tensor,
     qkv_T3HK: Tensor,
@@ -167,19 +172,15 @@ def _opaque_backward(
     window: int | None,
     key_lengths: Tensor | None,
 ) -> Tensor:
-    """Not a `custom_op`: inside of one autograd records nothing, even where it is switched on."""
-    with torch.enable_grad():
-        qkv_T3HK = qkv_T3HK.detach().requires_grad_()
-        out_THK = _attention(qkv_T3HK, cu_seqlens, max_seqlen, cos_TR, sin_TR, window, key_lengths)
-    return torch.autograd.grad(out_THK, qkv_T3HK, grad_THK)[0].contiguous()
+    def forward(qkv_T3HK: Tensor) -> Tensor:
+        return _attention(qkv_T3HK, cu_seqlens, max_seqlen, cos_TR, sin_TR, window, key_lengths)
+
+    # Not torch.autograd.grad: inside of an operator autograd records nothing, torch.func does.
+    _, pull_back = torch.func.vjp(forward, qkv_T3HK)
+    return pull_back(grad_THK)[0].contiguous()
 
 
-BACKWARD = "modernbert_kernels::attention_cpu_backward"
-torch.library.define(BACKWARD, torch.library.infer_schema(_opaque_backward, mutates_args=()))
-torch.library.impl(BACKWARD, "CPU", _opaque_backward)
-
-
-@torch.library.register_fake(BACKWARD)
+@_opaque_backward.register_fake
 def _(grad_THK: Tensor, qkv_T3HK: Tensor, *_: object) -> Tensor:
     return torch.empty_like(qkv_T3HK, memory_format=torch.contiguous_format)
 
@@ -192,8 +193,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_THK: Tensor):
     qkv_T3HK, cu_seqlens, cos_TR, sin_TR, key_lengths = ctx.saved_tensors
     arguments = (qkv_T3HK, cu_seqlens, ctx.max_seqlen, cos_TR, sin_TR, ctx.window, key_lengths)
-    grad_qkv_T3HK = torch.ops.modernbert_kernels.attention_cpu_backward(grad_THK.contiguous(), *arguments)
-    return grad_qkv_T3HK, None, None, None, None, None, None
+    return _opaque_backward(grad_THK.contiguous(), *arguments), None, None, None, None, None, None
 
 
 _opaque.register_autograd(_backward, setup_context=_setup_context)
