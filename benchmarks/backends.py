@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
@@ -158,7 +160,9 @@ def _export(model: torch.nn.Module, file: Path, exporter: str) -> None:
     else:
         axes = {name: {0: "batch", 1: "length"} for name in names["input_names"]}
         options = {"dynamo": False, "dynamic_axes": axes}
-    with torch.no_grad():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tracing; the output is compared before anything is timed
         torch.onnx.export(LastHiddenState(), (ids, mask), file, **names, **options)
 
 

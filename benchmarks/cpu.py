@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import backends, peak_memory
 from benchmarks.harness import Contender, Measured, measure
@@ -206,6 +207,7 @@ WORKLOADS = (*BUILDERS, MEMORY)
 def run(*, quick: bool, only: Sequence[str]) -> Iterator[Result]:
     """Measure the workloads named in `only` (all if empty), one `Result` each as it is done."""
     torch.set_num_threads(THREADS)
+    disable_progress_bar()
     # maxsim-cpu and the tokenizers have thread pools of their own, which read this when they start.
     os.environ["RAYON_NUM_THREADS"] = str(THREADS)
     with tempfile.TemporaryDirectory() as scratch:

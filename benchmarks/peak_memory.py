@@ -49,9 +49,7 @@ def _memory(field: str) -> float:
 
 def main(implementation: str, folder: str, length: str, threads: str, output: str) -> None:
     torch.set_num_threads(int(threads))
-    contender(
-        implementation, Path(folder), random_ids([16]), int(threads)
-    ).run()  # thread pools, lazy imports
+    contender(implementation, Path(folder), random_ids([16])).run()  # thread pools, lazy imports
     one_text = contender(implementation, Path(folder), random_ids([int(length)]))
     gc.collect()
     before = _memory("VmRSS")

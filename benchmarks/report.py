@@ -99,7 +99,7 @@ def readme_table(rows: Sequence[Row]) -> str:
                 f"**{value(ours)}**",
                 fastest,
                 cells.get(ONNX_RUNTIME, "-"),
-                ", ".join(f"{name} {cells[name]}" for name in others) or "-",
+                "; ".join(f"{name} {cells[name]}" for name in others) or "-",
                 f"`python -m benchmarks {ours['suite']} --only {ours['workload']}`",
             ]
         )

@@ -92,8 +92,16 @@ def circumstances() -> dict[str, Any]:
         # Results and the tables made from them do not change what was measured.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "command": "python -m benchmarks " + shlex.join(without_output(sys.argv[1:])),
     }
+
+
+def without_output(arguments: list[str]) -> list[str]:
+    """The arguments that decide what is measured; where the rows went is a path of somebody's machine."""
+    if "--output" not in arguments:
+        return [one for one in arguments if not one.startswith("--output=")]
+    at = arguments.index("--output")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def _cpu() -> str:

@@ -215,7 +215,9 @@ class Encoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
 
-        ids_BS = inputs_embeds[..., 0].long() * 0 if input_ids is None else input_ids
+        ids_BS = input_ids
+        if inputs_embeds is not None:
+            ids_BS = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
         if torch.compiler.is_exporting():  # static shapes: padding rows travel as query-only rows, nothing is checked
             batch = pack_static(ids_BS, attention_mask, query_mask, position_ids)
             restore = unpack_static

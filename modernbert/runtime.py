@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -52,9 +53,9 @@ def plan(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     A text longer than `tokens` is a batch of its own. Every index comes once.
     """
     batches: list[list[int]] = []
-    filled = tokens
+    filled = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if filled + lengths[index] > tokens:
+        if not batches or filled + lengths[index] > tokens:
             batches.append([])
             filled = 0
         batches[-1].append(index)
@@ -75,7 +76,7 @@ def encode_texts(
         raise TypeError("texts must be a list of str, got one str: put it in a list")
     texts = list(texts)
     if devices is not None:
-        return _encode_in_processes(model, tokenize, texts, batch_tokens, devices)
+        return _encode_in_processes(model, tokenize, texts, batch_tokens, progress, devices)
     matrices: list[Tensor] = []
     was_training = model.training
     model.eval()
@@ -106,7 +107,12 @@ def _encode_part(
 
 
 def _encode_in_processes(
-    model: nn.Module, tokenize: str, texts: list[str], batch_tokens: int | None, devices: Sequence[str]
+    model: nn.Module,
+    tokenize: str,
+    texts: list[str],
+    batch_tokens: int | None,
+    progress: bool | None,
+    devices: Sequence[str],
 ) -> Ragged:
     """One process per device, each with a copy of the model; texts are dealt out in parts, the order is restored."""
     if not devices:
@@ -118,25 +124,32 @@ def _encode_in_processes(
         queue.put(device)
     size = max(1, min(TEXTS, -(-len(texts) // len(devices))))
     parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-    with ProcessPoolExecutor(len(devices), context, _start_worker, (copy.deepcopy(model).cpu(), queue, threads)) as pool:
+    # As bytes and arrays: tensors would go through /dev/shm, which is small in containers.
+    weights = pickle.dumps(copy.deepcopy(model).cpu())
+    matrices: list[Tensor] = []
+    with (
+        ProcessPoolExecutor(len(devices), context, _start_worker, (weights, queue, threads)) as pool,
+        _bar(len(texts), progress) as advance,
+    ):
         jobs = [pool.submit(_encode_in_worker, tokenize, part, batch_tokens) for part in parts]
-        results = [job.result() for job in jobs]
-    matrices = [matrix for values, offsets in results for matrix in Ragged(values, offsets)]
+        for job, part in zip(jobs, parts, strict=True):
+            matrices += Ragged(*map(torch.from_numpy, job.result()))
+            advance(len(part))
     return Ragged.from_list(matrices) if matrices else encode_texts(model, tokenize, [], None, False, None)
 
 
 _worker_model: Any = None
 
 
-def _start_worker(model: nn.Module, devices: Any, threads: int) -> None:
+def _start_worker(model: bytes, devices: Any, threads: int) -> None:
     global _worker_model
     torch.set_num_threads(threads)
-    _worker_model = model.to(devices.get())
+    _worker_model = pickle.loads(model).to(devices.get())
 
 
 def _encode_in_worker(tokenize: str, texts: list[str], batch_tokens: int | None) -> tuple[Any, Any]:
     ragged = encode_texts(_worker_model, tokenize, texts, batch_tokens, False, None)
-    return ragged.values, ragged.offsets
+    return ragged.values.numpy(), ragged.offsets.numpy()
 
 
 @contextmanager

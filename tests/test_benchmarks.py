@@ -220,6 +220,11 @@ def test_a_row_carries_what_is_needed_to_judge_and_repeat_it():
     } <= set(row)
 
 
+@pytest.mark.parametrize("output", [["--output", "/some/where"], ["--output=/some/where"], []])
+def test_the_command_of_a_row_names_no_path(output):
+    assert rows.without_output(["cpu", *output, "--only", "variable"]) == ["cpu", "--only", "variable"]
+
+
 def test_rows_come_back_from_files_in_the_order_of_their_dates(tmp_path):
     rows.append([make_row("modernbert", 1.0, date="2025-02-02")], tmp_path / "a.jsonl")
     rows.append(RUN[:1], tmp_path / "b.jsonl")

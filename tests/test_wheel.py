@@ -77,4 +77,6 @@ def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
     where = "import modernbert, modernbert_kernels as k; print(modernbert.__file__, k.__file__, sep='\\n')"
     for file in output(python, "-c", where).split():
         assert Path(file).is_relative_to(environment)
-    assert "1" in output(environment / "bin" / "modernbert", "demo")
+    shown = output(environment / "bin" / "modernbert", "demo")
+    assert shown.count("\n1. ") == 3  # one ranking for each of its three questions
+    assert shown.count("why: ") >= 3

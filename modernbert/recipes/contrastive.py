@@ -94,8 +94,11 @@ class Tokens:
     @classmethod
     def load(cls, file: Path) -> Tokens:
         with np.load(file) as arrays:
-            rows = [data.Rows(arrays[f"{side}_values"], arrays[f"{side}_offsets"]) for side in "qp"]
-            return cls(*rows, **{name: arrays[name] for name in arrays.files if name[:2] not in ("q_", "p_")})
+            queries, positives = (
+                data.Rows(arrays[f"{side}_values"], arrays[f"{side}_offsets"]) for side in "qp"
+            )
+            rest = {name: arrays[name] for name in arrays.files if name[:2] not in ("q_", "p_")}
+            return cls(queries, positives, **rest)
 
 
 def main(config: Config) -> ColBERT:
@@ -324,8 +327,9 @@ def parse(arguments: list[str] | None = None) -> Config:
             option = {"default": field.default, "help": f"default: {field.default!r}"}
             option |= {"nargs": "*"} if isinstance(field.default, tuple) else {"type": type(field.default)}
         parser.add_argument("--" + field.name.replace("_", "-"), **option)
-    values = vars(parser.parse_args(arguments))
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values: dict[str, Any] = vars(parser.parse_args(arguments))
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Config(**values)
 
 
 if __name__ == "__main__":

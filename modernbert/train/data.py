@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
 
 def read_pairs(folder: str | os.PathLike, *, drop: Collection[str] = ()) -> Iterator[Pair]:
-    """The pairs of the `*.jsonl` and `*.jsonl.zst` files of a folder, in name order, without the sources `drop`.
+    """The pairs of a folder's `*.jsonl` and `*.jsonl.zst` files in name order, but for the sources in `drop`.
 
     A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name)
     and "group" (default: the positive itself). Pairs of one group never serve as each other's negatives.

@@ -55,7 +55,7 @@ class _BestMatch(torch.autograd.Function):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else queries_QE.dtype
         queries_QE, documents_NE = queries_QE.to(dtype), documents_NE.to(dtype)
         longest, length_B = max(lengths), torch.tensor(lengths)
-        padded_BSE = torch.nn.utils.rnn.pad_sequence(documents_NE.split(lengths), batch_first=True)
+        padded_BSE = torch.nn.utils.rnn.pad_sequence(list(documents_NE.split(lengths)), batch_first=True)
         # Padding repeats the first token, so that it can tie with a maximum but not exceed it.
         place_S = torch.arange(longest)
         padding_BS1 = (place_S >= length_B[:, None])[..., None]

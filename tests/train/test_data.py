@@ -1,8 +1,11 @@
 import json
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from modernbert.tokenizer import Tokenizer
 from modernbert.train.data import (
@@ -15,7 +18,7 @@ from modernbert.train.data import (
     train_tokenizer,
     without_overlap,
 )
-from modernbert.train.teacher import Teacher, text_key
+from modernbert.train.teacher import Teacher, text_key, write_teacher
 
 
 def write_lines(path, rows):
@@ -151,3 +154,25 @@ def test_teacher_finds_vectors_by_text(tmp_path):
     rows = teacher.rows(["a", "unknown", "b"])
     assert (rows >= 0).tolist() == [True, False, True]
     np.testing.assert_allclose(teacher[rows[[0, 2]]].numpy(), [[0, 1], [0.6, 0.8]], rtol=1e-3)
+
+
+def test_a_written_teacher_folder_reads_back(tmp_path, monkeypatch):
+    """One vector per different text, found again whatever the order; the model here is a stub."""
+
+    class Stub:
+        device = torch.device("cpu")
+        max_seq_length = 0
+
+        def __init__(self, name):
+            assert name == "some-model"
+
+        def encode(self, texts, **_):
+            return torch.tensor([[len(text), 1.0] for text in texts])
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Stub))
+    write_teacher(["a", "four", "a", "ninechars"], "some-model", tmp_path)
+    teacher = Teacher(tmp_path)
+    assert len(teacher.keys) == 3
+    rows = teacher.rows(["ninechars", "a"])
+    wanted = torch.nn.functional.normalize(torch.tensor([[9.0, 1.0], [1.0, 1.0]]), dim=-1)
+    torch.testing.assert_close(teacher[rows], wanted, rtol=1e-3, atol=0)
