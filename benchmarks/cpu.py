@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import backends, peak_memory
 from benchmarks.harness import Contender, Measured, measure
@@ -206,8 +205,12 @@ WORKLOADS = (*BUILDERS, MEMORY)
 
 def run(*, quick: bool, only: Sequence[str]) -> Iterator[Result]:
     """Measure the workloads named in `only` (all if empty), one `Result` each as it is done."""
-    torch.set_num_threads(THREADS)
+    from transformers.utils.logging import (
+        disable_progress_bar,
+    )  # slow to import, and `--list` needs none of it
+
     disable_progress_bar()
+    torch.set_num_threads(THREADS)
     # maxsim-cpu and the tokenizers have thread pools of their own, which read this when they start.
     os.environ["RAYON_NUM_THREADS"] = str(THREADS)
     with tempfile.TemporaryDirectory() as scratch:

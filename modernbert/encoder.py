@@ -197,6 +197,7 @@ class Encoder(nn.Module):
             output_hidden_states: also return every layer's output; a `Packed` then gives an `EncoderOutput` too.
 
         `token_type_ids`, `output_attentions` and `return_dict=False` exist in Hugging Face's signature and are refused.
+        Under `torch.export` (padded tensors only) the checks of ids and masks are off, and every op is its reference.
 
         Raises:
             ValueError: masks with holes, ids out of range, arguments that contradict each other or are refused.

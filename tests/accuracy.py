@@ -1,8 +1,9 @@
-"""The one tolerance of this project, derived and never tuned: twice the error that the same maths makes anyway.
+"""The one tolerance of this project, derived and never tuned: twice the error that the same maths makes.
 
-An answer is accurate if its error against float64 is at most twice the error of the plain computation in the same
-dtype, plus one rounding step of the truth. Errors and step are root mean squares over the tensor: the largest error of
-two equally good computations easily differs by three, their root mean squares differ by a few percent.
+An answer is accurate if its error against float64 is at most twice the error of the plain computation in the
+same dtype, plus one rounding step of the truth. Errors and step are root mean squares over the tensor: the
+largest errors of two equally good computations easily differ by a factor of three, their root mean squares by
+a few percent.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def assert_accurate(got: Tensor, plain: Tensor, truth: Tensor, name: str = "resu
     got_error, plain_error, size = (x.masked_fill(infinite, 0).square().mean().sqrt().item() for x in values)
     allowed = 2 * plain_error + torch.finfo(got.dtype).eps * size
     # Written so that a NaN fails.
-    assert got_error <= allowed, f"{name}: off by {got_error:.2e}, allowed {allowed:.2e} (plain {plain_error:.2e})"
+    assert got_error <= allowed, (
+        f"{name}: off by {got_error:.2e}, allowed {allowed:.2e} (plain {plain_error:.2e})"
+    )
 
 
 def assert_as_accurate(
@@ -35,9 +38,9 @@ def assert_as_accurate(
 ) -> None:
     """Every output and every gradient of `fast` is as accurate as `reference` in the dtype of the arguments.
 
-    The truth is `reference` on the same numbers in float64. For float64 arguments nothing better is at hand: there
-    the plain error is float32's, scaled by the ratio of the two rounding steps. Arguments must stay unchanged;
-    keyword arguments keep their dtype.
+    The truth is `reference` on the same numbers in float64. For float64 arguments nothing better is at hand:
+    there the plain error is float32's, scaled by the ratio of the two rounding steps. Arguments must stay
+    unchanged; keyword arguments keep their dtype.
     """
     dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point())
     got = results(fast, args, kwargs, dtype, gradients)
@@ -55,9 +58,13 @@ def assert_as_accurate(
 
 
 def results(
-    op: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], dtype: torch.dtype, gradients: bool = True
+    op: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    gradients: bool = True,
 ) -> dict[str, Tensor]:
-    """Outputs of `op` in `dtype`, and gradients by a fixed random cotangent for each floating-point argument."""
+    """Outputs of `op` in `dtype`, and gradients of its real arguments by a fixed cotangent."""
     leaves = [
         x.detach().to(dtype, copy=True).requires_grad_(gradients)
         if isinstance(x, Tensor) and x.is_floating_point()

@@ -1,4 +1,4 @@
-"""The same model twice: transformers' ModernBertModel (sdpa) with loud random weights, and our Encoder around them."""
+"""One model twice: transformers' ModernBertModel (sdpa) with loud weights, and our Encoder around them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import ModernBertConfig, ModernBertModel
 from transformers.initialization import no_init_weights
+from transformers.models.modernbert import modeling_modernbert
 
 from modernbert import Encoder, EncoderConfig
 
 SHARED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_activation norm_eps norm_bias"
-    " max_position_embeddings attention_bias mlp_bias local_attention embedding_dropout attention_dropout mlp_dropout"
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_activation"
+    " norm_eps norm_bias attention_bias mlp_bias local_attention max_position_embeddings"
+    " embedding_dropout attention_dropout mlp_dropout"
 )
 TINY = EncoderConfig(
     vocab_size=100,
@@ -44,13 +46,14 @@ def hf_dict(config: EncoderConfig, generation: int) -> dict[str, Any]:
     return shared | {
         "layer_types": config.layer_types,
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(kinds, thetas, strict=True)
+            kind: {"rope_type": "default", "rope_theta": theta}
+            for kind, theta in zip(kinds, thetas, strict=True)
         },
     }
 
 
 def twins(config: EncoderConfig, *, generation: int = 5, seed: int = 0) -> tuple[ModernBertModel, Encoder]:
-    """Their model and ours, in evaluation mode, sharing every parameter (so a gradient in one is a gradient in both)."""
+    """Their model and ours in evaluation mode, sharing every parameter: what is done to one is done to both."""
     torch.manual_seed(seed)
     written = hf_dict(config, generation)
     hf_config = ModernBertConfig.from_dict(written)
@@ -76,6 +79,15 @@ def make_loud(model: nn.Module) -> None:
             parameter.normal_(0, parameter.shape[1] ** -0.5)
             if name.endswith("Wqkv.weight"):
                 parameter[: 2 * parameter.shape[1]] *= 1.5  # logits with a standard deviation above 2
+
+
+def exact_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Transformers' rotary without its cast to float32: in its place, a float64 model of theirs is one."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    turn = modeling_modernbert.rotate_half
+    return q * cos + turn(q) * sin, k * cos + turn(k) * sin
 
 
 def random_ids(lengths: Sequence[int], vocab_size: int, seed: int = 1) -> list[list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import backends, report, rows
+from benchmarks import backends, cpu, report, rows
 from benchmarks.harness import (
     FOREIGN_LIMIT,
     Contender,
@@ -156,6 +156,33 @@ def test_real_rows_undo_batching_and_sorting(size, by_length):
     assert real_rows(outputs, batches)[:, 0].tolist() == expected
     padded = [mask is not None and not bool(mask.all()) for _, mask, _ in batches]
     assert padded == [len({len(sequences[row]) for row in places}) > 1 for _, _, places in batches]
+
+
+def test_every_way_of_running_a_model_returns_the_same_rows(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(backends.SHAPES, "tiny", (32, 3, 2, 48, 160_000.0))
+    backends.save_seeded("tiny", tmp_path)
+    sequences = random_ids([70, 3, 140, 3, 1])
+    expected = cpu.alone(tmp_path, sequences)
+    assert expected.shape == (217, 32)
+    contenders = list(backends.transformers_batchings(tmp_path, sequences, sizes=(2,)))
+    assert len(contenders) == 3
+    for one in [*contenders, backends.ours(tmp_path, sequences)]:
+        check(one, expected, cpu.TOLERANCE)
+
+
+def test_every_way_of_scoring_returns_the_same_scores():
+    torch.manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
+    documents = torch.nn.functional.normalize(torch.randn(200, 8), dim=-1).split([90, 60, 50])
+    expected = torch.stack([(query.double() @ document.double().T).amax(1).sum() for document in documents])
+    contenders = [
+        backends.ours_maxsim(query, documents),
+        *backends.padded_maxsim(query, documents, chunks=(2,)),
+    ]
+    assert len(contenders) == 4
+    for one in contenders:
+        check(one, expected, cpu.TOLERANCE)
 
 
 def make_row(

@@ -57,7 +57,7 @@ class Config:
     document_length: int = 224
     train_document_length: int = 96  # documents are cut shorter in training, for speed
 
-    steps: int = 1800
+    steps: int = 1500
     batch_pairs: int = 256
     batch_tokens: int = 24_000
     learning_rate: float = 2e-3

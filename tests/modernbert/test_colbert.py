@@ -19,7 +19,7 @@ from torch import Tensor
 from modernbert import ColBERT, maxsim
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERTConfig
-from modernbert.packing import Ragged, pack
+from modernbert.packing import Ragged
 from modernbert.tokenizer import Tokenizer
 from modernbert_kernels import backend
 
@@ -32,7 +32,7 @@ DOCUMENTS = ["To fold a tensor, reshape it first.", "The norm has a gradient; se
 def plain_tokenizer() -> Tokenizer:
     """The fixture's tokenizer without "[Q] " and "[D] ", as every encoder has that is no ColBERT yet."""
     content = json.loads((BACKBONE / "tokenizer.json").read_text("utf-8"))
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in ("[Q] ", "[D] ")]
+    content["added_tokens"] = [x for x in content["added_tokens"] if x["content"] not in ("[Q] ", "[D] ")]
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
 
 
@@ -152,7 +152,9 @@ def value_and_gradients(colbert: ColBERT, run: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("expansion", [False, True])
-def test_gradients_flow_from_the_score_to_every_parameter(plain_tokenizer: Tokenizer, expansion: bool) -> None:
+def test_gradients_flow_from_the_score_to_every_parameter(
+    plain_tokenizer: Tokenizer, expansion: bool
+) -> None:
     """Tokens, encoder, head, skiplist, MaxSim, cross-entropy: equal to the dense computation in float64."""
     colbert = make(plain_tokenizer, config=ColBERTConfig(query_length=20, do_query_expansion=expansion))
     got = value_and_gradients(colbert, packed_loss)
@@ -166,7 +168,7 @@ def test_gradients_flow_from_the_score_to_every_parameter(plain_tokenizer: Token
     assert "encoder.embeddings.tok_embeddings.weight" in truth
     for name, value in truth.items():
         assert value.abs().max() > 1e-6, f"{name} has no gradient"
-        torch.testing.assert_close(exact[name], value, rtol=0, atol=1e-10 * value.abs().max().item(), msg=name)
+        assert (exact[name] - value).abs().max() <= 1e-10 * value.abs().max(), name
         assert_accurate(got[name], plain[name], value, name)
 
 
@@ -184,7 +186,8 @@ def test_a_step_of_training_lowers_the_loss(plain_tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_through_a_folder(plain_tokenizer: Tokenizer, dtype: torch.dtype, tmp_path: Path) -> None:
-    config = ColBERTConfig(query_length=12, document_length=30, do_query_expansion=True, skiplist_words=(".", "!"))
+    lengths = {"query_length": 12, "document_length": 30}
+    config = ColBERTConfig(**lengths, do_query_expansion=True, skiplist_words=(".", "!"))
     before = make(plain_tokenizer, config=config).to(dtype)
     before.save_pretrained(tmp_path)
     after = ColBERT.from_pretrained(tmp_path, dtype=dtype)
@@ -206,7 +209,7 @@ def test_copies_are_equal(plain_tokenizer: Tokenizer) -> None:
 
 
 def test_pooling_keeps_fewer_rows(plain_tokenizer: Tokenizer) -> None:
-    """A score against pooled rows is near the score against all; PyLate's numbers are in test_colbert_parity."""
+    """[CLS] stays, about half of the others go; PyLate's numbers are in test_colbert_parity."""
     colbert = make(plain_tokenizer)
     whole, pooled = (colbert.encode_documents(DOCUMENTS, pool_factor=factor) for factor in (1, 2))
     for rows, fewer in zip(whole, pooled, strict=True):
@@ -237,5 +240,10 @@ def test_ragged_of_tokens_picks_the_scored_rows(plain_tokenizer: Tokenizer) -> N
     ):
         assert torch.equal(rows, whole[keep])
     part = tokens.select([3, 1])
-    assert part.batch.input_ids.tolist() == pack([x.tolist() for x in tokens.batch.input_ids.split(tokens.batch.lengths)]).select([3, 1]).input_ids.tolist()
-    assert [len(spans) for spans in part.spans] == [len(rows) for rows in part.ragged(torch.zeros(len(part.keep), 1))]
+    alone = colbert.tokenize_documents([DOCUMENTS[3], DOCUMENTS[1]])
+    assert torch.equal(part.batch.input_ids, alone.batch.input_ids)
+    assert torch.equal(part.keep, alone.keep)
+    assert part.spans == alone.spans
+    assert [len(spans) for spans in part.spans] == part.ragged(
+        numbered[: len(part.keep)]
+    ).offsets.diff().tolist()

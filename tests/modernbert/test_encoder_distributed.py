@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hf_twin import BIASES, TINY, make_loud, pad, random_ids
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from modernbert import Encoder, pack
 
@@ -37,8 +38,9 @@ def step(model: Callable, encoder: nn.Module, texts: list[list[int]], padded: bo
     else:
         rows = model(pack(texts))
     rows.square().sum().backward()
-    whole = (lambda x: x.full_tensor()) if hasattr(next(encoder.parameters()), "full_tensor") else (lambda x: x)
-    return {"rows": rows.detach(), **{n: whole(p.grad).clone() for n, p in encoder.named_parameters()}}
+    grads = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in grads.items()}
+    return {"rows": rows.detach(), **whole}
 
 
 def work(rank: int, folder: str) -> None:

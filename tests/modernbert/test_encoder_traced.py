@@ -1,4 +1,4 @@
-"""The encoder under torch.compile (whole graph, few compilations) and under torch.export (the padded entrance)."""
+"""The encoder under torch.compile (whole graph, few compilations) and torch.export (the padded entrance)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assert_same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 
 
 def test_one_graph_for_all_lengths() -> None:
-    """Forward and backward of eight mixes equal eager; after the first, with sizes open, nothing compiles again."""
+    """Forward and backward of eight mixes equal eager; after two compilations, sizes are open."""
     encoder, counter = twins(SMALL)[1], CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(encoder, fullgraph=True, backend=counter)
     for lengths in MIXES:
@@ -138,7 +138,12 @@ OTHERS = {
 def test_export_of_the_other_arguments(encoder: Encoder, name: str, strict: bool) -> None:
     """Positions, embeddings, no mask; hidden states; strict is with dynamo. All sizes are open."""
     ids, mask = pad(random_ids([3, 40, 17], 100), "left")
-    known = {"input_ids": ids, "attention_mask": mask, "position_ids": ids, "inputs_embeds": torch.randn(3, 40, 64)}
+    known = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": ids,
+        "inputs_embeds": torch.randn(3, 40, 64),
+    }
     arguments = {key: known[key] for key in OTHERS[name]}
     sizes: dict[str, Any] = {key: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for key in arguments}
     sizes["output_hidden_states"] = None

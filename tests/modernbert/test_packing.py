@@ -163,11 +163,11 @@ def test_ids_out_of_range_are_named(sequences: list[list[int]], limit: int | Non
     with pytest.raises(ValueError, match=words):
         pack(sequences, vocab_size=limit)
     with pytest.raises(ValueError, match=words):
-        pack(torch.tensor([sum(sequences, [])]), vocab_size=limit)
+        pack(torch.tensor([[x for ids in sequences for x in ids]]), vocab_size=limit)
 
 
 @pytest.mark.parametrize(
-    "sequences", [[[1.0, 2.0]], [[1, 2.5]], [["1"]], [[None]], [[2**63]], [[True]], torch.ones(1, 2), torch.ones(1, 2) > 0]
+    "sequences", [*[[[token]] for token in (1.0, "1", None, 2**63, True)], [[1, 2.5]], torch.ones(1, 2)]
 )
 def test_ids_that_are_no_integers_are_refused(sequences: list | Tensor) -> None:
     with pytest.raises(TypeError, match="token ids must be integers"):

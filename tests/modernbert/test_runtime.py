@@ -1,7 +1,8 @@
-"""How batches reach the model: nothing is lost, doubled or reordered, budgets hold, several processes are one."""
+"""How batches reach the model: nothing lost, doubled or reordered, budgets hold, processes are one."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from modernbert.runtime import micro_batches, plan
 from modernbert.tokenizer import Tokenizer
 
 BACKBONE = Path(__file__).parents[1] / "fixtures" / "colbert" / "backbone"
-TEXTS = ["one", "", "a longer text, of some more words than the others have " * 3, "two words", "wal, rus!"] * 4
+LONG = "a longer text, of some more words than the others have " * 3
+TEXTS = ["one", "", LONG, "two words", "wal, rus!"] * 4
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def colbert() -> ColBERT:
 @pytest.mark.parametrize("lengths", [[], [0], [5], [0, 0, 0], [9, 1, 30, 7, 7, 100, 2, 0, 99, 3]])
 @pytest.mark.parametrize("tokens", [1, 30, 1000])
 def test_plan(lengths: list[int], tokens: int) -> None:
-    """Every text once, longest first, no batch over the budget unless it is one text, and none closed too early."""
+    """Every text once, longest first, no batch over budget unless it is one text, none closed too early."""
     batches = plan(lengths, tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     in_order = [lengths[i] for batch in batches for i in batch]
@@ -46,7 +48,9 @@ def test_plan(lengths: list[int], tokens: int) -> None:
         assert size + lengths[following[0]] > tokens
 
 
-@pytest.mark.parametrize("lengths", [[3000], [5, 3000, 7], [900] * 5, [0, 2048, 0, 1, 0], [2048], [], [1] * 5000])
+@pytest.mark.parametrize(
+    "lengths", [[3000], [5, 3000, 7], [900] * 5, [0, 2048, 0, 1, 0], [2048], [], [1] * 5000]
+)
 def test_micro_batches_are_the_batch(lengths: list[int]) -> None:
     """In order, whole sequences, within the budget unless it is one sequence alone."""
     batch = pack(random_ids(lengths, 100))
@@ -57,7 +61,7 @@ def test_micro_batches_are_the_batch(lengths: list[int]) -> None:
     for part in parts:
         assert part.cu_seqlens.tolist() == pack([[0] * n for n in part.lengths]).cu_seqlens.tolist()
         assert part.num_tokens <= runtime.CPU_TOKENS or sum(n > 0 for n in part.lengths) == 1
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         assert part.num_tokens + following.lengths[0] > runtime.CPU_TOKENS
     assert len(parts) > 1 or sum(lengths) <= 2048 or len(lengths) == 1
 
@@ -88,7 +92,9 @@ def one_by_one(model: ColBERT, texts: list[str]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 1, 45, 10_000])
-def test_order_and_budget(colbert: ColBERT, batch_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_and_budget(
+    colbert: ColBERT, batch_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows come back in the order of the texts, whatever the batches were; tokenising goes in parts too."""
     monkeypatch.setattr(runtime, "TEXTS", 7)
     seen: list[Packed] = []
@@ -105,7 +111,7 @@ def test_order_and_budget(colbert: ColBERT, batch_tokens: int | None, monkeypatc
 
 
 def test_rows_are_ordinary_float32(colbert: ColBERT) -> None:
-    """They may meet autograd later, which inference tensors may not; so too for one text and a bfloat16 model."""
+    """They may meet autograd later, which inference tensors may not; for one text, and in bfloat16, too."""
     for texts in (TEXTS[:1], TEXTS):
         values = colbert.encode_queries(texts).values
         assert not values.is_inference()

@@ -1,4 +1,4 @@
-"""`modernbert.maxsim`: all pairs, paired and top-k over ragged vectors, against a loop over pairs in float64."""
+"""`modernbert.maxsim`: all pairs, paired, top-k over ragged vectors, against a loop over pairs in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ QUERY_LENGTHS, DOCUMENT_LENGTHS = [3, 1, 0, 9], [5, 64, 0, 1, 129, 2, 0]
 
 def vectors(lengths: list[int], width: int = 24, seed: int = 0) -> Ragged:
     generator = torch.Generator().manual_seed(seed)
-    return Ragged.from_list([F.normalize(torch.randn(n, width, generator=generator), dim=-1) for n in lengths])
+    return Ragged.from_list(
+        [F.normalize(torch.randn(n, width, generator=generator), dim=-1) for n in lengths]
+    )
 
 
 def by_definition(queries: Ragged, documents: Ragged) -> Tensor:
@@ -24,7 +26,9 @@ def by_definition(queries: Ragged, documents: Ragged) -> Tensor:
     for i, query in enumerate(queries):
         for j, document in enumerate(documents):
             for token in query.double():
-                scores[i, j] += max([float(token @ other) for other in document.double()], default=float("-inf"))
+                scores[i, j] += max(
+                    [float(token @ other) for other in document.double()], default=float("-inf")
+                )
     return scores
 
 
@@ -64,14 +68,16 @@ def test_top_k_is_a_full_sort(k: int, tokens: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(scoring, "TOKENS", tokens)
     queries, documents = vectors(QUERY_LENGTHS), vectors(DOCUMENT_LENGTHS, seed=1)
     # Copies tie to the last bit only if they are multiplied alike, so a tie is made of whole numbers.
-    corpus = Ragged.from_list([(x * 8).round() for x in [*documents, documents[1], documents[0], documents[1]]])
+    matrices = [*documents, documents[1], documents[0], documents[1]]
+    corpus = Ragged.from_list([(x * 8).round() for x in matrices])
     queries = Ragged((queries.values * 8).round(), queries.offsets)
     wanted, order = maxsim(queries, corpus).sort(dim=1, descending=True, stable=True)
     scores, indices = maxsim(queries, corpus, top_k=k)
     assert torch.equal(scores, wanted[:, :k])
     assert torch.equal(indices, order[:, :k])
     assert indices.dtype == torch.int64
-    assert not maxsim(Ragged(queries.values.requires_grad_(), queries.offsets), corpus, top_k=k)[0].requires_grad
+    queries.values.requires_grad_()
+    assert not maxsim(queries, corpus, top_k=k)[0].requires_grad
 
 
 def test_nothing_to_score() -> None:
