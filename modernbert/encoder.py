@@ -17,6 +17,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 import modernbert_kernels as ops
@@ -43,7 +44,7 @@ class EncoderOutput(NamedTuple):
 
 
 # So that torch.export.save can write a program that returns one; its error message names this function.
-torch.utils._pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
+_pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
 
 
 class Linear(nn.Linear):
@@ -51,6 +52,10 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
+
+    def train(self, mode: bool = True) -> Linear:
+        ops.cpu.linear.forget(self.weight)  # whoever trains may write weights in ways that no version counter sees
+        return super().train(mode)
 
 
 class Norm(nn.LayerNorm):
@@ -213,13 +218,15 @@ class Encoder(nn.Module):
                 raise ValueError("a Packed carries its own masks and positions; pass it alone")
             x_TD, states = self._encode(input_ids, inputs_embeds, output_hidden_states)
             return EncoderOutput(x_TD, states) if output_hidden_states else x_TD
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            ids_BS = input_ids
+        elif input_ids is None and inputs_embeds is not None:
+            ids_BS = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
+        else:
             raise ValueError("pass either input_ids or inputs_embeds")
 
-        ids_BS = input_ids
-        if inputs_embeds is not None:
-            ids_BS = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
-        if torch.compiler.is_exporting():  # static shapes: padding rows travel as query-only rows, nothing is checked
+        # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
+        if torch.compiler._is_exporting_flag:  # static shapes: padding travels as query-only rows, nothing is checked
             batch = pack_static(ids_BS, attention_mask, query_mask, position_ids)
             restore = unpack_static
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +161,9 @@ def pack_static(
 
 def unpack_static(values: Tensor, batch: Packed) -> Tensor:
     """Undo `pack_static`: `[B * S, ...]` to `[B, S, ...]` with zeros in padding."""
-    assert batch.padded_rows is not None and batch.padded_length is not None and batch.key_lengths is not None
+    assert batch.padded_rows is not None
+    assert batch.padded_length is not None
+    assert batch.key_lengths is not None
     within_T = torch.arange(batch.padded_length, device=values.device).expand(batch.key_lengths.shape[0], -1)
     real_T = (within_T < batch.key_lengths[:, None]).flatten()
     values = torch.where(real_T.view(-1, *[1] * (values.dim() - 1)), values, 0)
@@ -266,6 +269,10 @@ class Ragged:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.values.split(self.offsets.diff().tolist()))
 
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Ragged: ...
     def __getitem__(self, index: int | slice) -> Tensor | Ragged:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))

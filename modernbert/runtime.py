@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def micro_batches(batch: Packed, tokens: int = CPU_TOKENS) -> list[Packed]:
             filled = 0
         filled += length
     cuts.append(len(batch))
-    return [batch.select(range(start, stop)) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [batch.select(range(start, stop)) for start, stop in pairwise(cuts)]
 
 
 def plan(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -64,7 +65,7 @@ def plan(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def encode_texts(
-    model: nn.Module,
+    model: Any,
     tokenize: str,
     texts: Sequence[str],
     batch_tokens: int | None,

@@ -53,7 +53,7 @@ def hf_dict(config: EncoderConfig, generation: int) -> dict[str, Any]:
 
 
 def twins(config: EncoderConfig, *, generation: int = 5, seed: int = 0) -> tuple[ModernBertModel, Encoder]:
-    """Their model and ours in evaluation mode, sharing every parameter: what is done to one is done to both."""
+    """Their model and ours in evaluation mode. They share every parameter, so a change of one is of both."""
     torch.manual_seed(seed)
     written = hf_dict(config, generation)
     hf_config = ModernBertConfig.from_dict(written)

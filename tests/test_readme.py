@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import modernbert_kernels
+from modernbert_kernels import Op
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 KERNELS = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
@@ -62,6 +65,14 @@ def test_other_commands_exist():
             assert (ROOT / "benchmarks" / "__main__.py").exists(), line
         else:
             assert line.startswith("pip install "), f"{line}: nothing checks this command"
+
+
+def test_the_table_of_ops_is_complete():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (?:`(\w+)`: [^|]+)?\s*\|$", KERNELS, re.MULTILINE)
+    ops = {value.name: value for value in vars(modernbert_kernels).values() if isinstance(value, Op)}
+    assert sorted(name for name, _ in rows) == sorted(ops)
+    for name, backend in rows:
+        assert set(ops[name].backends) <= {"reference", backend}, name
 
 
 def listed(tree: str) -> dict[str, set[str]]:

@@ -39,9 +39,7 @@ class Config:
     pairs: str  # a folder of *.jsonl or *.jsonl.zst, see train/data.py
     output: str
     drop: tuple[str, ...] = ("nl2bash",)  # sources left out (this one is GPL)
-    held_out: tuple[
-        str, ...
-    ] = ()  # BEIR folders; a pair that shares 8 words in a row with their texts is left out
+    held_out: tuple[str, ...] = ()  # BEIR folders; pairs that overlap with their texts are left out
     teacher: str = ""  # a folder of vectors, see train/teacher.py
     label_with: str = ""  # a sentence-transformers model that writes `teacher` if it is not there
     label_pairs: int = 0  # pairs of each source that it embeds, besides the tokens of the vocabulary

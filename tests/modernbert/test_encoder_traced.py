@@ -47,6 +47,9 @@ def test_one_graph_for_all_lengths() -> None:
         batch = pack(random_ids(lengths, 100))
         assert_same(rows_and_gradients(compiled, encoder, batch), rows_and_gradients(encoder, encoder, batch))
     assert counter.frame_count <= 2
+    for graph in counter.graphs:
+        calls = [str(node.target) for node in graph.graph.nodes]
+        assert sum("attention_cpu" in call for call in calls) == SMALL.num_hidden_layers
     counter.frame_count = 0
     with torch.no_grad():  # also where eager would cut the batch into parts
         for lengths in [*MIXES, [900, 800, 700]]:
@@ -82,12 +85,18 @@ def test_inductor() -> None:
 
 
 def test_the_padded_entrance_compiles_with_graph_breaks() -> None:
-    """It looks at the mask, so it is not one graph; the numbers are the same."""
+    """It looks at the masks, so it is not one graph; the numbers are the same, and so are the checks."""
     encoder = twins(SMALL)[1]
     compiled = torch.compile(encoder, backend="aot_eager")
     ids, mask = pad(random_ids([3, 40, 17], 100), "left")
     with torch.no_grad():
         assert_same((compiled(ids, mask)[0],), (encoder(ids, mask)[0],))
+        ids, mask = pad(random_ids([3, 40, 17], 100))
+        masks = (mask, 1 - mask)
+        got, wanted = (model(ids, masks[0], query_mask=masks[1])[0] for model in (compiled, encoder))
+        assert_same((got,), (wanted,))
+    with pytest.raises(ValueError, match="token id 100 is out of range"):
+        compiled(ids.masked_fill(mask == 1, 100), mask)
 
 
 # Export

@@ -12,14 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import attention
+from ..reference import attention, linear
 
-BLOCK = 64
-"""Queries of one band block; each sees BLOCK + 2 * window keys (32, 64 and 128 measured: 64 is best or level)."""
+BLOCK = 32
+"""Queries of one band block; each sees BLOCK + 2 * window keys (of 32, 64 and 128 the fastest: it wastes least)."""
+
+LONG = 256
+"""From this length on, inference runs dense attention head by head through oneDNN."""
+
+QUERIES = 256
+"""Queries of one such product: their scores stay in the cache."""
 
 
 def _accepts(qkv_T3HK: Tensor, *_: object, dropout_p: float = 0.0, **__: object) -> bool:
-    return qkv_T3HK.is_cpu and dropout_p == 0.0 and not torch.compiler.is_exporting()
+    # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
+    return qkv_T3HK.is_cpu and dropout_p == 0.0 and not torch.compiler._is_exporting_flag
 
 
 @attention.register("cpu", when=_accepts)
@@ -71,7 +78,7 @@ def _attention(
 def _rotate(qk_T2HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotary as one complex product. Pairs come out side by side, in q and in k alike, so their products are the same."""
     angle_T11R = torch.complex(cos_TR.to(qk_T2HK.dtype), sin_TR.to(qk_T2HK.dtype))[:, None, None]
-    return torch.view_as_real(torch.complex(*qk_T2HK.chunk(2, dim=-1)) * angle_T11R).flatten(-2)
+    return torch.view_as_real(torch.complex(*qk_T2HK.chunk(2, dim=-1)).mul_(angle_T11R)).flatten(-2)
 
 
 def _runs(
@@ -89,7 +96,9 @@ def _runs(
     outputs, sequence = [], 0
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        if key_lengths is None:
+        if key_lengths is None and length >= LONG and _onednn_is_faster(q):
+            out = torch.stack([_by_head(*sequence) for sequence in zip(q, k, v, strict=True)])
+        elif key_lengths is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             visible = _visible(key_lengths[sequence : sequence + count], length, window)
@@ -98,6 +107,25 @@ def _runs(
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         sequence += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _onednn_is_faster(q: Tensor) -> bool:
+    """SDPA's products go through MKL, see linear.py; it is differentiable, and keeps no scores."""
+    training = torch.is_grad_enabled() and q.requires_grad
+    return "onednn" in linear.backends and q.dtype is torch.float32 and not training
+
+
+def _by_head(q_HSK: Tensor, k_HSK: Tensor, v_HSK: Tensor) -> Tensor:
+    """Dense attention of one sequence, `[H, S, K]`: two `linear` products for each head and block of queries."""
+    heads, length, width = q_HSK.shape
+    out_SHK = q_HSK.new_empty(length, heads, width)
+    for head in range(heads):
+        k_SK, v_KS = k_HSK[head].contiguous(), v_HSK[head].contiguous().T
+        for start in range(0, length, QUERIES):
+            rows = slice(start, start + QUERIES)
+            scores = linear(q_HSK[head, rows] * width**-0.5, k_SK)
+            out_SHK[rows, head] = linear(torch.softmax(scores, dim=-1, out=scores), v_KS)
+    return out_SHK.transpose(0, 1)
 
 
 def _visible(key_lengths: list[int], length: int, window: int | None) -> Tensor:
@@ -176,7 +204,7 @@ def _opaque_backward(
         return _attention(qkv_T3HK, cu_seqlens, max_seqlen, cos_TR, sin_TR, window, key_lengths)
 
     # Not torch.autograd.grad: inside of an operator autograd records nothing, torch.func does.
-    _, pull_back = torch.func.vjp(forward, qkv_T3HK)
+    pull_back = torch.func.vjp(forward, qkv_T3HK)[1]
     return pull_back(grad_THK)[0].contiguous()
 
 

@@ -11,7 +11,7 @@ BLOCK = 1 << 18
 """Similarities computed at a time: 1 MB of float32."""
 
 
-def _accepts(queries_QE: Tensor, *_: object, paired: bool = False) -> bool:
+def _accepts(queries_QE: Tensor, *_: object, paired: bool = False, **__: object) -> bool:
     return queries_QE.is_cpu and not paired and not torch.compiler.is_compiling()
 
 
