@@ -22,14 +22,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=suite.__doc__)
-        command.add_argument(
-            "--quick", action="store_true", help="about two minutes: fewer samples, fewer settings"
-        )
+        command.add_argument("--quick", action="store_true", help="about two minutes: fewer samples, fewer settings")
         command.add_argument("--output", type=Path, help="write the rows to a new .jsonl file in this folder")
         command.add_argument("--only", nargs="+", default=[], choices=suite.WORKLOADS, metavar="WORKLOAD")
-    commands.add_parser(
-        "report", help="write the tables of README.md and of benchmarks/results from the rows"
-    )
+    commands.add_parser("report", help="write the tables of README.md and of benchmarks/results from the rows")
     arguments = parser.parse_args()
     if arguments.list:
         for name, suite in SUITES.items():

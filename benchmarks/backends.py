@@ -71,9 +71,7 @@ def ours(folder: Path, sequences: Ids) -> Contender:
     return Contender(OURS, "packed; packing is timed", run, lambda x_TD: x_TD)
 
 
-def transformers_sdpa(
-    folder: Path, batches: list[Batch], settings: str, name: str = TRANSFORMERS
-) -> Contender:
+def transformers_sdpa(folder: Path, batches: list[Batch], settings: str, name: str = TRANSFORMERS) -> Contender:
     """Tokenised, padded batches are ready before the clock starts."""
     model = _transformers_model(folder)
 
@@ -188,9 +186,7 @@ def mean_alone(folder: Path, texts: list[str]) -> Tensor:
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), _transformers_model(folder)
     with torch.inference_mode():
-        tokenized = [
-            tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt") for text in texts
-        ]
+        tokenized = [tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt") for text in texts]
         return torch.cat([model(input_ids=one["input_ids"]).last_hidden_state.mean(1) for one in tokenized])
 
 
@@ -208,9 +204,7 @@ def sentence_transformers(folder: Path, texts: list[str], *, sizes: Sequence[int
         yield Contender(
             SENTENCE_TRANSFORMERS,
             f"sdpa, batch_size={size}",
-            lambda size=size: model.encode(
-                texts, batch_size=size, show_progress_bar=False, convert_to_tensor=True
-            ),
+            lambda size=size: model.encode(texts, batch_size=size, show_progress_bar=False, convert_to_tensor=True),
             lambda vectors: vectors,
         )
 
@@ -228,9 +222,7 @@ def ours_maxsim(query_QE: Tensor, documents: Sequence[Tensor]) -> Contender:
     return Contender(OURS, "ragged", run, lambda scores_BN: scores_BN[0])
 
 
-def padded_maxsim(
-    query_QE: Tensor, documents: Sequence[Tensor], *, chunks: Sequence[int]
-) -> Iterator[Contender]:
+def padded_maxsim(query_QE: Tensor, documents: Sequence[Tensor], *, chunks: Sequence[int]) -> Iterator[Contender]:
     """On documents padded with zeros: PyLate's `colbert_scores`, and the best that hands make of it."""
     padded_NSE = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
     lengths_N1 = torch.tensor([len(document) for document in documents])[:, None]
@@ -250,9 +242,7 @@ def padded_maxsim(
             return torch.cat([score(docs_NSE, real) for docs_NSE, real in pieces])
 
     whole = partial(run, einsum, len(documents))
-    yield Contender(
-        PADDED_EINSUM, "all documents at once, padding not timed", whole, lambda scores_N: scores_N
-    )
+    yield Contender(PADDED_EINSUM, "all documents at once, padding not timed", whole, lambda scores_N: scores_N)
     for score in (einsum, matmul):
         for chunk in chunks:
             settings = f"{score.__name__}, {chunk} documents at a time, padding not timed"

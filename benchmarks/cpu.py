@@ -83,10 +83,7 @@ def fixed(folder: Path, *, quick: bool) -> Workload:
         "Ettin-17m, 16 texts of 512 tokens",
         [
             backends.ours(folder, sequences),
-            *(
-                backends.transformers_sdpa(folder, batched(sequences, n), f"sdpa, batches of {n}")
-                for n in sizes
-            ),
+            *(backends.transformers_sdpa(folder, batched(sequences, n), f"sdpa, batches of {n}") for n in sizes),
             *backends.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
         ],
         alone(folder, sequences),
@@ -220,9 +217,7 @@ def run(*, quick: bool, only: Sequence[str]) -> Iterator[Result]:
             if shape and not folder.exists():
                 backends.save_seeded(shape, folder)
             yield (
-                memory(folder, quick=quick)
-                if build is None
-                else timed(name, build(folder, quick=quick), quick=quick)
+                memory(folder, quick=quick) if build is None else timed(name, build(folder, quick=quick), quick=quick)
             )
 
 
@@ -253,9 +248,7 @@ def _row(name: str, workload: Workload, one: Measured, all_measured: Sequence[Me
         clean=one.clean,
         calls=one.calls,
         times_better_than={
-            other.contender.implementation: one.times_faster_than(other)
-            for other in all_measured
-            if other is not one
+            other.contender.implementation: one.times_faster_than(other) for other in all_measured if other is not one
         },
         goals=workload.goals if mine == backends.OURS else {},
     )

@@ -85,9 +85,7 @@ class Measured:
 
     def times_faster_than(self, other: Measured) -> float:
         """Median over rounds of `other`'s time over this one's: only samples of one round are compared."""
-        return statistics.median(
-            theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)
-        )
+        return statistics.median(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def read_clocks(work: Callable[[], Any]) -> Reading:
@@ -159,10 +157,7 @@ def measure(
             best[name] = quickest, contender
     calls = {name: max(1, math.ceil(window / quickest.seconds)) for name, (quickest, _) in best.items()}
     taken = interleave([chosen for _, chosen in best.values()], calls, rounds, retries, read)
-    measured = [
-        Measured(chosen, errors[chosen], calls[name], tuple(taken[name]))
-        for name, (_, chosen) in best.items()
-    ]
+    measured = [Measured(chosen, errors[chosen], calls[name], tuple(taken[name])) for name, (_, chosen) in best.items()]
     return measured, {name: reason for name, reason in refused.items() if name not in best}
 
 
@@ -187,9 +182,7 @@ def interleave(
             sample = take(contender.run, calls[name], read)
             while not sample.clean and left[name] > 0:
                 left[name] -= 1
-                sample = min(
-                    sample, take(contender.run, calls[name], read), key=lambda attempt: attempt.foreign
-                )
+                sample = min(sample, take(contender.run, calls[name], read), key=lambda attempt: attempt.foreign)
             taken[name].append(sample)
     return taken
 

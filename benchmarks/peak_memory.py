@@ -29,9 +29,7 @@ def in_fresh_process(implementation: str, folder: Path, length: int, threads: in
         output = Path(scratch) / "output.pt"
         command = [sys.executable, "-m", "benchmarks.peak_memory", implementation, str(folder), str(length)]
         command += [str(threads), str(output)]
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1]), torch.load(output)
 
 

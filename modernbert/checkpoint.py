@@ -149,9 +149,7 @@ def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
     raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS} nor {PICKLE} nor an index of either")
 
 
-def _read_safetensors(
-    path: Path, device: torch.device, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
+def _read_safetensors(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 -- not a dict, it cannot be iterated

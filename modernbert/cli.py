@@ -41,9 +41,7 @@ QUESTIONS = (
 NOTES_SHOWN = 5
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-Model = Annotated[
-    str | None, typer.Option(help="ColBERT folder or hub id; if not given, the built-in model.")
-]
+Model = Annotated[str | None, typer.Option(help="ColBERT folder or hub id; if not given, the built-in model.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,9 +75,7 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     paths: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="PATH...", help="Text or markdown, folders of it, or a BEIR corpus.jsonl[.gz]."
-        ),
+        typer.Argument(metavar="PATH...", help="Text or markdown, folders of it, or a BEIR corpus.jsonl[.gz]."),
     ],
     model: Model = None,
     top: Annotated[int, typer.Option(min=1, help="How many passages to print.")] = 5,
@@ -160,9 +156,7 @@ def info(
 
 @app.command()
 def demo(
-    questions: Annotated[
-        list[str] | None, typer.Argument(help="What to ask instead of the usual three.")
-    ] = None,
+    questions: Annotated[list[str] | None, typer.Argument(help="What to ask instead of the usual three.")] = None,
 ) -> None:
     """Search 1,581 paragraphs of Wikipedia, which ship with the package, using the built-in model."""
     console = Console(highlight=False)
@@ -172,9 +166,7 @@ def demo(
         started = time.perf_counter()
         hits = index.search([question], top_k=3)[0]
         milliseconds = 1000 * (time.perf_counter() - started)
-        _print(
-            console, Text(question, style="bold") + Text(f"  {milliseconds:.0f} ms\n", style="dim not bold")
-        )
+        _print(console, Text(question, style="bold") + Text(f"  {milliseconds:.0f} ms\n", style="dim not bold"))
         _print_hits(console, hits, _why(index.colbert, question, hits))
 
 
@@ -227,16 +219,12 @@ def _print_hits(console: Console, hits: Sequence[Hit], words: Sequence[Sequence[
         place = f"{path.relative_to(here) if path.is_relative_to(here) else path}:{passage.line}"
         if passage.id != passage.path:
             place = f"{passage.id} in {place}"
-        head = Text(f"{hit.rank}. {hit.score:.3f}  ", style="bold") + Text(
-            _line(place), style="cyan not bold"
-        )
+        head = Text(f"{hit.rank}. {hit.score:.3f}  ", style="bold") + Text(_line(place), style="cyan not bold")
         _print(console, head)
         _print(console, Text(_line(passage.title), style="italic"), indent=3)
         _print(console, Text(_line(passage.text)), indent=3)
         if matches:
-            found = [
-                f"{word.query} → {word.document or '(passage)'} {word.contribution:.2f}" for word in matches
-            ]
+            found = [f"{word.query} → {word.document or '(passage)'} {word.contribution:.2f}" for word in matches]
             rest = hit.score - sum(word.contribution for word in matches)
             why = Text(f"why: {', '.join(found)}, other tokens {rest:.2f}", style="green")
             _print(console, why, indent=3)
@@ -288,9 +276,7 @@ def _dense(layer: Any) -> str:
         "residual": layer.use_residual,
     }
     named = [name for name, there in parts.items() if there and name != "Identity"]
-    return f"{layer.linear.in_features} -> {layer.linear.out_features}" + "".join(
-        f" + {name}" for name in named
-    )
+    return f"{layer.linear.in_features} -> {layer.linear.out_features}" + "".join(f" + {name}" for name in named)
 
 
 def _print_facts(console: Console, facts: dict[str, str]) -> None:

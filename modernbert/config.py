@@ -228,9 +228,7 @@ def _layer_pattern(hf: Mapping[str, Any]) -> Pattern:
     return next(types[:p] for p in periods if all(t == types[i % p] for i, t in enumerate(types)))
 
 
-_IDS = EncoderConfig(
-    pad_token_id=50283, cls_token_id=50281, sep_token_id=50282, bos_token_id=50281, eos_token_id=50282
-)
+_IDS = EncoderConfig(pad_token_id=50283, cls_token_id=50281, sep_token_id=50282, bos_token_id=50281, eos_token_id=50282)
 _MODERNBERT = replace(_IDS, classifier_pooling="mean")
 _ETTIN = replace(_MODERNBERT, max_position_embeddings=7999, local_rope_theta=160_000.0)
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -130,9 +130,7 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope) -> tuple[Tensor, Tensor]:
         x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else self.attn_norm(x_TD, delta_TD)
         x_TD, h_TD = self.mlp_norm(x_TD, self.attn(h_TD, batch, rope))
         return x_TD, self.mlp(h_TD)
@@ -257,8 +255,8 @@ class Encoder(nn.Module):
         if length > limit and not self.warned_of_length:
             self.warned_of_length = True
             warnings.warn(
-                f"a sequence of {length} tokens is longer than max_position_embeddings, {limit}: the model has not seen "
-                "such distances in training. It is encoded all the same; this is said once",
+                f"a sequence of {length} tokens is longer than max_position_embeddings, {limit}: the model has not "
+                "seen such distances in training. It is encoded all the same; this is said once",
                 stacklevel=2,
             )
 
@@ -305,9 +303,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: a config value that is not supported, or weights that do not match the config, all listed.
         """
-        folder = files.locate(
-            folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
-        )
+        folder = files.locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
         config = EncoderConfig.from_hf(files.read_json(folder, "config.json"))
         with torch.device("meta"):
             encoder = cls(config)

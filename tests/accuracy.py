@@ -28,9 +28,7 @@ def assert_accurate(got: Tensor, plain: Tensor, truth: Tensor, name: str = "resu
     got_error, plain_error, size = (x.masked_fill(infinite, 0).square().mean().sqrt().item() for x in values)
     allowed = 2 * plain_error + torch.finfo(got.dtype).eps * size
     # Written so that a NaN fails.
-    assert got_error <= allowed, (
-        f"{name}: off by {got_error:.2e}, allowed {allowed:.2e} (plain {plain_error:.2e})"
-    )
+    assert got_error <= allowed, f"{name}: off by {got_error:.2e}, allowed {allowed:.2e} (plain {plain_error:.2e})"
 
 
 def assert_as_accurate(

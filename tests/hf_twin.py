@@ -46,8 +46,7 @@ def hf_dict(config: EncoderConfig, generation: int) -> dict[str, Any]:
     return shared | {
         "layer_types": config.layer_types,
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": theta}
-            for kind, theta in zip(kinds, thetas, strict=True)
+            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(kinds, thetas, strict=True)
         },
     }
 
@@ -81,9 +80,7 @@ def make_loud(model: nn.Module) -> None:
                 parameter[: 2 * parameter.shape[1]] *= 1.5  # logits with a standard deviation above 2
 
 
-def exact_rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
+def exact_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Transformers' rotary without its cast to float32: in its place, a float64 model of theirs is one."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     turn = modeling_modernbert.rotate_half

@@ -85,9 +85,7 @@ def violations(root: Path) -> list[str]:
             if top in {"tests", "benchmarks", "conftest", "kernels"}:
                 wrong.append(f"{name} imports {base}")
             if name.startswith("modernbert_kernels") and not level and top not in KERNELS_MAY_IMPORT:
-                wrong.append(
-                    f"{name} imports {base}: the kernels import torch, triton and themselves, relatively"
-                )
+                wrong.append(f"{name} imports {base}: the kernels import torch, triton and themselves, relatively")
     for folder in ("kernels", "tests", "benchmarks"):
         wrong += [
             f"{path.relative_to(root)} would make a package that shadows another"

@@ -185,9 +185,7 @@ def test_every_way_of_scoring_returns_the_same_scores():
         check(one, expected, cpu.TOLERANCE)
 
 
-def make_row(
-    implementation, median, *, workload="short-16", date="2025-01-02", clean=True, factors=None, **changes
-):
+def make_row(implementation, median, *, workload="short-16", date="2025-01-02", clean=True, factors=None, **changes):
     row = rows.row(
         workload=workload,
         what=f"{workload} in words",
@@ -293,10 +291,7 @@ def test_the_full_table_has_every_row_with_factor_and_goal():
 
 def test_only_the_text_between_the_markers_is_replaced():
     text = f"before\n{report.START}\nold \\1\n{report.END}\nafter"
-    assert (
-        report.replace_between(text, "new \\g<0>")
-        == f"before\n{report.START}\nnew \\g<0>\n{report.END}\nafter"
-    )
+    assert report.replace_between(text, "new \\g<0>") == f"before\n{report.START}\nnew \\g<0>\n{report.END}\nafter"
     with pytest.raises(ValueError, match="once each"):
         report.replace_between("no markers", "new")
 

@@ -72,16 +72,12 @@ FROZEN = {
     "modernbert.Tokenizer.decode": "(self, ids)",
     "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None)",
     "modernbert.Tokenizer.files": "(self)",
-    "modernbert.Tokenizer.from_pretrained": (
-        "(name_or_path, *, revision=None, token=None, local_files_only=False)"
-    ),
+    "modernbert.Tokenizer.from_pretrained": ("(name_or_path, *, revision=None, token=None, local_files_only=False)"),
     "modernbert.Tokenizer.id_to_token": "(self, token_id)",
     "modernbert.Tokenizer.save_pretrained": "(self, folder)",
     "modernbert.Tokenizer.token_to_id": "(self, token)",
     "modernbert.maxsim": "(queries, documents, *, paired=False, top_k=None)",
-    "modernbert.pack": (
-        "(sequences, attention_mask=None, *, query_mask=None, position_ids=None, vocab_size=None)"
-    ),
+    "modernbert.pack": ("(sequences, attention_mask=None, *, query_mask=None, position_ids=None, vocab_size=None)"),
     "modernbert.unpack": "(values, batch)",
     "modernbert_kernels.Op": "(reference)",
     "modernbert_kernels.Op.__call__": "(self, *args, **kwargs)",

@@ -65,9 +65,7 @@ def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
     # A path in a .pth file is searched, but the .pth files in it (ours, of an editable install) are not read.
     (site_packages,) = environment.glob("lib/python*/site-packages")
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "HF_HUB_OFFLINE": "1"
-    }
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
 
     def output(*command: str | Path) -> str:
         run = subprocess.run(command, cwd=elsewhere, env=clean, capture_output=True, text=True)

@@ -29,9 +29,7 @@ class Op(Generic[P, R]):
         self._choices: tuple[tuple[Callable[P, bool], Callable[P, R]], ...] = ()
         self.__doc__ = reference.__doc__
 
-    def register(
-        self, backend: str, *, when: Callable[P, bool]
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    def register(self, backend: str, *, when: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorator: use this implementation for calls that `when(*args, **kwargs)` accepts."""
 
         def add(implementation: Callable[P, R]) -> Callable[P, R]:

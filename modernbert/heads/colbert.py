@@ -72,7 +72,9 @@ class Tokens(NamedTuple):
     def select(self, indices: Sequence[int]) -> Tokens:
         """The texts named by `indices`, in that order."""
         keep = self.keep.split(self.batch.lengths)
-        return Tokens(self.batch.select(indices), torch.cat([keep[i] for i in indices]), [self.spans[i] for i in indices])
+        return Tokens(
+            self.batch.select(indices), torch.cat([keep[i] for i in indices]), [self.spans[i] for i in indices]
+        )
 
     def ragged(self, x_TE: Tensor) -> Ragged:
         """The scored rows of the model's output for `batch`. Differentiable."""
@@ -84,12 +86,19 @@ class Dense(nn.Module):
     """One layer of the head: `activation(W x + b)`, plus `x` or `R x` if residual."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, activation: str = "Identity", residual: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        activation: str = "Identity",
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.use_residual = residual
         self.linear = Linear(in_features, out_features, bias=bias)
-        self.residual = Linear(in_features, out_features, bias=False) if residual and in_features != out_features else None
+        self.residual = (
+            Linear(in_features, out_features, bias=False) if residual and in_features != out_features else None
+        )
         self.activation: nn.Module = getattr(nn, activation)()
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -147,7 +156,7 @@ class ColBERT(nn.Module):
         token: str | None = None,
         local_files_only: bool = False,
     ) -> ColBERT:
-        """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT, for inference.
+        """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
 
         Arguments as of `Encoder.from_pretrained`. PyLate's and sentence-transformers' own ways with blanks, prompts
         and the skiplist are kept (see `ColBERTConfig`), so that vectors equal those of the library that wrote it.

@@ -50,7 +50,9 @@ def read(
     for module in files.read_json(folder, "modules.json"):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind not in (*READ, *SKIPPED):
-            raise ValueError(f"{folder}/modules.json: module {module['type']!r} is not supported; known: {READ + SKIPPED}")
+            raise ValueError(
+                f"{folder}/modules.json: module {module['type']!r} is not supported; known: {READ + SKIPPED}"
+            )
         modules.setdefault(kind, []).append(_inside(folder, module["path"]))
     if not modules.get("Dense"):
         raise ValueError(f"{folder}/modules.json lists no Dense module: this is no late-interaction checkpoint")
@@ -58,7 +60,8 @@ def read(
     native = written.get("model_type") == "MultiVectorEncoder"
     settings = _native(folder, written, modules, tokenizer) if native else _pylate(written)
     layers = [
-        Layer(_dense_arguments(path), files.read_state_dict(path, device=device, dtype=dtype)) for path in modules["Dense"]
+        Layer(_dense_arguments(path), files.read_state_dict(path, device=device, dtype=dtype))
+        for path in modules["Dense"]
     ]
     return settings, layers
 
@@ -73,7 +76,9 @@ def _stanford(folder: Path) -> dict[str, Any]:
         "document_length": ("doc_maxlen", 180),
         "attend_to_expansion_tokens": ("attend_to_mask_tokens", False),
     }
-    return {ours: written.get(theirs, default) for ours, (theirs, default) in names.items()} | {"do_query_expansion": True}
+    return {ours: written.get(theirs, default) for ours, (theirs, default) in names.items()} | {
+        "do_query_expansion": True
+    }
 
 
 def _pylate(written: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +106,9 @@ def _native(
     transformer = files.read_json(folder, TRANSFORMER)
     expansion = transformer.get("query_expansion")
     if expansion and (expansion["strategy"] != "fixed" or expansion.get("token") not in (None, "[MASK]")):
-        raise ValueError(f"{folder}/{TRANSFORMER}: query_expansion {expansion} is not supported; only 'fixed' with [MASK]")
+        raise ValueError(
+            f"{folder}/{TRANSFORMER}: query_expansion {expansion} is not supported; only 'fixed' with [MASK]"
+        )
     mask = files.read_json(modules["MultiVectorMask"][0], "config.json") if "MultiVectorMask" in modules else {}
     if mask.get("keep_only_token_ids") is not None or mask.get("skiplist_tasks", ["document"]) != ["document"]:
         raise ValueError(f"{folder}: MultiVectorMask {mask} is not supported; only a skiplist on documents")
@@ -151,7 +158,9 @@ def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:
     folder) does so once it is read back.
     """
     config, tokenizer = colbert.config, colbert.tokenizer
-    skiplist = [word for word in config.skiplist_words if config.skip_unknown or tokenizer.token_to_id(word) is not None]
+    skiplist = [
+        word for word in config.skiplist_words if config.skip_unknown or tokenizer.token_to_id(word) is not None
+    ]
     if config.query_prompt != config.document_prompt:
         raise ValueError("PyLate folders hold no separate prompts for queries and documents: put them into the texts")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]

@@ -92,9 +92,7 @@ class Tokens:
     @classmethod
     def load(cls, file: Path) -> Tokens:
         with np.load(file) as arrays:
-            queries, positives = (
-                data.Rows(arrays[f"{side}_values"], arrays[f"{side}_offsets"]) for side in "qp"
-            )
+            queries, positives = (data.Rows(arrays[f"{side}_values"], arrays[f"{side}_offsets"]) for side in "qp")
             rest = {name: arrays[name] for name in arrays.files if name[:2] not in ("q_", "p_")}
             return cls(queries, positives, **rest)
 
@@ -197,9 +195,7 @@ def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None,
     table = model.encoder.embeddings.tok_embeddings.weight
     others = [parameter for parameter in model.parameters() if parameter is not table]
     rates = (config.embedding_learning_rate, config.learning_rate)
-    optimizer = torch.optim.AdamW(
-        [{"params": [table]}, {"params": others}], betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW([{"params": [table]}, {"params": others}], betas=(0.9, 0.98), weight_decay=0.01)
     plan = Plan(config, tokens, table.detach().numpy())
     first = load_checkpoint(output, config, model, optimizer)
     model.train()
@@ -283,9 +279,7 @@ def with_specials(model: ColBERT, rows: data.Rows, batch: np.ndarray, prefix: st
     return pack([[*head, *rows[i].tolist(), *tail] for i in batch])  # pyright: ignore[reportArgumentType]
 
 
-def save_checkpoint(
-    output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer, step: int
-) -> None:
+def save_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Atomic: a run killed here goes on from the checkpoint before."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save({"config": asdict(config), "step": step, **state}, output / "checkpoint.tmp")
@@ -306,9 +300,7 @@ def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: tor
     ours = asdict(config)
     differs = {k: (v, ours[k]) for k, v in state["config"].items() if k not in free and v != ours[k]}
     if differs:
-        raise ValueError(
-            f"{file} is of another run: {differs} (checkpoint, asked for). Choose another --output"
-        )
+        raise ValueError(f"{file} is of another run: {differs} (checkpoint, asked for). Choose another --output")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     print(f"resumed at step {state['step']:,}", flush=True)

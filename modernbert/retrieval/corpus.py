@@ -47,9 +47,7 @@ def read_passages(
                     yield passage
     if empty:
         names, kinds = ", ".join(map(str, roots)) or "no path at all", " ".join(sorted(TEXT - {""}))
-        raise ValueError(
-            f"no text to search in {names}; read are corpus.jsonl[.gz], README and the like, {kinds}"
-        )
+        raise ValueError(f"no text to search in {names}; read are corpus.jsonl[.gz], README and the like, {kinds}")
 
 
 def read_texts(path: str | os.PathLike[str], *, note: Note = warnings.warn) -> Iterator[Document]:

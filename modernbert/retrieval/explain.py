@@ -50,9 +50,7 @@ def explain(colbert: ColBERT, query: str, documents: Sequence[str]) -> list[list
     return explanations
 
 
-def strongest_words(
-    matches: Sequence[TokenMatch], query: str, document: str, *, limit: int = 6
-) -> list[WordMatch]:
+def strongest_words(matches: Sequence[TokenMatch], query: str, document: str, *, limit: int = 6) -> list[WordMatch]:
     """The `limit` query words that gave most to the score, strongest first. Punctuation is no word."""
     tokens_of: dict[Span, list[TokenMatch]] = {}
     for match in matches:

@@ -46,7 +46,5 @@ class MemoryIndex:
         results = []
         for scores, indices in zip(scores_BK.tolist(), indices_BK.tolist(), strict=True):
             found = zip(scores, indices, strict=True)
-            results.append(
-                [Hit(rank, score, self.passages[i]) for rank, (score, i) in enumerate(found, start=1)]
-            )
+            results.append([Hit(rank, score, self.passages[i]) for rank, (score, i) in enumerate(found, start=1)])
         return results

@@ -46,9 +46,7 @@ def read_pairs(folder: str | os.PathLike, *, drop: Collection[str] = ()) -> Iter
         for number, line in enumerate(_lines(path), start=1):
             row = json.loads(line)
             if "query" not in row or "positive" not in row:
-                raise ValueError(
-                    f'{path}:{number}: a pair needs "query" and "positive", got keys {sorted(row)}'
-                )
+                raise ValueError(f'{path}:{number}: a pair needs "query" and "positive", got keys {sorted(row)}')
             source, group = row.get("source", path.name.split(".")[0]), row.get("group", row["positive"])
             if source not in drop:
                 yield Pair(row["query"], row["positive"], source, group)

@@ -42,9 +42,7 @@ def text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def write_teacher(
-    texts: Sequence[str], model: str, folder: str | os.PathLike, *, max_length: int = 96
-) -> None:
+def write_teacher(texts: Sequence[str], model: str, folder: str | os.PathLike, *, max_length: int = 96) -> None:
     """Embed texts, cut to `max_length` tokens, with a sentence-transformers model under bfloat16 autocast."""
     from sentence_transformers import SentenceTransformer
 

@@ -66,9 +66,7 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor
 
 def activated(h: Tensor, activation: str) -> Tensor:
     a, gate = h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
-    return (
-        a * 0.5 * (1 + torch.erf(a / math.sqrt(2))) if activation == "gelu" else a * torch.sigmoid(a)
-    ) * gate
+    return (a * 0.5 * (1 + torch.erf(a / math.sqrt(2))) if activation == "gelu" else a * torch.sigmoid(a)) * gate
 
 
 IDS = {tokens: torch.arange(tokens) * 7 % 11 for tokens in (0, 1, 63, 300)}
@@ -77,8 +75,7 @@ IDS = {tokens: torch.arange(tokens) * 7 % 11 for tokens in (0, 1, 63, 300)}
 def rowwise(tokens: int, dtype: torch.dtype) -> dict[str, tuple[ops.Op, Any, Any, tuple[Any, ...]]]:
     """Per case: the op, how it is called, its formula, the arguments."""
     x, delta, weight, bias, table, h = (
-        randn(*shape, dtype=dtype)
-        for shape in ((tokens, 96), (tokens, 96), (96,), (96,), (11, 96), (tokens, 96))
+        randn(*shape, dtype=dtype) for shape in ((tokens, 96), (tokens, 96), (96,), (96,), (11, 96), (tokens, 96))
     )
     ids, eps = IDS[tokens], 1e-5
     plain, gather = (lambda op: op), (lambda op: lambda *args: op(ids, *args))
@@ -176,9 +173,7 @@ def test_attention_backend(backend: str, mix: str, window: int | None, dtype: to
 @pytest.mark.parametrize("backend", fast(ops.attention))
 @pytest.mark.parametrize("window", [None, 1, 8, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_with_rows_that_are_queries_only(
-    backend: str, window: int | None, dtype: torch.dtype
-) -> None:
+def test_attention_with_rows_that_are_queries_only(backend: str, window: int | None, dtype: torch.dtype) -> None:
     """Among them rows that see nothing, because keys are too far or missing: zero, with zero gradients."""
     lengths, keys = [130, 40, 40, 7, 1, 0, 5], torch.tensor([3, 40, 17, 0, 1, 0, 4], dtype=torch.int32)
     qkv = randn(sum(lengths), 3, 2, 16, dtype=dtype, scale=1.5)
@@ -197,9 +192,7 @@ def test_attention_reference_with_query_rows_is_the_definition() -> None:
     qkv = randn(sum(lengths), 3, 2, 8, dtype=FLOAT64, scale=1.5)
     for window in (None, 4):
         options = {"rope": rope(lengths, 8), "window": window, "key_lengths": keys}
-        assert_equal_in_float64(
-            ops.attention.reference, one_by_one, qkv, cu(lengths), max(lengths), **options
-        )
+        assert_equal_in_float64(ops.attention.reference, one_by_one, qkv, cu(lengths), max(lengths), **options)
 
 
 @pytest.mark.parametrize("backend", ops.attention.backends)

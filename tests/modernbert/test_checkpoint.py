@@ -165,9 +165,7 @@ def test_a_shard_and_an_index_that_differ_are_refused(tmp_path: Path) -> None:
         read_state_dict(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "path", ["../x.safetensors", "/etc/x", "sub/x.safetensors", "..\\x", "C:x", "", ".."]
-)
+@pytest.mark.parametrize("path", ["../x.safetensors", "/etc/x", "sub/x.safetensors", "..\\x", "C:x", "", ".."])
 def test_an_index_cannot_point_out_of_its_folder(tmp_path: Path, path: str) -> None:
     folder = tmp_path / "model" / "sub"
     folder.mkdir(parents=True)
@@ -280,8 +278,7 @@ def test_one_error_lists_all_that_does_not_fit() -> None:
     assert str(caught.value).splitlines()[1:] == [
         "  missing (1): linear.bias",
         "  unexpected (2): more, other",
-        "  unfit (2): steps (float32[2] instead of int64[2]), "
-        "linear.weight (float32[3, 5] instead of float32[5, 3])",
+        "  unfit (2): steps (float32[2] instead of int64[2]), linear.weight (float32[3, 5] instead of float32[5, 3])",
     ]
 
 
@@ -335,9 +332,7 @@ class Tied(nn.Module):
         self.decoder.weight = self.embeddings.weight
 
 
-@pytest.mark.parametrize(
-    "given", [["embeddings.weight"], ["decoder.weight"], ["decoder.weight", "embeddings.weight"]]
-)
+@pytest.mark.parametrize("given", [["embeddings.weight"], ["decoder.weight"], ["decoder.weight", "embeddings.weight"]])
 def test_tied_parameters_stay_tied(given: list[str]) -> None:
     weight = torch.randn(6, 4)
     with torch.device("meta"):
@@ -402,9 +397,7 @@ def test_views_of_one_storage_are_all_written(tmp_path: Path) -> None:
 def test_large_weights_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100)
     rows = torch.randn(4, 20)
-    state = {
-        f"row{i}": row for i, row in enumerate(rows)
-    }  # of one storage, which must not keep them together
+    state = {f"row{i}": row for i, row in enumerate(rows)}  # of one storage, which must not keep them together
     save(tmp_path, config={}, state=state)
     names = {path.name for path in tmp_path.iterdir()}
     shards = {f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)}
@@ -436,9 +429,7 @@ def test_a_save_replaces_the_weights_and_keeps_other_files(tmp_path: Path, way: 
     (target / "1_Dense").mkdir()
     others = {"README.md": b"card", "runs/1/log": b"12", "1_Dense/notes": b"n", "model_card.bin": b"kept"}
     stale = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
-    for name, content in (
-        others | dict.fromkeys([*stale, "1_Dense/config.json", "config.json"], b"old")
-    ).items():
+    for name, content in (others | dict.fromkeys([*stale, "1_Dense/config.json", "config.json"], b"old")).items():
         (target / name).write_bytes(content)
     (target / "link").symlink_to("../outside")
     (target / "dangling").symlink_to("nowhere")
@@ -620,9 +611,7 @@ def hf() -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
 @pytest.mark.parametrize("kind", ["base", "mlm", "classifier"])
-def test_folders_of_transformers_load(
-    tmp_path: Path, hf: dict[str, nn.Module], kind: str, shard_size: str
-) -> None:
+def test_folders_of_transformers_load(tmp_path: Path, hf: dict[str, nn.Module], kind: str, shard_size: str) -> None:
     """The target is transformers' own encoder with other weights, which also has non-persistent buffers."""
     hf[kind].save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20KB")
@@ -683,17 +672,13 @@ LOCATE = """
 """
 
 
-def locate_elsewhere(
-    home: Path, endpoint: str, calls: list[dict], **environment: str
-) -> list[tuple[str, object]]:
+def locate_elsewhere(home: Path, endpoint: str, calls: list[dict], **environment: str) -> list[tuple[str, object]]:
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
     return [tuple(json.loads(line)) for line in run(LOCATE, json.dumps(calls), **environment).splitlines()]
 
 
 def digests(files: dict[str, bytes], *left_out: str) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name not in left_out
-    }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name not in left_out}
 
 
 WEIGHTS = safetensors.torch.save({"w": torch.arange(6.0)})
@@ -757,9 +742,7 @@ def test_the_hub(tmp_path: Path) -> None:
         assert found[:6] == [big, wanted, old, old, pickled, gated]
         assert (tmp_path / "other" / "models--own--gated").is_dir()
         assert [kind for kind, _ in found[6:]] == ["FileNotFoundError"] * 4 + ["PermissionError"] * 2
-        no_revision, no_repository, no_name, not_cached, no_token, wrong_token = (
-            str(text) for _, text in found[6:]
-        )
+        no_revision, no_repository, no_name, not_cached, no_token, wrong_token = (str(text) for _, text in found[6:])
         assert no_revision.startswith("'own/model' at revision 'v2' is no folder here")
         assert "Revision Not Found" in no_revision
         assert no_repository.startswith("'own/absent' is no folder here")
@@ -772,9 +755,7 @@ def test_the_hub(tmp_path: Path) -> None:
         resumed = [request for request in downloads if " bytes=" in request]
         assert len(resumed) == 1
         assert 0 < int(resumed[0].split("=")[1].rstrip("-")) < len(BIG_FILES["model.safetensors"])
-        assert (
-            len(downloads) == len(set(downloads)) == 1 + 6
-        )  # weights and one Dense, old, pickled, gated, big
+        assert len(downloads) == len(set(downloads)) == 1 + 6  # weights and one Dense, old, pickled, gated, big
 
         hub.requests.clear()
         calls = [

@@ -44,9 +44,7 @@ def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
     tokenizer = Tokenizer.from_pretrained(modernbert_tokenizer_file.parent)
     settings = ColBERTConfig(query_length=24, document_length=99, skiplist_words=(",", "!"))
     folder = tmp_path_factory.mktemp("colbert") / "model"
-    ColBERT.from_encoder(Encoder.from_config(config), tokenizer, dim=16, config=settings).save_pretrained(
-        folder
-    )
+    ColBERT.from_encoder(Encoder.from_config(config), tokenizer, dim=16, config=settings).save_pretrained(folder)
     return str(folder)
 
 

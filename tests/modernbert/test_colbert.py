@@ -152,9 +152,7 @@ def value_and_gradients(colbert: ColBERT, run: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("expansion", [False, True])
-def test_gradients_flow_from_the_score_to_every_parameter(
-    plain_tokenizer: Tokenizer, expansion: bool
-) -> None:
+def test_gradients_flow_from_the_score_to_every_parameter(plain_tokenizer: Tokenizer, expansion: bool) -> None:
     """Tokens, encoder, head, skiplist, MaxSim, cross-entropy: equal to the dense computation in float64."""
     colbert = make(plain_tokenizer, config=ColBERTConfig(query_length=20, do_query_expansion=expansion))
     got = value_and_gradients(colbert, packed_loss)
@@ -244,6 +242,4 @@ def test_ragged_of_tokens_picks_the_scored_rows(plain_tokenizer: Tokenizer) -> N
     assert torch.equal(part.batch.input_ids, alone.batch.input_ids)
     assert torch.equal(part.keep, alone.keep)
     assert part.spans == alone.spans
-    assert [len(spans) for spans in part.spans] == part.ragged(
-        numbered[: len(part.keep)]
-    ).offsets.diff().tolist()
+    assert [len(spans) for spans in part.spans] == part.ragged(numbered[: len(part.keep)]).offsets.diff().tolist()

@@ -71,9 +71,7 @@ def assert_same_rows(got: Iterable[Tensor], wanted: Sequence[np.ndarray], texts:
     assert len(got) == len(wanted) == len(texts)
     for ours, theirs, text in zip(got, wanted, texts, strict=True):
         assert ours.dtype == torch.float32
-        assert tuple(ours.shape) == theirs.shape, (
-            f"{tuple(ours.shape)} instead of {theirs.shape} for {text!r}"
-        )
+        assert tuple(ours.shape) == theirs.shape, f"{tuple(ours.shape)} instead of {theirs.shape} for {text!r}"
         worst = float(np.abs(ours.numpy() - theirs).max())
         assert worst <= TOLERANCE, f"off by {worst:.1e} for {text!r}"
 
@@ -110,9 +108,7 @@ def test_maxsim_is_pylates_score(name: str, folder_of: Assemble) -> None:
     queries = model.encode_queries(texts_of(name, "queries"))
     documents = model.encode_documents(texts_of(name, "documents"))
     # A query of 48 rows sums 48 cosines, each off by at most one rounding of the vectors' tolerance.
-    np.testing.assert_allclose(
-        maxsim(queries, documents).numpy(), wanted["scores"], rtol=0, atol=48 * TOLERANCE
-    )
+    np.testing.assert_allclose(maxsim(queries, documents).numpy(), wanted["scores"], rtol=0, atol=48 * TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["plain", "expansion", "window_16"])

@@ -302,17 +302,13 @@ def test_unknown_layer_types_raise(types: list) -> None:
 
 
 def test_not_an_object_raises() -> None:
-    with pytest.raises(
-        ValueError, match=re.escape("config.json is ['modernbert'], but must be a JSON object")
-    ):
+    with pytest.raises(ValueError, match=re.escape("config.json is ['modernbert'], but must be a JSON object")):
         EncoderConfig.from_hf(["modernbert"])  # pyright: ignore[reportArgumentType]
 
 
 def test_unknown_keys_warn_once_by_name() -> None:
     with pytest.warns(UserWarning, match="ignored unknown keys: no_such_field, qk_norm$") as caught:
-        assert EncoderConfig.from_hf(OLD | {"qk_norm": True, "no_such_field": 1}) == EncoderConfig.from_hf(
-            OLD
-        )
+        assert EncoderConfig.from_hf(OLD | {"qk_norm": True, "no_such_field": 1}) == EncoderConfig.from_hf(OLD)
     assert len(caught) == 1
     assert caught[0].filename == __file__
 

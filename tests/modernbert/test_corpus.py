@@ -130,9 +130,7 @@ def test_every_word_is_in_exactly_one_passage(name, tokens):
         assert document.text[end : passage.start].strip() == ""
         assert passage.line == 1 + document.text.count("\n", 0, passage.start)
         assert len(passage.content.split()) <= tokens
-        assert (
-            len(" ".join(passage.text.split())) <= 9 * tokens
-        )  # long words and unspaced scripts are cut, too
+        assert len(" ".join(passage.text.split())) <= 9 * tokens  # long words and unspaced scripts are cut, too
         end = passage.end
     assert document.text[end:].strip() == ""
 
@@ -170,9 +168,7 @@ def test_records_are_read_as_beir_defines_them():
     records = [json.loads(line) for line in gzip.decompress(DEMO.read_bytes()).splitlines()]
     documents = list(read_texts(DEMO))
     assert len(documents) == 1581
-    assert [(d.id, d.content) for d in documents] == [
-        (r["_id"], r["title"] + " " + r["text"]) for r in records
-    ]
+    assert [(d.id, d.content) for d in documents] == [(r["_id"], r["title"] + " " + r["text"]) for r in records]
     by_id = {record["_id"]: record for record in records}
     whole = [passage for passage in read_passages([DEMO]) if passage.text == by_id[passage.id]["text"]]
     assert 0 < len(whole) < 1581
@@ -198,8 +194,7 @@ def test_a_folder_is_read_in_order_and_what_is_skipped_is_said(tmp_path):
     assert found == ["text of b.md", "a record", "text of a/README", "text of a/z.txt"]
     assert notes == [
         f"skipped a binary file: {tmp_path / 'a' / 'data.txt'}",
-        f"skipped 4 files and folders in {tmp_path} that are not text or markdown: "
-        "3 hidden or node_modules, 1 .png",
+        f"skipped 4 files and folders in {tmp_path} that are not text or markdown: 3 hidden or node_modules, 1 .png",
     ]
 
 

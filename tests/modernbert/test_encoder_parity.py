@@ -40,9 +40,7 @@ GRANITE = replace(  # head width 32, last layer local
 )
 CASES |= {
     "granite-small": GRANITE,
-    "granite-97m": replace(
-        GRANITE, hidden_activation="silu", global_rope_theta=150_000.0, local_rope_theta=160_000.0
-    ),
+    "granite-97m": replace(GRANITE, hidden_activation="silu", global_rope_theta=150_000.0, local_rope_theta=160_000.0),
     "mmBERT-small": replace(
         GRANITE,
         intermediate_size=1152,

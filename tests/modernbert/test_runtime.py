@@ -48,9 +48,7 @@ def test_plan(lengths: list[int], tokens: int) -> None:
         assert size + lengths[following[0]] > tokens
 
 
-@pytest.mark.parametrize(
-    "lengths", [[3000], [5, 3000, 7], [900] * 5, [0, 2048, 0, 1, 0], [2048], [], [1] * 5000]
-)
+@pytest.mark.parametrize("lengths", [[3000], [5, 3000, 7], [900] * 5, [0, 2048, 0, 1, 0], [2048], [], [1] * 5000])
 def test_micro_batches_are_the_batch(lengths: list[int]) -> None:
     """In order, whole sequences, within the budget unless it is one sequence alone."""
     batch = pack(random_ids(lengths, 100))
@@ -92,9 +90,7 @@ def one_by_one(model: ColBERT, texts: list[str]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 1, 45, 10_000])
-def test_order_and_budget(
-    colbert: ColBERT, batch_tokens: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_and_budget(colbert: ColBERT, batch_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows come back in the order of the texts, whatever the batches were; tokenising goes in parts too."""
     monkeypatch.setattr(runtime, "TEXTS", 7)
     seen: list[Packed] = []

@@ -16,9 +16,7 @@ QUERY_LENGTHS, DOCUMENT_LENGTHS = [3, 1, 0, 9], [5, 64, 0, 1, 129, 2, 0]
 
 def vectors(lengths: list[int], width: int = 24, seed: int = 0) -> Ragged:
     generator = torch.Generator().manual_seed(seed)
-    return Ragged.from_list(
-        [F.normalize(torch.randn(n, width, generator=generator), dim=-1) for n in lengths]
-    )
+    return Ragged.from_list([F.normalize(torch.randn(n, width, generator=generator), dim=-1) for n in lengths])
 
 
 def by_definition(queries: Ragged, documents: Ragged) -> Tensor:
@@ -26,9 +24,7 @@ def by_definition(queries: Ragged, documents: Ragged) -> Tensor:
     for i, query in enumerate(queries):
         for j, document in enumerate(documents):
             for token in query.double():
-                scores[i, j] += max(
-                    [float(token @ other) for other in document.double()], default=float("-inf")
-                )
+                scores[i, j] += max([float(token @ other) for other in document.double()], default=float("-inf"))
     return scores
 
 

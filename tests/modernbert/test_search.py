@@ -145,9 +145,7 @@ def test_a_word_is_found_where_most_of_its_tokens_are():
         TokenMatch((7, 8), None, 0.25),
     ]
     assert strongest_words(matches, query, document) == [WordMatch("Manipur", "Manipur", 2.25)]
-    assert strongest_words([TokenMatch((0, 7), None, 1.0)], query, document) == [
-        WordMatch("Manipur", None, 1.0)
-    ]
+    assert strongest_words([TokenMatch((0, 7), None, 1.0)], query, document) == [WordMatch("Manipur", None, 1.0)]
 
 
 def test_words_of_scripts_without_spaces_are_characters(colbert):

@@ -18,9 +18,7 @@ from tokenizers import models, normalizers, processors
 
 from modernbert.tokenizer import Tokenizer, TruncationWarning
 
-GOLDENS = json.loads(
-    (Path(__file__).parents[1] / "fixtures/tokenizer/goldens.json").read_text(encoding="utf-8")
-)
+GOLDENS = json.loads((Path(__file__).parents[1] / "fixtures/tokenizer/goldens.json").read_text(encoding="utf-8"))
 TEXTS = [tuple(golden["text"]) if isinstance(golden["text"], list) else golden["text"] for golden in GOLDENS]
 IDS = [golden["ids"] for golden in GOLDENS]
 LONG = "The five boxing wizards jump quickly over the antidisestablishmentarian dog in the garden."
@@ -57,9 +55,9 @@ def words(*vocabulary: str) -> tokenizers.Tokenizer:
 
 def test_goldens(tokenizer: Tokenizer) -> None:
     assert len(GOLDENS) == 41
-    assert {
-        str(text): encoding.ids for text, encoding in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True)
-    } == {str(text): ids for text, ids in zip(TEXTS, IDS, strict=True)}
+    assert {str(text): encoding.ids for text, encoding in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True)} == {
+        str(text): ids for text, ids in zip(TEXTS, IDS, strict=True)
+    }
 
 
 def test_ids_and_offsets_are_those_of_transformers(tokenizer: Tokenizer, hugging_face) -> None:
@@ -76,9 +74,7 @@ def test_a_batch_is_its_texts_in_one_row(tokenizer: Tokenizer) -> None:
     assert batch.lengths == tuple(map(len, IDS))
     assert batch.input_ids.tolist() == [token for ids in IDS for token in ids]
     assert batch.input_ids.dtype == torch.int64
-    assert [row.tolist() for row in batch.positions.split(batch.lengths)] == [
-        list(range(len(ids))) for ids in IDS
-    ]
+    assert [row.tolist() for row in batch.positions.split(batch.lengths)] == [list(range(len(ids))) for ids in IDS]
     assert int(batch.input_ids.max()) < tokenizer.vocab_size == 50368
 
 
@@ -87,9 +83,7 @@ def test_one_text_an_empty_text_and_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer("").input_ids.tolist() == [50281, 50282]
     assert tokenizer.encode_batch("") == [([50281, 50282], [(0, 0), (0, 0)], 0)]
     assert (len(tokenizer([])), tokenizer([]).num_tokens, tokenizer.encode_batch([])) == (0, 0, [])
-    assert (
-        tokenizer(np.array(["a", "b"])).input_ids.tolist() == tokenizer(iter(["a", "b"])).input_ids.tolist()
-    )
+    assert tokenizer(np.array(["a", "b"])).input_ids.tolist() == tokenizer(iter(["a", "b"])).input_ids.tolist()
 
 
 def test_offsets_of_a_byte_level_tokenizer_cover_the_text(tokenizer: Tokenizer) -> None:
@@ -158,9 +152,7 @@ def test_a_cut_is_said_once_with_what_to_do(tokenizer: Tokenizer) -> None:
 
 def test_a_text_longer_than_the_model_is_cut_to_the_models_maximum(tokenizer: Tokenizer) -> None:
     assert tokenizer.max_length == 8192
-    with pytest.warns(
-        TruncationWarning, match=r"1 of 1 texts were cut to 8192 tokens, the longest of 100002:"
-    ):
+    with pytest.warns(TruncationWarning, match=r"1 of 1 texts were cut to 8192 tokens, the longest of 100002:"):
         (encoding,) = tokenizer.encode_batch("word" + " word" * 99_999)
     assert (len(encoding.ids), encoding.truncated, encoding.ids[-1]) == (8192, 100_002 - 8192, 50282)
     assert tokenizer("word" + " word" * 99_999, max_length=100_002).lengths == (100_002,)
@@ -217,9 +209,7 @@ def test_lower_casing_offsets_are_into_the_callers_text(modernbert_tokenizer_fil
     theirs = backend(modernbert_tokenizer_file)
     theirs.normalizer = normalizers.Sequence([normalizers.Lowercase(), theirs.normalizer])
     texts = [text for text in CASED if "Σ" not in text]  # str.lower knows the final sigma, they do not
-    for text, encoding, expected in zip(
-        texts, ours.encode_batch(texts), theirs.encode_batch(texts), strict=True
-    ):
+    for text, encoding, expected in zip(texts, ours.encode_batch(texts), theirs.encode_batch(texts), strict=True):
         assert encoding.ids == expected.ids, text
         assert encoding.offsets == expected.offsets, text
 
@@ -248,9 +238,7 @@ def test_lower_casing_is_that_of_pylate(modernbert_tokenizer_file: Path, hugging
         ("tokenizer_config.json", {}, False),
     ],
 )
-def test_the_checkpoint_says_whether_to_lower_case(
-    folder: Path, file: str, content: dict, expected: bool
-) -> None:
+def test_the_checkpoint_says_whether_to_lower_case(folder: Path, file: str, content: dict, expected: bool) -> None:
     (folder / file).write_text(json.dumps(content))
     loaded = Tokenizer.from_pretrained(folder)
     assert loaded.do_lower_case is expected
@@ -276,16 +264,12 @@ def test_a_file_that_lower_cases_by_itself_keeps_its_special_tokens(tmp_path: Pa
     assert [encoding.ids for encoding in loaded.encode_batch(["A", "[MASK]"])] == [[2], [1]]
 
 
-def test_special_tokens_are_those_that_the_checkpoint_names(
-    tokenizer: Tokenizer, folder: Path, hugging_face
-) -> None:
+def test_special_tokens_are_those_that_the_checkpoint_names(tokenizer: Tokenizer, folder: Path, hugging_face) -> None:
     roles = ("cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id", "unk_token_id")
     assert [getattr(tokenizer, role) for role in roles] == [getattr(hugging_face, role) for role in roles]
     config = {"pad_token": {"content": "[MASK]", "lstrip": True}, "cls_token": "[unused1]"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"cls_token": "[unused2]", "sep_token": "[unused3]"})
-    )
+    (folder / "special_tokens_map.json").write_text(json.dumps({"cls_token": "[unused2]", "sep_token": "[unused3]"}))
     loaded = Tokenizer.from_pretrained(folder)
     assert [loaded.id_to_token(getattr(loaded, role)) for role in roles] == [
         "[unused1]",
@@ -358,9 +342,7 @@ def test_copies_pickles_and_threads(tokenizer: Tokenizer) -> None:
     lengths = list(range(3, 43))
     with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)
-        for length, batch in zip(
-            lengths, pool.map(lambda n: tokenizer(TEXTS, max_length=n), lengths), strict=True
-        ):
+        for length, batch in zip(lengths, pool.map(lambda n: tokenizer(TEXTS, max_length=n), lengths), strict=True):
             assert batch.lengths == tuple(min(length, len(ids)) for ids in IDS)
 
 

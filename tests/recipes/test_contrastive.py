@@ -24,9 +24,7 @@ def toy(tmp_path_factory):
     for i in range(240):
         word = draw.choice(WORDS[:4])
         positive = f"the {word} was seen by {draw.randrange(100)} people who knew it"
-        rows.append(
-            {"query": f"find {word[::-1]}", "positive": positive, "source": "ab"[i % 2], "group": word}
-        )
+        rows.append({"query": f"find {word[::-1]}", "positive": positive, "source": "ab"[i % 2], "group": word})
     (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -140,9 +138,7 @@ def test_a_teacher_gives_embeddings_and_its_loss(toy, tmp_path, monkeypatch):
     table = contrastive.build(taught, backend, teacher).encoder.embeddings.tok_embeddings.weight
     ours = torch.nn.functional.normalize(table[: backend.get_vocab_size(), :24].detach(), dim=-1)
     theirs = teacher[teacher.rows(contrastive.token_texts(backend))]
-    theirs = torch.nn.functional.normalize(
-        theirs - theirs.mean(0), dim=-1
-    )  # 24 of the 32 columns are the teacher's
+    theirs = torch.nn.functional.normalize(theirs - theirs.mean(0), dim=-1)  # 24 of the 32 columns are the teacher's
     torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0, atol=1e-4)
 
 
@@ -156,7 +152,5 @@ def test_schedule_rises_stays_and_falls():
 
 
 def test_the_command_line_is_the_config():
-    got = parse(
-        ["--pairs", "p", "--output", "o", "--steps", "7", "--held-out", "a", "b", "--learning-rate", "1e-3"]
-    )
+    got = parse(["--pairs", "p", "--output", "o", "--steps", "7", "--held-out", "a", "b", "--learning-rate", "1e-3"])
     assert got == Config(pairs="p", output="o", steps=7, held_out=("a", "b"), learning_rate=1e-3)

@@ -28,8 +28,7 @@ def write_lines(path, rows):
 def test_pairs_of_plain_and_compressed_files_in_name_order(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     rows = [
-        {"query": f"q{i} é", "positive": f"p{i}", "source": "ab"[i % 2], "group": f"g{i}", "extra": 1}
-        for i in range(4)
+        {"query": f"q{i} é", "positive": f"p{i}", "source": "ab"[i % 2], "group": f"g{i}", "extra": 1} for i in range(4)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (tmp_path / "2.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(text))
@@ -69,9 +68,7 @@ def test_first_per_source_is_a_fixed_draw():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    text = (
-        "how to read a file read_file(path) open the file in python write boundary layer flow 1234 5678 c++ "
-    )
+    text = "how to read a file read_file(path) open the file in python write boundary layer flow 1234 5678 c++ "
     return train_tokenizer(iter([text] * 50), vocab_size=330)
 
 
@@ -102,9 +99,7 @@ def test_topics_are_weighted_means():
     rows = Rows(np.array([0, 1, 1, 1], np.uint16), np.array([0, 2, 2, 4]))
     table = np.eye(2, dtype=np.float32)
     rare, common = np.log(4 / 1), np.log(4 / 3)
-    np.testing.assert_allclose(
-        topic_vectors(rows, table), [[rare / 2, common / 2], [0, 0], [0, common]], rtol=1e-6
-    )
+    np.testing.assert_allclose(topic_vectors(rows, table), [[rare / 2, common / 2], [0, 0], [0, common]], rtol=1e-6)
 
 
 def plan(seed=0, max_pairs=8, max_tokens=100):

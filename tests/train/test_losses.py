@@ -26,9 +26,7 @@ def test_maxsim_equals_the_reference_op(query_lengths, document_lengths):
     torch.manual_seed(0)
     queries, documents = unit_rows(*query_lengths), unit_rows(*document_lengths)
     with torch.no_grad():
-        documents[: document_lengths[0]] = -queries[0].abs() * torch.sign(
-            queries[0]
-        )  # a document that nothing matches
+        documents[: document_lengths[0]] = -queries[0].abs() * torch.sign(queries[0])  # a document that nothing matches
     weight = torch.randn(len(query_lengths), len(document_lengths))
     results = []
     for score in (
@@ -56,9 +54,7 @@ def test_maxsim_under_autocast_rounds_once():
 
 def test_info_nce_is_minus_log_softmax_of_the_positive():
     scores = torch.tensor([[2.0, 1.0, -1.0], [0.0, 3.0, 1.0], [1.0, 1.0, 1.0]])
-    by_hand = (
-        -sum(row[i] - math.log(sum(math.exp(x) for x in row)) for i, row in enumerate(scores.tolist())) / 3
-    )
+    by_hand = -sum(row[i] - math.log(sum(math.exp(x) for x in row)) for i, row in enumerate(scores.tolist())) / 3
     assert info_nce(scores, torch.tensor([0, 1, 2])).item() == pytest.approx(by_hand, rel=1e-6)
 
 

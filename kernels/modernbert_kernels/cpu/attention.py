@@ -62,7 +62,9 @@ def _attention(
     key_lengths: Tensor | None,
 ) -> Tensor:
     dtype = qkv_T3HK.dtype
-    qk_T2HK, v_T1HK = qkv_T3HK.to(torch.promote_types(dtype, torch.float32)).split([2, 1], dim=1)
+    if dtype in (torch.bfloat16, torch.float16):
+        qkv_T3HK = qkv_T3HK.float()
+    qk_T2HK, v_T1HK = qkv_T3HK.split((2, 1), dim=1)
     q_THK, k_THK = _rotate(qk_T2HK, cos_TR, sin_TR).unbind(1)
     v_THK = v_T1HK.squeeze(1)
     lengths = tuple(cu_seqlens.diff().tolist())
@@ -76,7 +78,7 @@ def _attention(
 
 
 def _rotate(qk_T2HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotary as one complex product. Pairs come out side by side, in q and in k alike, so their products are the same."""
+    """Rotary as one complex product. Pairs come out side by side in q and in k alike, so q k^T is the same."""
     angle_T11R = torch.complex(cos_TR.to(qk_T2HK.dtype), sin_TR.to(qk_T2HK.dtype))[:, None, None]
     return torch.view_as_real(torch.complex(*qk_T2HK.chunk(2, dim=-1)).mul_(angle_T11R)).flatten(-2)
 
@@ -91,8 +93,10 @@ def _runs(
 ) -> Tensor:
     """Dense attention, one SDPA call for each run of neighbours of equal length."""
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-    # One split and not a slice per run: the backward pass of a slice fills a tensor of all T rows with zeros.
-    parts = (x.split([length * count for length, count in runs]) for x in (q_THK, k_THK, v_THK))
+    parts = ((x,) for x in (q_THK, k_THK, v_THK))
+    if len(runs) > 1:
+        # One split and not a slice per run: the backward pass of a slice fills a tensor of all T rows with zeros.
+        parts = (x.split([length * count for length, count in runs]) for x in (q_THK, k_THK, v_THK))
     outputs, sequence = [], 0
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)

@@ -7,35 +7,36 @@ processors have not been measured.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..reference import linear
-
 
 FEW = 64
 """Up to this many rows, preparing the weight costs oneDNN as much as the product, so a prepared copy is kept."""
 
-# Parameter to (what it was, its transposed copy). Weak: a copy goes with its parameter.
-_prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Prepared copies by the id of their parameter: (weak reference to it, its version, its address, the copy).
+_prepared: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
 
 
 def forget(weight_FD: Tensor) -> None:
     """Drop the prepared copy, for writers that PyTorch's version counter does not see (`weight.data`, FSDP)."""
-    _prepared.pop(weight_FD, None)
+    _prepared.pop(id(weight_FD), None)
 
 
 def _prepare(weight_FD: Tensor) -> Tensor:
     """The same matrix in the memory layout that oneDNN multiplies with."""
     if not isinstance(weight_FD, nn.Parameter) or weight_FD.is_inference():
         return weight_FD
-    now = weight_FD._version, weight_FD.data_ptr()
-    then, copy_FD = _prepared.get(weight_FD, (None, None))
-    if then != now:
-        copy_FD = weight_FD.detach().T.contiguous().T
-        _prepared[weight_FD] = now, copy_FD
-    return copy_FD
+    known = _prepared.get(id(weight_FD))
+    version, address = weight_FD._version, weight_FD.data_ptr()
+    if known is None or known[0]() is not weight_FD or known[1:3] != (version, address):
+        key = id(weight_FD)
+        owner = weakref.ref(weight_FD, lambda _: _prepared.pop(key, None))
+        known = _prepared[key] = owner, version, address, weight_FD.detach().T.contiguous().T
+    return known[3]
 
 
 def _differentiable(x_TD: Tensor, weight_FD: Tensor) -> bool:
