@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 QUESTIONS = (
     "which foods protect the heart?",
-    "why does it rain more in the mountains?",
+    "how does hail form inside a storm?",
     "how do buildings survive an earthquake?",
 )
 NOTES_SHOWN = 5

@@ -51,9 +51,10 @@ class Config:
     num_attention_heads: int = 4
     rope_theta: float = 10_000.0
     dim: int = 64
-    query_length: int = 32
+    query_length: int = 48
     document_length: int = 224
-    train_document_length: int = 96  # documents are cut shorter in training, for speed
+    train_query_length: int = 32  # texts are cut shorter in training, for speed
+    train_document_length: int = 96
 
     steps: int = 1500
     batch_pairs: int = 256
@@ -140,7 +141,7 @@ def prepare(config: Config, output: Path) -> tuple[tokenizers.Tokenizer, Tokens,
     groups: dict[tuple[str, str], int] = {}
     unlabelled = np.full(len(pairs), -1)
     tokens = Tokens(
-        queries=data.Rows.from_texts(queries, backend, config.query_length - 3),
+        queries=data.Rows.from_texts(queries, backend, config.train_query_length - 3),
         positives=data.Rows.from_texts(positives, backend, config.train_document_length - 3),
         sources=np.array([sources.setdefault(pair.source, len(sources)) for pair in pairs]),
         groups=np.array([groups.setdefault((pair.source, pair.group), len(groups)) for pair in pairs]),
@@ -297,6 +298,7 @@ def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: tor
         return 0
     state = torch.load(file, weights_only=True)
     free = {"pairs", "output", "teacher", "label_with", "steps", "decay", "save_minutes"}
+    free |= {"query_length", "document_length"}
     ours = asdict(config)
     differs = {k: (v, ours[k]) for k, v in state["config"].items() if k not in free and v != ours[k]}
     if differs:

@@ -21,7 +21,7 @@ Note = Callable[[str], None]
 
 
 def read_passages(
-    paths: Iterable[str | os.PathLike[str]], *, tokens: int = 160, note: Note = warnings.warn
+    paths: Iterable[str | os.PathLike[str]], *, tokens: int = 140, note: Note = warnings.warn
 ) -> Iterator[Passage]:
     """The passages of files and folders, in sorted order, with no more than one file in memory.
 

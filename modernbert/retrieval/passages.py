@@ -64,10 +64,10 @@ class Heading(NamedTuple):
     title: str
 
 
-def passages(document: Document, *, tokens: int = 160) -> Iterator[Passage]:
+def passages(document: Document, *, tokens: int = 140) -> Iterator[Passage]:
     """The passages of a document, in order. A word is in one of them, or in a heading or the front matter.
 
-    `tokens` is the longest passage, title included, in rough tokens (`ROUGH_TOKEN`). 160 are about 120 words
+    `tokens` is the longest passage, title included, in rough tokens (`ROUGH_TOKEN`). 140 are about 105 words
     of prose, which most ColBERT models read whole: they cut at 180 tokens or more.
     """
     line, counted = document.line or 1, 0

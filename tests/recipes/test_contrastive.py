@@ -91,7 +91,7 @@ def test_the_result_loads_and_is_float16_on_disk(toy, tmp_path):
     # Rounding every weight to float16 moves a unit vector by a few 2**-11.
     for wanted, got in zip(model.encode_documents(WORDS), loaded.encode_documents(WORDS), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0.02)
-    assert loaded.config.query_length == 32
+    assert (loaded.config.query_length, loaded.config.document_length) == (48, 224)
     size = sum(file.stat().st_size for file in (tmp_path / "model").rglob("*.safetensors"))
     assert size < 2.2 * sum(parameter.numel() for parameter in model.parameters())
 

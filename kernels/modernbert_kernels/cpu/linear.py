@@ -18,7 +18,7 @@ FEW = 64
 """Up to this many rows, preparing the weight costs oneDNN as much as the product, so a prepared copy is kept."""
 
 # Prepared copies by the id of their parameter: (weak reference to it, its version, its address, the copy).
-_prepared: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
+_prepared: dict[int, tuple[weakref.ref[nn.Parameter], int, int, Tensor]] = {}
 
 
 def forget(weight_FD: Tensor) -> None:
