@@ -133,11 +133,15 @@ def long(folder: Path) -> Workload:
 
 
 def from_text(folder: Path, *, quick: bool) -> Workload:
-    """From strings on both sides, with the tokenizer of the default model: its ids fit the seeded weights."""
+    """From strings on both sides, with the tokenizer of the default model: its ids fit the seeded weights.
+
+    The texts are lower-cased beforehand: that model's tokenizer.json leaves it to the caller, and a plain
+    transformers tokenizer does not do it.
+    """
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / "default" / file, folder)
     with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as corpus:
-        texts = [json.loads(next(corpus))["text"] for _ in range(64)]
+        texts = [json.loads(next(corpus))["text"].lower() for _ in range(64)]
     sizes = (8, 32) if quick else (1, 4, 8, 16, 32)
     mine, tokens = backends.ours_from_text(folder, texts)
     return Workload(
