@@ -17,6 +17,9 @@ from ..reference import attention, linear
 BLOCK = 32
 """Queries of one band block; each sees BLOCK + 2 * window keys (of 32, 64 and 128 the fastest: it wastes least)."""
 
+PART = 2048
+"""Queries of the band that inference prepares at a time; a multiple of BLOCK."""
+
 LONG = 256
 """From this length on, inference runs dense attention head by head through oneDNN."""
 
@@ -64,23 +67,23 @@ def _attention(
     dtype = qkv_T3HK.dtype
     if dtype in (torch.bfloat16, torch.float16):
         qkv_T3HK = qkv_T3HK.float()
-    qk_T2HK, v_T1HK = qkv_T3HK.split((2, 1), dim=1)
-    q_THK, k_THK = _rotate(qk_T2HK, cos_TR, sin_TR).unbind(1)
-    v_THK = v_T1HK.squeeze(1)
     lengths = tuple(cu_seqlens.diff().tolist())
     if key_lengths is not None:
-        out_THK = _runs(q_THK, k_THK, v_THK, lengths, window, key_lengths.tolist())
+        out_THK = _runs(*_rotate(qkv_T3HK, cos_TR, sin_TR), lengths, window, key_lengths.tolist())
     elif window is None or max_seqlen <= window + 1:
-        out_THK = _runs(q_THK, k_THK, v_THK, lengths, None, None)
+        out_THK = _runs(*_rotate(qkv_T3HK, cos_TR, sin_TR), lengths, None, None)
     else:
-        out_THK = _band(q_THK, k_THK, v_THK, lengths, window)
+        out_THK = _band(qkv_T3HK, cos_TR, sin_TR, lengths, window)
     return out_THK.to(dtype)
 
 
-def _rotate(qk_T2HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+def _rotate(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotary as one complex product. Pairs come out side by side in q and in k alike, so q k^T is the same."""
-    angle_T11R = torch.complex(cos_TR.to(qk_T2HK.dtype), sin_TR.to(qk_T2HK.dtype))[:, None, None]
-    return torch.view_as_real(torch.complex(*qk_T2HK.chunk(2, dim=-1)).mul_(angle_T11R)).flatten(-2)
+    qk_T2HK, v_T1HK = qkv_T3HK.split((2, 1), dim=1)
+    angle_T11R = torch.complex(cos_TR.to(qkv_T3HK.dtype), sin_TR.to(qkv_T3HK.dtype))[:, None, None]
+    rotated_T2HR = torch.complex(*qk_T2HK.chunk(2, dim=-1)).mul_(angle_T11R)
+    q_THK, k_THK = torch.view_as_real(rotated_T2HR).flatten(-2).unbind(1)
+    return q_THK, k_THK, v_T1HK.squeeze(1)
 
 
 def _runs(
@@ -139,21 +142,28 @@ def _visible(key_lengths: list[int], length: int, window: int | None) -> Tensor:
     return visible if window is None else visible & ((place[:, None] - place).abs() <= window)
 
 
-def _band(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, lengths: tuple[int, ...], window: int) -> Tensor:
-    """Local attention of the whole batch in one SDPA call: block b of queries sees its own keys and a window around.
+def _band(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, lengths: tuple[int, ...], window: int) -> Tensor:
+    """Local attention of the whole batch: block b of queries sees its own keys and a window around.
 
-    Keys and values are overlapping views of one padded buffer; nothing is copied per block.
+    Keys and values are overlapping views of one padded buffer; nothing is copied per block. Inference rotates and
+    pads PART queries and the keys around them at a time, so that memory does not grow with the batch.
     """
-    tokens = q_THK.shape[0]
-    blocks = -(-tokens // BLOCK)
-    tail = blocks * BLOCK - tokens
-    span = BLOCK + 2 * window
-    q = F.pad(q_THK, (0, 0, 0, 0, 0, tail)).unflatten(0, (blocks, BLOCK)).transpose(1, 2)
-    k, v = (
-        F.pad(x, (0, 0, 0, 0, window, tail + window)).unfold(0, span, BLOCK).transpose(2, 3) for x in (k_THK, v_THK)
-    )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_band_mask(lengths, window, q.dtype))
-    return out.transpose(1, 2).flatten(0, 1)[:tokens]
+    tokens, span = qkv_T3HK.shape[0], BLOCK + 2 * window
+    mask = _band_mask(lengths, window, qkv_T3HK.dtype)
+    part = tokens if torch.is_grad_enabled() and qkv_T3HK.requires_grad else PART
+    outputs = []
+    for start in range(0, tokens, part):
+        stop = min(start + part, tokens)
+        first, last = max(0, start - window), min(stop + window, tokens)
+        q, k, v = _rotate(qkv_T3HK[first:last], cos_TR[first:last], sin_TR[first:last])
+        blocks = -(-(stop - start) // BLOCK)
+        tail = blocks * BLOCK - (stop - start)
+        q = F.pad(q[start - first : stop - first], (0, 0, 0, 0, 0, tail)).unflatten(0, (blocks, BLOCK)).transpose(1, 2)
+        around = (0, 0, 0, 0, window - (start - first), tail + window - (last - stop))
+        k, v = (F.pad(x, around).unfold(0, span, BLOCK).transpose(2, 3) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[start // BLOCK :][:blocks])
+        outputs.append(out.transpose(1, 2).flatten(0, 1)[: stop - start])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 @lru_cache(maxsize=4)
