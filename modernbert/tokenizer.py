@@ -70,14 +70,14 @@ class Tokenizer:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        folder_or_hub_id: str | os.PathLike[str],
         *,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Tokenizer:
         """Read a checkpoint folder or hub id; only tokenizer.json must be there."""
-        folder = locate(name_or_path, revision=revision, token=token, local_files_only=local_files_only)
+        folder = locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
         if not (file := folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{file} is missing; transformers' AutoTokenizer saves one")
         try:

@@ -231,7 +231,7 @@ def test_a_row_carries_what_is_needed_to_judge_and_repeat_it():
     assert (row["median"], row["min"], row["max"], row["samples"]) == (10.0, 9.0, 12.0, 3)
     assert row["kind"] == "measured"
     assert row["max_error"] == 1.2e-5
-    assert row["versions"]["torch"] == torch.__version__
+    assert row["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert {
         "command",
         "commit",

@@ -305,7 +305,6 @@ def test_documents_cannot_drive_the_terminal_nor_break_its_encoding(modernbert, 
     assert not set(raw.getvalue()) & {0x1B, 0x07}
 
 
-@pytest.mark.skipif(not (ASSETS / "default").is_dir(), reason="modernbert/assets/default is not here yet")
 def test_the_demo_answers_its_questions(modernbert):
     """The built-in model ranks a passage of the right article first for each built-in question."""
     status, out, err = modernbert("demo")
