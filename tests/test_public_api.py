@@ -72,7 +72,7 @@ FROZEN = {
     "modernbert.Tokenizer.decode": "(self, ids)",
     "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None)",
     "modernbert.Tokenizer.files": "(self)",
-    "modernbert.Tokenizer.from_pretrained": ("(folder_or_hub_id, *, revision=None, token=None, local_files_only=False)"),
+    "modernbert.Tokenizer.from_pretrained": "(folder_or_hub_id, *, revision=None, token=None, local_files_only=False)",
     "modernbert.Tokenizer.id_to_token": "(self, token_id)",
     "modernbert.Tokenizer.save_pretrained": "(self, folder)",
     "modernbert.Tokenizer.token_to_id": "(self, token)",

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
-from modernbert.cli import ASSETS, QUESTIONS, main
+from modernbert.cli import QUESTIONS, main
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.retrieval.corpus import read_passages
 from modernbert.retrieval.search import MemoryIndex
