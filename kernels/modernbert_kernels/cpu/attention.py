@@ -104,7 +104,7 @@ def _runs(
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
         if key_lengths is None and length >= LONG and _onednn_is_faster(q):
-            out = torch.stack([_by_head(*sequence) for sequence in zip(q, k, v, strict=True)])
+            out = torch.stack([_by_head(*one) for one in zip(q, k, v, strict=True)])
         elif key_lengths is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -146,7 +146,7 @@ def _band(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, lengths: tuple[int, 
     """Local attention of the whole batch: block b of queries sees its own keys and a window around.
 
     Keys and values are overlapping views of one padded buffer; nothing is copied per block. Inference rotates and
-    pads PART queries and the keys around them at a time, so that memory does not grow with the batch.
+    pads PART queries and the keys around them at a time; only these copies stop growing with the batch.
     """
     tokens, span = qkv_T3HK.shape[0], BLOCK + 2 * window
     mask = _band_mask(lengths, window, qkv_T3HK.dtype)
