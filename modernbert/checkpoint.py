@@ -15,7 +15,7 @@ import shutil
 import sys
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -29,14 +29,11 @@ WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.
 HEADS = ("head.", "decoder.", "classifier.", "linear.")  # linear: of Stanford's ColBERT
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
 
-# What a load can need of a hub repository; a module of a retriever (1_Dense) has a folder of its own.
-HUB_FILES = ["*.json", "artifact.metadata", "*.txt", "model*.safetensors", "[0-9]*_*/model*.safetensors"]
-HUB_OTHERS = ["onnx/*", "openvino/*", "checkpoint-*/*"]
-
 
 def locate(
     name_or_path: str | os.PathLike[str],
     *,
+    only: Sequence[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -45,11 +42,16 @@ def locate(
     """The folder of a checkpoint: an existing one as it is, else a hub id, downloaded to the hub's cache.
 
     `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE` and a stored login act as everywhere with `huggingface_hub`.
-    Pickled weights are downloaded only for folders without safetensors.
+    What is downloaded has the sizes and checksums that the hub lists. Where the hub cannot be reached, a complete
+    copy in the cache will do. Pickled weights are downloaded only for folders without safetensors.
+
+    Args:
+        only: the names of the files that are needed, the one that must be there last; None: all that a load can need.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision; or offline, and not in the cache.
+        FileNotFoundError: no such folder, repository or revision; or offline, and not complete in the cache.
         PermissionError: a gated repository.
+        OSError: the hub or the line failed for good, or what came is not what the hub lists.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -57,37 +59,10 @@ def locate(
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file; give the folder it is in")
     # Not imported above: a local folder does without the hub client, whose import outlasts a small load.
-    from huggingface_hub import errors, snapshot_download
+    from . import hub
 
-    where = repr(str(name_or_path)) + (f" at revision {revision!r}" if revision else "")
-    login = "log in with `hf auth login` or pass token=..."
-
-    def fetch(revision: str | None, wanted: list[str]) -> Path:
-        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        options |= {"revision": revision, "allow_patterns": wanted, "ignore_patterns": HUB_OTHERS}
-        return Path(snapshot_download(str(name_or_path), **options))
-
-    try:
-        folder = fetch(revision, HUB_FILES)
-        done = {path.parent for path in folder.rglob("model*.safetensors")}
-        bare = [path.parent for path in folder.rglob("config.json") if path.parent not in done]
-        if bare:
-            pickles = [(path.relative_to(folder) / "pytorch_model*").as_posix() for path in bare]
-            # A snapshot is named by its commit: the same one, whatever the branch is by now.
-            fetch(folder.name, [*HUB_FILES, *pickles])
-        return folder
-    except errors.GatedRepoError as error:
-        raise PermissionError(f"{where} is gated: accept its terms, then {login}: {error}") from error
-    except (
-        errors.HFValidationError,
-        errors.LocalEntryNotFoundError,
-        errors.RepositoryNotFoundError,
-        errors.RevisionNotFoundError,
-    ) as error:
-        raise FileNotFoundError(
-            f"{where} is no folder here, and neither the hub nor its cache gave it "
-            f"(check name and revision; if it is private, {login}): {error}"
-        ) from error
+    options = {"only": only, "revision": revision, "token": token, "cache_dir": cache_dir}
+    return hub.download(str(name_or_path), local_files_only=local_files_only, **options)
 
 
 def read_json(folder: str | os.PathLike[str], name: str) -> Any:

@@ -79,31 +79,36 @@ def encode_texts(
     if devices is not None:
         return _encode_in_processes(model, tokenize, texts, batch_tokens, progress, devices)
     matrices: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), _bar(len(texts), progress) as advance:
-            for start in range(0, len(texts), TEXTS):
-                matrices += _encode_part(model, tokenize, texts[start : start + TEXTS], batch_tokens, advance)
-    finally:
-        model.train(was_training)
+    with _bar(len(texts), progress) as advance:
+        for start in range(0, len(texts), TEXTS):
+            tokens = getattr(model, tokenize)(texts[start : start + TEXTS])
+            matrices += encode_tokens(model, tokens, batch_tokens, advance)
     # Joined outside of inference mode: an ordinary tensor, which may meet autograd later.
     return Ragged.from_list(matrices) if matrices else Ragged(torch.zeros(0, model.dim), torch.zeros(1).long())
 
 
-def _encode_part(
-    model: Any, tokenize: str, texts: list[str], batch_tokens: int | None, advance: Callable[[int], None]
+def encode_tokens(
+    model: Any,
+    tokens: Any,
+    batch_tokens: int | None = None,
+    advance: Callable[[int], None] = lambda texts: None,
 ) -> list[Tensor]:
-    tokens = getattr(model, tokenize)(texts)
+    """The scored rows of each text of `tokens` (`Tokens`), `[n_i, E]` float32 on the CPU, in the order given."""
     device = next(model.parameters()).device
     budget = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
-    matrices: list[Tensor] = [torch.empty(0)] * len(texts)
-    for indices in plan(tokens.batch.lengths, budget):
-        part = tokens.select(indices)
-        rows = part.ragged(model(part.batch.to(device)))
-        for index, matrix in zip(indices, Ragged(rows.values.float().cpu(), rows.offsets), strict=True):
-            matrices[index] = matrix
-        advance(len(indices))
+    matrices: list[Tensor] = [torch.empty(0)] * len(tokens.batch)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for indices in plan(tokens.batch.lengths, budget):
+                part = tokens.select(indices)
+                rows = part.ragged(model(part.batch.to(device)))
+                for index, matrix in zip(indices, Ragged(rows.values.float().cpu(), rows.offsets), strict=True):
+                    matrices[index] = matrix
+                advance(len(indices))
+    finally:
+        model.train(was_training)
     return matrices
 
 

@@ -76,15 +76,16 @@ class Tokenizer:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Tokenizer:
-        """Read a checkpoint folder or hub id; only tokenizer.json must be there."""
-        folder = locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
+        """Read a checkpoint folder or hub id, of which no weights are downloaded; only tokenizer.json must be there."""
+        optional = ("special_tokens_map.json", "tokenizer_config.json", "sentence_bert_config.json")
+        access = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        folder = locate(folder_or_hub_id, only=(*optional, "tokenizer.json"), **access)
         if not (file := folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{file} is missing; transformers' AutoTokenizer saves one")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises no narrower class
             raise ValueError(f"{file} is damaged, or too new for this `tokenizers`: {error}") from error
-        optional = ("special_tokens_map.json", "tokenizer_config.json", "sentence_bert_config.json")
         names, config, sbert = [read_json(folder, x) if (folder / x).is_file() else {} for x in optional]
         # A tokenizer.json that lower-cases by itself (BERT's) finds the special tokens first; keep it so.
         lowers = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import string
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +63,7 @@ class Tokens(NamedTuple):
     Attributes:
         batch: what the encoder sees.
         keep: `[T]` bool, the rows that are scored.
-        spans: per text and kept row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK].
+        spans: per text and row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK].
     """
 
     batch: Packed
@@ -243,15 +244,13 @@ class ColBERT(nn.Module):
             batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
         return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), spans)
 
-    def tokenize_documents(self, texts: Sequence[str]) -> Tokens:
-        """What `encode_documents` feeds the encoder, and which rows it keeps."""
+    def tokenize_documents(self, texts: Sequence[str], *, truncate: bool = True) -> Tokens:
+        """What `encode_documents` feeds the encoder, and which rows it keeps; all of the text without `truncate`."""
         c = self.config
-        ids, spans = self._tokenize(texts, c.document_prompt, c.document_prefix, c.document_length)
+        length = c.document_length if truncate else sys.maxsize
+        ids, spans = self._tokenize(texts, c.document_prompt, c.document_prefix, length)
         batch = pack(ids)
-        keep = ~torch.isin(batch.input_ids, self.skip_ids)
-        kept = (flags.tolist() for flags in keep.split(batch.lengths))
-        spans = [[span for span, flag in zip(*pair, strict=True) if flag] for pair in zip(spans, kept, strict=True)]
-        return Tokens(batch, keep, spans)
+        return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), spans)
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str, prefix: str, length: int

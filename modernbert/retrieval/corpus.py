@@ -1,155 +1,162 @@
-"""Files on disk to documents, and on to passages: what a search encodes, shows and points back to."""
+"""Which files a corpus is, and the documents in them: what a search encodes, shows and points back to."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import hashlib
 import os
+import stat
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from .passages import MARKDOWN, Document, Passage, passages
+from .decoding import Note, file_name
+from .passages import HTML, MARKDOWN, Document
+from .readers import PDF, READERS, read_plain
+from .records import JSON_LINES, LARGEST, is_records, json_record, read_lines, read_records
 
-TEXT = MARKDOWN | {".txt", ".text", ".rst", ".adoc", ""}  # "" is README, LICENSE, ...
-RECORDS = (".jsonl", ".jsonl.gz")
-CORPORA = frozenset({"corpus.jsonl", "corpus.jsonl.gz"})  # the only records a folder is searched for
+TEXT = MARKDOWN | {".txt", ".text", ".rst", ".adoc", ".org", ".tex", ""}  # "" is README, LICENSE, Makefile, ...
+KINDS_OF_CODE = """
+    .asm .awk .bash .bat .bib .c .cc .cfg .clj .cljs .cmake .coffee .conf .cpp .cs .css .cu .cuh .cxx .d .dart .el .elm
+    .erl .ex .exs .f .f90 .fs .fsx .glsl .go .gql .gradle .graphql .groovy .h .hh .hpp .hrl .hs .hxx .ini .ipp .java .jl
+    .js .jsx .kt .kts .less .lisp .lua .m .make .metal .mjs .mk .ml .mli .mm .mts .nim .nix .pas .php .pl .pm .proto
+    .properties .ps1 .pxd .py .pyi .pyx .r .rb .rkt .rs .s .sass .scala .scm .scss .sh .sol .sql .svelte .sv .swift .tcl
+    .tf .toml .ts .tsx .v .vb .vhd .vhdl .vim .vue .wgsl .yaml .yml .zig .zsh
+"""
+CODE = frozenset(KINDS_OF_CODE.split())
+GENERATED = (".min.js", ".min.css", "-lock.yaml", "_pb2.py", "_pb2.pyi")  # ends of names of code that nobody wrote
+CORPORA = frozenset({"corpus.jsonl", "corpus.jsonl.gz"})  # the only records a folder is searched for: BEIR's
 
-Note = Callable[[str], None]
+Paths = Iterable[str | os.PathLike[str]]
 
 
-def read_passages(
-    paths: Iterable[str | os.PathLike[str]], *, tokens: int = 140, note: Note = warnings.warn
-) -> Iterator[Passage]:
-    """The passages of files and folders, in sorted order, with no more than one file in memory.
+class Key(NamedTuple):
+    """Which document it is, and what it was read from; see `Document`."""
+
+    path: str
+    id: str
+    digest: str
+    line: int | None
+
+
+def find_files(paths: Paths, *, note: Note = warnings.warn) -> Iterator[Path]:
+    """The files to read, as absolute paths in which links are not resolved, each once.
+
+    A path to a file is that file, whatever its name. A folder is all text, source code, HTML and PDF in it and below,
+    and BEIR's corpus.jsonl, in sorted order; what is hidden, linked folders, node_modules and everything else are
+    passed over, and counted in a note. Raises FileNotFoundError for a path that is not there, before anything else.
+    """
+    roots: dict[str, bool] = {}
+    for path in paths:
+        try:
+            roots[os.path.abspath(path)] = stat.S_ISDIR(os.stat(path).st_mode)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no such file or folder: {file_name(path)}") from None
+    for root, is_folder in roots.items():
+        yield from _walk(root, roots, note) if is_folder else [Path(root)]
+
+
+def read_file(
+    path: str | os.PathLike[str],
+    *,
+    known: Callable[[Key], bool] = lambda key: False,
+    advance: Callable[[int], None] = lambda size: None,
+    note: Note = warnings.warn,
+) -> Iterator[Document]:
+    """The documents in a file: its records if it is JSON lines or CSV by its name (see `read_records`), else one.
+
+    A file that is one document is held in memory, of a file of records one record is.
 
     Args:
-        paths: text and markdown files, JSON-lines corpora, and folders of these.
-        tokens: the longest passage, title included, roughly (see `passages`).
-        note: is told what is left out or repaired, a sentence each.
+        known: is asked for each document; those that it knows are left out, and a file not even parsed.
+        advance: is told the bytes that were read since the last time, as they are on disk.
+        note: is told what was repaired, a sentence each.
 
     Raises:
-        FileNotFoundError: a path that is not there.
-        ValueError: a file that is no text, a broken record (with its line), nothing to search at all.
+        OSError: the file cannot be read.
+        ValueError: it cannot be understood: binary, broken, encrypted, too large, no regular file.
     """
-    if tokens < 8:
-        raise ValueError(f"tokens is {tokens}; a passage needs room for at least 8")
-    roots, empty = [Path(path) for path in paths], True
-    for root in roots:
-        for file in _files(root, note):
-            is_root = file == root
-            documents = read_texts(file, note=note) if _is_records(file) else _text_file(file, is_root, note)
-            for document in documents:
-                for passage in passages(document, tokens=tokens):
-                    empty = False
-                    yield passage
-    if empty:
-        names, kinds = ", ".join(map(str, roots)) or "no path at all", " ".join(sorted(TEXT - {""}))
-        raise ValueError(f"no text to search in {names}; read are corpus.jsonl[.gz], README and the like, {kinds}")
+    path = Path(os.path.abspath(path))
+    name, status = file_name(path), path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{name}: not a regular file")
+    if is_records(path):
+        for document in read_records(path, advance=advance, note=note):
+            if not known(Key(name, document.id, document.digest, document.line)):
+                yield document
+        return
+    if status.st_size > LARGEST:
+        raise ValueError(f"{name}: more than {LARGEST >> 20} MiB in one document; cut it, or make records of it")
+    raw = path.read_bytes()
+    advance(len(raw))
+    digest = hashlib.sha256(raw).hexdigest()
+    if known(Key(name, name, digest, None)):
+        return
+    reader = READERS.get(path.suffix.lower(), read_plain)
+    try:
+        title, text = reader(raw, lambda message: note(f"{name}: {message}")) if raw else ("", "")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name}: {error}; what it takes comes with pip install 'modernbert[retrieval]'") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    del raw
+    yield Document(name, name, title, text, digest=digest)
 
 
 def read_texts(path: str | os.PathLike[str], *, note: Note = warnings.warn) -> Iterator[Document]:
     """The records of a JSON-lines file, and of any other file each line that is not blank, one document each.
 
-    A record has a `text`, and may have a `title` and an `_id` (else the number of its line).
-    Raises ValueError with file and line for a broken one.
+    A record is read as by `read_records`, but its `_id` may come twice; other lines have their number as `id`.
     """
-    path, replaced = Path(path), 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                line, bad = _decode(raw)
-                replaced += bad
-                if not line.strip():
-                    continue
-                if _is_records(path):
-                    yield _record(line, path, number)
-                else:
-                    yield Document(str(path), str(number), "", line.strip(), number)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: broken gzip file ({error}); fetch or compress it again") from error
-    if replaced:
-        note(_replaced(path, replaced))
+    path, name = Path(path), file_name(path)
+    for number, line in enumerate(read_lines(path, note=note), start=1):
+        if not line.strip():
+            continue
+        if path.name.lower().endswith(JSON_LINES):
+            yield json_record(line, name, number)
+        else:
+            yield Document(name, str(number), "", line.strip(), number)
 
 
-def _files(root: Path, note: Note) -> Iterator[Path]:
-    """`root` itself if it is a file, else every text file and corpus below it; the rest is noted by kind."""
-    if not root.exists():
-        raise FileNotFoundError(f"no such file or folder: {root}")
-    if not root.is_dir():
-        yield root
-        return
+def _walk(root: str, roots: Container[str], note: Note) -> Iterator[Path]:
+    """The files to read below a folder, those of a folder before those of its subfolders; the rest is noted by kind.
+
+    What is one of the `roots` itself is left to its own turn, so that nothing comes twice.
+    """
     skipped: Counter[str] = Counter()
-    unreadable: list[str] = []
-
-    def passed_over(name: str) -> bool:
-        skipped["hidden or node_modules"] += (found := name.startswith(".") or name == "node_modules")
-        return found
-
-    for folder, subfolders, names in os.walk(root, onerror=lambda error: unreadable.append(str(error))):
-        skipped["linked folder"] += sum(Path(folder, name).is_symlink() for name in subfolders)
-        subfolders[:] = sorted(name for name in subfolders if not passed_over(name))
-        for name in sorted(name for name in names if not passed_over(name)):
-            file = Path(folder, name)
-            if (name in CORPORA or file.suffix.lower() in TEXT) and file.is_file():
-                yield file
+    folders = [root]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            note(f"skipped a folder: {error}")
+            continue
+        subfolders = []
+        for entry in found:
+            if entry.path in roots:
+                continue
+            if entry.name.startswith(".") or entry.name == "node_modules":
+                skipped["hidden or node_modules"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                subfolders.append(entry.path)
+            elif os.path.isdir(entry):
+                skipped["linked folder"] += 1
+            elif not os.path.isfile(entry):
+                skipped["no regular file"] += 1
+            elif _is_wanted(entry.name):
+                yield Path(entry.path)
             else:
-                skipped[file.suffix.lower() or "no regular file"] += 1
-    for error in unreadable:
-        note(f"skipped a folder: {error}")
-    if skipped.total():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(8) if count)
+                skipped[os.path.splitext(entry.name)[1].lower()] += 1
+        folders += reversed(subfolders)
+    if skipped:
+        kinds = ", ".join(f"{count} {file_name(kind)}" for kind, count in skipped.most_common(8))
         kinds += ", ..." if len(skipped) > 8 else ""
-        note(f"skipped {skipped.total()} files and folders in {root} that are not text or markdown: {kinds}")
+        note(f"skipped {skipped.total()} files and folders in {file_name(root)} that are not read: {kinds}")
 
 
-def _text_file(path: Path, asked_for: bool, note: Note) -> Iterator[Document]:
-    """The document in a text file. One that cannot be read raises if asked for by name, else it is noted."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        if asked_for:
-            raise
-        note(f"skipped a file: {error}")
-        return
-    if b"\0" in raw[:8192]:
-        if asked_for:
-            raise ValueError(f"{path} is a binary file; search takes text, markdown and JSON-lines corpora")
-        note(f"skipped a binary file: {path}")
-        return
-    text, replaced = _decode(raw)
-    if replaced:
-        note(_replaced(path, replaced))
-    yield Document(str(path), str(path), "", text)
-
-
-def _record(line: str, path: Path, number: int) -> Document:
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); a corpus has one JSON object a line") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{where}: expected an object with a string "text", got {line.strip()[:80]}')
-    title, name = record.get("title") or "", record.get("_id", number)
-    if not isinstance(title, str) or isinstance(name, bool) or not isinstance(name, (str, int)):
-        raise ValueError(f'{where}: "title" and "_id" must be strings, got {title!r} and {name!r}')
-    # JSON can spell half a surrogate pair ("\ud800"), which is no character and which no tokenizer takes.
-    title, text = (part.encode("utf-8", "replace").decode() for part in (title, record["text"]))
-    return Document(str(path), str(name), title, text, number)
-
-
-def _is_records(path: Path) -> bool:
-    return path.name.lower().endswith(RECORDS)
-
-
-def _decode(raw: bytes) -> tuple[str, int]:
-    """Text and how many broken bytes or byte runs in it became U+FFFD."""
-    text = raw.decode("utf-8-sig", errors="replace")
-    return text, text.count("\ufffd") - raw.count("\ufffd".encode())
-
-
-def _replaced(path: Path, count: int) -> str:
-    return f"{path} is not UTF-8 throughout: {count} broken places were replaced by U+FFFD"
+def _is_wanted(name: str) -> bool:
+    suffix = os.path.splitext(name)[1].lower()
+    is_text = suffix in TEXT or suffix in CODE or suffix in HTML or suffix in PDF
+    return name in CORPORA or (is_text and not name.lower().endswith(GENERATED))

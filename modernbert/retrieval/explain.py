@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import ceil
 from typing import TYPE_CHECKING
 
 from .passages import UNSPACED
 
 if TYPE_CHECKING:
+    from rich.text import Text
+    from torch import Tensor
+
     from ..heads.colbert import ColBERT
 
 Span = tuple[int, int]
@@ -36,18 +42,41 @@ class WordMatch:
     contribution: float
 
 
+@dataclass(frozen=True)
+class Place:
+    """A word of a document that query tokens found: characters `start` to `end`.
+
+    Attributes:
+        matches: which ones (numbers in the list of matches), strongest first.
+        contribution: what those with text gave. [CLS] and its like find words too, but nobody has asked for them.
+    """
+
+    start: int
+    end: int
+    matches: tuple[int, ...]
+    contribution: float
+
+
 def explain(colbert: ColBERT, query: str, documents: Sequence[str]) -> list[list[TokenMatch]]:
     """For each document a match per query token, in query order; contributions sum to the MaxSim score."""
     query_QE = colbert.encode_queries([query]).values
     query_spans = colbert.tokenize_queries([query]).spans[0]
-    document_spans = colbert.tokenize_documents(documents).spans
+    tokens = colbert.tokenize_documents(documents)
+    kept = tokens.keep.split(tokens.batch.lengths)
     explanations = []
-    for document_SE, spans in zip(colbert.encode_documents(documents), document_spans, strict=True):
-        best = (query_QE @ document_SE.T).max(dim=1)
-        found = [spans[i] for i in best.indices.tolist()]
-        matches = zip(query_spans, found, best.values.tolist(), strict=True)
-        explanations.append([TokenMatch(*match) for match in matches])
+    for document_SE, spans, keep in zip(colbert.encode_documents(documents), tokens.spans, kept, strict=True):
+        rows = keep.nonzero().flatten().tolist()
+        explanations.append(match(query_QE, query_spans, document_SE, [spans[row] for row in rows]))
     return explanations
+
+
+def match(
+    query_QE: Tensor, query_spans: Sequence[Span | None], document_SE: Tensor, document_spans: Sequence[Span | None]
+) -> list[TokenMatch]:
+    """A match per query row: its best document row, the first of equal ones. Contributions sum to the MaxSim score."""
+    best = (query_QE @ document_SE.T).max(dim=1)
+    found = [document_spans[row] for row in best.indices.tolist()]
+    return [TokenMatch(*row) for row in zip(query_spans, found, best.values.tolist(), strict=True)]
 
 
 def strongest_words(matches: Sequence[TokenMatch], query: str, document: str, *, limit: int = 6) -> list[WordMatch]:
@@ -67,6 +96,94 @@ def strongest_words(matches: Sequence[TokenMatch], query: str, document: str, *,
         found = document[best[0] : best[1]].strip() if best else None
         words.append(WordMatch(query[start:end], found, sum(shares.values())))
     return sorted(words, key=lambda word: -word.contribution)[:limit]
+
+
+def places(content: str, matches: Sequence[TokenMatch]) -> list[Place]:
+    """Where the matches lie in a document, in the order of the text; those that overlap are one place.
+
+    A token that is part of a word stands for the word; any other (punctuation, an emoji) stands for itself.
+    Raises ValueError if a span is outside of `content`.
+    """
+    words = [word.span() for word in _WORD.finditer(content)]
+    starts, ends = [start for start, _ in words], [end for _, end in words]
+    spans = []
+    for number, match in enumerate(matches):
+        if match.document is None:
+            continue
+        start, end = match.document
+        if not 0 <= start < end <= len(content):
+            raise ValueError(
+                f"a match lies at characters {start} to {end}, but the text has {len(content)}: it explains another"
+            )
+        touched = words[bisect_right(ends, start) : bisect_left(starts, end)]
+        token = content[start:end].strip()
+        if touched:
+            start, end = touched[0][0], touched[-1][1]
+        elif token:
+            start = content.index(token, start)
+            end = start + len(token)
+        spans.append((start, end, number))
+    joined: list[tuple[int, int, list[int]]] = []
+    for start, end, number in sorted(spans):
+        if joined and start < joined[-1][1]:
+            first, last, numbers = joined.pop()
+            joined.append((first, max(last, end), [*numbers, number]))
+        else:
+            joined.append((start, end, [number]))
+    found = []
+    for start, end, numbers in joined:
+        numbers.sort(key=lambda number: -matches[number].contribution)
+        share = sum(matches[number].contribution for number in numbers if matches[number].query)
+        found.append(Place(start, end, tuple(numbers), share))
+    return found
+
+
+def level(contribution: float, strongest: float, levels: int) -> int:
+    """A contribution in equal steps, from 1 to `levels` where `strongest` is the highest; 0 if it gave nothing."""
+    return min(levels, ceil(levels * contribution / strongest)) if contribution > 0 else 0
+
+
+# Weak to strong. Without colour there are still three: underlined, bold, reversed.
+STYLES = ("underline green", "bold underline green", "bold reverse green")
+
+
+def highlight(content: str, matches: Sequence[TokenMatch]) -> Text:
+    """The document for a terminal, its matched words in three strengths, relative to the strongest of them.
+
+    Every newline, tab or control character becomes a space, one for one: a span of `content` cuts the result too.
+    """
+    from rich.text import Text
+
+    shown, found = Text(re.sub(r"[\s\x00-\x1f\x7f-\x9f]", " ", content)), places(content, matches)
+    strongest = max((place.contribution for place in found), default=0.0)
+    for place in found:
+        if strength := level(place.contribution, strongest, len(STYLES)):
+            shown.stylize(STYLES[strength - 1], place.start, place.end)
+    return shown
+
+
+def excerpt(content: str, matches: Sequence[TokenMatch], *, words: int = 60) -> Span:
+    """The `words` words of a document in a row that gave most to the score, with even margins around what matched.
+
+    All of `content` if it is no longer than that, and its beginning if nothing matched.
+    """
+    if words < 1:
+        raise ValueError(f"words is {words}; an excerpt needs 1 or more")
+    spans = [word.span() for word in _WORD.finditer(content)]
+    if len(spans) <= words:
+        return 0, len(content)
+    found = [place for place in places(content, matches) if place.contribution > 0]
+    ends = [end for _, end in spans]
+    at = [min(bisect_right(ends, place.start), len(spans) - 1) for place in found]
+    total = [0.0, *accumulate(place.contribution for place in found)]
+    ranges = [(i, j) for i in range(len(at)) for j in range(i, len(at)) if at[j] - at[i] < words]
+    first = 0
+    if ranges:
+        i, j = max(ranges, key=lambda pair: total[pair[1] + 1] - total[pair[0]])
+        margin = (words - 1 - at[j] + at[i]) // 2
+        first = min(max(0, at[i] - margin), len(spans) - words)
+    last = first + words - 1
+    return spans[first][0] if first else 0, spans[last][1] if last + 1 < len(spans) else len(content)
 
 
 # A run of letters and digits with inner apostrophes and hyphens; in scripts without spaces a character.

@@ -1,4 +1,4 @@
-"""Documents to passages: pieces that a model reads whole and a person reads at a glance.
+"""Where a document is cut into passages, which a model reads whole and a person at a glance.
 
 A document is cut at its headings first, then, where a section is too long, at paragraphs, list items and
 sentences. Each passage is titled with the headings above it: it can be understood, and found, on its own.
@@ -7,25 +7,31 @@ sentences. Each passage is titled with the headings above it: it can be understo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MARKDOWN = frozenset({".md", ".markdown", ".mdx"})
+HTML = frozenset({".html", ".htm", ".xhtml"})  # which is read as markdown
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text file (`id` is its path), or a record in a file (`id` is its `_id`, `line` its place, from 1)."""
+    """A text file (`id` is its path), or a record in a file (`id` is its `_id`, `line` its place, from 1).
+
+    `metadata` holds the other fields of a record, `digest` the SHA-256 of what the document was read from.
+    """
 
     path: str
     id: str
     title: str
     text: str
     line: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def content(self) -> str:
@@ -44,6 +50,7 @@ class Passage:
     start: int
     end: int
     line: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def content(self) -> str:
@@ -52,6 +59,8 @@ class Passage:
 
 
 class Section(NamedTuple):
+    """Characters `start` to `end` of a document, between two headings, and its title."""
+
     title: str
     start: int
     end: int
@@ -64,22 +73,6 @@ class Heading(NamedTuple):
     title: str
 
 
-def passages(document: Document, *, tokens: int = 140) -> Iterator[Passage]:
-    """The passages of a document, in order. A word is in one of them, or in a heading or the front matter.
-
-    `tokens` is the longest passage, title included, in rough tokens (`ROUGH_TOKEN`). 140 are about 105 words
-    of prose, which most ColBERT models read whole: they cut at 180 tokens or more.
-    """
-    line, counted = document.line or 1, 0
-    for title, start, end in _sections(document):
-        # A very long title may not crowd out the text: half of the passage stays for it.
-        room = max(tokens // 2, tokens - len(ROUGH_TOKEN.findall(title)))
-        for first, last in _cut(document.text, start, end, room):
-            if document.line is None:
-                line, counted = line + document.text.count("\n", counted, first), first
-            yield Passage(document.path, document.id, title, document.text[first:last], first, last, line)
-
-
 _ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)[ \t]*#*\s*$")
 _UNDERLINE = re.compile(r"([-=~^\"'*+#])\1{2,}\s*$")
 _TEXT = re.compile(rf"(?!{_UNDERLINE.pattern})\s*\S")
@@ -88,18 +81,32 @@ _FRONT_MATTER = re.compile(r"---\s*\n(?=[\w-]+:\s)(.*?)^---\s*$", re.DOTALL | re
 _FRONT_TITLE = re.compile(r"^title:[ \t]*[\"']?(.+?)[\"']?\s*$", re.MULTILINE)
 
 
-def _sections(document: Document) -> Iterator[Section]:
-    """The text between headings, each piece titled "document: heading > heading"."""
+def sections(document: Document) -> Iterator[Section]:
+    """The text between headings, titled "document: heading > heading", without white space around it.
+
+    A word is in one of them, or in a heading or the front matter. A record is one section, even if it has but a title.
+    """
+    for title, start, end in _between_headings(document):
+        text = document.text[start:end]
+        start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+        if start < end:
+            yield Section(title, start, end)
+        elif document.line is not None and title:
+            yield Section(title, 0, 0)
+
+
+def _between_headings(document: Document) -> Iterator[Section]:
     text, path = document.text, Path(document.path)
     if document.line is not None:
         yield Section(document.title, 0, len(text))
         return
     kind = path.suffix.lower()
     headings = [*_headings(text, kind), Heading(len(text), len(text), 0, "")]
-    front = _FRONT_MATTER.match(text) if kind in MARKDOWN else None
+    front = _FRONT_MATTER.match(text) if kind in MARKDOWN | HTML else None
     named = _FRONT_TITLE.search(front[1]) if front else None
     top = [heading.title for heading in headings if heading.level == 1]
-    name = named[1] if named else top[0] if len(top) == 1 else path.stem.replace("_", " ").replace("-", " ")
+    stem = path.stem.replace("_", " ").replace("-", " ")
+    name = named[1] if named else top[0] if len(top) == 1 else document.title or stem
     yield Section(name, front.end() if front else 0, headings[0].start)
     trail: list[Heading] = []
     for heading, following in pairwise(headings):
@@ -113,7 +120,7 @@ def _sections(document: Document) -> Iterator[Section]:
 
 def _headings(text: str, suffix: str) -> Iterator[Heading]:
     """Markdown's `# heading` and underlined headings; reStructuredText's, levels in order of appearance."""
-    markdown = suffix in MARKDOWN
+    markdown = suffix in MARKDOWN | HTML
     if not markdown and suffix != ".rst":
         return
     styles = ["=", "-"] if markdown else []
@@ -146,37 +153,43 @@ def _headings(text: str, suffix: str) -> Iterator[Heading]:
 UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Characters of scripts that are written without spaces between words."""
 
-ROUGH_TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]{{1,8}}|[^\w\s{UNSPACED}]")
-"""Counts tokens without a tokenizer: ModernBERT's finds 0.9 to 1.25 times as many in prose and markup."""
-
 _LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])[ \t]")
 _SENTENCE_END = re.compile(r"[.!?:][\"')\]”’»]*$")
+SENTENCE_ENDS = frozenset("。！？")  # which need no space behind them
 
 
-def _cut(text: str, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Spans of at most `limit` rough tokens that cover all of `text[start:end]`, cut at its best borders."""
-    spans = [token.span() for token in ROUGH_TOKEN.finditer(text, start, end)]
+def cut(text: str, tokens: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most `limit` tokens that cover all of them, cut at the best borders of `text`.
+
+    `tokens` are characters of `text`, in order; a run is its first token and the one behind its last.
+    """
     first = 0
-    while first < len(spans):
-        left = len(spans) - first
+    while first < len(tokens):
+        left = len(tokens) - first
         last = first + left
         if left > limit:
             target = ceil(left / ceil(left / limit))  # equal shares, so that no crumb is left at the end
             last = max(
                 range(first + max(1, limit // 4), first + limit + 1),
-                key=lambda i: (_border(text, spans[i - 1][1], spans[i][0]), -abs(i - first - target)),
+                key=lambda i: (_border(text, tokens[i - 1][1], tokens[i][0]), -abs(i - first - target)),
             )
-        yield spans[first][0], spans[last - 1][1]
+        yield first, last
         first = last
 
 
 def _border(text: str, before: int, after: int) -> int:
-    """How good a place to cut the gap between two tokens is: paragraph, list item, sentence, space, none."""
+    """How good the place between two tokens is: paragraph, list item, sentence, space, none, inside a character."""
+    if after < before:
+        return -1
+    while before > 0 and text[before - 1].isspace():  # a token of white space
+        before -= 1
+    while after < len(text) and text[after].isspace():
+        after += 1
     gap = text[before:after]
     if gap.count("\n") > 1:
         return 4
     if "\n" in gap and _LIST_ITEM.match(text, after):
         return 3
-    if text[before - 1] in "。！？" or (gap and _SENTENCE_END.search(text[before - 4 : before])):
+    if text[before - 1 : before] in SENTENCE_ENDS or (gap and _SENTENCE_END.search(text, max(0, before - 4), before)):
         return 2
     return 1 if gap else 0

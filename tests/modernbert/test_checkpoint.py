@@ -1,8 +1,7 @@
-"""Checkpoints: against safetensors', transformers' and torch's own files, and against a hub on 127.0.0.1."""
+"""Checkpoints: against safetensors', transformers' and torch's own files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hub_server import HubServer, Repository
 from torch import Tensor, nn
 
 from modernbert import checkpoint
@@ -636,7 +634,7 @@ def test_transformers_loads_what_save_wrote(
         assert torch.equal(again.eval()(ids).logits, mlm(ids).logits)
 
 
-# From the hub
+# Folders that are here
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,132 +648,3 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
         locate(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match=r"gone' is no folder here"):
         locate(tmp_path / "gone")
-
-
-# Runs `locate` on each item of a JSON list of arguments; prints what came of it.
-LOCATE = """
-    import hashlib, json, sys
-    from modernbert.checkpoint import locate
-
-    for arguments in json.loads(sys.argv[1]):
-        try:
-            folder = locate(**arguments)
-        except Exception as error:
-            print(json.dumps([type(error).__name__, str(error)]), flush=True)
-        else:
-            digests = {
-                path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in folder.rglob("*")
-                if path.is_file()
-            }
-            print(json.dumps([folder.name, digests]), flush=True)
-"""
-
-
-def locate_elsewhere(home: Path, endpoint: str, calls: list[dict], **environment: str) -> list[tuple[str, object]]:
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
-    return [tuple(json.loads(line)) for line in run(LOCATE, json.dumps(calls), **environment).splitlines()]
-
-
-def digests(files: dict[str, bytes], *left_out: str) -> dict[str, str]:
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name not in left_out}
-
-
-WEIGHTS = safetensors.torch.save({"w": torch.arange(6.0)})
-MAIN, OLD, PICKLED, GATED, BIG = (letter * 40 for letter in "abcde")
-FILES = {
-    "config.json": b'{"now": 1}',
-    "modules.json": b"[]",
-    "tokenizer.json": b"{}",
-    "model.safetensors": WEIGHTS,
-    "1_Dense/config.json": b'{"in_features": 3}',
-    "1_Dense/model.safetensors": WEIGHTS + b" ",
-    "README.md": b"# Card",
-    "pytorch_model.bin": b"pickled",
-    "onnx/config.json": b"{}",
-    "onnx/model.onnx": b"graph",
-    "consolidated.safetensors": b"once more",
-}
-NOT_NEEDED = (
-    "README.md",
-    "pytorch_model.bin",
-    "onnx/config.json",
-    "onnx/model.onnx",
-    "consolidated.safetensors",
-)
-OLD_FILES = {"config.json": b'{"now": 0}', "model.safetensors": safetensors.torch.save({"w": torch.zeros(1)})}
-GATED_FILES = {"config.json": b"{}", "model.safetensors": safetensors.torch.save({"w": torch.ones(1)})}
-PICKLED_FILES = {"config.json": b"{}", "pytorch_model.bin": b"pickled", "training_args.bin": b"more"}
-BIG_FILES = {"config.json": b"{}", "model.safetensors": safetensors.torch.save({"w": torch.zeros(6_000_000)})}
-
-
-def test_the_hub(tmp_path: Path) -> None:
-    """Processes with one cache: the hub asked (it breaks off once), asked again, gone, offline by choice."""
-    repositories = {
-        "own/model": Repository({MAIN: FILES, OLD: OLD_FILES}, {"main": MAIN, "v1": OLD}),
-        "own/pickled": Repository({PICKLED: PICKLED_FILES}, {"main": PICKLED}),
-        "own/gated": Repository({GATED: GATED_FILES}, {"main": GATED}, token="hf_secret"),
-        "own/big": Repository({BIG: BIG_FILES}, {"main": BIG}),
-    }
-    wanted, old, gated = (
-        (MAIN, digests(FILES, *NOT_NEEDED)),
-        (OLD, digests(OLD_FILES)),
-        (GATED, digests(GATED_FILES)),
-    )
-    pickled, big = (PICKLED, digests(PICKLED_FILES, "training_args.bin")), (BIG, digests(BIG_FILES))
-    with HubServer(repositories, cut=True) as hub:
-        calls = [
-            {"name_or_path": "own/big"},
-            {"name_or_path": "own/model"},
-            {"name_or_path": "own/model", "revision": "v1"},
-            {"name_or_path": "own/model", "revision": OLD},
-            {"name_or_path": "own/pickled"},
-            {"name_or_path": "own/gated", "token": "hf_secret", "cache_dir": str(tmp_path / "other")},
-            {"name_or_path": "own/model", "revision": "v2"},
-            {"name_or_path": "own/absent"},
-            {"name_or_path": "../own/model"},
-            {"name_or_path": "own/gated", "local_files_only": True},
-            {"name_or_path": "own/gated"},
-            {"name_or_path": "own/gated", "token": "hf_wrong"},
-        ]
-        found = locate_elsewhere(tmp_path, hub.url, calls)
-        assert found[:6] == [big, wanted, old, old, pickled, gated]
-        assert (tmp_path / "other" / "models--own--gated").is_dir()
-        assert [kind for kind, _ in found[6:]] == ["FileNotFoundError"] * 4 + ["PermissionError"] * 2
-        no_revision, no_repository, no_name, not_cached, no_token, wrong_token = (str(text) for _, text in found[6:])
-        assert no_revision.startswith("'own/model' at revision 'v2' is no folder here")
-        assert "Revision Not Found" in no_revision
-        assert no_repository.startswith("'own/absent' is no folder here")
-        assert "if it is private, log in" in no_repository
-        assert no_name.startswith("'../own/model' is no folder here")
-        assert not_cached.startswith("'own/gated' is no folder here")
-        for message in (no_token, wrong_token):
-            assert message.startswith("'own/gated' is gated: accept its terms, then log in")
-        downloads = [request for request in hub.requests if request.startswith("GET /store/")]
-        resumed = [request for request in downloads if " bytes=" in request]
-        assert len(resumed) == 1
-        assert 0 < int(resumed[0].split("=")[1].rstrip("-")) < len(BIG_FILES["model.safetensors"])
-        assert len(downloads) == len(set(downloads)) == 1 + 6  # weights and one Dense, old, pickled, gated, big
-
-        hub.requests.clear()
-        calls = [
-            {"name_or_path": "own/model"},
-            {"name_or_path": "own/model", "revision": "v1", "local_files_only": True},
-            {"name_or_path": "own/pickled", "local_files_only": True},
-            {"name_or_path": "own/gated"},
-        ]
-        assert locate_elsewhere(tmp_path, hub.url, calls, HF_TOKEN="hf_secret") == [
-            wanted,
-            old,
-            pickled,
-            gated,
-        ]
-        downloads = [request for request in hub.requests if request.startswith("GET /store/")]
-        assert len(downloads) == 1  # of the gated one: the stored token opened it
-        assert not any("own/pickled" in request for request in hub.requests)
-
-    calls += [{"name_or_path": "own/absent"}]
-    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
-        found = locate_elsewhere(tmp_path, hub.url, calls, **environment)
-        assert found[:4] == [wanted, old, pickled, gated]
-        assert found[4][0] == "FileNotFoundError"

@@ -19,10 +19,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
-from modernbert.cli import QUESTIONS, main
+from modernbert.cli import main
+from modernbert.cli.search import QUESTIONS
 from modernbert.heads.colbert import ColBERTConfig
-from modernbert.retrieval.corpus import read_passages
-from modernbert.retrieval.search import MemoryIndex
+from modernbert.retrieval.index import index
+from modernbert.retrieval.store import Store
 
 OWLS = "# Birds\n\nDay birds sing.\n\n## Owls\n\nOwls hunt mice at midnight.\n"
 ICE = "Glaciers move under their own weight.\n"
@@ -84,19 +85,22 @@ def test_help_imports_nothing_heavy():
     assert "--why" in run.stdout
 
 
-def test_json_is_the_whole_output_and_says_what_the_library_says(modernbert, model, notes):
+def test_json_is_the_whole_output_and_says_what_the_library_says(modernbert, model, notes, tmp_path):
     status, out, err = modernbert("search", "owls hunt mice", notes, "--model", model, "--json", "--top", 2)
     assert status == 0
-    assert err == f"note: skipped 1 files and folders in {notes} that are not text or markdown: 1 .png\n"
+    assert err == f"note: skipped 1 files and folders in {notes} that are not read: 1 .png\n"
     printed = json.loads(out)
-    index = MemoryIndex(ColBERT.from_pretrained(model), read_passages([notes], note=lambda _: None))
-    hits = index.search(["owls hunt mice"], top_k=2)[0]
+    colbert = ColBERT.from_pretrained(model)
+    index([notes], tmp_path / "store", colbert, dtype="fp32", note=lambda _: None)
+    with Store(tmp_path / "store", colbert) as store:
+        hits = store.search(["owls hunt mice"], top_k=2)[0]
     assert (printed["query"], printed["passages"], len(printed["hits"])) == ("owls hunt mice", 3, 2)
     for got, hit in zip(printed["hits"], hits, strict=True):
-        why = got.pop("why")
+        why, matches = got.pop("why"), got.pop("matches")
         assert got == {"rank": hit.rank, "score": hit.score, **vars(hit.passage)}
         assert {word["query"] for word in why} == {"owls", "hunt", "mice"}
         assert sum(word["contribution"] for word in why) < hit.score
+        assert abs(sum(match["contribution"] for match in matches) - hit.score) < 1e-4
     status, out, _ = modernbert("search", "owls", notes, "--model", model, "--json", "--no-why")
     assert "why" not in json.loads(out)["hits"][0]
 
@@ -125,8 +129,8 @@ def test_a_record_is_named_by_its_id(modernbert, model, tmp_path):
     ("arguments", "message"),
     [
         (["search", "owls", "nowhere"], "modernbert: no such file or folder: nowhere\n"),
-        (["search", "owls", "empty"], "modernbert: no text to search in empty; read are"),
-        (["search", "owls", "bad.jsonl"], "modernbert: bad.jsonl, line 1: not JSON"),
+        (["search", "owls", "empty"], "modernbert: there is no text to index in the files and folders given"),
+        (["search", "owls", "bad.jsonl"], "modernbert: {here}/bad.jsonl, line 1: not JSON"),
         (
             ["search", "owls", "one.txt", "--model", "nowhere/at/all"],
             "modernbert: 'nowhere/at/all' is n",
@@ -153,7 +157,7 @@ def test_an_error_is_one_line_and_status_2(modernbert, tmp_path, monkeypatch, ar
     (tmp_path / "one.txt").write_text("one\n")
     status, out, err = modernbert(*arguments)
     assert (status, out) == (2, "")
-    assert err.startswith(message)
+    assert err.startswith(message.replace("{here}", str(tmp_path)))
     assert err.count("\n") == 1
     with pytest.raises((ValueError, OSError)):
         main(["--debug", *arguments])
@@ -164,9 +168,9 @@ def test_notes_before_the_error_say_why_there_is_nothing(modernbert, tmp_path):
         (tmp_path / f"{number}.txt").write_bytes(b"\0")
     status, _, err = modernbert("search", "owls", tmp_path)
     assert status == 2
-    assert err.splitlines()[0] == f"note: skipped a binary file: {tmp_path / '0.txt'}"
+    assert err.splitlines()[0].startswith(f"note: skipped a file: {tmp_path / '0.txt'}: a binary file")
     assert err.splitlines()[5] == "note: and 3 more like these"
-    assert err.splitlines()[6].startswith("modernbert: no text to search in")
+    assert err.splitlines()[6].startswith("modernbert: there is no text to index")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -301,7 +305,7 @@ def test_documents_cannot_drive_the_terminal_nor_break_its_encoding(modernbert, 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     status, _, err = modernbert("search", "owls 猫", tmp_path / "trap.txt", "--model", model)
     assert (status, err) == (0, "")
-    assert b"owls [31mhunt mice ?\n" in raw.getvalue()
+    assert b"owls  [31mhunt  mice ?\n" in raw.getvalue()
     assert not set(raw.getvalue()) & {0x1B, 0x07}
 
 

@@ -1,201 +1,252 @@
-"""Files to passages: nothing lost, nothing doubled, every place findable, every repair said."""
+"""Which files a corpus is, and the documents in them: nothing lost, nothing doubled, every repair said."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import hashlib
 import json
-import re
+import os
 from importlib.resources import files
-from itertools import pairwise
 
 import pytest
-import tokenizers
-from markdown_it import MarkdownIt
 
-from modernbert.retrieval.corpus import read_passages, read_texts
-from modernbert.retrieval.passages import Document, passages
+from modernbert.retrieval.corpus import Key, find_files, read_file, read_texts
 
 DEMO = files("modernbert") / "assets" / "demo" / "corpus.jsonl.gz"
 
-GUIDE = """\
----
-title: "Field guide"
-sidebar: 3
----
-Before any heading.
 
-# Birds #
-
-## Owls
-
-Owls hunt at night. They turn their heads far.
-
-```bash
-# not a heading
-echo owl
-```
-
-```owl``` opens no block
-
-### Barn owl
-Pale face.
-
-Setext heading
---------------
-
-* first item
-* second item
-
-~~~
-```
-# still not a heading
-~~~
-
-#hashtag is text
-## Empty
-## Last ##
-The end.
-"""
+def read(*paths, **options):
+    """All documents of files and folders, as `index` reads them."""
+    return [document for file in find_files(paths, note=lambda _: None) for document in read_file(file, **options)]
 
 
-def guide(text: str = GUIDE, name: str = "guide.md") -> Document:
-    return Document(name, name, "", text)
-
-
-def test_headings_are_those_of_a_markdown_parser():
-    """Levels, places and nesting of headings agree with markdown-it, fences and underlines included."""
-    body = GUIDE.split("---\n", 2)[2]
-    tokens = MarkdownIt().parse(body)
-    expected, trail = [], []
-    for opening, inline in pairwise(tokens):
-        if opening.type == "heading_open":
-            level = int(opening.tag[1])
-            trail = [above for above in trail if above[0] < level] + [(level, inline.content)]
-            expected.append("Field guide: " + " > ".join(title for _, title in trail))
-    # Birds has only a subheading below it, so it shows up inside the titles of others.
-    expected.remove("Field guide: Birds")
-    found = [passage.title for passage in passages(guide())]
-    assert found == ["Field guide", *expected]
-
-
-def test_a_heading_without_text_is_itself_the_text():
-    found = {passage.title: passage.text for passage in passages(guide())}
-    assert found["Field guide: Birds > Empty"] == "## Empty"
-    assert found["Field guide: Birds > Last"] == "The end."
-
-
-def test_title_of_a_file_is_its_only_first_level_heading_or_its_name():
-    assert [p.title for p in passages(guide("# Owls\nNight.\n## Food\nMice."))] == ["Owls", "Owls: Food"]
-    assert [p.title for p in passages(guide("# A\nx\n# B\ny", "two_parts.md"))] == [
-        "two parts: A",
-        "two parts: B",
-    ]
-    assert [p.title for p in passages(guide("# no heading", "list.txt"))] == ["list"]
-
-
-def test_restructured_text_headings():
-    """Overlined and underlined styles are levels in the order in which they appear; `#` lines are text."""
-    text = "#####\nBook\n#####\n\nIntro.\n\nOne\n===\n\n# text\n\nDeep\n----\n\nMore.\n\nTwo\n===\nLast.\n"
-    found = [(passage.title, passage.text) for passage in passages(guide(text, "book.rst"))]
-    assert found == [
-        ("Book", "Intro."),
-        ("Book: One", "# text"),
-        ("Book: One > Deep", "More."),
-        ("Book: Two", "Last."),
-    ]
-
-
-LONG = {
-    "paragraphs": "\n\n".join(f"Paragraph {i} has a few words. " * (i % 9 + 1) for i in range(60)),
-    "one line": "word " * 5000,
-    "one word": "x" * 9000,
-    "japanese": "猫は夜に狩りをする。" * 300,
-    "windows": "\r\n\r\n".join(f"Line {i}.\r\nNext line." for i in range(200)),
-    "blank": " \n\n\t",
-    "empty": "",
-    "mixed": GUIDE * 20,
-}
-
-
-@pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("tokens", [8, 50, 160])
-def test_every_word_is_in_exactly_one_passage(name, tokens):
-    """The spans are in order, hold the text they name, and leave out nothing but white space."""
-    document = guide(LONG[name], "long.txt")
-    found = list(passages(document, tokens=tokens))
-    end = 0
-    for passage in found:
-        assert passage.text == document.text[passage.start : passage.end]
-        assert passage.text == passage.text.strip() != ""
-        assert document.text[end : passage.start].strip() == ""
-        assert passage.line == 1 + document.text.count("\n", 0, passage.start)
-        assert len(passage.content.split()) <= tokens
-        assert len(" ".join(passage.text.split())) <= 9 * tokens  # long words and unspaced scripts are cut, too
-        end = passage.end
-    assert document.text[end:].strip() == ""
-
-
-def test_markdown_keeps_every_line_but_headings_and_front_matter():
-    kept = "".join(passage.text for passage in passages(guide(), tokens=8))
-    body = re.sub(r"^## Empty$", "Empty-heading", GUIDE.split("---\n", 2)[2], flags=re.MULTILINE)
-    for heading in ("# Birds #", "## Owls", "### Barn owl", "Setext heading\n--------------", "## Last ##"):
-        body = body.replace(heading, "", 1)
-    assert "".join(kept.split()) == "".join(body.replace("Empty-heading", "## Empty").split())
-
-
-def test_cuts_prefer_paragraphs_then_list_items_then_sentences():
-    sentence = "Seven short words stand in this sentence. "
-    found = list(passages(guide(sentence * 12 + "\n\n" + sentence * 8, "a.txt"), tokens=121))
-    assert [len(passage.text.split()) for passage in found] == [84, 56]
-    found = list(passages(guide("Take:\n\n" + "- one two three four five six\n" * 6, "a.txt"), tokens=31))
-    assert all(passage.text.startswith(("Take", "- one")) for passage in found)
-    found = list(passages(guide(sentence * 40, "a.txt"), tokens=121))
-    assert all(passage.text.endswith("sentence.") for passage in found)
-    assert {len(passage.text.split()) for passage in found} == {91, 98}  # equal shares, no crumb at the end
-
-
-def test_passages_fit_a_real_tokenizer(modernbert_tokenizer_file):
-    """All but 1 in 100 of the demo's passages have at most the 180 tokens of PyLate's default."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(modernbert_tokenizer_file))
-    encodings = tokenizer.encode_batch([passage.content for passage in read_passages([DEMO])])
-    lengths = [1 + len(encoding) for encoding in encodings]  # and the prefix
-    assert sum(length > 180 for length in lengths) < 0.01 * len(lengths)
-    assert sum(lengths) > 90 * len(lengths)
+def write(folder, content):
+    """Files below `folder`, by relative name."""
+    for name, text in content.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text) if isinstance(text, bytes) else path.write_text(text)
 
 
 def test_records_are_read_as_beir_defines_them():
     """The embedded corpus, against a plain reading of its JSON: the encoder sees title, space, text."""
     records = [json.loads(line) for line in gzip.decompress(DEMO.read_bytes()).splitlines()]
-    documents = list(read_texts(DEMO))
+    documents = list(read_file(DEMO))
     assert len(documents) == 1581
     assert [(d.id, d.content) for d in documents] == [(r["_id"], r["title"] + " " + r["text"]) for r in records]
-    by_id = {record["_id"]: record for record in records}
-    whole = [passage for passage in read_passages([DEMO]) if passage.text == by_id[passage.id]["text"]]
-    assert 0 < len(whole) < 1581
-    assert whole[0].content == by_id[whole[0].id]["title"] + " " + by_id[whole[0].id]["text"]
+    assert [d.line for d in documents] == list(range(1, 1582))
+    assert [d.metadata for d in documents] == [
+        {key: value for key, value in r.items() if key not in ("_id", "title", "text")} for r in records
+    ]
+    assert {d.path for d in documents} == {str(DEMO)}
 
 
 def test_a_folder_is_read_in_order_and_what_is_skipped_is_said(tmp_path):
-    for name in (
-        "b.md",
-        "a/z.txt",
-        "a/README",
-        ".git/config",
-        "a/.hidden",
-        "node_modules/x.md",
-        "a/photo.png",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).write_text(f"text of {name}")
-    (tmp_path / "a" / "data.txt").write_bytes(b"a\0b")
-    (tmp_path / "corpus.jsonl").write_text('{"_id": "r1", "text": "a record"}\n')
+    kept = ["b.md", "corpus.jsonl", "p.PDF", "w.htm", "a/README", "a/z.txt", "a/deep/code.py", "c/x.rs"]
+    names = ["b.tsv", "queries.jsonl", "qrels/test.tsv", ".git/config", "a/.hidden", "node_modules/x.md", "a/photo.png"]
+    names += ["jquery.min.js", "pnpm-lock.yaml"]
+    write(tmp_path, dict.fromkeys(kept + names, "text"))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "linked.txt").symlink_to(tmp_path / "b.md")
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
     notes = []
-    found = [passage.text for passage in read_passages([tmp_path], note=notes.append)]
-    assert found == ["text of b.md", "a record", "text of a/README", "text of a/z.txt"]
-    assert notes == [
-        f"skipped a binary file: {tmp_path / 'a' / 'data.txt'}",
-        f"skipped 4 files and folders in {tmp_path} that are not text or markdown: 3 hidden or node_modules, 1 .png",
+    found = [file.relative_to(tmp_path).as_posix() for file in find_files([tmp_path], note=notes.append)]
+    assert found == ["b.md", "corpus.jsonl", "linked.txt", "p.PDF", "w.htm", *kept[4:]]
+    assert len(notes) == 1
+    what, kinds = notes[0].rsplit(": ", 1)
+    assert what == f"skipped 11 files and folders in {tmp_path} that are not read"
+    assert kinds.split(", ")[:2] == ["3 hidden or node_modules", "2 .tsv"]
+    once = {"1 .jsonl", "1 .png", "1 .js", "1 .yaml", "1 linked folder", "1 no regular file"}
+    assert set(kinds.split(", ")[2:]) == once
+
+
+def test_a_path_that_is_named_is_read_whatever_its_name(tmp_path):
+    write(tmp_path, {".hidden/x.md": "a", "photo.png": "b", ".env": "c", "node_modules/y.txt": "d"})
+    (tmp_path / "link").symlink_to(tmp_path / ".hidden")
+    paths = [tmp_path / name for name in ("photo.png", ".env", ".hidden", "link", "node_modules")]
+    assert [document.text for document in read(*paths)] == ["b", "c", "a", "a", "d"]
+
+
+def test_paths_that_overlap_give_each_file_once(tmp_path, monkeypatch):
+    write(tmp_path, {"a/b/one.md": "1", "a/b/.two.md": "2", "a/three.md": "3", "four.md": "4"})
+    monkeypatch.chdir(tmp_path)
+    for paths in (["a", "."], [".", "a"], ["a/b", "a/b/one.md", "."], [".", "a/../a/b", "a/b/"], ["four.md", "."]):
+        found = [file.relative_to(tmp_path).as_posix() for file in find_files(paths, note=lambda _: None)]
+        assert sorted(found) == ["a/b/one.md", "a/three.md", "four.md"]
+    found = [str(file) for file in find_files([".", "a/b/.two.md", "a/b/.two.md"], note=lambda _: None)]
+    assert found.count(str(tmp_path / "a/b/.two.md")) == 1
+    assert len(found) == 4
+
+
+def test_a_path_that_is_not_there_is_said_before_anything_is_read(tmp_path):
+    write(tmp_path, {"a.md": "text"})
+    with pytest.raises(FileNotFoundError, match="no such file or folder: nowhere"):
+        next(find_files([tmp_path, "nowhere"]))
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+    write(tmp_path, {"a/x.md": "", "b/y.md": "", "c/z.md": ""})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    notes = []
+    assert [file.name for file in find_files([tmp_path], note=notes.append)] == ["x.md", "z.md"]
+    assert notes == [f"skipped a folder: [Errno 13] Permission denied: '{tmp_path}/b'"]
+
+
+def test_digest_of_a_file_is_the_sha256_of_its_bytes(tmp_path):
+    raw = b"\xef\xbb\xbf# T\r\n\r\nna\xefve\0"
+    (tmp_path / "a.txt").write_bytes(b"x" * 9000 + raw)
+    (document,) = read_file(tmp_path / "a.txt", note=lambda _: None)
+    assert document.digest == hashlib.sha256(b"x" * 9000 + raw).hexdigest()
+    assert (document.id, document.line, document.metadata) == (document.path, None, {})
+
+
+def test_digest_of_a_record_is_of_its_content_alone(tmp_path):
+    """Neither its place, its `_id` nor how JSON spells it matter; title, text and metadata do."""
+    lines = [
+        r'{"_id": "1", "title": "T", "text": "caf\u00e9", "year": 1999, "tags": ["x"]}',
+        "",
+        '{"tags": ["x"], "metadata": {"year": 1999}, "text": "café", "title": "T", "_id": "2"}',
+        '{"_id": "3", "title": "T", "text": "café", "year": "1999", "tags": ["x"]}',
+        '{"_id": "4", "title": "T", "text": "cafe", "year": 1999, "tags": ["x"]}',
+        '{"_id": "5", "title": "t", "text": "café", "year": 1999, "tags": ["x"]}',
+        '{"_id": "6", "title": "", "text": "T café", "year": 1999, "tags": ["x"]}',
     ]
+    write(tmp_path, {"a.jsonl": "\n".join(lines)})
+    digests = [document.digest for document in read_file(tmp_path / "a.jsonl")]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 5
+    assert {len(digest) for digest in digests} == {64}
+
+
+def test_what_is_known_is_left_out_and_not_even_parsed(tmp_path):
+    write(tmp_path, {"a.pdf": b"no PDF", "b.md": "text", "c.jsonl": '{"text": "x"}\n{"_id": "k", "text": "y"}\n'})
+    asked = []
+
+    def known(key):
+        asked.append(key)
+        return key.id != "1"
+
+    assert [document.text for document in read(tmp_path / "a.pdf", tmp_path, tmp_path / "c.jsonl", known=known)] == [
+        "x"
+    ]
+    pdf, markdown, *records = asked
+    digest = hashlib.sha256(b"no PDF").hexdigest()
+    assert pdf == Key(str(tmp_path / "a.pdf"), str(tmp_path / "a.pdf"), digest, None)
+    assert markdown == (*[str(tmp_path / "b.md")] * 2, hashlib.sha256(b"text").hexdigest(), None)
+    assert [(key.path, key.id, key.line) for key in records] == [
+        (str(tmp_path / "c.jsonl"), "1", 1),
+        (str(tmp_path / "c.jsonl"), "k", 2),
+    ]
+
+
+def test_progress_sums_to_the_sizes_of_the_files(tmp_path):
+    lines = "".join(f'{{"_id": "{i}", "text": "{"é" * i}"}}\n' for i in range(3000))
+    table = "id,text\n" + "".join(f'{i},"a\n{"b" * i}"\n' for i in range(500))
+    write(tmp_path, {"a.md": "é" * 999, "b.jsonl": lines, "c.csv": table, "e.html": "<p>x", "f.txt": ""})
+    write(tmp_path, {"d.jsonl.gz": gzip.compress(lines.encode()), "g.tsv": table.replace(",", "\t").encode("utf-16")})
+    for file in sorted(tmp_path.iterdir()):
+        sizes = []
+        documents = [(document, len(sizes)) for document in read_file(file, advance=sizes.append)]
+        assert sum(sizes) == file.stat().st_size
+        assert min(sizes) >= 0
+        if len(documents) > 1:  # told as it goes
+            half = sum(sizes[: documents[len(documents) // 2][1]])
+            assert 0.1 < half / sum(sizes) < 0.9
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_table_is_a_file_of_records(tmp_path, suffix, encoding, ends):
+    """RFC 4180 by hand: quotes, doubled quotes, commas and line ends inside them; columns without a name are none."""
+    rows = [
+        ["_id", "title", "text", "year", "", "lang"],
+        ["a", "Owls", '"Owls, at\tnight"', "1999", "0", "en"],
+        ["b", "", '"two\nlines and ""quotes"""', "", "1", ""],
+        [],
+        ["c", '"T\nT"', "naïve 猫", '"1,5"', "2", "fr"],
+    ]
+    text = "".join({".csv": ",", ".tsv": "\t"}[suffix].join(row) + "\n" for row in rows).replace("\n", ends)
+    path = tmp_path / f"table{suffix}"
+    path.write_bytes(text.encode(encoding))
+    found = [(d.id, d.title, d.text, d.metadata, d.line) for d in read_file(path)]
+    assert found == [
+        ("a", "Owls", "Owls, at\tnight", {"year": "1999", "lang": "en"}, 2),
+        ("b", "", f'two{ends}lines and "quotes"', {"year": "", "lang": ""}, 3),
+        ("c", f"T{ends}T", "naïve 猫", {"year": "1,5", "lang": "fr"}, 6),
+    ]
+
+
+def test_rows_without_an_id_are_numbered_by_their_line(tmp_path):
+    write(tmp_path, {"a.csv": "text\none\n\ntwo\n", "b.csv": "id,text\n7,x\n", "c.csv": "text\n"})
+    assert [(d.id, d.text) for d in read(*(tmp_path / f"{name}.csv" for name in "abc"))] == [
+        ("2", "one"),
+        ("4", "two"),
+        ("7", "x"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id,body\n1,x\n", "a.csv: the first row must name the columns, .*'text'.*; got 'id', 'body'"),
+        ("a.csv", "id;text\n1;x\n", "got 'id;text'"),
+        ("a.csv", "text,text\n1,x\n", "got 'text', 'text'"),
+        ("a.csv", "id,text\n1,x\n2,y,z\n", "a.csv, line 3: 3 cells for 2 columns"),
+        ("a.csv", "id,text\n1,x\n2\n", "a.csv, line 3: 1 cells for 2 columns"),
+        ("a.csv", 'id,text\n1,"x\n2,y\n3,z', "a.csv, line 2: broken table .unexpected end of data"),
+        ("a.csv", 'id,text\n1,x\n2,"y" z\n', "a.csv, line 3: broken table"),
+        ("a.csv", "id,text\n1,x\n2,y\n1,z\n", "a.csv: lines 2 and 4 both have the \"_id\" '1'"),
+        (
+            "a.jsonl",
+            '{"_id": "k", "text": "x"}\n\n{"_id": "k", "text": "x"}\n',
+            "lines 1 and 3 both have the \"_id\" 'k'",
+        ),
+        ("a.jsonl", '{"text": "x"}\n{"_id": 1, "text": "y"}\n', "lines 1 and 2 both have the \"_id\" '1'"),
+        ("a.jsonl", '{"text": "x", "m": ' + "[" * 200 + "]" * 200 + "}", "line 1: not JSON .nested more than 100 deep"),
+        ("a.jsonl", '{"text": "x", "n": ' + "9" * 5000 + "}", "line 1: not JSON"),
+    ],
+)
+def test_a_broken_file_of_records_is_named_with_its_lines(tmp_path, name, content, message):
+    write(tmp_path, {name: content})
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+def test_the_limit_of_csv_is_the_process_own_again_after_each_row(tmp_path):
+    """A long cell is read, and nobody else's limit is lifted meanwhile."""
+    write(tmp_path, {"a.csv": "text\n" + "x" * 300_000 + "\nshort\n"})
+    limit = csv.field_size_limit()
+    assert limit < 300_000
+    for document, length in zip(read_file(tmp_path / "a.csv"), (300_000, 5), strict=True):
+        assert len(document.text) == length
+        assert csv.field_size_limit() == limit
+
+
+def test_fields_of_records_are_metadata(tmp_path):
+    lines = [
+        '{"_id": 7, "text": "x", "title": null, "metadata": {"url": "u", "year": 1}, "year": 2, "tags": ["a"]}',
+        '{"id": "k", "text": "x", "metadata": {}, "score": NaN, "more": [Infinity, 1e999, 0.5]}',
+        '{"_id": "m", "id": "k", "text": "x", "metadata": "none"}',
+        '{"text": "tab\tand \x1b", "n": true}',
+    ]
+    write(tmp_path, {"a.jsonl": "\n".join(lines)})
+    found = [(d.id, d.title, d.text, d.metadata) for d in read_file(tmp_path / "a.jsonl")]
+    assert found == [
+        ("7", "", "x", {"url": "u", "year": 2, "tags": ["a"]}),
+        ("k", "", "x", {"score": None, "more": [None, None, 0.5]}),
+        ("m", "", "x", {"id": "k", "metadata": "none"}),
+        ("4", "", "tab\tand \x1b", {"n": True}),
+    ]
+    json.dumps([metadata for *_, metadata in found], allow_nan=False)
 
 
 def test_broken_utf8_is_replaced_and_said(tmp_path):
@@ -203,25 +254,29 @@ def test_broken_utf8_is_replaced_and_said(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfbyte order mark")
     (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "na\xefve \\ud800"}\n')
     notes = []
-    found = [passage.text for passage in read_passages([tmp_path], note=notes.append)]
-    assert found == ["caf\ufffd and \ufffd; a real \ufffd is not counted", "byte order mark", "na\ufffdve ?"]
-    assert [note.split(": ")[1].split()[0] for note in notes] == ["2", "1"]
+    assert [document.text for document in read(tmp_path, note=notes.append)] == [
+        "caf\ufffd and \ufffd; a real \ufffd is not counted",
+        "byte order mark",
+        "na\ufffdve ?",
+    ]
+    assert notes == [
+        f"{tmp_path}/a.txt: not UTF-8 throughout, 2 broken places were replaced by U+FFFD",
+        f"{tmp_path}/corpus.jsonl: not UTF-8 throughout, 1 broken places were replaced by U+FFFD",
+    ]
 
 
 def test_notes_are_warnings_unless_taken(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.warns(UserWarning, match="1 broken places"):
-        list(read_passages([tmp_path]))
+        list(read_file(tmp_path / "a.txt"))
 
 
-def test_files_are_read_one_at_a_time(tmp_path):
-    """A passage of the first file is out before the second, broken one is touched."""
-    (tmp_path / "a.txt").write_text("first")
+def test_records_are_read_one_at_a_time(tmp_path):
+    """The first record is out before the second, broken one is touched."""
     broken = tmp_path / "b.jsonl"
-    broken.write_text('{"text": "second"}\n{"text": \n')
-    found = read_passages([tmp_path / "a.txt", broken])
+    broken.write_text('{"text": "first"}\n{"text": \n')
+    found = read_file(broken)
     assert next(found).text == "first"
-    assert next(found).text == "second"
     with pytest.raises(ValueError, match=r"b\.jsonl, line 2: not JSON"):
         next(found)
 
@@ -232,32 +287,32 @@ def test_files_are_read_one_at_a_time(tmp_path):
         ("[1]", 'line 2: expected an object with a string "text", got \\[1\\]'),
         ('{"_id": "x"}', 'line 2: expected an object with a string "text"'),
         ('{"text": 3}', 'line 2: expected an object with a string "text"'),
-        ('{"text": "x", "title": 3}', 'line 2: "title" and "_id" must be strings'),
+        ('{"text": "x", "title": 3}', 'line 2: "title" and "id" must be strings'),
         ('{"text": "x", "_id": null}', 'line 2: "title" and "_id" must be strings'),
+        ('{"text": "x", "id": true}', 'line 2: "title" and "id" must be strings'),
         ("[" * 100_000, "line 2: not JSON"),
     ],
 )
-def test_a_broken_record_is_named_with_its_line(tmp_path, line, message):
+@pytest.mark.parametrize("reader", [read_file, read_texts])
+def test_a_broken_record_is_named_with_its_line(tmp_path, reader, line, message):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "fine"}\n' + line)
     with pytest.raises(ValueError, match=message):
-        list(read_texts(path))
+        list(reader(path))
 
 
-def test_paths_that_cannot_be_searched(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder: nowhere"):
-        list(read_passages(["nowhere"]))
-    with pytest.raises(ValueError, match=r"no text to search in .*; read are .*\.md"):
-        list(read_passages([tmp_path]))
-    (tmp_path / "x.pdf").write_bytes(b"%PDF\0")
-    with pytest.raises(ValueError, match=r"x\.pdf is a binary file"):
-        list(read_passages([tmp_path / "x.pdf"]))
-    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
-    with pytest.raises(ValueError, match="broken gzip file"):
-        list(read_passages([tmp_path / "corpus.jsonl.gz"]))
+def test_a_broken_gzip_file_is_named(tmp_path):
+    packed = gzip.compress(b'{"text": "x"}\n' * 1000)
+    for broken in (packed[:-20], packed[:-8] + b"\0" * 8, b"no gzip", packed[:12] + b"\xff" * 9 + packed[21:]):
+        (tmp_path / "corpus.jsonl.gz").write_bytes(broken)
+        for reader in (read_file, read_texts):
+            with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz: broken gzip file"):
+                list(reader(tmp_path / "corpus.jsonl.gz"))
 
 
 def test_lines_of_a_text_file_are_records_for_encoding(tmp_path):
     (tmp_path / "queries.txt").write_text("first query\n\n  second query \n")
     found = [(record.id, record.content) for record in read_texts(tmp_path / "queries.txt")]
     assert found == [("1", "first query"), ("3", "second query")]
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "x"}\n{"_id": "q", "text": "y"}\n')
+    assert [record.content for record in read_texts(tmp_path / "queries.jsonl")] == ["x", "y"]

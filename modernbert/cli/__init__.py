@@ -1,0 +1,50 @@
+"""The command line: `modernbert search`, `index`, `evaluate`, `export`, `encode`, `info` and `demo`.
+
+What needs torch is imported inside the commands, so that `modernbert --help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from . import model, search, store
+from .show import line, note
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (search.search, store.index, store.evaluate, model.encode, model.info, search.demo):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. What the user can mend is said in one line on stderr, with exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # Documents hold characters that the encoding of a terminal may lack; a "?" is better than a crash.
+        stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    options = {"debug": False}
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: note(str(message))
+        try:
+            app(args=arguments, prog_name="modernbert", obj=options)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            if options["debug"]:
+                raise
+            print(f"modernbert: {line(str(error))}", file=sys.stderr)
+            sys.exit(2)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Search and encode text with ModernBERT, Ettin and ColBERT models."""
+    context.obj["debug"] = debug
+
+
+if __name__ == "__main__":
+    main()

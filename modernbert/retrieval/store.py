@@ -1,0 +1,248 @@
+"""Exact late-interaction search over a store on disk, whose vectors are streamed through a memory map."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+import torch
+
+from ..packing import Ragged
+from ..scoring import maxsim
+from . import shards as files
+from .explain import TokenMatch, match
+from .model import Model, load
+from .passages import Passage
+from .shards import Shard
+
+TOKENS = 1 << 15
+"""Document tokens that are turned to float32 and scored at a time: they stay in the cache."""
+
+QUERIES = 32
+"""Queries scored at a time: the similarities of one block stay in the cache as well."""
+
+COLUMNS = "p.number, d.path, d.id, p.title, p.text, p.start, p.stop, coalesce(d.line, p.line), d.metadata"
+JOINED = "passages p JOIN documents d ON d.number = p.document"
+FIELD = """SELECT 1 FROM json_each(d.metadata) f
+    WHERE f.key = ? AND (CAST(f.value AS TEXT) = ? OR f.type IN ('true', 'false') AND f.type = ?)"""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage found: `rank` counts from 1, `score` is its MaxSim with the query, `number` its key in the store."""
+
+    rank: int
+    score: float
+    passage: Passage
+    number: int
+
+
+class Store:
+    """What `index` has made, as it was when it was opened.
+
+    Attributes:
+        colbert: the model that queries are encoded with.
+        folder: of the store. model: the name it remembers its model by. fingerprint: of that model.
+        dtype: of the vectors: "fp16", "fp32" or "int8". dim: their width E. documents: how many it holds.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], model: Model | None = None) -> None:
+        """Open the store in `folder` with its own model, or with `model`, which must be the same one.
+
+        Raises:
+            FileNotFoundError: no store, an unfinished one (with the command that finishes it), or a missing part.
+            ValueError: a damaged store, one of another version, or of another model.
+        """
+        self.folder = Path(folder)
+        manifest = files.read_manifest(self.folder)
+        self.dtype, self.dim, self.fingerprint = manifest["dtype"], manifest["width"], manifest["fingerprint"]
+        self.documents, self._passages = manifest["documents"], manifest["passages"]
+        table = self.folder / manifest["table"]
+        if not table.is_file():
+            raise FileNotFoundError(f"{table} is missing: {files.REPAIR}")
+        if files.file_sha256(table) != manifest["sha256"]:
+            raise ValueError(f"{table} is damaged, its checksum is another: {files.REPAIR}")
+        # Nobody writes to a table that is published: no locks are needed, and none could be had on a read-only disk.
+        address = f"file:{quote(os.path.abspath(table))}?mode=ro&immutable=1"
+        self._table = sqlite3.connect(address, uri=True, check_same_thread=False)
+        shards = self._table.execute("SELECT number, file, sha256 FROM shards ORDER BY number")
+        self._shards = {number: Shard(self.folder / files.SHARDS / file, sha256) for number, file, sha256 in shards}
+        self.colbert, self.model = load(model, manifest)
+        self._keys = lru_cache(maxsize=1024)(self._select)
+
+    def __len__(self) -> int:
+        """How many passages it holds."""
+        return self._passages
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._table.close()
+        self._shards.clear()
+
+    def search(
+        self,
+        queries: Sequence[str],
+        *,
+        top_k: int = 10,
+        by: Literal["passage", "document"] = "passage",
+        path: str | None = None,
+        where: Mapping[str, str] | None = None,
+    ) -> list[list[Hit]]:
+        """For each query its `top_k` passages, best first; of equal scores the one that was indexed first.
+
+        Args:
+            by: "document" lists each document once, by its best passage.
+            path: only documents whose path matches this shell pattern; `*` also stands for `/`.
+            where: only documents with these fields and values in their metadata.
+        """
+        if isinstance(queries, str):
+            raise ValueError(f"queries must be a list of texts, got the text {queries!r}; write [query]")
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; ask for 1 or more")
+        best = self._best(queries, top_k, by, path, where)
+        return [self._hits(found) for found in best]
+
+    def run(self, queries: Mapping[str, str], *, top_k: int = 100) -> dict[str, dict[str, float]]:
+        """For each query id its `top_k` documents, best first, as document id to score: a run of `evaluate`.
+
+        A document scores as its best passage. Raises ValueError if documents of several files share an id.
+        """
+        shared = self._table.execute("SELECT id FROM documents GROUP BY id HAVING count(*) > 1").fetchone()
+        if shared:
+            raise ValueError(
+                f"the store holds several documents with the id {shared[0]!r}: a run could not tell them apart"
+            )
+        run: dict[str, dict[str, float]] = {}
+        names = list(queries)
+        for start in range(0, len(names), 2 * QUERIES):
+            group = names[start : start + 2 * QUERIES]
+            best = self._best([queries[name] for name in group], top_k, "document", None, None)
+            for name, found in zip(group, best, strict=True):
+                run[name] = {
+                    self._id(keys[0]): score
+                    for keys, score in zip(found.keys.tolist(), found.scores.tolist(), strict=True)
+                }
+        return run
+
+    def explain(self, query: str, hit: Hit) -> list[TokenMatch]:
+        """For each query token the most similar token of a hit of it; contributions sum to the score."""
+        place = self._table.execute("SELECT shard, row FROM passages WHERE number = ?", (hit.number,)).fetchone()
+        shard, row = self._shards[place[0]], place[1]
+        rows = slice(int(shard.offsets[row]), int(shard.offsets[row + 1]))
+        spans = [(start, stop) if stop else None for start, stop in shard.spans[rows].tolist()]
+        query_QE = self.colbert.encode_queries([query]).values
+        return match(
+            query_QE, self.colbert.tokenize_queries([query]).spans[0], shard.vectors(row, row + 1).values, spans
+        )
+
+    def passages(self, numbers: Sequence[int]) -> list[Passage]:
+        """The passages with these keys."""
+        return [self._passage("p.number = ?", number)[1] for number in numbers]
+
+    def batches(self) -> Iterator[tuple[list[int], list[Passage], Ragged]]:
+        """Everything, a shard at a time: keys, passages, and their vectors in float32."""
+        for number, shard in self._shards.items():
+            found = self._table.execute(
+                f"SELECT {COLUMNS}, p.row FROM {JOINED} WHERE p.shard = ? ORDER BY p.row", (number,)
+            ).fetchall()
+            whole = list(shard.vectors(0, len(shard)))
+            vectors = Ragged.from_list([whole[columns[-1]] for columns in found])
+            yield [columns[0] for columns in found], [_passage(columns) for columns in found], vectors
+
+    def _best(
+        self, queries: Sequence[str], top_k: int, by: str, path: str | None, where: Mapping[str, str] | None
+    ) -> list[_Best]:
+        query_vectors = self.colbert.encode_queries(queries)
+        best = [_Best(top_k) for _ in queries]
+        for number, shard in self._shards.items():
+            keys_N3 = self._keys(number, by, path, tuple((where or {}).items()))
+            if len(keys_N3):
+                scores_BN = _scores(query_vectors, shard)[:, keys_N3[:, 2]]
+                for found, scores_N in zip(best, scores_BN, strict=True):
+                    found.add(scores_N, keys_N3)
+        return best
+
+    def _id(self, document: int) -> str:
+        return self._table.execute("SELECT id FROM documents WHERE number = ?", (document,)).fetchone()[0]
+
+    def _select(self, number: int, by: str, path: str | None, where: tuple[tuple[str, str], ...]) -> np.ndarray:
+        """`[N, 3]`: of the passages of a shard that are searched, what they count as, the shard, and their row."""
+        condition = "p.shard = ?"
+        values: list[int | str] = [number]
+        if path is not None:
+            condition += " AND d.path GLOB ?"
+            values.append(path if os.path.isabs(path) else f"*/{path}")
+        for field, value in where:
+            condition += f" AND EXISTS ({FIELD})"
+            values += [field, value, value]
+        owner = "p.document" if by == "document" else "p.number"
+        found = self._table.execute(
+            f"SELECT {owner}, p.shard, p.row FROM {JOINED} WHERE {condition} ORDER BY p.row", values
+        )
+        return np.array(found.fetchall(), dtype=np.int64).reshape(-1, 3)
+
+    def _hits(self, best: _Best) -> list[Hit]:
+        hits = []
+        for rank, (score, (_, shard, row)) in enumerate(
+            zip(best.scores.tolist(), best.keys.tolist(), strict=True), start=1
+        ):
+            number, passage = self._passage("p.shard = ? AND p.row = ?", shard, row)
+            hits.append(Hit(rank, score, passage, number))
+        return hits
+
+    def _passage(self, condition: str, *values: int) -> tuple[int, Passage]:
+        found = self._table.execute(f"SELECT {COLUMNS} FROM {JOINED} WHERE {condition}", values).fetchone()
+        if found is None:
+            raise KeyError(f"the store {self.folder} has no passage {values}")
+        return found[0], _passage(found)
+
+
+class _Best:
+    """The best passages of one query so far: `scores` `[k]`, best first, and their `keys` `[k, 3]`."""
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self.scores, self.keys = np.empty(0, dtype=np.float32), np.empty((0, 3), dtype=np.int64)
+
+    def add(self, scores_N: np.ndarray, keys_N3: np.ndarray) -> None:
+        # What is no better than the last of a full list comes too late: it stands behind it.
+        floor = self.scores[-1] if len(self.scores) == self._top_k else -np.inf
+        better = scores_N > floor
+        scores, keys = np.r_[self.scores, scores_N[better]], np.r_[self.keys, keys_N3[better]]
+        order = np.argsort(-scores, kind="stable")
+        first = np.unique(keys[order, 0], return_index=True)[1]  # a document with several passages counts once
+        order = order[np.sort(first)[: self._top_k]]
+        self.scores, self.keys = scores[order], keys[order]
+
+
+def _scores(queries: Ragged, shard: Shard) -> np.ndarray:
+    """`[B, N]` float32: every query with every passage of a shard."""
+    scores_BN = np.empty((len(queries), len(shard)), dtype=np.float32)
+    first = 0
+    while first < len(shard):
+        budget = shard.offsets[first] + TOKENS
+        last = max(first + 1, int(torch.searchsorted(shard.offsets, budget, right=True)) - 1)
+        vectors = shard.vectors(first, last)
+        for start in range(0, len(queries), QUERIES):
+            scores_BN[start : start + QUERIES, first:last] = maxsim(queries[start : start + QUERIES], vectors)
+        first = last
+    return scores_BN
+
+
+def _passage(columns: Sequence[Any]) -> Passage:
+    *fields, metadata = columns[1:9]
+    return Passage(*fields, metadata=json.loads(metadata))
