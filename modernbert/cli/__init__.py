@@ -16,7 +16,7 @@ from . import model, search, store
 from .show import line, note
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (search.search, store.index, store.evaluate, model.encode, model.info, search.demo):
+for command in (search.search, store.index, store.evaluate, store.export, model.encode, model.info, search.demo):
     app.command()(command)
 
 

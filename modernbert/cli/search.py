@@ -19,6 +19,7 @@ from rich.text import Text
 from .show import line, note, print_hits, print_matches, print_text
 
 if TYPE_CHECKING:
+    from ..retrieval.engines import Engine
     from ..retrieval.explain import TokenMatch
     from ..retrieval.store import Hit, Store
 
@@ -40,7 +41,10 @@ def search(
         list[Path] | None,
         typer.Argument(metavar="[PATH]...", help="Files and folders to search once, without a store."),
     ] = None,
-    index: Annotated[str | None, typer.Option(metavar="STORE", help="A store made by `modernbert index`.")] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="A store made by `modernbert index`, or what `export` has made of it."),
+    ] = None,
     top: Annotated[int | None, typer.Option(min=1, help=f"How many to print. [{TOP}, in a run {TOP_RUN}]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")] = False,
     why: Annotated[bool, typer.Option(help="Say which words matched.")] = True,
@@ -58,26 +62,25 @@ def search(
         raise ValueError("a run needs --index STORE, --queries FILE and --run FILE, and no query")
     if paths:
         with _read(paths, model) as (store, seconds):
-            asking = Asking(store, top or TOP, why, path, _fields(where))
+            asking = Asking(store, f"{_size(store)}, read and encoded in {seconds:.1f} s", top or TOP, why)
+            asking.filter(path, where)
             asking.answer(query or "", as_json, html)
             if not as_json:
-                print_text(asking.console, Text(f"{_size(store)}, read and encoded in {seconds:.1f} s", style="dim"))
+                print_text(asking.console, Text(asking.title, style="dim"))
         return
-    from ..retrieval.shards import command, read_unfinished
-    from ..retrieval.store import Store
-
-    folder = Path(index or "")
-    with Store(folder, model) as store:
-        if asked := read_unfinished(folder):
-            note(f"an update of {folder} goes on or was interrupted; this is its old state. {command(asked, folder)}")
+    with _open(index or "", model) as (store, title):
         if queries and run:
             from ..retrieval.evaluate import read_queries, write_run
+            from ..retrieval.store import Store
 
+            if not isinstance(store, Store):
+                raise ValueError(f"{index} gives no run: --index a store, which does")
             asked = read_queries(queries)
             write_run(run, store.run(asked, top_k=top or TOP_RUN))
             note(f"wrote the best {top or TOP_RUN} documents for each of {len(asked):,} queries to {run}")
             return
-        asking = Asking(store, top or TOP, why, path, _fields(where))
+        asking = Asking(store, title, top or TOP, why)
+        asking.filter(path, where)
         if query is not None:
             asking.answer(query, as_json, html)
         else:
@@ -89,9 +92,8 @@ def demo(
 ) -> None:
     """Search 1,581 paragraphs of Wikipedia, which ship with the package, using the built-in model."""
     with _read([DEMO], None) as (store, seconds):
-        asking = Asking(store, 3)
-        size = f"{_size(store)} (Wikipedia), read and encoded in {seconds:.1f} s\n"
-        print_text(asking.console, Text(size, style="dim"))
+        asking = Asking(store, f"{_size(store)} (Wikipedia), read and encoded in {seconds:.1f} s\n", top=3)
+        print_text(asking.console, Text(asking.title, style="dim"))
         for question in questions or QUESTIONS:
             started = time.perf_counter()
             store.search([question], top_k=3)
@@ -102,25 +104,35 @@ def demo(
 
 
 class Asking:
-    """How questions to a store are answered: how many hits, of which documents, shown in which way."""
+    """How questions are answered: from what, how many hits, of which documents, with reasons or without."""
 
-    def __init__(
-        self, store: Store, top: int, why: bool = True, path: str | None = None, where: dict[str, str] | None = None
-    ) -> None:
-        self.store, self.top, self.why, self.path, self.where = store, top, why, path, where or {}
+    def __init__(self, store: Store | Engine, title: str, top: int, why: bool = True) -> None:
+        self.store, self.title, self.top, self.why = store, title, top, why
         self.console = Console(highlight=False)
+        self._filters: dict[str, Any] = {}
+        self._asked: tuple[str | None, Sequence[str] | None] = None, None
         self._last: tuple[str, list[Hit], list[list[TokenMatch]]] = ("", [], [])
+
+    def filter(self, path: str | None, where: Sequence[str] | None) -> None:
+        """Search only files like `path`, and records like each FIELD=VALUE of `where`."""
+        from ..retrieval.store import Store
+
+        chosen = {"path": path, "where": _fields(where or ())}
+        filters = {name: value for name, value in chosen.items() if value}
+        if filters and not isinstance(self.store, Store):
+            raise ValueError("an export has no --path and --where: search the store, or filter in the engine")
+        self._filters, self._asked = filters, (path, where)
 
     def answer(self, query: str, as_json: bool = False, html: Path | None = None, indent: int | None = 2) -> None:
         """Search, and print what was found."""
-        hits = self.store.search([query], top_k=self.top, path=self.path, where=self.where)[0]
+        hits = self.store.search([query], top_k=self.top, **self._filters)[0]
         explained = [self.store.explain(query, hit) for hit in hits]
         self._last = query, hits, explained
         if html:
             _write_page(html, *self._last)
         if as_json:
             found = [self._as_dict(query, *pair) for pair in zip(hits, explained, strict=True)]
-            print(json.dumps({"query": query, "passages": len(self.store), "hits": found}, indent=indent), flush=True)
+            print(json.dumps({"query": query, "hits": found}, indent=indent), flush=True)
         else:
             print_hits(self.console, query, hits, explained if self.why else [None] * len(hits))
 
@@ -130,7 +142,7 @@ class Asking:
         if typed:
             import readline  # noqa: F401 -- arrow keys and history for input()
 
-            print_text(self.console, Text(f"{_size(self.store)}. Ask, or :help", style="dim"))
+            print_text(self.console, Text(f"{self.title}. Ask, or :help", style="dim"))
         while True:
             try:
                 entered = input("? " if typed else "").strip()
@@ -151,9 +163,9 @@ class Asking:
         if name == "top" and value.isdigit() and int(value):
             self.top = int(value)
         elif name == "path":
-            self.path = value or None
+            self.filter(value, self._asked[1])
         elif name == "where":
-            self.where = _fields(value.split()) if value else {}
+            self.filter(self._asked[0], value.split())
         elif name == "why" and value.isdigit() and 0 < int(value) <= len(hits):
             print_matches(self.console, query, hits[int(value) - 1], explained[int(value) - 1])
         elif name == "html" and value and hits:
@@ -180,6 +192,23 @@ COMMANDS = {
     ":html page.html": "write the last hits, and why they matched, to a page",
     ":quit": "as does the end of the input",
 }
+
+
+@contextmanager
+def _open(index: str, model: str | None) -> Iterator[tuple[Store | Engine, str]]:
+    """A store or an export, and what it is in words."""
+    from ..retrieval.engines import Engine, is_target
+    from ..retrieval.shards import command, read_unfinished
+    from ..retrieval.store import Store
+
+    if is_target(index):
+        with Engine(index, model) as engine:
+            yield engine, index
+        return
+    with Store(index, model) as store:
+        if asked := read_unfinished(store.folder):
+            note(f"this is the old state of {index}: an update has not ended ({command(asked, store.folder)})")
+        yield store, _size(store)
 
 
 @contextmanager
@@ -217,9 +246,9 @@ def _write_page(page: Path, query: str, hits: Sequence[Hit], explained: Sequence
     note(f"wrote {page}")
 
 
-def _fields(where: Sequence[str] | None) -> dict[str, str]:
+def _fields(where: Sequence[str]) -> dict[str, str]:
     fields = {}
-    for pair in where or ():
+    for pair in where:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ValueError(f"expected FIELD=VALUE, got {line(pair)!r}")

@@ -93,3 +93,18 @@ def evaluate(
     for m in measures:
         table.add_row(m.name, f"{m.mean:.4f}", f"{m.low:.4f} to {m.high:.4f}")
     Console(highlight=False).print(table)
+
+
+def export(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store made by `modernbert index`.")],
+    target: Annotated[
+        str, typer.Argument(help="qdrant:FOLDER, qdrant:URL/COLLECTION, lancedb:FOLDER, fast-plaid:FOLDER")
+    ],
+) -> None:
+    """Take a store to another engine, which `modernbert search --index TARGET` then searches."""
+    from ..retrieval import engines
+    from ..retrieval.store import Store
+
+    with Store(store) as opened:
+        count = engines.export(opened, target)
+    note(f"{target} holds {count:,} passages; search it with: modernbert search QUERY --index {target}")

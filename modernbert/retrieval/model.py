@@ -55,4 +55,9 @@ def load(model: Model | None, manifest: Mapping[str, Any] | None) -> tuple[ColBE
     if manifest and fingerprint(colbert) != manifest["fingerprint"]:
         made_with = manifest["model"] or ("the built-in model" if manifest["model"] is None else "another model")
         raise ValueError(f"the store was made with {made_with}, and this one is not the same: vectors do not compare")
-    return colbert, os.path.abspath(name) if name and os.path.isdir(name) else name
+    return colbert, name and absolute(name)
+
+
+def absolute(name: str) -> str:
+    """A model's name that means the same from everywhere: a folder by its whole path, a hub id as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name

@@ -111,10 +111,9 @@ def test_markup_in_passages_stays_text():
     assert root.all("title")[0].text == f"{HOSTILE[:80]}… · modernbert"
     assert [b.text for b in root.all("b")] == [HOSTILE[at : at + 2].strip() for at in range(0, len(HOSTILE) - 1, 2)]
 
-    (note,) = parse(explain_page("a", [found(1, passage("<img>"), [TokenMatch((0, 1), (0, 1), 1.0)])])).all(
-        "p", _class="note"
-    )
-    assert note.text == "a → < 1.000"
+    mark_only = found(1, passage("</>"), [TokenMatch((0, 1), (0, 3), 1.0)])
+    (note,) = parse(explain_page("a", [mark_only])).all("p", _class="note")
+    assert note.text == "a → </> 1.000"
 
 
 def test_characters_that_html_cannot_hold_are_shown():

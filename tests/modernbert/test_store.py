@@ -12,8 +12,8 @@ import torch
 from stores import corpus, small_colbert, write_corpus
 
 from modernbert import ColBERT
-from modernbert.retrieval import index as building
 from modernbert.retrieval import store as searching
+from modernbert.retrieval import update as building
 from modernbert.retrieval.index import index
 from modernbert.retrieval.passages import Document
 from modernbert.retrieval.store import Store

@@ -22,8 +22,8 @@ import torch
 from stores import corpus, small_colbert, write_corpus
 
 from modernbert import ColBERT
-from modernbert.retrieval import index as building
 from modernbert.retrieval import shards as files
+from modernbert.retrieval import update as building
 from modernbert.retrieval.index import index
 from modernbert.retrieval.store import Store
 
@@ -267,7 +267,7 @@ def test_two_writers(colbert, tmp_path):
     reading, writing = os.pipe()
 
     def hold() -> None:
-        with building._update(folder, {"paths": [str(source)], "model": None, "dtype": None}):
+        with building.updating(folder, {"paths": [str(source)], "model": None, "dtype": None}):
             os.write(writing, b"x")
             time.sleep(60)
 
@@ -357,7 +357,7 @@ def test_control_c_leaves_the_work_to_go_on_with(tmp_path, modernbert_tokenizer_
     model, source, folder = tmp_path / "model", tmp_path / "corpus.jsonl", tmp_path / "store"
     small_colbert(modernbert_tokenizer_file.parent).save_pretrained(model)
     write_corpus(source, corpus(3000))
-    code = "from modernbert.retrieval import index; index.PASSAGES = 64\nfrom modernbert.cli import main; main()"
+    code = "from modernbert.retrieval import update; update.PASSAGES = 64\nfrom modernbert.cli import main; main()"
     command = [sys.executable, "-c", code, "index", str(source), "--output", str(folder), "--model", str(model)]
     where = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
