@@ -51,6 +51,9 @@ def search(
     html: Annotated[Path | None, typer.Option(help="Write the hits and why they matched to this page.")] = None,
     path: Annotated[str | None, typer.Option(metavar="PATTERN", help="Only files like 'docs/*.md'.")] = None,
     where: Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help="Only records like this.")] = None,
+    prefilter: Annotated[
+        bool, typer.Option("--prefilter", help="Look at likely passages only: faster, not exact.")
+    ] = False,
     queries: Annotated[Path | None, typer.Option(help="BEIR queries.jsonl[.gz] to run, with --run.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a TREC run of the --queries.")] = None,
     model: Model = None,
@@ -63,7 +66,7 @@ def search(
     if paths:
         with _read(paths, model) as (store, seconds):
             asking = Asking(store, f"{_size(store)}, read and encoded in {seconds:.1f} s", top or TOP, why)
-            asking.filter(path, where)
+            asking.filter(path, where, prefilter)
             asking.answer(query or "", as_json, html)
             if not as_json:
                 print_text(asking.console, Text(asking.title, style="dim"))
@@ -80,7 +83,7 @@ def search(
             note(f"wrote the best {top or TOP_RUN} documents for each of {len(asked):,} queries to {run}")
             return
         asking = Asking(store, title, top or TOP, why)
-        asking.filter(path, where)
+        asking.filter(path, where, prefilter)
         if query is not None:
             asking.answer(query, as_json, html)
         else:
@@ -110,18 +113,18 @@ class Asking:
         self.store, self.title, self.top, self.why = store, title, top, why
         self.console = Console(highlight=False)
         self._filters: dict[str, Any] = {}
-        self._asked: tuple[str | None, Sequence[str] | None] = None, None
+        self._asked: tuple[str | None, Sequence[str] | None, bool] = None, None, False
         self._last: tuple[str, list[Hit], list[list[TokenMatch]]] = ("", [], [])
 
-    def filter(self, path: str | None, where: Sequence[str] | None) -> None:
-        """Search only files like `path`, and records like each FIELD=VALUE of `where`."""
+    def filter(self, path: str | None, where: Sequence[str] | None, prefilter: bool) -> None:
+        """Search only files like `path`, records like each FIELD=VALUE of `where`, and likely passages."""
         from ..retrieval.store import Store
 
-        chosen = {"path": path, "where": _fields(where or ())}
+        chosen = {"path": path, "where": _fields(where or ()), "prefilter": prefilter}
         filters = {name: value for name, value in chosen.items() if value}
         if filters and not isinstance(self.store, Store):
-            raise ValueError("an export has no --path and --where: search the store, or filter in the engine")
-        self._filters, self._asked = filters, (path, where)
+            raise ValueError("an export has no --path, --where and --prefilter: search the store, or in the engine")
+        self._filters, self._asked = filters, (path, where, prefilter)
 
     def answer(self, query: str, as_json: bool = False, html: Path | None = None, indent: int | None = 2) -> None:
         """Search, and print what was found."""
@@ -163,9 +166,9 @@ class Asking:
         if name == "top" and value.isdigit() and int(value):
             self.top = int(value)
         elif name == "path":
-            self.filter(value, self._asked[1])
+            self.filter(value, *self._asked[1:])
         elif name == "where":
-            self.filter(self._asked[0], value.split())
+            self.filter(self._asked[0], value.split(), self._asked[2])
         elif name == "why" and value.isdigit() and 0 < int(value) <= len(hits):
             print_matches(self.console, query, hits[int(value) - 1], explained[int(value) - 1])
         elif name == "html" and value and hits:

@@ -26,6 +26,7 @@ def index(
     output: Annotated[Path, typer.Option(metavar="STORE", help="The folder of the store.")],
     model: Annotated[str | None, typer.Option(help="ColBERT folder or hub id. [the store's, or the built-in]")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="fp16|fp32|int8", help="Of the vectors. [fp16]")] = None,
+    prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for search --prefilter.")] = False,
     forget: Annotated[bool, typer.Option("--forget", help="Drop what was read from these paths instead.")] = False,
 ) -> None:
     """Make or update a store that `modernbert search --index` reads.
@@ -40,7 +41,7 @@ def index(
         if forget:
             summary = build.forget(paths, output)
         else:
-            summary = build.index(paths, output, model, dtype=dtype, note=notes.append)
+            summary = build.index(paths, output, model, dtype=dtype, prefilter=prefilter, note=notes.append)
     except KeyboardInterrupt:
         raise OSError(f"interrupted; {output} is as it was. The same command goes on where this one stopped") from None
     finally:

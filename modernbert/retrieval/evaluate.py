@@ -9,16 +9,16 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-Run = Mapping[str, Mapping[str, float]]
+Run = dict[str, dict[str, float]]
 """Query id to document id to score. Of documents with equal scores, the one that comes first is ranked first."""
-Qrels = Mapping[str, Mapping[str, int]]
+Qrels = dict[str, dict[str, int]]
 """Query id to document id to relevance: 0 and below is not relevant, what is not listed is not relevant either."""
 
 MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "recall@100": "R@100"}  # our name: that of ir-measures
@@ -175,12 +175,10 @@ def measure(run: Run, qrels: Qrels, *, note: Callable[[str], None] = warnings.wa
         if count:
             note(f"{kind}: {count}")
     # Descending whole numbers in place of scores: a tie would be broken by document id.
-    ranked = {q: {d: -float(i) for i, (d, _) in enumerate(_ranked(s))} for q, s in run.items() if s and q in qrels}
-    # trec_eval has no grade below 0; there it would be a crash, here it is what it means, not relevant.
-    graded = {query: {d: max(grade, 0) for d, grade in grades.items()} for query, grades in qrels.items()}
+    ranked = {query: {d: -float(i) for i, (d, _) in enumerate(_ranked(scores))} for query, scores in run.items()}
     values = {name: dict.fromkeys(qrels, 0.0) for name in MEASURES}
     names = {ir_measures.parse_measure(theirs): ours for ours, theirs in MEASURES.items()}
-    for metric in ir_measures.iter_calc(list(names), graded, ranked) if ranked else ():
+    for metric in ir_measures.iter_calc(list(names), qrels, ranked):
         values[names[metric.measure]][metric.query_id] = float(metric.value)
     return [Measured(name, *_mean(np.array([*found.values()])), found) for name, found in values.items()]
 
@@ -195,7 +193,7 @@ def _mean(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def _ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
+def _ranked(scores: dict[str, float]) -> list[tuple[str, float]]:
     return sorted(scores.items(), key=lambda pair: -pair[1])
 
 

@@ -32,6 +32,7 @@ def index(
     model: Model | None = None,
     *,
     dtype: str | None = None,
+    prefilter: bool = False,
     progress: bool | None = None,
     note: Note = warnings.warn,
 ) -> Summary:
@@ -45,6 +46,7 @@ def index(
         paths: as of `find_files`; `read_file` says which kinds of file are read, and how.
         model: folder or hub id of a ColBERT, or a loaded one; None: the store's own, for a new store the built-in.
         dtype: of the vectors: "fp16" (None for a new store), "fp32", or "int8" with a scale for each.
+        prefilter: also keep lists for `Store.search(..., prefilter=True)`, from now on.
         progress: show a bar on stderr; None: on a terminal.
         note: is told what is skipped or repaired, a sentence each.
 
@@ -56,9 +58,9 @@ def index(
     total = sum(file.stat().st_size for file in find_files(paths, note=lambda _: None))
     roots = [file_name(os.path.abspath(path)) for path in paths]
     name = None if isinstance(model, ColBERT) or model is None else str(model)
-    asked = {"paths": roots, "model": name and absolute(name), "dtype": dtype}
+    asked = {"paths": roots, "model": name and absolute(name), "dtype": dtype, "prefilter": prefilter}
     with updating(Path(output), asked) as update, _bar(total, progress) as update.advance:
-        update.use(model, dtype)
+        update.use(model, dtype, prefilter)
         for window in windows(update.colbert, _changed(update, paths, note)):
             update.put(window)
         update.flush()

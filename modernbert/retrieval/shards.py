@@ -3,6 +3,7 @@
     store.json                  the manifest: whoever replaces it changes the store, at once and as a whole
     passages-<hash>.sqlite      documents, passages and the list of shards; never written to again
     shards/<hash>.safetensors   token vectors of up to `PASSAGES` passages; never written to again
+    shards/centroids-*, lists-* of the pre-filter, where there is one; likewise
     unfinished.json             what an `index` was asked for that has not come to its end
     lock                        held by the one process that writes
 
@@ -48,14 +49,8 @@ class Shard:
 
     def __init__(self, path: Path, sha256: str) -> None:
         self.path, self._sha256, self._verified = path, sha256, False
-        try:
-            with safe_open(path, framework="pt") as file:
-                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-            self.offsets, self.spans = self.tensors["offsets"], self.tensors["spans"]
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} is missing: {REPAIR}") from error
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}): {REPAIR}") from error
+        self.tensors = _open(path)
+        self.offsets, self.spans = self.tensors["offsets"], self.tensors["spans"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -71,9 +66,13 @@ class Shard:
 
     def verify(self) -> None:
         """Raise ValueError unless the file is, byte for byte, the one that was written."""
-        if not self._verified and file_sha256(self.path) != self._sha256:
-            raise ValueError(f"{self.path} is damaged, its checksum is another: {REPAIR}")
+        if not self._verified:
+            _verify(self.path, self._sha256)
         self._verified = True
+
+    def raw(self, name: str = "values") -> Ragged:
+        """The rows of all passages as they are stored, unverified; `scales` are what int8 is to be multiplied with."""
+        return Ragged(self.tensors[name].view(len(self.tensors[name]), -1), self.offsets)
 
 
 def quantize(values_NE: Tensor, dtype: str) -> dict[str, Tensor]:
@@ -85,8 +84,8 @@ def quantize(values_NE: Tensor, dtype: str) -> dict[str, Tensor]:
     return {"values": values, "scales": scales_N}
 
 
-def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Write a shard, and return the name and the checksum of its file, which begin with `name`."""
+def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Write tensors to a file of the store and return its name, which begins with `name`, and its checksum."""
     content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
     sha256 = hashlib.sha256(content).hexdigest()
     path = folder / SHARDS / f"{name}-{sha256[:16]}.safetensors"
@@ -95,13 +94,37 @@ def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple
     return path.name, sha256
 
 
-def finished_shard(folder: Path, name: str) -> tuple[str, str] | None:
-    """The file and checksum of the shard `name` if an interrupted run has left it whole."""
+def finished_part(folder: Path, name: str) -> tuple[str, str] | None:
+    """The file and checksum of the part `name` if an interrupted run has left it whole."""
     for path in sorted((folder / SHARDS).glob(f"{name}-*.safetensors")):
         sha256 = file_sha256(path)
         if path.stem.endswith(sha256[:16]):
             return path.name, sha256
     return None
+
+
+def read_part(folder: Path, file: str, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a part, verified."""
+    _verify(folder / SHARDS / file, sha256)
+    return _open(folder / SHARDS / file)
+
+
+def _open(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as views of its map."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: {REPAIR}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): {REPAIR}") from error
+
+
+def _verify(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {REPAIR}")
+    if file_sha256(path) != sha256:
+        raise ValueError(f"{path} is damaged, its checksum is another: {REPAIR}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -147,6 +170,7 @@ def command(asked: Mapping[str, Any], folder: Path) -> str:
     if "forget" in asked:
         return shlex.join(["modernbert", "index", "--forget", *asked["forget"], "--output", str(folder)])
     options = [part for name in ("model", "dtype") if asked.get(name) for part in (f"--{name}", asked[name])]
+    options += ["--prefilter"] if asked.get("prefilter") else []
     return shlex.join(["modernbert", "index", *asked["paths"], "--output", str(folder), *options])
 
 

@@ -18,6 +18,7 @@ import torch
 from ..packing import Ragged
 from ..scoring import maxsim
 from . import shards as files
+from .candidates import Prefilter
 from .explain import TokenMatch, match
 from .model import Model, load
 from .passages import Passage
@@ -75,6 +76,8 @@ class Store:
         self._table = sqlite3.connect(address, uri=True, check_same_thread=False)
         shards = self._table.execute("SELECT number, file, sha256 FROM shards ORDER BY number")
         self._shards = {number: Shard(self.folder / files.SHARDS / file, sha256) for number, file, sha256 in shards}
+        self._prefilter: Prefilter | None = None
+        self._centroids = manifest.get("prefilter")
         self.colbert, self.model = load(model, manifest)
         self._keys = lru_cache(maxsize=1024)(self._select)
 
@@ -92,6 +95,7 @@ class Store:
         """Let go of the files."""
         self._table.close()
         self._shards.clear()
+        self._prefilter = None
 
     def search(
         self,
@@ -101,6 +105,7 @@ class Store:
         by: Literal["passage", "document"] = "passage",
         path: str | None = None,
         where: Mapping[str, str] | None = None,
+        prefilter: bool = False,
     ) -> list[list[Hit]]:
         """For each query its `top_k` passages, best first; of equal scores the one that was indexed first.
 
@@ -108,12 +113,15 @@ class Store:
             by: "document" lists each document once, by its best passage.
             path: only documents whose path matches this shell pattern; `*` also stands for `/`.
             where: only documents with these fields and values in their metadata.
+            prefilter: score only likely passages, which may miss some (README.md has the recall). The scores of those
+                that are found are the same. Raises ValueError unless the store was made with `prefilter`.
         """
         if isinstance(queries, str):
             raise ValueError(f"queries must be a list of texts, got the text {queries!r}; write [query]")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; ask for 1 or more")
-        best = self._best(queries, top_k, by, path, where)
+        vectors, keys = self.colbert.encode_queries(queries), self._keys_of(by, path, where)
+        best = self._likely(vectors, keys, top_k) if prefilter else self._best(vectors, keys, top_k)
         return [self._hits(found) for found in best]
 
     def run(self, queries: Mapping[str, str], *, top_k: int = 100) -> dict[str, dict[str, float]]:
@@ -130,7 +138,8 @@ class Store:
         names = list(queries)
         for start in range(0, len(names), 2 * QUERIES):
             group = names[start : start + 2 * QUERIES]
-            best = self._best([queries[name] for name in group], top_k, "document", None, None)
+            vectors = self.colbert.encode_queries([queries[name] for name in group])
+            best = self._best(vectors, self._keys_of("document", None, None), top_k)
             for name, found in zip(group, best, strict=True):
                 run[name] = {
                     self._id(keys[0]): score
@@ -163,17 +172,34 @@ class Store:
             vectors = Ragged.from_list([whole[columns[-1]] for columns in found])
             yield [columns[0] for columns in found], [_passage(columns) for columns in found], vectors
 
-    def _best(
-        self, queries: Sequence[str], top_k: int, by: str, path: str | None, where: Mapping[str, str] | None
-    ) -> list[_Best]:
-        query_vectors = self.colbert.encode_queries(queries)
-        best = [_Best(top_k) for _ in queries]
-        for number, shard in self._shards.items():
-            keys_N3 = self._keys(number, by, path, tuple((where or {}).items()))
+    def _keys_of(self, by: str, path: str | None, where: Mapping[str, str] | None) -> list[np.ndarray]:
+        return [self._keys(number, by, path, tuple((where or {}).items())) for number in self._shards]
+
+    def _best(self, queries: Ragged, keys: Sequence[np.ndarray], top_k: int) -> list[_Best]:
+        best = [_Best(top_k) for _ in range(len(queries))]
+        for shard, keys_N3 in zip(self._shards.values(), keys, strict=True):
             if len(keys_N3):
-                scores_BN = _scores(query_vectors, shard)[:, keys_N3[:, 2]]
+                scores_BN = _scores(queries, shard)[:, keys_N3[:, 2]]
                 for found, scores_N in zip(best, scores_BN, strict=True):
                     found.add(scores_N, keys_N3)
+        return best
+
+    def _likely(self, queries: Ragged, keys: Sequence[np.ndarray], top_k: int) -> list[_Best]:
+        """As `_best`, of the passages that the pre-filter gives."""
+        if self._centroids is None:
+            raise ValueError(f"{self.folder} has no pre-filter; modernbert index ... --prefilter gives it one")
+        if self._prefilter is None:
+            self._prefilter = Prefilter(self.folder, self._table, self._centroids, self._shards)
+        alive, dense = [], []
+        for shard, keys_N3 in zip(self._shards.values(), keys, strict=True):
+            dense.append(np.full((len(shard), 3), -1))
+            dense[-1][keys_N3[:, 2]] = keys_N3
+            alive.append(torch.from_numpy(dense[-1][:, 0] >= 0))
+        every = np.concatenate(dense) if dense else np.empty((0, 3))
+        best = [_Best(top_k) for _ in range(len(queries))]
+        for number, positions in enumerate(self._prefilter.candidates(queries, top_k, alive) if dense else ()):
+            scores_N = maxsim(queries[number : number + 1], self._prefilter.vectors(positions))[0]
+            best[number].add(scores_N.numpy(), every[positions.numpy()])
         return best
 
     def _id(self, document: int) -> str:

@@ -23,6 +23,7 @@ from ..heads.colbert import ColBERT
 from ..packing import Ragged
 from ..runtime import encode_tokens
 from . import shards as files
+from .candidates import update_lists
 from .corpus import Key
 from .model import Model, fingerprint, load
 from .passages import Document
@@ -40,7 +41,10 @@ CREATE TABLE passages (
     UNIQUE (shard, row)
 );
 CREATE INDEX passages_of_documents ON passages (document);
-CREATE TABLE shards (number INTEGER PRIMARY KEY, file TEXT NOT NULL, sha256 TEXT NOT NULL, passages INTEGER NOT NULL);
+CREATE TABLE shards (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL, sha256 TEXT NOT NULL, passages INTEGER NOT NULL
+);
+CREATE TABLE lists (shard INTEGER PRIMARY KEY, file TEXT NOT NULL, sha256 TEXT NOT NULL);
 """
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -133,8 +137,11 @@ class Update:
         self._waiting: list[Window] = []
         table.execute("CREATE TEMP TABLE seen (number INTEGER PRIMARY KEY)")
 
-    def use(self, model: Model | None, dtype: str | None) -> None:
-        """Encode with this model into this dtype; a store that is there already has settled both."""
+    def use(self, model: Model | None, dtype: str | None, prefilter: bool) -> None:
+        """Encode with this model into this dtype; a store that is there already has settled both.
+
+        With `prefilter`, lists are kept from now on for searches that look at likely passages only.
+        """
         old = self._manifest
         if dtype not in (None, *files.DTYPES):
             raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(files.DTYPES)}")
@@ -144,6 +151,8 @@ class Update:
         if not old:
             self._manifest = {"version": files.VERSION, "model": name, "fingerprint": fingerprint(self.colbert)}
             self._manifest |= {"dtype": dtype or "fp16", "width": self.colbert.dim}
+        if prefilter:
+            self._manifest.setdefault("prefilter", {})
 
     def known(self, key: Key) -> bool:
         """Whether the store holds this document as it is. Asked or put, it counts as seen."""
@@ -188,8 +197,8 @@ class Update:
         waiting, self._waiting = self._waiting, []
         if waiting:
             name = self._name(array for window in waiting for array in window[1:])
-            shard = files.finished_shard(self.folder, name)
-            shard = shard or files.write_shard(self.folder, name, self._encode(waiting))
+            shard = files.finished_part(self.folder, name)
+            shard = shard or files.write_part(self.folder, name, self._encode(waiting))
             number = self._add_shard(*shard, len(waiting))
             owner = "(SELECT number FROM documents WHERE path = ? AND id = ?)"
             self.table.executemany(
@@ -236,7 +245,11 @@ class Update:
         summary.documents, summary.passages = self.table.execute(count).fetchone()
         if not summary.passages and "table" not in self._manifest:
             raise ValueError("there is no text to index in the files and folders given")
-        kept = {file for (file,) in self.table.execute("SELECT file FROM shards")}
+        kept = set()
+        if "prefilter" in self._manifest:
+            self._manifest["prefilter"] = update_lists(self.folder, self.table, self._manifest["prefilter"])
+            kept.add(self._manifest["prefilter"]["file"])
+        kept |= {file for (file,) in self.table.execute("SELECT file FROM shards UNION SELECT file FROM lists")}
         beside = Path(self.table.execute("PRAGMA database_list").fetchone()[2])
         self.table.execute("COMMIT")
         self.table.close()
@@ -311,7 +324,7 @@ class Update:
         if living:
             tensors = {name: torch.cat(rows) for name, rows in parts.items()}
             tensors["offsets"] = torch.tensor(lengths).cumsum(0)
-            new = self._add_shard(*files.write_shard(self.folder, self._name(origin), tensors), living)
+            new = self._add_shard(*files.write_part(self.folder, self._name(origin), tensors), living)
             places = [(new, row, number) for row, number in enumerate(numbers)]
             self.table.executemany("UPDATE passages SET shard = ?, row = ? WHERE number = ?", places)
         self.table.executemany("DELETE FROM shards WHERE number = ?", [(number,) for number, *_ in group])

@@ -229,3 +229,46 @@ def test_names_that_an_address_would_misread(colbert, tmp_path):
         assert len(store.search(["owl"])[0]) == 3
     assert json.loads((folder / "store.json").read_text())["documents"] == 3
     assert not Path(str(folder).split("?")[0]).exists()
+
+
+@pytest.fixture(scope="module", params=["fp16", "int8"])
+def filtered(request, colbert, tmp_path_factory):
+    """A store with a pre-filter that has grown and shrunk since."""
+    folder = tmp_path_factory.mktemp("filtered")
+    source = folder / "corpus.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "PASSAGES", 16)
+        index([write_corpus(source, corpus(20))], folder / "store", colbert, dtype=request.param, prefilter=True)
+        index([write_corpus(source, corpus(200))], folder / "store", colbert)
+        index([write_corpus(source, corpus(200)[5:])], folder / "store", colbert)
+    with Store(folder / "store", colbert) as store:
+        yield store
+
+
+def test_a_pre_filter_that_lets_everything_through_is_exact(filtered, monkeypatch):
+    monkeypatch.setattr("modernbert.retrieval.candidates.CANDIDATES", 10_000)
+    for options in ({}, {"by": "document"}, {"where": {"year": "2001"}}, {"path": "nothing"}):
+        exact = filtered.search(QUERIES, top_k=20, **options)
+        likely = filtered.search(QUERIES, top_k=20, prefilter=True, **options)
+        for ours, theirs in zip(likely, exact, strict=True):
+            assert [hit.number for hit in ours] == [hit.number for hit in theirs]
+            np.testing.assert_allclose([hit.score for hit in ours], [hit.score for hit in theirs], atol=1e-5)
+
+
+def test_a_pre_filter_finds_most_and_scores_it_the_same(filtered, monkeypatch):
+    """Of 214 passages 40 are looked at; scores are exact for what is found."""
+    monkeypatch.setattr("modernbert.retrieval.candidates.CANDIDATES", 40)
+    found = 0
+    for query in QUERIES:
+        exact = {hit.number: hit.score for hit in filtered.search([query], top_k=1000)[0]}
+        likely = filtered.search([query], top_k=10, prefilter=True)[0]
+        assert len(likely) == 10
+        for hit in likely:
+            assert abs(hit.score - exact[hit.number]) < 1e-5
+        found += len({hit.number for hit in likely} & set(list(exact)[:10]))
+    assert found >= 30
+
+
+def test_a_store_without_a_pre_filter_says_how_to_get_one(store):
+    with pytest.raises(ValueError, match=r"has no pre-filter; modernbert index .* --prefilter gives it one"):
+        store.search(["owl"], prefilter=True)

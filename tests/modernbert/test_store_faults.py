@@ -267,7 +267,7 @@ def test_two_writers(colbert, tmp_path):
     reading, writing = os.pipe()
 
     def hold() -> None:
-        with building.updating(folder, {"paths": [str(source)], "model": None, "dtype": None}):
+        with building.updating(folder, {"paths": [str(source)], "model": None, "dtype": None, "prefilter": False}):
             os.write(writing, b"x")
             time.sleep(60)
 
