@@ -6,16 +6,20 @@ files are memory-mapped, and the module, built on the meta device, takes the ten
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
+import pickletools
 import re
 import shutil
 import sys
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -28,6 +32,9 @@ SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in the order t
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 HEADS = ("head.", "decoder.", "classifier.", "linear.")  # linear: of Stanford's ColBERT
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
+JSON_BYTES = 1 << 25  # the most that is read: objects take up to 20 times the memory of their text
+# All that a pickled state dict of torch calls, parameters included. torch allows more, as an array of any length.
+CALLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch[.a-z]* \w+Storage")
 
 
 def locate(
@@ -65,16 +72,22 @@ def locate(
     return hub.download(str(name_or_path), local_files_only=local_files_only, **options)
 
 
-def read_json(folder: str | os.PathLike[str], name: str) -> Any:
-    """What the JSON file `name` of `folder` holds: a dict, or a list (modules.json)."""
+def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> Any:
+    """What the JSON file `name` of `folder` holds: an object, or, where that is the `kind`, a list (modules.json)."""
     path = Path(folder) / name
     if not path.is_file():
         there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{path} is missing; beside it: {there}")
+        state = "leads to no file" if os.path.lexists(path) else "is missing"
+        raise FileNotFoundError(f"{path} {state}; beside it: {there}")
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; of JSON no more than {JSON_BYTES:,} are read")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds {type(content).__name__} {content!r:.80}, but must hold a {kind.__name__}")
+    return content
 
 
 def read_state_dict(
@@ -88,12 +101,15 @@ def read_state_dict(
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
-        ValueError: a damaged or unsafe file, or an index that does not fit its shards.
+        ValueError: a damaged or unsafe file, an index that does not fit its shards, NaN or infinity in a tensor.
     """
     state: dict[str, Tensor] = {}
     for path, promised in _weight_files(Path(folder)).items():
         read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
         part = dict(read(path, torch.device(device), dtype))
+        for name, tensor in part.items():
+            if not _is_finite(tensor):
+                raise ValueError(f"{path}: {name}, as {_kind(tensor)}, holds NaN or infinity; get the file anew")
         if promised is not None and part.keys() != promised:
             lost, extra = sorted(promised - part.keys()), sorted(part.keys() - promised)
             raise ValueError(f"{path} and its index differ: only the index has {lost}, only the file {extra}")
@@ -109,14 +125,14 @@ def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
         path = folder / f"{name}.index.json"
         if not path.is_file():
             continue
-        index = read_json(folder, path.name)
+        index = read_json(folder, path.name, object)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"{path} has no weight_map of tensor names to files")
         shards: dict[Path, set[str]] = {}
         for key, shard in index["weight_map"].items():
             # Of the two kinds of path, Windows' knows both separators and drive letters.
-            if PureWindowsPath(shard).name != shard:
-                raise ValueError(f"{path} points to {shard!r}, which is no file beside it")
+            if not isinstance(shard, str) or PureWindowsPath(shard).name != shard or "\0" in shard:
+                raise ValueError(f"{path} points to {shard!r:.200}, which is no file beside it")
             shards.setdefault(folder / shard, set()).add(key)
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise FileNotFoundError(f"{path} points to {missing}, which are missing")
@@ -141,18 +157,47 @@ def _read_safetensors(path: Path, device: torch.device, dtype: torch.dtype | Non
 
 def _read_pickle(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     try:
-        # The format of torch before 1.6 is no zip file and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)  # the format of torch before 1.6 is not, and cannot be mapped
+        if strange := sorted(name for name in _called(path, zipped) if not CALLED.fullmatch(name)):
+            raise ValueError(f"it calls {strange}")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # on a damaged file the readers of zip and pickle raise nearly anything
         raise ValueError(
             f"{path} is damaged, or holds more than tensors, and reading that could run any code; "
             f"where you trust it, convert it to {SAFETENSORS}: {error}"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(
+        # A tensor can be a view that repeats a small storage, so that it is far larger than the file.
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        for name, tensor in content.items()
+    ):
         raise ValueError(f"{path} is no state dict: a dict of names to tensors, and nothing else, is read")
     for name in list(content):
         tensor = content.pop(name).detach()
         yield name, tensor.to(device, _dtype(tensor, dtype))
+
+
+def _called(path: Path, zipped: bool) -> set[str]:
+    """The names of the functions and classes in a pickle of torch, which is not executed."""
+    with contextlib.ExitStack() as stack:
+        if not zipped:  # magic number, version, byte order, the dict, names of storages
+            file, pickles = stack.enter_context(path.open("rb")), 5
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, so that it cannot be mapped into memory")
+            (name,) = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+            file, pickles = stack.enter_context(archive.open(name)), 1
+        opcodes = chain.from_iterable(pickletools.genops(file) for _ in range(pickles))
+        return {str(argument) for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers; in one pass without a copy, at the speed of memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # not there for float8
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -12,27 +12,38 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 # The annotation of a field names its row in KINDS: what it accepts, how it is stored, the words of the error.
 Size = int
+Depth = int
 TokenId = int | None
 Positive = float
+Theta = float
 Rate = float
 Activation = Literal["gelu", "silu"]
 Pooling = Literal["cls", "mean"]
 Pattern = tuple[str, ...]
 
+# Far beyond any model, and so small that a config alone, before there are weights, costs no memory and no time.
+LARGEST, DEEPEST = 2**24, 1000
+
 KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
-    "Size": (lambda v: type(v) is int and v >= 1, int, "a whole number, 1 or more"),
+    "Size": (lambda v: type(v) is int and 1 <= v <= LARGEST, int, f"a whole number from 1 to {LARGEST:,}"),
+    "Depth": (lambda v: type(v) is int and 1 <= v <= DEEPEST, int, f"a whole number from 1 to {DEEPEST:,}"),
     "TokenId": (lambda v: v is None or (type(v) is int and v >= 0), lambda v: v, "a token id or null"),
     "Positive": (lambda v: type(v) in (int, float) and 0 < v < math.inf, float, "a finite number above 0"),
+    "Theta": (lambda v: type(v) in (int, float) and 1 <= v < math.inf, float, "a finite number, 1 or more"),
     "Rate": (lambda v: type(v) in (int, float) and 0 <= v < 1, float, "a probability below 1"),
     "bool": (lambda v: type(v) is bool, bool, "true or false"),
     "Activation": (lambda v: v in ("gelu", "silu"), str, "gelu (by erf) or silu; no other is implemented"),
     "Pooling": (lambda v: v in ("cls", "mean"), str, "cls or mean"),
     "Pattern": (
-        lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(t in (FULL, SLIDING) for t in v),
+        lambda v: isinstance(v, list | tuple) and 0 < len(v) <= DEEPEST and all(t in (FULL, SLIDING) for t in v),
         tuple,
-        f"a list of {FULL!r} and {SLIDING!r}, not empty",
+        f"a list of 1 to {DEEPEST:,} times {FULL!r} or {SLIDING!r}",
     ),
     "Object": (lambda v: v is None or isinstance(v, Mapping), lambda v: v or {}, "a JSON object or null"),
+    # Of the files around a head:
+    "Text": (lambda v: isinstance(v, str), str, "a text"),
+    "Name": (lambda v: v is None or isinstance(v, str), lambda v: v, "a text or null"),
+    "Words": (lambda v: isinstance(v, list | tuple) and all(isinstance(w, str) for w in v), tuple, "a list of texts"),
 }
 
 
@@ -49,7 +60,7 @@ class EncoderConfig:
     vocab_size: Size = 50368
     hidden_size: Size = 768
     intermediate_size: Size = 1152
-    num_hidden_layers: Size = 22
+    num_hidden_layers: Depth = 22
     num_attention_heads: Size = 12
     hidden_activation: Activation = "gelu"
     max_position_embeddings: Size = 8192
@@ -59,8 +70,8 @@ class EncoderConfig:
     mlp_bias: bool = False
     layer_pattern: Pattern = (FULL, SLIDING, SLIDING)
     local_attention: Size = 128  # the whole span; `window` counts the neighbours on each side
-    global_rope_theta: Positive = 160_000.0
-    local_rope_theta: Positive = 10_000.0
+    global_rope_theta: Theta = 160_000.0
+    local_rope_theta: Theta = 10_000.0
     embedding_dropout: Rate = 0.0
     attention_dropout: Rate = 0.0  # of the probabilities and of the output, as in Hugging Face
     mlp_dropout: Rate = 0.0
@@ -208,7 +219,7 @@ def _rope_theta(hf: Mapping[str, Any], kind: str, legacy: str, *, null_means: fl
     rope = (hf.get("rope_parameters") or {}).get(kind) or {}
     spelled = {f"rope_parameters.{kind}.rope_theta": rope.get("rope_theta"), legacy: hf.get(legacy)}
     # transformers 4 writes null, and FlexBERT's converter -1, for local layers that use the global theta.
-    thetas = {key: _checked("Positive", key, v) for key, v in spelled.items() if v not in (None, -1)}
+    thetas = {key: _checked("Theta", key, v) for key, v in spelled.items() if v not in (None, -1)}
     if len(set(thetas.values())) > 1:
         raise ValueError(f"config: {thetas} contradict one another; keep the one the model was trained with")
     if thetas:
@@ -222,7 +233,7 @@ def _layer_pattern(hf: Mapping[str, Any]) -> Pattern:
     """Every n-th layer global where the file says so, else the shortest pattern behind its `layer_types`."""
     n, types = hf.get("global_attn_every_n_layers"), hf.get("layer_types")
     if n is not None:
-        return (FULL, *[SLIDING] * (_checked("Size", "global_attn_every_n_layers", n) - 1))
+        return (FULL, *[SLIDING] * (_checked("Depth", "global_attn_every_n_layers", n) - 1))
     types = EncoderConfig.layer_pattern if types is None else _checked("Pattern", "layer_types", types)
     periods = range(1, len(types) + 1)
     return next(types[:p] for p in periods if all(t == types[i % p] for i, t in enumerate(types)))

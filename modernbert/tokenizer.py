@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,6 +61,8 @@ class Tokenizer:
         self._backend, self._config = backend, dict(config or {})
         self.do_lower_case = bool(self._config.get("do_lower_case"))
         limit = self._config.get("model_max_length") or 1e30  # which is how transformers writes "no limit"
+        if type(limit) not in (int, float) or not limit >= 1:
+            raise ValueError(f"tokenizer_config.json: model_max_length is {limit!r:.80}, but must be 1 or more")
         self.max_length = int(limit) if limit < 1e9 else None
         self._names = {role: self._special_token(role) for role in USUAL_NAMES}
         ids = [None if name is None else backend.token_to_id(name) for name in self._names.values()]
@@ -82,10 +85,9 @@ class Tokenizer:
         folder = locate(folder_or_hub_id, only=(*optional, "tokenizer.json"), **access)
         if not (file := folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{file} is missing; transformers' AutoTokenizer saves one")
-        try:
+        with _as_value_error(f"{file} is damaged, or too new for this `tokenizers`"):
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises no narrower class
-            raise ValueError(f"{file} is damaged, or too new for this `tokenizers`: {error}") from error
+            backend.encode_batch(["", ("", "")])  # the special tokens around texts are looked up only now
         names, config, sbert = [read_json(folder, x) if (folder / x).is_file() else {} for x in optional]
         # A tokenizer.json that lower-cases by itself (BERT's) finds the special tokens first; keep it so.
         lowers = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"
@@ -111,7 +113,8 @@ class Tokenizer:
         limit = self.max_length if max_length is None else max_length
         left = self._config.get("truncation_side") == "left"
         run = self._backend.encode_batch if spans else self._backend.encode_batch_fast
-        wholes = run(list(map(_lower, texts)) if self.do_lower_case else texts)
+        with _as_value_error("tokenizer.json contradicts itself, and cannot tokenise these texts"):
+            wholes = run(list(map(_lower, texts)) if self.do_lower_case else texts)
         batch = []
         for text, whole in zip(texts, wholes, strict=True):
             ids, offsets = whole.ids, whole.offsets if spans else []
@@ -171,12 +174,25 @@ class Tokenizer:
 
     def _special_token(self, role: str) -> str | None:
         named = self._config.get(role)
-        name = named["content"] if isinstance(named, dict) else named
+        name = named.get("content") if isinstance(named, dict) else named
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"tokenizer_config.json: {role} is {named!r:.80}, but must be a token")
         if name is None:
             return next((usual for usual in USUAL_NAMES[role] if self.token_to_id(usual) is not None), None)
         if self.token_to_id(name) is None:
             raise ValueError(f"{role} is {name!r}, which tokenizer.json lacks: do the files belong together?")
         return name
+
+
+@contextlib.contextmanager
+def _as_value_error(what: str) -> Iterator[None]:
+    """What the tokenizers library raises: a plain Exception, or a panic of Rust, which is not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _checked(texts: str | Iterable[Text]) -> list[Text]:

@@ -245,9 +245,11 @@ def test_a_row_carries_what_is_needed_to_judge_and_repeat_it():
     } <= set(row)
 
 
-@pytest.mark.parametrize("output", [["--output", "/some/where"], ["--output=/some/where"], []])
-def test_the_command_of_a_row_names_no_path(output):
-    assert rows.without_output(["cpu", *output, "--only", "variable"]) == ["cpu", "--only", "variable"]
+@pytest.mark.parametrize("option", ["--output", "--work"])
+@pytest.mark.parametrize("folder", [["{}", "/some/where"], ["{}=/some/where"], []])
+def test_the_command_of_a_row_names_no_path(option, folder):
+    given = [part.format(option) for part in folder]
+    assert rows.without_folders(["cpu", *given, "--only", "variable"]) == ["cpu", "--only", "variable"]
 
 
 def test_rows_come_back_from_files_in_the_order_of_their_dates(tmp_path):
@@ -289,20 +291,24 @@ def test_the_full_table_has_every_row_with_factor_and_goal():
     assert all(f"| {row['implementation']} |" in text for row in RUN)
 
 
-def test_only_the_text_between_the_markers_is_replaced():
-    text = f"before\n{report.START}\nold \\1\n{report.END}\nafter"
-    assert report.replace_between(text, "new \\g<0>") == f"before\n{report.START}\nnew \\g<0>\n{report.END}\nafter"
-    with pytest.raises(ValueError, match="once each"):
-        report.replace_between("no markers", "new")
+@pytest.mark.parametrize("suite", report.README_TABLES)
+def test_only_the_text_between_the_markers_is_replaced(suite):
+    start, end = report.markers(suite)
+    text = f"before\n{start}\nold \\1\n{end}\nafter"
+    assert report.replace_between(text, "new \\g<0>", suite) == f"before\n{start}\nnew \\g<0>\n{end}\nafter"
+    with pytest.raises(ValueError, match=f"{start} and {end} once each"):
+        report.replace_between("no markers", "new", suite)
 
 
-def test_the_committed_tables_are_those_of_the_committed_rows():
+@pytest.mark.parametrize("suite", report.README_TABLES)
+def test_the_committed_tables_are_those_of_the_committed_rows(suite):
     """Whoever adds rows runs `python -m benchmarks report`, and nobody edits a figure by hand."""
-    committed = report.latest(rows.read(report.RESULTS))
+    committed = report.latest(rows.read(report.RESULTS / suite))
     readme = report.README.read_text("utf-8")
     if not committed:
-        table = readme.split(report.START)[1].split(report.END)[0]
+        start, end = report.markers(suite)
+        table = readme.partition(start)[2].partition(end)[0]
         assert not table.strip(), "README.md shows figures, but no row is committed"
         return
-    assert readme == report.replace_between(readme, report.readme_table(committed))
-    assert Path(report.RESULTS / "README.md").read_text("utf-8") == report.markdown(committed)
+    assert readme == report.replace_between(readme, report.README_TABLES[suite](committed), suite)
+    assert Path(report.RESULTS / suite / "README.md").read_text("utf-8") == report.markdown(committed)

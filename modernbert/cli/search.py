@@ -218,7 +218,7 @@ def _open(index: str, model: str | None) -> Iterator[tuple[Store | Engine, str]]
 def _read(paths: Sequence[Path], model: str | None) -> Iterator[tuple[Store, float]]:
     """A store of files and folders that is gone afterwards, and the seconds that reading and encoding took."""
     from ..heads.colbert import ColBERT
-    from ..retrieval.index import index
+    from ..retrieval.indexing import index
     from ..retrieval.store import Store
 
     colbert = ColBERT.default() if model is None else ColBERT.from_pretrained(model)

@@ -34,14 +34,14 @@ def index(
     Of what lies under the paths the store then holds what is there now; only what is new or changed is encoded.
     After an interruption the same command goes on where it stopped.
     """
-    from ..retrieval import index as build
+    from .. import retrieval
 
     notes: list[str] = []
     try:
         if forget:
-            summary = build.forget(paths, output)
+            summary = retrieval.forget(paths, output)
         else:
-            summary = build.index(paths, output, model, dtype=dtype, prefilter=prefilter, note=notes.append)
+            summary = retrieval.index(paths, output, model, dtype=dtype, prefilter=prefilter, note=notes.append)
     except KeyboardInterrupt:
         raise OSError(f"interrupted; {output} is as it was. The same command goes on where this one stopped") from None
     finally:
@@ -66,18 +66,17 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")] = False,
 ) -> None:
     """Measure how well a model finds the relevant documents of a BEIR data set, with 95 % intervals."""
+    from .. import retrieval
     from ..retrieval.evaluate import find_dataset, measure, read_qrels, read_queries, write_run
-    from ..retrieval.index import index as build
     from ..retrieval.shards import replacing
-    from ..retrieval.store import Store
 
     corpus, queries, qrels = find_dataset(dataset, split)
     judged = read_qrels(qrels)
     asked = {name: text for name, text in read_queries(queries).items() if name in judged}
     with tempfile.TemporaryDirectory() as folder:
         folder = index or Path(folder)
-        build([corpus], folder, model, note=note)
-        with Store(folder, model) as store:
+        retrieval.index([corpus], folder, model, note=note)
+        with retrieval.Store(folder, model) as store:
             found = store.run(asked, top_k=TOP_RUN)
     measures = measure(found, judged, note=note)
     if run:

@@ -176,7 +176,9 @@ class ColBERT(nn.Module):
                 layer = Dense(**arguments)
             files.load_state_dict(layer, state, prefix="", ignore=())
             dense.append(layer)
-        return cls(encoder, tokenizer, dense, ColBERTConfig(**settings)).eval()
+        config = ColBERTConfig(**settings)
+        colbert_folder.check(folder, encoder.config, tokenizer, dense, config)
+        return cls(encoder, tokenizer, dense, config).eval()
 
     @classmethod
     def default(cls) -> ColBERT:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint as files
+from ..config import KINDS, EncoderConfig
 from ..tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .colbert import ColBERT, Dense
+    from .colbert import ColBERT, ColBERTConfig, Dense
 
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
@@ -24,6 +26,27 @@ METADATA = "artifact.metadata"
 # Modules by the last part of their type; the others have no meaning for late interaction.
 READ = ("Transformer", "Dense", "MultiVectorMask")
 SKIPPED = ("Normalize", "Pooling")  # normalising is part of our forward pass; PyLate drops both as well
+
+# What values there may be, as rows of `config.KINDS`: of the fields of `ColBERTConfig`, of the arguments of `Dense`.
+SETTING_KINDS: dict[str, str] = {
+    "query_prefix": "Text",
+    "document_prefix": "Text",
+    "query_prompt": "Text",
+    "document_prompt": "Text",
+    "query_length": "Size",
+    "document_length": "Size",
+    "do_query_expansion": "bool",
+    "attend_to_expansion_tokens": "bool",
+    "skiplist_words": "Words",
+    "skip_unknown": "bool",
+    "strip": "bool",
+}
+DENSE_KINDS = {"in_features": "Size", "out_features": "Size", "bias": "bool", "activation": "Text", "residual": "bool"}
+# Of torch.nn, those that have no parameters and take each number by itself.
+ACTIVATIONS = (
+    "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid "
+    "Softplus Softsign Tanh Tanhshrink"
+)
 
 
 class Layer(NamedTuple):
@@ -38,7 +61,9 @@ def read(
 ) -> tuple[dict[str, Any], list[Layer]]:
     """Fields of `ColBERTConfig`, and the layers of the head."""
     if files.read_json(folder, "config.json").get("architectures") == ["HF_ColBERT"]:
-        weight = files.read_state_dict(folder, device=device, dtype=dtype)["linear.weight"]
+        weight = files.read_state_dict(folder, device=device, dtype=dtype).get("linear.weight")
+        if weight is None or weight.dim() != 2:
+            raise ValueError(f"{folder} has no matrix linear.weight, which is the head of a HF_ColBERT")
         head = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
         return _stanford(folder), [Layer(head, {"linear.weight": weight})]
     if not (folder / "modules.json").is_file():
@@ -47,7 +72,8 @@ def read(
             "ColBERT.from_encoder(Encoder.from_pretrained(...), Tokenizer.from_pretrained(...))"
         )
     modules: dict[str, list[Path]] = {}
-    for module in files.read_json(folder, "modules.json"):
+    for module in files.read_json(folder, "modules.json", list):
+        module = _checked(folder / "modules.json", module, {"type": "Text", "path": "Text"})
         kind = module["type"].rsplit(".", 1)[-1]
         if kind not in (*READ, *SKIPPED):
             raise ValueError(
@@ -58,12 +84,23 @@ def read(
         raise ValueError(f"{folder}/modules.json lists no Dense module: this is no late-interaction checkpoint")
     written = files.read_json(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
     native = written.get("model_type") == "MultiVectorEncoder"
+    written |= _checked(folder / SETTINGS, written, {"prompts": "Object", "default_prompt_name": "Name"})
     settings = _native(folder, written, modules, tokenizer) if native else _pylate(written)
     layers = [
         Layer(_dense_arguments(path), files.read_state_dict(path, device=device, dtype=dtype))
         for path in modules["Dense"]
     ]
-    return settings, layers
+    return _checked(folder / SETTINGS, settings, {name: SETTING_KINDS[name] for name in settings}), layers
+
+
+def _checked(where: Path, values: Any, kinds: dict[str, str]) -> dict[str, Any]:
+    """The values named in `kinds`, as `config.KINDS` has them stored; ValueError for one that is not of its kind."""
+    found = {name: values.get(name) if isinstance(values, dict) else None for name in kinds}
+    for name, kind in kinds.items():
+        accepts, _, wanted = KINDS[kind]
+        if not accepts(found[name]):
+            raise ValueError(f"{where}: {name} is {found[name]!r:.80}, but must be {wanted}")
+    return {name: KINDS[kind][1](found[name]) for name, kind in kinds.items()}
 
 
 def _stanford(folder: Path) -> dict[str, Any]:
@@ -76,14 +113,15 @@ def _stanford(folder: Path) -> dict[str, Any]:
         "document_length": ("doc_maxlen", 180),
         "attend_to_expansion_tokens": ("attend_to_mask_tokens", False),
     }
-    return {ours: written.get(theirs, default) for ours, (theirs, default) in names.items()} | {
+    settings = {ours: written.get(theirs, default) for ours, (theirs, default) in names.items()}
+    return _checked(folder / METADATA, settings, {name: SETTING_KINDS[name] for name in names}) | {
         "do_query_expansion": True
     }
 
 
 def _pylate(written: dict[str, Any]) -> dict[str, Any]:
     """PyLate: prefixes are tokens, and a default prompt (rare) goes before queries and documents alike."""
-    prompt = (written.get("prompts") or {}).get(written.get("default_prompt_name") or "", "")
+    prompt = written["prompts"].get(written["default_prompt_name"] or "", "")
     expansion = written.get("do_query_expansion", True)
     words = written.get("skiplist_words")
     return {
@@ -95,7 +133,7 @@ def _pylate(written: dict[str, Any]) -> dict[str, Any]:
         "document_length": written.get("document_length", 180),
         "do_query_expansion": expansion,
         "attend_to_expansion_tokens": expansion and written.get("attend_to_expansion_tokens", False),
-        "skiplist_words": tuple(string.punctuation if words is None else words),
+        "skiplist_words": tuple(string.punctuation) if words is None else words,
     }
 
 
@@ -104,8 +142,8 @@ def _native(
 ) -> dict[str, Any]:
     """sentence-transformers: prefixes are text (one token, where it was added to the vocabulary), blanks stay."""
     transformer = files.read_json(folder, TRANSFORMER)
-    expansion = transformer.get("query_expansion")
-    if expansion and (expansion["strategy"] != "fixed" or expansion.get("token") not in (None, "[MASK]")):
+    expansion = _checked(folder / TRANSFORMER, transformer, {"query_expansion": "Object"})["query_expansion"]
+    if expansion and (expansion.get("strategy") != "fixed" or expansion.get("token") not in (None, "[MASK]")):
         raise ValueError(
             f"{folder}/{TRANSFORMER}: query_expansion {expansion} is not supported; only 'fixed' with [MASK]"
         )
@@ -114,16 +152,17 @@ def _native(
         raise ValueError(f"{folder}: MultiVectorMask {mask} is not supported; only a skiplist on documents")
     limit = tokenizer.max_length or 8192
     settings = {
-        "query_length": expansion["length"] if expansion else transformer.get("query_length") or limit,
+        "query_length": expansion.get("length") if expansion else transformer.get("query_length") or limit,
         "document_length": transformer.get("document_length") or limit,
         "do_query_expansion": bool(expansion),
-        "attend_to_expansion_tokens": bool(expansion and expansion["attend"]),
-        "skiplist_words": tuple(mask.get("skiplist_words") or ()),
+        "attend_to_expansion_tokens": expansion.get("attend", False),
+        "skiplist_words": mask.get("skiplist_words") or (),
         "skip_unknown": False,
         "strip": False,
     }
+    prompts = _checked(folder / SETTINGS, written["prompts"], {"query": "Name", "document": "Name"})
     for role in ("query", "document"):
-        prompt = (written.get("prompts") or {}).get(role) or ""
+        prompt = prompts[role] or ""
         is_token = prompt in tokenizer.added_tokens  # an ordinary word could merge with what follows it
         settings |= {f"{role}_prefix": prompt if is_token else "", f"{role}_prompt": "" if is_token else prompt}
     return settings
@@ -131,18 +170,36 @@ def _native(
 
 def _dense_arguments(folder: Path) -> dict[str, Any]:
     config = files.read_json(folder, "config.json")
-    path = config.get("activation_function", "torch.nn.modules.linear.Identity")
-    name = path.rsplit(".", 1)[-1]
-    known = path.startswith("torch.nn.") and isinstance(getattr(nn, name, None), type)
-    if not known or not issubclass(getattr(nn, name), nn.Module):
-        raise ValueError(f"{folder}/config.json: activation_function {path!r} is no activation of torch.nn")
-    return {
-        "in_features": config["in_features"],
-        "out_features": config["out_features"],
+    arguments = {
+        "in_features": config.get("in_features"),
+        "out_features": config.get("out_features"),
         "bias": config.get("bias", True),
-        "activation": name,
+        "activation": config.get("activation_function", "torch.nn.modules.linear.Identity"),
         "residual": config.get("use_residual", False),
     }
+    arguments = _checked(folder / "config.json", arguments, DENSE_KINDS)
+    path, name = arguments["activation"].rpartition(".")[::2]
+    if not path.startswith("torch.nn") or name not in ACTIVATIONS.split():
+        raise ValueError(f"{folder}/config.json: activation {arguments['activation']!r:.80} is none of {ACTIVATIONS}")
+    return arguments | {"activation": name}
+
+
+def check(
+    folder: Path, encoder: EncoderConfig, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig
+) -> None:
+    """Raise a ValueError where parts that are each sound are not of one model."""
+    width = encoder.hidden_size
+    for layer in dense:
+        if layer.linear.in_features != width:
+            raise ValueError(f"{folder}: a Dense takes {layer.linear.in_features} features, but is given {width}")
+        width = layer.linear.out_features
+    # Tokens around a text have ids of their own in tokenizer.json, which its vocabulary need not have.
+    largest = max([tokenizer.vocab_size - 1, *tokenizer.encode_batch([""])[0].ids])
+    if largest >= encoder.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has id {largest}, but the encoder only {encoder.vocab_size} tokens")
+    if config.do_query_expansion and config.query_length > encoder.max_position_embeddings:
+        limit = f"max_position_embeddings {encoder.max_position_embeddings}"
+        raise ValueError(f"{folder}: queries are expanded to {config.query_length} tokens, beyond {limit}")
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -1,1 +1,6 @@
-"""Documents in, ranked passages out: `corpus` reads, `search` ranks, `explain` says why."""
+"""Documents in, ranked passages out, with reasons: `index` makes a store on disk, `Store` searches it."""
+
+from .indexing import forget, index
+from .store import Hit, Store
+
+__all__ = ["Hit", "Store", "forget", "index"]

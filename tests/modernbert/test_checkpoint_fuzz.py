@@ -58,7 +58,7 @@ class Loader:
                 os._exit(0)
             os.close(asked)
             os.close(answered)
-            self.requests, self.answers = open(ask, "w"), open(answer)
+            self.requests, self.answers = os.fdopen(ask, "w"), os.fdopen(answer)
         print(kind, folder, sep="\t", file=self.requests, flush=True)
         if line := self.answers.readline():
             return json.loads(line)
@@ -106,7 +106,7 @@ def serve(good: dict[str, Path], requests: TextIO, answers: TextIO) -> None:
 
 @torch.inference_mode()
 def encode(kind: str, folder: Path) -> list[torch.Tensor]:
-    if "encoder" in kind:
+    if kind.endswith("encoder"):
         return [Encoder.from_pretrained(folder)(pack([[1, 2, 3, 4], [5, 6]]))]
     colbert = ColBERT.from_pretrained(folder)
     return [colbert.encode_queries(TEXTS).values, colbert.encode_documents(TEXTS).values]
@@ -117,7 +117,7 @@ def encode(kind: str, folder: Path) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A ColBERT and an encoder, each with its weights in one file, in shards, and pickled."""
+    """A ColBERT and an encoder, their weights in one file, in shards, and pickled; ColBERTs in two other layouts."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("good")
     model = ColBERT.from_encoder(Encoder.from_pretrained(BACKBONE), Tokenizer.from_pretrained(BACKBONE), dim=24)
@@ -134,7 +134,30 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             safetensors.torch.save_file(shard, root / f"sharded {name}" / file)
         index = {"weight_map": {key: file for file, shard in shards.items() for key in shard}}
         (root / f"sharded {name}" / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copytree(BACKBONE, root / "stanford")
+    shutil.copytree(BACKBONE.parent / "cases" / "stanford", root / "stanford", dirs_exist_ok=True)
+    (root / "stanford" / "call.json").unlink()
+    native(root / "colbert", root / "native")
     return {path.name: path for path in root.iterdir()}
+
+
+def native(pylate: Path, folder: Path) -> None:
+    """The layout of sentence-transformers 6."""
+    shutil.copytree(pylate, folder)
+    (folder / "2_MultiVectorMask").mkdir()
+    modules = [("", "Transformer"), ("1_Dense", "Dense"), ("2_MultiVectorMask", "MultiVectorMask")]
+    expansion = {"strategy": "fixed", "attend": False, "token": None, "length": 16}
+    content = {
+        "modules.json": [{"path": path, "type": f"sentence_transformers.{kind}"} for path, kind in modules],
+        "config_sentence_transformers.json": {
+            "model_type": "MultiVectorEncoder",
+            "prompts": {"document": "[D] ", "query": "[Q] "},
+        },
+        "sentence_bert_config.json": {"document_length": 40, "query_expansion": expansion},
+        "2_MultiVectorMask/config.json": {"skiplist_words": ["!", "."], "skiplist_tasks": ["document"]},
+    }
+    for name, value in content.items():
+        (folder / name).write_text(json.dumps(value))
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +231,9 @@ def exchanged(draw: Draw, folder: Path) -> None:
 def linked(draw: Draw, folder: Path) -> str:
     """Out of the folder, as everything is in the hub's cache."""
     path = one(draw, [pick(draw, folder), *(path for path in folder.iterdir() if path.is_dir())])
-    there = folder.parent / f"{path.name} of {folder.name}"
-    shutil.move(path, there)
+    there = folder.parent / f"{path.relative_to(folder)} of {folder.name}".replace("/", " ")
+    assume(not there.exists() and not path.is_symlink())
+    path.rename(there)
     path.symlink_to(there)
     return SAME
 
@@ -253,9 +277,9 @@ VALUES += [[], {}, [[]], [None], [1, 2], {"": None}, {"content": 3}]
 
 
 def document(draw: Draw, folder: Path) -> tuple[Path, Any]:
-    path = pick(draw, folder, ".json")
+    path = pick(draw, folder, one(draw, [".json", ".json", ".metadata"]))
     content = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(path.read_bytes())
     assume(content and isinstance(content, (dict, list)))
     return path, content
@@ -316,7 +340,7 @@ def unclosed(draw: Draw, folder: Path) -> str:
 
 
 def no_utf8(draw: Draw, folder: Path) -> None:
-    path, content = document(draw, folder)
+    path, _ = document(draw, folder)
     text = path.read_bytes()
     path.write_bytes(
         one(draw, [b"\xef\xbb\xbf" + text, text.decode().encode("utf-16"), text.replace(b'"', b'"\xff', 3)])
@@ -333,9 +357,12 @@ ABSURD = {
     "config.json": "num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size local_attention "
     "max_position_embeddings global_attn_every_n_layers pad_token_id norm_eps",
     "1_Dense/config.json": "in_features out_features activation_function bias use_residual",
-    "config_sentence_transformers.json": "query_length document_length query_prefix skiplist_words prompts",
+    "config_sentence_transformers.json": "query_length document_length query_prefix skiplist_words prompts "
+    "default_prompt_name do_query_expansion attend_to_expansion_tokens model_type",
     "tokenizer_config.json": "model_max_length truncation_side do_lower_case cls_token",
-    "sentence_bert_config.json": "do_lower_case",
+    "sentence_bert_config.json": "do_lower_case query_length document_length query_expansion",
+    "2_MultiVectorMask/config.json": "skiplist_words skiplist_tasks keep_only_token_ids",
+    "artifact.metadata": "query_maxlen doc_maxlen query_token_id attend_to_mask_tokens",
 }
 SIZES = [0, -1, 7, 2**24, 10**9, 2**31, 2**40, 2**62, 10**30, -(2**63), 0.5]
 
@@ -343,7 +370,7 @@ SIZES = [0, -1, 7, 2**24, 10**9, 2**31, 2**40, 2**62, 10**30, -(2**63), 0.5]
 def absurd(draw: Draw, folder: Path) -> None:
     file = one(draw, [file for file in ABSURD if (folder / file).is_file()])
     content = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         content = json.loads((folder / file).read_bytes())
     assume(isinstance(content, dict))
     for _ in range(one(draw, [1, 2, 3])):
@@ -354,6 +381,7 @@ def absurd(draw: Draw, folder: Path) -> None:
 def outside(draw: Draw, folder: Path) -> str:
     """A module or a shard that is good, and elsewhere."""
     secret = folder.parent / f"secret of {folder.name}"
+    assume(not secret.exists())
     secret.mkdir()
     for path in [path for path in folder.iterdir() if path.name.startswith(("model-", "1_Dense"))]:
         path.rename(secret / path.name)
@@ -361,8 +389,8 @@ def outside(draw: Draw, folder: Path) -> str:
     if (index := folder / "model.safetensors.index.json").is_file():
         index.write_text(index.read_text().replace('"model-', f'"{prefix}model-'))
     else:
-        assume((folder / "modules.json").is_file())
         modules = folder / "modules.json"
+        assume(modules.is_file() and "1_Dense" in modules.read_text())
         modules.write_text(modules.read_text().replace('"1_Dense"', f'"{prefix}1_Dense"'))
     return REFUSED
 
@@ -399,7 +427,7 @@ def tensor_file(draw: Draw, folder: Path) -> tuple[Path, dict[str, Any], bytes]:
     path = pick(draw, folder, ".safetensors")
     content = path.read_bytes()
     header = None
-    with contextlib.suppress(ValueError, struct.error):
+    with contextlib.suppress(ValueError, RecursionError, struct.error):
         header = json.loads(content[8 : 8 + struct.unpack_from("<Q", content)[0]])
     assume(isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values()))
     return path, header, content[8 + struct.unpack_from("<Q", content)[0] :]
@@ -517,10 +545,10 @@ class Bomb:
 
 
 class Swollen:
-    """Ten gigabytes when it is unpickled, with nothing but what torch allows."""
+    """Half a gigabyte when it is unpickled, with nothing but what torch allows."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return bytearray, (10**10,)
+        return bytearray, (5 * 10**8,)
 
 
 def bomb(draw: Draw, folder: Path) -> str:
@@ -566,8 +594,8 @@ def zipped(draw: Draw, folder: Path) -> None:
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
         entries = {name: file.read(name) for name in file.namelist()}
     assume(entries)
-    large = one(draw, [None, *entries])
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+    large = one(draw, [None, None, *[name for name in entries if name.endswith(("data.pkl", "data/0"))]])
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         for name, content in entries.items():
             with file.open(name, "w", force_zip64=True) as entry:
                 entry.write(content)

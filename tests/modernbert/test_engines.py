@@ -21,7 +21,7 @@ from stores import corpus, small_colbert, write_corpus
 
 from modernbert import ColBERT, maxsim
 from modernbert.retrieval.engines import Engine, export, is_target
-from modernbert.retrieval.index import index
+from modernbert.retrieval.indexing import index
 from modernbert.retrieval.store import Store
 
 QUERIES = ["owl night mouse", "which storm brought hail?", "peace treaty", "number 31", ""]

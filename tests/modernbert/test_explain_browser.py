@@ -238,6 +238,8 @@ def test_keyboard_alone(visit, hits, file):
         return focused()
 
     assert press("Tab") == "how"
+    assert press("Tab") == "All 11 tokens of the query"
+    assert press("Shift+Tab") == "how"
     assert press("ArrowRight", "ArrowRight") == "h"
     assert press("End") == "3 tokens without text"
     assert press("ArrowRight") == "how"

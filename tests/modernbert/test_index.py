@@ -14,7 +14,7 @@ from stores import corpus, small_colbert, write_corpus
 
 from modernbert import ColBERT
 from modernbert.retrieval import update as building
-from modernbert.retrieval.index import forget, index
+from modernbert.retrieval.indexing import forget, index
 from modernbert.retrieval.store import Store
 
 
@@ -232,7 +232,7 @@ def test_progress_counts_every_byte_of_input_once(colbert, tmp_path, monkeypatch
         told.append(total)
         yield seen.append
 
-    monkeypatch.setattr("modernbert.retrieval.index._bar", bar)
+    monkeypatch.setattr("modernbert.retrieval.indexing._bar", bar)
     index([source], tmp_path / "store", colbert)
     assert told == [source.stat().st_size]
     assert sum(seen) == pytest.approx(told[0])

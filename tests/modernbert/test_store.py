@@ -14,7 +14,7 @@ from stores import corpus, small_colbert, write_corpus
 from modernbert import ColBERT
 from modernbert.retrieval import store as searching
 from modernbert.retrieval import update as building
-from modernbert.retrieval.index import index
+from modernbert.retrieval.indexing import index
 from modernbert.retrieval.passages import Document
 from modernbert.retrieval.store import Store
 from modernbert.retrieval.windows import batch, windows

@@ -24,7 +24,7 @@ from stores import corpus, small_colbert, write_corpus
 from modernbert import ColBERT
 from modernbert.retrieval import shards as files
 from modernbert.retrieval import update as building
-from modernbert.retrieval.index import index
+from modernbert.retrieval.indexing import index
 from modernbert.retrieval.store import Store
 
 KILLS = 50

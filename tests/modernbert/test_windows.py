@@ -78,11 +78,8 @@ def check(colbert: ColBERT, document: Document, found: list[Window]) -> None:
                 whole = spans[at - count + row - before]
                 assert whole is not None
                 named = passage.content[first:last]
-                assert (
-                    named.strip()
-                    == content[slice(*whole)].strip()
-                    == document.text[max(0, whole[0] - start_of_text + offset) : whole[1] - start_of_text + offset].strip()
-                )
+                first, last = (max(0, character - start_of_text + offset) for character in whole)
+                assert named.strip() == content[slice(*whole)].strip() == document.text[first:last].strip()
     assert at == len(body)
 
 
