@@ -65,9 +65,9 @@ class Shard:
         return Ragged(values, self.offsets[first : last + 1] - self.offsets[first])
 
     def verify(self) -> None:
-        """Raise ValueError unless the file is, byte for byte, the one that was written."""
+        """Read all of the file once, see `verify`."""
         if not self._verified:
-            _verify(self.path, self._sha256)
+            verify(self.path, self._sha256)
         self._verified = True
 
     def raw(self, name: str = "values") -> Ragged:
@@ -105,8 +105,16 @@ def finished_part(folder: Path, name: str) -> tuple[str, str] | None:
 
 def read_part(folder: Path, file: str, sha256: str) -> dict[str, Tensor]:
     """The tensors of a part, verified."""
-    _verify(folder / SHARDS / file, sha256)
+    verify(folder / SHARDS / file, sha256)
     return _open(folder / SHARDS / file)
+
+
+def verify(path: Path, sha256: str) -> None:
+    """Raise FileNotFoundError or ValueError unless this is, byte for byte, the file that was written."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. If the store was updated meanwhile, open it again; else {REPAIR}")
+    if file_sha256(path) != sha256:
+        raise ValueError(f"{path} is damaged, its checksum is another: {REPAIR}")
 
 
 def _open(path: Path) -> dict[str, Tensor]:
@@ -118,13 +126,6 @@ def _open(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} is missing: {REPAIR}") from error
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {REPAIR}") from error
-
-
-def _verify(path: Path, sha256: str) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {REPAIR}")
-    if file_sha256(path) != sha256:
-        raise ValueError(f"{path} is damaged, its checksum is another: {REPAIR}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -64,22 +64,28 @@ class Store:
         """
         self.folder = Path(folder)
         manifest = files.read_manifest(self.folder)
+        try:
+            self._table, self._shards = self._parts(manifest)
+        except FileNotFoundError:
+            if files.read_manifest(self.folder) == manifest:
+                raise
+            manifest = files.read_manifest(self.folder)  # It was updated in between.
+            self._table, self._shards = self._parts(manifest)
         self.dtype, self.dim, self.fingerprint = manifest["dtype"], manifest["width"], manifest["fingerprint"]
         self.documents, self._passages = manifest["documents"], manifest["passages"]
-        table = self.folder / manifest["table"]
-        if not table.is_file():
-            raise FileNotFoundError(f"{table} is missing: {files.REPAIR}")
-        if files.file_sha256(table) != manifest["sha256"]:
-            raise ValueError(f"{table} is damaged, its checksum is another: {files.REPAIR}")
-        # Nobody writes to a table that is published: no locks are needed, and none could be had on a read-only disk.
-        address = f"file:{quote(os.path.abspath(table))}?mode=ro&immutable=1"
-        self._table = sqlite3.connect(address, uri=True, check_same_thread=False)
-        shards = self._table.execute("SELECT number, file, sha256 FROM shards ORDER BY number")
-        self._shards = {number: Shard(self.folder / files.SHARDS / file, sha256) for number, file, sha256 in shards}
-        self._prefilter: Prefilter | None = None
         self._centroids = manifest.get("prefilter")
+        self._prefilter: Prefilter | None = None
         self.colbert, self.model = load(model, manifest)
         self._keys = lru_cache(maxsize=1024)(self._select)
+
+    def _parts(self, manifest: Mapping[str, Any]) -> tuple[sqlite3.Connection, dict[int, Shard]]:
+        path = self.folder / manifest["table"]
+        files.verify(path, manifest["sha256"])
+        # Nobody writes to a table that is published: no locks are needed, and none could be had on a read-only disk.
+        address = f"file:{quote(os.path.abspath(path))}?mode=ro&immutable=1"
+        table = sqlite3.connect(address, uri=True, check_same_thread=False)
+        rows = table.execute("SELECT number, file, sha256 FROM shards ORDER BY number")
+        return table, {number: Shard(self.folder / files.SHARDS / file, sha256) for number, file, sha256 in rows}
 
     def __len__(self) -> int:
         """How many passages it holds."""

@@ -280,6 +280,8 @@ class Update:
         share = self._bytes / len(found)
         matrices = encode_tokens(self.colbert, batch(found), advance=lambda count: self._done(count * share))
         vectors = Ragged.from_list(matrices)
+        if not vectors.values.isfinite().all():
+            raise ValueError("the model gives vectors that are no finite numbers: are its weights whole?")
         spans = torch.from_numpy(np.concatenate([window.spans[window.keep] for window in found]))
         return {
             **files.quantize(vectors.values, self._manifest["dtype"]),

@@ -341,6 +341,25 @@ def test_files_that_are_cut_gone_or_swapped(colbert, tmp_path, kind, damage):
             store.search(["owl"])
 
 
+def test_a_store_that_is_updated_while_it_is_opened(colbert, tmp_path, monkeypatch):
+    """The manifest was read, and then the files that it names are gone: the new ones are there."""
+    source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
+    index([source], folder, colbert)
+    answers = [files.read_manifest(folder)]
+    index([write_corpus(source, corpus(9, seed=1))], folder, colbert)
+    original = files.read_manifest
+    monkeypatch.setattr(files, "read_manifest", lambda path: answers.pop() if answers else original(path))
+    with Store(folder, colbert) as store:
+        assert (len(answers), store.documents, len(store.search(["owl"], top_k=99)[0])) == (0, 9, len(store))
+
+
+def test_vectors_that_are_no_numbers_are_not_stored(colbert, tmp_path, monkeypatch):
+    source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
+    monkeypatch.setattr(building, "encode_tokens", lambda *_, **__: [torch.full((3, 16), torch.nan)] * 5)
+    with pytest.raises(ValueError, match="no finite numbers"):
+        index([source], folder, colbert)
+
+
 def test_another_version_is_named(colbert, tmp_path):
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
     index([source], folder, colbert)
