@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -31,22 +32,32 @@ OURS = [line for line in SHELL if line.startswith("modernbert ")]
 (TREE,) = (code for language, code in BLOCKS if language == "text" and code.startswith("pyproject.toml"))
 
 
-def run(*command: str) -> str:
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A folder in which the repository seems to be, so that what commands write is not written into it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for child in ROOT.iterdir():
+        if not child.name.startswith("."):
+            (folder / child.name).symlink_to(child)
+    return folder
+
+
+def run(here: Path, *command: str) -> str:
     path = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=here, env=path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_blocks_run(code):
-    run(sys.executable, "-W", "error::FutureWarning", "-c", code)
+def test_python_blocks_run(code, here):
+    run(here, sys.executable, "-W", "error::FutureWarning", "-c", code)
 
 
 @pytest.mark.parametrize("line", OURS)
-def test_our_commands_run(line):
+def test_our_commands_run(line, here):
     _, *arguments = shlex.split(line, comments=True)
-    assert run(sys.executable, "-c", "from modernbert.cli import main; main()", *arguments).strip()
+    run(here, sys.executable, "-c", "from modernbert.cli import main; main()", *arguments)
 
 
 def test_there_is_something_to_run():
@@ -99,3 +110,12 @@ def test_the_tree_is_the_tree():
             and (not child.name.startswith(".") or child.name == ".ci")
         }
         assert names == there - {"__init__.py", "py.typed"}, folder or "the root"
+
+
+def test_the_table_of_evaluations_is_the_file():
+    rows = [json.loads(line) for line in (ROOT / "docs" / "evaluation.jsonl").read_text().splitlines()]
+    assert len(rows) >= 4
+    for row in rows:
+        figures = [row[name] for name in ("nDCG@10", "MRR@10", "recall@100")]
+        cells = [f"{figure['mean']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})" for figure in figures]
+        assert f"| {row['dataset']} | {row['queries']:,} | {' | '.join(cells)} |\n" in README

@@ -16,7 +16,7 @@ from .passages import HTML, MARKDOWN, Document
 from .readers import PDF, READERS, read_plain
 from .records import JSON_LINES, LARGEST, is_records, json_record, read_lines, read_records
 
-TEXT = MARKDOWN | {".txt", ".text", ".rst", ".adoc", ".org", ".tex", ""}  # "" is README, LICENSE, Makefile, ...
+TEXT = MARKDOWN | {".txt", ".text", ".rst", ".adoc", ".org", ".pod", ".tex", ""}  # "" is README, LICENSE, Makefile, ...
 KINDS_OF_CODE = """
     .asm .awk .bash .bat .bib .c .cc .cfg .clj .cljs .cmake .coffee .conf .cpp .cs .css .cu .cuh .cxx .d .dart .el .elm
     .erl .ex .exs .f .f90 .fs .fsx .glsl .go .gql .gradle .graphql .groovy .h .hh .hpp .hrl .hs .hxx .ini .ipp .java .jl

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .shards import replacing
+
 Run = dict[str, dict[str, float]]
 """Query id to document id to score. Of documents with equal scores, the one that comes first is ranked first."""
 Qrels = dict[str, dict[str, int]]
@@ -124,25 +126,17 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -
         ValueError: an id with blanks, which the format cannot hold; a score that is no finite number.
         OSError: the file cannot be written; one that was there is then as it was.
     """
-    path = Path(path).resolve()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            for query, scores in run.items():
-                last = np.float32(np.inf)
-                for rank, (document, score) in enumerate(_ranked(scores), start=1):
-                    for name in (query, document, tag):
-                        if len(name.split()) != 1 or name != name.strip():
-                            raise ValueError(f"the id {name!r} is empty or has blanks, which a TREC run cannot hold")
-                    if not math.isfinite(score):
-                        raise ValueError(
-                            f"the score of query {query}, document {document} is {score}, no finite number"
-                        )
-                    last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
-                    file.write(f"{query} Q0 {document} {rank} {last!s} {tag}\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(Path(path).resolve()) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+        for query, scores in run.items():
+            last = np.float32(np.inf)
+            for rank, (document, score) in enumerate(_ranked(scores), start=1):
+                for name in (query, document, tag):
+                    if len(name.split()) != 1 or name != name.strip():
+                        raise ValueError(f"the id {name!r} is empty or has blanks, which a TREC run cannot hold")
+                if not math.isfinite(score):
+                    raise ValueError(f"the score of query {query}, document {document} is {score}, no finite number")
+                last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
+                file.write(f"{query} Q0 {document} {rank} {last!s} {tag}\n")
 
 
 def measure(run: Run, qrels: Qrels, *, note: Callable[[str], None] = warnings.warn) -> list[Measured]:

@@ -12,9 +12,9 @@ from .decoding import Note, decode, marked_encoding, replaced
 def read_html(raw: bytes, note: Note) -> tuple[str, str]:
     """The text of a page as markdown: headings, paragraphs, list items, rows of tables, code.
 
-    Left out are scripts, styles, navigation, page footers and what is hidden, unless nothing else is there; links
-    and emphasis leave their text. The title is that of the page if it has not exactly one first-level heading,
-    which says it better.
+    If a page marks its main part, that part is all of it. Left out are scripts, styles, navigation, page footers and
+    what is hidden, unless nothing else is there; links and emphasis leave their text. The title is that of the page
+    if it has not exactly one first-level heading, which says it better.
     """
     from lxml.etree import HTMLParser
 
@@ -76,7 +76,8 @@ _BLOCK_TAGS = """
 """
 _UNSEEN = frozenset(_UNSEEN_TAGS.split())
 _NOISE = _UNSEEN | frozenset(_NOISY_TAGS.split())
-_NOISY_CLASSES = frozenset({"headerlink", "lineno", "linenos"})  # of Sphinx, MkDocs and Pygments
+_NUMBERS = frozenset({"lineno", "linenos"})  # classes of the numbers that Pygments puts before lines of code
+_ANCHORS = frozenset({"#", "§", "¶", "🔗"})  # all that is in a link from a heading to itself
 _DISPLAY_NONE = re.compile(r"display\s*:\s*none")
 
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
@@ -101,7 +102,7 @@ def _is_noise(tag: str, attributes: Attributes) -> bool:
         "hidden" in attributes
         or attributes.get("aria-hidden") == "true"
         or attributes.get("role") == "navigation"
-        or not _NOISY_CLASSES.isdisjoint(attributes.get("class", "").split())
+        or not _NUMBERS.isdisjoint(attributes.get("class", "").split())
         or bool(_DISPLAY_NONE.search(attributes.get("style", "")))
     )
 
@@ -116,18 +117,21 @@ class MarkdownWriter:
     def __init__(self, noise: Callable[[str, Attributes], bool]) -> None:
         self._noise, self._depth_of_noise = noise, 0
         self._title = ""
-        self._parts: list[str] = []  # of the markdown so far
+        self._depth_of_main = 0
+        self._parts: dict[bool, list[str]] = {True: [], False: []}  # of the markdown, in and outside of main parts
+        self._first_levels = {True: 0, False: 0}
         self._words: list[str] = []  # of the block that is being read
+        self._link = 0  # where in it the last link began
         self._prefix, self._gap = "", ""  # what goes in front of it, and before that
         self._lists: list[int | None] = []  # the number of the item before in each open list; None: bullets
         self._in_code = self._is_row_empty = False
-        self._first_levels = 0
 
     def start(self, tag: str, attributes: Attributes) -> None:
         """Begin a tag; the parser ends each one that it began."""
         if self._depth_of_noise or self._noise(tag, attributes):
             self._depth_of_noise += 1
-        elif self._in_code:
+            return
+        if self._in_code:
             self._new_line_of_code(tag)
         elif tag == "br" and self._prefix in _HEADINGS.values():
             self._words.append(" ")
@@ -136,12 +140,17 @@ class MarkdownWriter:
             self._begin_block(tag, attributes)
         elif tag == "img":
             self._words.append(f" {attributes.get('alt', '')} ")
+        elif tag == "a":
+            self._link = len(self._words)
+        if self._depth_of_main or tag == "main" or attributes.get("role") == "main":
+            self._depth_of_main += 1
 
     def end(self, tag: str) -> None:
         """End a tag."""
         if self._depth_of_noise:
             self._depth_of_noise -= 1
-        elif tag in ("pre", "listing"):
+            return
+        if tag in ("pre", "listing"):
             self._end_code()
         elif self._in_code:
             self._new_line_of_code(tag)
@@ -153,6 +162,10 @@ class MarkdownWriter:
             self._prefix, self._gap = "", "\n\n"
             if tag in _LISTS and self._lists:
                 self._lists.pop()
+        elif tag == "a" and "".join(self._words[self._link :]).strip() in _ANCHORS:
+            del self._words[self._link :]
+        if self._depth_of_main:
+            self._depth_of_main -= 1
 
     def data(self, text: str) -> None:
         """Take the text between two tags, or a part of it."""
@@ -162,7 +175,8 @@ class MarkdownWriter:
     def close(self) -> tuple[str, str]:
         """Title and markdown."""
         self._end_block()
-        return self._title if self._first_levels != 1 else "", "".join(self._parts)
+        main = bool(self._parts[True])
+        return self._title if self._first_levels[main] != 1 else "", "".join(self._parts[main])
 
     def _begin_block(self, tag: str, attributes: Attributes) -> None:
         if tag in _HEADINGS:
@@ -187,10 +201,11 @@ class MarkdownWriter:
             return self._end_code()
         text = _words("".join(self._words))
         self._words.clear()
+        self._link = 0
         if not text:
             return None
         if self._prefix in _HEADINGS.values():
-            self._first_levels += self._prefix == "# "
+            self._first_levels[self._depth_of_main > 0] += self._prefix == "# "
             text += " #" if text.endswith("#") else ""  # else it would count as decoration, as in "# title #"
         elif not self._prefix and _MARKUP.match(text):
             text = "\\" + text
@@ -210,7 +225,8 @@ class MarkdownWriter:
             self._words.append("\n")
 
     def _write(self, block: str) -> None:
-        self._parts += [self._gap if self._parts else "", block]
+        parts = self._parts[self._depth_of_main > 0]
+        parts += [self._gap if parts else "", block]
         self._prefix, self._gap, self._is_row_empty = "", "\n\n", False
 
 

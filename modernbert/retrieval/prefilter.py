@@ -19,7 +19,7 @@ import modernbert_kernels as ops
 
 from ..packing import Ragged
 
-ROUNDS = 2
+ROUNDS = 4
 """Rounds of k-means; more cost what a few more centroids cost, and gain less."""
 
 SAMPLE = 8
@@ -69,7 +69,7 @@ def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
     drawn = torch.randperm(passages, generator=generator)[: -(-SAMPLE * total * passages // tokens)]
     sample_NE = select(shards, drawn.sort().values).values
     sample_NE = sample_NE[torch.randperm(len(sample_NE), generator=generator)]
-    cells = round(total**0.5)
+    cells = min(total, round(4 * total**0.5))
     owner_N = _nearest(sample_NE, _kmeans(sample_NE[: 64 * cells], cells))
     sizes = torch.bincount(owner_N, minlength=cells).tolist()
     members = sample_NE[owner_N.argsort(stable=True)].split(sizes)

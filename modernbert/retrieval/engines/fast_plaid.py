@@ -1,4 +1,4 @@
-"""fast-plaid: vectors in about a quarter of the room, searched by their clusters. Approximate, and so are its scores.
+"""fast-plaid: vectors in 4 bits a number, searched by their clusters. Approximate, and so are its scores.
 
 It takes all vectors in memory at once, in half precision, when an index is made: 100,000 passages of 150 tokens at
 width 64 are 2 GB. Its binary fits one version of torch only, which its package pins.
@@ -7,7 +7,6 @@ width 64 are 2 GB. Its binary fits one version of torch only, which its package 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 import tempfile
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ...packing import Ragged
 from ..passages import Passage
+from ..shards import replacing
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -47,9 +47,8 @@ def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]
     # `start_from_scratch` keeps a copy of all vectors for updates, and there are none: an export replaces.
     FastPlaid(str(fresh), device="cpu").create(vectors, start_from_scratch=0)
     manifest = {"model": store.model, "fingerprint": store.fingerprint, "index": fresh.name}
-    beside = folder / f".{MANIFEST}.{os.getpid()}"
-    beside.write_text(json.dumps(manifest))
-    beside.replace(folder / MANIFEST)
+    with replacing(folder / MANIFEST) as beside:
+        beside.write_text(json.dumps(manifest))
     for old in folder.glob(f"{PREFIX}*"):
         if old != fresh:
             shutil.rmtree(old)
