@@ -56,12 +56,15 @@ class Shard:
         return len(self.offsets) - 1
 
     def vectors(self, first: int, last: int) -> Ragged:
-        """Passages `first` up to `last` in float32. The first call reads all of the file to verify it."""
+        """Passages `first` up to `last` as floating point: as they are stored, int8 in float32.
+
+        The first call reads all of the file to verify it.
+        """
         self.verify()
         rows = slice(int(self.offsets[first]), int(self.offsets[last]))
-        values = self.tensors["values"][rows].float()
+        values = self.tensors["values"][rows]
         if "scales" in self.tensors:
-            values *= self.tensors["scales"][rows, None]
+            values = values * self.tensors["scales"][rows, None]
         return Ragged(values, self.offsets[first : last + 1] - self.offsets[first])
 
     def verify(self) -> None:

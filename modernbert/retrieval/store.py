@@ -24,8 +24,8 @@ from .model import Model, load
 from .passages import Passage
 from .shards import Shard
 
-TOKENS = 1 << 15
-"""Document tokens that are turned to float32 and scored at a time: they stay in the cache."""
+TOKENS = 1 << 16
+"""Document tokens scored at a time: they stay in the cache."""
 
 QUERIES = 32
 """Queries scored at a time: the similarities of one block stay in the cache as well."""
@@ -159,10 +159,11 @@ class Store:
         shard, row = self._shards[place[0]], place[1]
         rows = slice(int(shard.offsets[row]), int(shard.offsets[row + 1]))
         spans = [(start, stop) if stop else None for start, stop in shard.spans[rows].tolist()]
-        query_QE = self.colbert.encode_queries([query]).values
-        return match(
-            query_QE, self.colbert.tokenize_queries([query]).spans[0], shard.vectors(row, row + 1).values, spans
+        query_QE, query_spans = (
+            self.colbert.encode_queries([query]).values,
+            self.colbert.tokenize_queries([query]).spans[0],
         )
+        return match(query_QE, query_spans, shard.vectors(row, row + 1).values.float(), spans)
 
     def passages(self, numbers: Sequence[int]) -> list[Passage]:
         """The passages with these keys."""
@@ -175,7 +176,7 @@ class Store:
                 f"SELECT {COLUMNS}, p.row FROM {JOINED} WHERE p.shard = ? ORDER BY p.row", (number,)
             ).fetchall()
             whole = list(shard.vectors(0, len(shard)))
-            vectors = Ragged.from_list([whole[columns[-1]] for columns in found])
+            vectors = Ragged.from_list([whole[columns[-1]].float() for columns in found])
             yield [columns[0] for columns in found], [_passage(columns) for columns in found], vectors
 
     def _keys_of(self, by: str, path: str | None, where: Mapping[str, str] | None) -> list[np.ndarray]:
