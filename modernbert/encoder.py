@@ -73,7 +73,9 @@ class Norm(nn.LayerNorm):
 class Embeddings(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn from a normal distribution first: on the meta device that alone imports the compiler, for a second.
+        weight_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = nn.Embedding.from_pretrained(weight_VD, freeze=False)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.dropout_p = config.embedding_dropout
 

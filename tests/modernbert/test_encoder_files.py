@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,3 +115,11 @@ def test_a_loaded_encoder_can_be_saved_over_its_own_folder(tmp_path: Path) -> No
     assert torch.equal(ours(pack(TEXTS)), wanted)
     assert torch.equal(Encoder.from_pretrained(tmp_path)(pack(TEXTS)), wanted)
     assert Encoder.from_pretrained(tmp_path).config == EncoderConfig.from_hf(hf_dict(CONFIG, 5))
+
+
+def test_loading_does_not_import_the_compiler():
+    """It takes a second, and PyTorch does so when a parameter on the meta device is drawn from a normal distribution."""
+    code = "import sys; from modernbert import ColBERT; ColBERT.default(); print('torch._dynamo' in sys.modules)"
+    where = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("False\n", "")
