@@ -9,11 +9,11 @@ from types import ModuleType
 
 from rich.console import Console
 
-from benchmarks import cpu, report
+from benchmarks import cpu, report, retrieval
 from benchmarks.harness import FOREIGN_LIMIT
 from benchmarks.rows import append
 
-SUITES = {"cpu": cpu}
+SUITES = {"cpu": cpu, "retrieval": retrieval}
 
 
 def main() -> None:
@@ -25,11 +25,13 @@ def main() -> None:
         command.add_argument("--quick", action="store_true", help="about two minutes: fewer samples, fewer settings")
         command.add_argument("--output", type=Path, help="write the rows to a new .jsonl file in this folder")
         command.add_argument("--only", nargs="+", default=[], choices=suite.WORKLOADS, metavar="WORKLOAD")
+        if suite is retrieval:
+            command.add_argument("--work", type=Path, help="keep the stores in this folder, and use what it holds")
     commands.add_parser("report", help="write the tables of README.md and of benchmarks/results from the rows")
     arguments = parser.parse_args()
     if arguments.list:
         for name, suite in SUITES.items():
-            print(f"{name:8} {suite.__doc__}\n{'':8} {', '.join(suite.WORKLOADS)}")
+            print(f"{name:10} {suite.__doc__}\n{'':10} {', '.join(suite.WORKLOADS)}")
     elif arguments.command == "report":
         for file in report.write():
             print(f"wrote {file}")
@@ -45,8 +47,9 @@ def run(suite: ModuleType, arguments: argparse.Namespace) -> None:
     if not console.is_terminal:
         console.width = 160  # a file or a pipe has no width of its own
     file = arguments.output and arguments.output / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.jsonl"
+    options = {"work": arguments.work} if "work" in arguments else {}
     clean = True
-    for result in suite.run(quick=arguments.quick, only=arguments.only):
+    for result in suite.run(quick=arguments.quick, only=arguments.only, **options):
         if result.rows:
             console.print(report.rich_table(result.rows))
         for implementation, reason in result.refused.items():

@@ -11,23 +11,19 @@ from rich.table import Table
 from benchmarks.backends import ONNX_RUNTIME, OURS, TRANSFORMERS
 from benchmarks.rows import ROOT, Row, read
 
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-START, END = "<!-- cpu-table -->", "<!-- /cpu-table -->"
-COLUMNS = (
-    "implementation",
-    "median",
-    "range",
-    "samples",
-    "modernbert is",
-    "others' CPU",
-    "error",
-    "settings",
-)
-NOTE = (
-    "Factors above 1 say that modernbert is ahead: the median over rounds of both times within a round. "
-    "† marks a figure taken while other programs used more than 6 % of a core."
-)
+COLUMNS = {
+    "cpu": ("implementation", "median", "range", "samples", "modernbert is", "others' CPU", "error", "settings"),
+    "retrieval": ("", "way", "figure", "median", "bar", "range", "samples", "others' CPU", "error", "settings"),
+}
+UNCLEAN = "† marks a figure taken while other programs used more than 6 % of a core."
+NOTES = {
+    "cpu": "Factors above 1 say that modernbert is ahead: the median over rounds of both times within a round. "
+    f"{UNCLEAN}",
+    "retrieval": "Recall is that of the pre-filter against exact search. Synthetic vectors come from a seeded table in "
+    f"place of the encoder, and their queries cost no encoding; all else is the code that everybody runs. {UNCLEAN}",
+}
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -46,20 +42,24 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def write() -> list[Path]:
-    """Write README.md beside the rows, and the table in the README of the project; the files written."""
-    rows = latest(read(RESULTS))
-    if not rows:
-        command = f"python -m benchmarks cpu --output {RESULTS.relative_to(ROOT)}"
+    """Write README.md beside the rows of each suite, and its table in the README of the project; the files written."""
+    written, readme = [], README.read_text("utf-8")
+    for suite, table in README_TABLES.items():
+        if rows := latest(read(RESULTS / suite)):
+            full = RESULTS / suite / "README.md"
+            full.write_text(markdown(rows), encoding="utf-8")
+            readme = replace_between(readme, table(rows), suite)
+            written.append(full)
+    if not written:
+        command = f"python -m benchmarks cpu --output {(RESULTS / 'cpu').relative_to(ROOT)}"
         raise SystemExit(f"no rows in {RESULTS.relative_to(ROOT)}; make some with: {command}")
-    full = RESULTS / "README.md"
-    full.write_text(markdown(rows), encoding="utf-8")
-    README.write_text(replace_between(README.read_text("utf-8"), readme_table(rows)), encoding="utf-8")
-    return [full, README]
+    README.write_text(readme, encoding="utf-8")
+    return [*written, README]
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
     """The rows of one workload, for a terminal."""
-    table = Table(*COLUMNS, title=rows[0]["what"], title_justify="left", title_style="bold")
+    table = Table(*COLUMNS[rows[0]["suite"]], title=rows[0]["what"], title_justify="left", title_style="bold")
     for line in _lines(rows):
         table.add_row(*line)
     return table
@@ -67,20 +67,21 @@ def rich_table(rows: Sequence[Row]) -> Table:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Every row: a section for each machine, in it a table for each workload."""
-    parts = ["# Results", "Made by `python -m benchmarks report` from the rows in this folder.", NOTE]
+    suite = rows[0]["suite"]
+    parts = ["# Results", "Made by `python -m benchmarks report` from the rows in this folder.", NOTES[suite]]
     for machine in dict.fromkeys(_machine(one) for one in rows):
         here = [one for one in rows if _machine(one) == machine]
         parts.append(f"## {', '.join(machine)}")
         for group in _by_workload(here):
-            parts += [f"### {group[0]['what']}", _table(COLUMNS, _lines(group)), _origin(group[0])]
+            parts += [f"### {group[0]['what']}", _table(COLUMNS[suite], _lines(group)), _origin(group[0])]
     return "\n\n".join(parts) + "\n"
 
 
 def readme_table(rows: Sequence[Row]) -> str:
     """One line per workload on the machine measured last: ours, transformers at its fastest, other peers."""
-    last = max(rows, key=lambda one: one["date"])
+    last, here = _newest_machine(rows)
     lines = []
-    for group in _by_workload(one for one in rows if _machine(one) == _machine(last)):
+    for group in _by_workload(here):
         ours = _ours(group)
         if ours is None:
             continue
@@ -104,35 +105,80 @@ def readme_table(rows: Sequence[Row]) -> str:
             ]
         )
     columns = ("", "modernbert", "transformers, fastest of its ways", "ONNX Runtime", "others", "command")
-    return f"{_table(columns, lines)}\n\n{', '.join(_machine(last))}. {_origin(last, command=False)} {NOTE}"
+    return f"{_table(columns, lines)}\n\n{', '.join(_machine(last))}. {_origin(last, command=False)} {NOTES['cpu']}"
 
 
-def replace_between(text: str, table: str) -> str:
-    """`text` with `table` between the markers."""
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must contain {START} and {END} once each")
-    return re.sub(f"{START}.*{END}", lambda _: f"{START}\n{table}\n{END}", text, flags=re.DOTALL)
+def retrieval_table(rows: Sequence[Row]) -> str:
+    """One line per way to do a thing on the machine measured last, with all of its figures and their bars."""
+    last, here = _newest_machine(rows)
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for one in here:
+        groups.setdefault((one["workload"], one["corpus"], one["implementation"]), []).append(one)
+    lines = [
+        [
+            ": ".join(filter(None, (way, corpus))),
+            "; ".join(f"{one['figure']} **{value(one)}**{_bar(one, ' (bar {}, {})')}" for one in group),
+            f"`python -m benchmarks retrieval --only {workload}`",
+        ]
+        for (workload, corpus, way), group in groups.items()
+    ]
+    text = f"{', '.join(_machine(last))}. {_origin(last, command=False)} {NOTES['retrieval']}"
+    return f"{_table(('', 'measured', 'command'), lines)}\n\n{text}"
+
+
+README_TABLES = {"cpu": readme_table, "retrieval": retrieval_table}
+
+
+def markers(suite: str) -> tuple[str, str]:
+    """What stands before and behind the table of a suite in README.md."""
+    return f"<!-- {suite}-table -->", f"<!-- /{suite}-table -->"
+
+
+def replace_between(text: str, table: str, suite: str) -> str:
+    """`text` with `table` between the markers of the suite."""
+    start, end = markers(suite)
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"README.md must contain {start} and {end} once each")
+    return re.sub(f"{start}.*{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
 def value(one: Row) -> str:
-    return f"{_number(one['median'])} {one['unit']}" + ("" if one["clean"] else " †")
+    return f"{_number(one['median'])} {one['unit']}".rstrip() + ("" if one["clean"] else " †")
 
 
 def _lines(group: Sequence[Row]) -> list[list[str]]:
+    if group[0]["suite"] == "retrieval":
+        return [
+            [one["corpus"], one["implementation"], one["figure"], value(one), _bar(one, "{}: {}"), *_circumstances(one)]
+            for one in group
+        ]
     ours = _ours(group)
     return [
         [
             one["implementation"],
             value(one),
-            f"{_number(one['min'])} to {_number(one['max'])}",
-            str(one["samples"]),
+            *_circumstances(one)[:2],
             _factor(ours, one),
-            "" if one["foreign_percent"] is None else f"{one['foreign_percent']:.1f} %",
-            f"{one['max_error']:.1e}",
-            one["settings"],
+            *_circumstances(one)[2:],
         ]
         for one in group
     ]
+
+
+def _circumstances(one: Row) -> list[str]:
+    """Range, samples, the CPU of others, error and settings."""
+    return [
+        f"{_number(one['min'])} to {_number(one['max'])}",
+        str(one["samples"]),
+        "" if one["foreign_percent"] is None else f"{one['foreign_percent']:.1f} %",
+        "" if one["max_error"] is None else f"{one['max_error']:.1e}",
+        one["settings"],
+    ]
+
+
+def _bar(one: Row, form: str) -> str:
+    """The bar of a figure and whether it is reached, or nothing if it has none."""
+    return form.format(one["bar"], "met" if one["met"] else "missed") if one["bar"] else ""
 
 
 def _factor(ours: Row | None, one: Row) -> str:
@@ -153,6 +199,12 @@ def _by_workload(rows: Iterable[Row]) -> list[list[Row]]:
     for one in rows:
         groups.setdefault(one["workload"], []).append(one)
     return list(groups.values())
+
+
+def _newest_machine(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
+    """A row of the machine measured last, and all of its rows."""
+    last = max(rows, key=lambda one: one["date"])
+    return last, [one for one in rows if _machine(one) == _machine(last)]
 
 
 def _machine(one: Row) -> tuple[str, ...]:

@@ -33,8 +33,8 @@ def row(
     settings: str,
     unit: str,
     values: Sequence[float],
-    max_error: float,
-    tolerance: float,
+    max_error: float | None,
+    tolerance: float | None,
     foreign_percent: float | None = None,
     clean: bool = True,
     calls: int = 1,
@@ -45,6 +45,7 @@ def row(
 
     Args:
         values: one per sample, in `unit`.
+        max_error: the largest difference from the reference; None if there is nothing to compare.
         foreign_percent: CPU use by others in the busiest kept sample, in percent of one core; None if not a
             time.
         calls: in one sample, which is then their median.
@@ -66,7 +67,7 @@ def row(
         "calls_per_sample": calls,
         "clean": clean,
         "foreign_percent": None if foreign_percent is None else round(foreign_percent, 1),
-        "max_error": float(f"{max_error:.2g}"),
+        "max_error": None if max_error is None else float(f"{max_error:.2g}"),
         "tolerance": tolerance,
         "times_better_than": {name: _round(factor) for name, factor in (times_better_than or {}).items()},
         "goals": goals or {},
@@ -92,16 +93,20 @@ def circumstances() -> dict[str, Any]:
         # Results and the tables made from them do not change what was measured.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + shlex.join(without_output(sys.argv[1:])),
+        "command": "python -m benchmarks " + shlex.join(without_folders(sys.argv[1:])),
     }
 
 
-def without_output(arguments: list[str]) -> list[str]:
-    """The arguments that decide what is measured; where the rows went is a path of somebody's machine."""
-    if "--output" not in arguments:
-        return [one for one in arguments if not one.startswith("--output=")]
-    at = arguments.index("--output")
-    return arguments[:at] + arguments[at + 2 :]
+def without_folders(arguments: list[str]) -> list[str]:
+    """The arguments that decide what is measured; where rows and stores went are paths of somebody's machine."""
+    kept, folders = [], ("--output", "--work")
+    following = iter(arguments)
+    for one in following:
+        if one in folders:
+            next(following, None)
+        elif not one.startswith(tuple(f"{folder}=" for folder in folders)):
+            kept.append(one)
+    return kept
 
 
 def _cpu() -> str:

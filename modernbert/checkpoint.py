@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import errno
 import json
-import math
 import os
 import pickletools
 import re
@@ -32,6 +31,7 @@ SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in the order t
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 HEADS = ("head.", "decoder.", "classifier.", "linear.")  # linear: of Stanford's ColBERT
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
+LARGEST_WEIGHT = 65504  # of float16, in which models are run; a flipped bit of an exponent soon gives more
 JSON_BYTES = 1 << 25  # the most that is read: objects take up to 20 times the memory of their text
 # All that a pickled state dict of torch calls, parameters included. torch allows more, as an array of any length.
 CALLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch[.a-z]* \w+Storage")
@@ -72,13 +72,19 @@ def locate(
     return hub.download(str(name_or_path), local_files_only=local_files_only, **options)
 
 
+def has_file(path: Path) -> bool:
+    """Whether the file is there. What only looks so (a link to nowhere, a pipe, a device, a folder) raises OSError."""
+    if os.path.lexists(path) and not path.is_file():
+        raise FileNotFoundError(f"{path} is no file, or a link that leads to none")
+    return path.is_file()
+
+
 def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> Any:
     """What the JSON file `name` of `folder` holds: an object, or, where that is the `kind`, a list (modules.json)."""
     path = Path(folder) / name
-    if not path.is_file():
+    if not has_file(path):
         there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else "no such folder"
-        state = "leads to no file" if os.path.lexists(path) else "is missing"
-        raise FileNotFoundError(f"{path} {state}; beside it: {there}")
+        raise FileNotFoundError(f"{path} is missing; beside it: {there}")
     if (size := path.stat().st_size) > JSON_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; of JSON no more than {JSON_BYTES:,} are read")
     try:
@@ -101,15 +107,16 @@ def read_state_dict(
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
-        ValueError: a damaged or unsafe file, an index that does not fit its shards, NaN or infinity in a tensor.
+        ValueError: a damaged or unsafe file, an index that does not fit its shards, numbers that are no weights.
     """
     state: dict[str, Tensor] = {}
     for path, promised in _weight_files(Path(folder)).items():
         read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
         part = dict(read(path, torch.device(device), dtype))
         for name, tensor in part.items():
-            if not _is_finite(tensor):
-                raise ValueError(f"{path}: {name}, as {_kind(tensor)}, holds NaN or infinity; get the file anew")
+            if not _holds_weights(tensor):
+                numbers = f"NaN, infinity or numbers beyond {LARGEST_WEIGHT:,}"
+                raise ValueError(f"{path}: {name}, as {_kind(tensor)}, has {numbers}; the file is damaged")
         if promised is not None and part.keys() != promised:
             lost, extra = sorted(promised - part.keys()), sorted(part.keys() - promised)
             raise ValueError(f"{path} and its index differ: only the index has {lost}, only the file {extra}")
@@ -120,10 +127,10 @@ def read_state_dict(
 def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
     """The weight files, each with the tensor names that an index promises in it, or None without an index."""
     for name in (SAFETENSORS, PICKLE):
-        if (folder / name).is_file():
+        if has_file(folder / name):
             return {folder / name: None}
         path = folder / f"{name}.index.json"
-        if not path.is_file():
+        if not has_file(path):
             continue
         index = read_json(folder, path.name, object)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
@@ -131,10 +138,10 @@ def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
         shards: dict[Path, set[str]] = {}
         for key, shard in index["weight_map"].items():
             # Of the two kinds of path, Windows' knows both separators and drive letters.
-            if not isinstance(shard, str) or PureWindowsPath(shard).name != shard or "\0" in shard:
+            if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
                 raise ValueError(f"{path} points to {shard!r:.200}, which is no file beside it")
             shards.setdefault(folder / shard, set()).add(key)
-        if missing := [shard.name for shard in shards if not shard.is_file()]:
+        if missing := [shard.name for shard in shards if not has_file(shard)]:
             raise FileNotFoundError(f"{path} points to {missing}, which are missing")
         return shards
     raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS} nor {PICKLE} nor an index of either")
@@ -192,12 +199,12 @@ def _called(path: Path, zipped: bool) -> set[str]:
         return {str(argument) for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are numbers; in one pass without a copy, at the speed of memory."""
+def _holds_weights(tensor: Tensor) -> bool:
+    """Whether all numbers can be those of a model. One pass without a copy, at the speed of memory."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # not there for float8
-    return math.isfinite(low) and math.isfinite(high)
+    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # it has no float8
+    return bool(low >= -LARGEST_WEIGHT) and bool(high <= LARGEST_WEIGHT)  # NaN is neither
 
 
 def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

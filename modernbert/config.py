@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -41,10 +42,15 @@ KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     ),
     "Object": (lambda v: v is None or isinstance(v, Mapping), lambda v: v or {}, "a JSON object or null"),
     # Of the files around a head:
-    "Text": (lambda v: isinstance(v, str), str, "a text"),
-    "Name": (lambda v: v is None or isinstance(v, str), lambda v: v, "a text or null"),
-    "Words": (lambda v: isinstance(v, list | tuple) and all(isinstance(w, str) for w in v), tuple, "a list of texts"),
+    "Text": (lambda v: _is_text(v), str, "a text of at most 10,000 characters"),
+    "Name": (lambda v: v is None or _is_text(v), lambda v: v, "a short text or null"),
+    "Words": (lambda v: isinstance(v, list | tuple) and all(map(_is_text, v)), tuple, "a list of texts"),
 }
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it can go in front of every text: it is not long, and has no half of a surrogate pair, as JSON can."""
+    return isinstance(value, str) and len(value) <= 10_000 and not re.search(r"[\ud800-\udfff]", value)
 
 
 @dataclass(frozen=True)

@@ -105,19 +105,14 @@ def _listed(
 
 def _cached(only: Sequence[str] | None, **place: Any) -> Path:
     patterns: dict[str, Any] = {"allow_patterns": list(only or FILES), "ignore_patterns": list(OTHERS)}
-    try:
-        folder = Path(snapshot_download(**place, **patterns, local_files_only=True))
-        # A program that wants no more than the config may have fetched that alone.
-        if all(any(folder.glob(pattern)) for pattern in (only[-1:] if only else ("config.json", "*model*.*"))):
-            return folder
-    except errors.LocalEntryNotFoundError as error:
-        if not hasattr(error, "snapshot_path"):  # a client of 2026 knows what is missing
-            raise
-        folder = error.snapshot_path  # pyright: ignore
-    raise FileNotFoundError(
-        f"a download was broken off, and its copy in the cache is incomplete: load it again with the hub in reach, "
-        f"which goes on from there ({folder})"
-    )
+    folder = Path(snapshot_download(**place, **patterns, local_files_only=True))
+    # A program that wants no more than the config may have fetched that alone.
+    if not all(any(folder.glob(pattern)) for pattern in (only[-1:] if only else ("config.json", "*model*.*"))):
+        raise FileNotFoundError(
+            "a download was broken off, and its copy in the cache is incomplete: load it again with the hub in reach, "
+            f"which goes on from there ({folder})"
+        )
+    return folder
 
 
 def _chosen(siblings: Sequence[RepoSibling], only: Sequence[str] | None) -> dict[str, RepoSibling]:

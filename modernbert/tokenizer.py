@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import tokenizers
 
-from .checkpoint import locate, read_json
+from .checkpoint import has_file, locate, read_json
+from .config import KINDS
 from .packing import Packed, pack
 
 Text: TypeAlias = str | tuple[str, str]
@@ -88,7 +89,7 @@ class Tokenizer:
         with _as_value_error(f"{file} is damaged, or too new for this `tokenizers`"):
             backend = tokenizers.Tokenizer.from_file(str(file))
             backend.encode_batch(["", ("", "")])  # the special tokens around texts are looked up only now
-        names, config, sbert = [read_json(folder, x) if (folder / x).is_file() else {} for x in optional]
+        names, config, sbert = [read_json(folder, x) if has_file(folder / x) else {} for x in optional]
         # A tokenizer.json that lower-cases by itself (BERT's) finds the special tokens first; keep it so.
         lowers = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"
         lower = sbert.get("do_lower_case", config.get("do_lower_case") and not lowers)
@@ -175,8 +176,9 @@ class Tokenizer:
     def _special_token(self, role: str) -> str | None:
         named = self._config.get(role)
         name = named.get("content") if isinstance(named, dict) else named
-        if name is not None and not isinstance(name, str):
-            raise ValueError(f"tokenizer_config.json: {role} is {named!r:.80}, but must be a token")
+        accepts, _, wanted = KINDS["Name"]
+        if not accepts(name):
+            raise ValueError(f"tokenizer_config.json: {role} is {named!r:.80}, but must be {wanted}")
         if name is None:
             return next((usual for usual in USUAL_NAMES[role] if self.token_to_id(usual) is not None), None)
         if self.token_to_id(name) is None:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import backends, cpu, report, rows
+from benchmarks import (
+    backends,
+    cpu,
+    report,
+    retrieval,
+    retrieval_figures,
+    retrieval_process,
+    retrieval_search,
+    retrieval_stores,
+    rows,
+    synthetic_store,
+)
 from benchmarks.harness import (
     FOREIGN_LIMIT,
     Contender,
@@ -23,6 +37,7 @@ from benchmarks.harness import (
     take,
 )
 from benchmarks.inputs import batched, paper_lengths, random_ids, real_rows
+from modernbert.retrieval import Store
 
 RIGHT = torch.tensor([1.0, 2.0])
 
@@ -289,6 +304,228 @@ def test_the_full_table_has_every_row_with_factor_and_goal():
     assert "| transformers, as they come | 30 ms † |" in text
     assert f"commit {'c' * 10}," in text
     assert all(f"| {row['implementation']} |" in text for row in RUN)
+
+
+TINY = retrieval_stores.Sizes(
+    index=12, search=30, scale=(20, 30), synthetic=25, memory=(12, 20), start=12, queries=4, rounds=1
+)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A bench of tiny stores, which are built and searched in this process."""
+
+    def in_this_process(function, limit_mb=None, **arguments):
+        options = {"limit_mb": None} if function is retrieval_process.build else {}
+        return function(**arguments, **options), 123.0
+
+    monkeypatch.setattr(retrieval_stores, "watched", in_this_process)
+    monkeypatch.setattr(retrieval_stores, "THREADS", 1)
+    return retrieval_stores.Bench(tmp_path, TINY)
+
+
+def test_passages_and_queries_have_the_length_that_is_promised(tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    synthetic_store.write_corpus(first, 300, 100)
+    synthetic_store.write_corpus(second, 300, 100)
+    assert first.read_bytes() == second.read_bytes()
+    records = [json.loads(line) for line in first.read_text("utf-8").splitlines()]
+    texts = [f"{record['title']} {record['text']}" for record in records]
+    assert len(set(texts)) == len({record["_id"] for record in records}) == 300
+    model = synthetic_store.default()
+    assert set(model.tokenize_documents(texts, truncate=False).batch.lengths) == {100}
+    queries = synthetic_store.queries(100, 32)
+    assert len(set(queries)) == 100
+    assert set(model.encode_queries(queries).offsets.diff().tolist()) == {32}
+    sentences, held_out, _ = synthetic_store.demo()
+    held_out = {sentence for text in held_out for sentence in re.split(r"(?<=[.!?])\s+", text)}
+    assert not held_out & {sentence for article in sentences.values() for sentence in article}
+
+
+def test_a_length_that_words_do_not_add_up_to_is_refused(tmp_path, monkeypatch):
+    sentences, held_out, cost = synthetic_store.demo()
+    wrong = synthetic_store.Demo(sentences, held_out, {word: tokens + 1 for word, tokens in cost.items()})
+    monkeypatch.setattr(synthetic_store, "demo", lambda: wrong)
+    with pytest.raises(ValueError, match="tokens instead of 100"):
+        synthetic_store.write_corpus(tmp_path / "corpus.jsonl", 3, 100)
+    assert not (tmp_path / "corpus.jsonl").exists()
+
+
+def test_words_are_left_out_where_they_no_longer_fit():
+    cost = {"a": 1, "bb": 2, "ccc": 3, ".": 0}
+    assert synthetic_store.fill(["a", ".", "ccc", "bb", "a", "a"], 4, cost) == "a . ccc"
+    assert synthetic_store.fill(["bb", "ccc", "a", "bb"], 3, cost) == "bb a"
+    assert synthetic_store.fill(["ccc"], 2, cost) is None
+
+
+def test_a_synthetic_store_has_every_token_and_the_vectors_of_its_model(bench):
+    folder = bench.store(30, 48)
+    model = synthetic_store.synthetic(48)
+    with Store(folder, model) as store:
+        assert (store.dtype, store.dim, len(store)) == ("fp16", 48, 30)
+        (numbers, passages, vectors), *more = store.batches()
+    assert not more
+    assert len(numbers) == 30
+    assert set(vectors.offsets.diff().tolist()) == {100}
+    for passage, stored in zip(passages[::7], list(vectors)[::7], strict=True):
+        alone = model.encode_documents([passage.content]).values
+        torch.testing.assert_close(stored, alone, atol=2**-11, rtol=0)
+
+
+def test_synthetic_vectors_are_as_alike_as_those_of_the_default_model(bench):
+    texts = [json.loads(line)["text"] for line in bench.corpus(30).read_text("utf-8").splitlines()]
+    means = []
+    for model in (synthetic_store.default(), synthetic_store.synthetic(48)):
+        ids = model.tokenize_documents(texts).batch.input_ids
+        vectors = model.encode_documents(texts)
+        text = torch.repeat_interleave(torch.arange(30), vectors.offsets.diff())
+        same_id, same_text = ids[:, None] == ids, text[:, None] == text
+        real = (ids > 2) & (ids < 8192)  # special tokens stand for nothing
+        pairs = real[:, None] & real & ~torch.eye(len(ids), dtype=torch.bool)
+        cosines = vectors.values @ vectors.values.T
+        kinds = [same_id & same_text, same_id & ~same_text, ~same_id & same_text, ~same_id & ~same_text]
+        means.append(torch.stack([cosines[kind & pairs].mean() for kind in kinds]))
+    torch.testing.assert_close(means[0], means[1], atol=0.06, rtol=0)
+
+
+def test_percentiles_are_those_of_each_pass():
+    passes = [{"seconds": [i / 1000 for i in range(101, 0, -1)]}, {"seconds": [2.0] * 100}]
+    assert retrieval_figures.percentiles(passes, 50) == pytest.approx([51, 2000])
+    assert retrieval_figures.percentiles(passes, 99) == pytest.approx([100, 2000])
+
+
+def test_recall_and_differences_compare_what_both_searches_found():
+    exact = [[(1, 9.0), (2, 8.0)], [(3, 7.0), (4, 6.0)]]
+    found = [[(2, 8.5), (9, 1.0)], [(4, 6.0), (3, 7.0)]]
+    assert retrieval_figures.recall(exact, found) == 0.75
+    assert retrieval_figures.score_difference(exact, found) == 0.5
+    assert retrieval_figures.score_difference(exact, exact) == 0
+
+
+def test_a_search_that_is_wrong_is_refused(bench, monkeypatch):
+    pytest.importorskip("psutil")
+    found = bench.search(30, 48, prefilter=False)[0]["found"]
+    right = retrieval_figures.float64_difference(bench.store(30, 48), 48, synthetic_store.queries(4, 32), found)
+    assert right < 1e-5
+    found[1][3] = (found[1][3][0], found[1][3][1] + 0.01)
+    result = retrieval_search.search_exact(bench, "search-10k")
+    assert "differs from the reference by 0.01" in result.refused["30 passages, synthetic vectors of width 48, exact"]
+    assert {row["kind"] for row in result.rows} == {"measured"}
+
+
+def test_the_quietest_pass_is_kept_and_a_quiet_one_ends_the_trying():
+    asked = iter([[1.0], [2.0], [3.0], [4.0]])
+    busy = [(9.0, FOREIGN_LIMIT + 30), (9.0, FOREIGN_LIMIT + 10), (9.0, FOREIGN_LIMIT + 20)]
+    assert retrieval_process.quiet_pass(lambda: next(asked), 2, Clocks(*busy)) == ([2.0], FOREIGN_LIMIT + 10)
+    assert retrieval_process.quiet_pass(lambda: next(asked), 2, Clocks((9.0, 0.0))) == ([4.0], 0.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is looked up in /proc")
+def test_memory_is_that_of_the_process_without_its_files(tmp_path):
+    before = retrieval_process.anonymous_mb(os.getpid())
+    block = bytearray(os.urandom(1 << 20)) * 64
+    assert 60 < retrieval_process.anonymous_mb(os.getpid()) - before < 90
+    del block
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert retrieval_process.anonymous_mb(ended.pid) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is looked up in /proc")
+def test_a_store_is_built_in_a_process_that_is_watched_and_bounded(tmp_path):
+    synthetic_store.write_corpus(tmp_path / "corpus.jsonl", 5, 100)
+    asked = {"corpus": str(tmp_path / "corpus.jsonl"), "width": 48, "prefilter": True, "threads": 1}
+    built, peak = retrieval_process.watched(
+        retrieval_process.build, folder=str(tmp_path / "store"), limit_mb=4096, **asked
+    )
+    assert built["passages"] == 5
+    assert 50 < peak < 1000
+    with pytest.raises(subprocess.CalledProcessError):
+        retrieval_process.watched(retrieval_process.build, folder=str(tmp_path / "other"), limit_mb=64, **asked)
+
+
+@pytest.mark.parametrize("workload", [name for name in retrieval.WORKLOADS if name != "cold-start"])
+def test_every_workload_of_retrieval_gives_complete_rows(bench, workload):
+    pytest.importorskip("psutil")
+    result = retrieval.BUILDERS[workload](bench, workload)
+    assert result.workload == workload
+    assert not result.refused
+    assert {(row["suite"], row["workload"]) for row in result.rows} == {("retrieval", workload)}
+    for row in result.rows:
+        assert row["median"] > 0
+        assert row["kind"] == ("synthetic vectors" if "synthetic" in row["corpus"] else "measured")
+        assert {"figure", "unit", "command", "commit", "versions", "cpu", "threads", "clean"} <= row.keys()
+        assert (row["bar"], row["met"]) == (None, None)  # these sizes have to reach nothing
+    keys = [(row["corpus"], row["implementation"], row["figure"]) for row in result.rows]
+    assert len(set(keys)) == len(keys)
+    for corpus, way, figure in keys:
+        assert (corpus, way, "p99") in keys or figure != "p50"
+    if workload == "search-10k-prefilter":
+        real = {figure: row["median"] for row, (corpus, _, figure) in zip(result.rows, keys, strict=True)}
+        assert real["recall@10 of exact search"] == 1  # of 30 passages all are candidates
+        synthetic = {row["figure"] for row in result.rows if row["kind"] == "synthetic vectors"}
+        assert synthetic == {"p50", "p99", "peak memory"}
+    if workload == "search-scale":
+        assert not bench.folder(TINY.synthetic, 48).exists()
+
+
+def test_cold_start_subtracts_within_a_round(bench, monkeypatch):
+    times = {"import torch": (1.0, 5.0, 1.0), "modernbert search": (2.0, 7.0, 4.0)}
+    times["modernbert --help"] = (0.4, 0.5, 0.4)
+    samples = {name: [Sample(one, 0.0) for one in seconds] for name, seconds in times.items()}
+    monkeypatch.setattr(retrieval, "interleave", lambda contenders, *_: samples)
+    found = {(row["implementation"], row["figure"]): row for row in retrieval.cold_start(bench, "cold-start").rows}
+    above = found["modernbert search", "above import torch"]
+    assert (above["median"], above["min"], above["max"]) == (2.0, 1.0, 3.0)
+    assert found["modernbert --help", "time"]["median"] == 0.4
+
+
+def make_figure(tmp_path, figure="p50", values=(80.0,), sizes=retrieval_stores.FULL, way="exact", **more):
+    bench = retrieval_stores.Bench(tmp_path, sizes)
+    settings = {"workload": "search-10k", "what": "search in words", "corpus": "10 passages", "unit": "ms"}
+    machine = {"cpu": "Test CPU", "threads": 2, "system": "Linux x", "commit": "c" * 40, "date": "2025-01-02"}
+    return bench.row(figure=figure, values=values, implementation=way, **settings, **more) | machine
+
+
+@pytest.mark.parametrize(
+    ("bar", "value", "expected"),
+    [
+        ({"at_most": 90}, 90.0, ("<= 90", True)),
+        ({"at_most": 90}, 90.1, ("<= 90", False)),
+        ({"at_least": 0.99}, 0.99, (">= 0.99", True)),
+        ({"at_least": 0.99}, 0.98, (">= 0.99", False)),
+        ({}, 1.0, (None, None)),
+    ],
+)
+def test_a_bar_is_met_up_to_its_value(tmp_path, bar, value, expected):
+    row = make_figure(tmp_path, values=[value], **bar)
+    assert (row["bar"], row["met"]) == expected
+    quick = make_figure(tmp_path, values=[value], sizes=retrieval_stores.QUICK, **bar)
+    assert (quick["bar"], quick["met"]) == (None, None)
+
+
+def test_the_tables_of_retrieval_show_figures_with_their_bars(tmp_path):
+    run = [
+        make_figure(tmp_path, at_most=90),
+        make_figure(tmp_path, "p99", [95.0], clean=False),
+        make_figure(tmp_path, values=[31.0], way="pre-filter", at_most=30),
+        make_figure(tmp_path, "recall@10 of exact search", [0.9951], way="pre-filter", at_least=0.99),
+    ]
+    table = report.retrieval_table(run)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:4]]
+    command = "`python -m benchmarks retrieval --only search-10k`"
+    assert lines == [
+        ["exact: 10 passages", "p50 **80 ms** (bar <= 90, met); p99 **95 ms †**", command],
+        [
+            "pre-filter: 10 passages",
+            "p50 **31 ms** (bar <= 30, missed); recall@10 of exact search **0.995 ms** (bar >= 0.99, met)",
+            command,
+        ],
+    ]
+    text = report.markdown(run)
+    assert "| 10 passages | exact | p50 | 80 ms | <= 90: met |" in text
+    assert "| 10 passages | pre-filter | p50 | 31 ms | <= 30: missed |" in text
+    assert report.rich_table(run).row_count == 4
 
 
 @pytest.mark.parametrize("suite", report.README_TABLES)

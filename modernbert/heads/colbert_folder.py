@@ -66,7 +66,7 @@ def read(
             raise ValueError(f"{folder} has no matrix linear.weight, which is the head of a HF_ColBERT")
         head = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
         return _stanford(folder), [Layer(head, {"linear.weight": weight})]
-    if not (folder / "modules.json").is_file():
+    if not files.has_file(folder / "modules.json"):
         raise ValueError(
             f"{folder} has no modules.json, so no late-interaction head: make one with "
             "ColBERT.from_encoder(Encoder.from_pretrained(...), Tokenizer.from_pretrained(...))"
@@ -82,7 +82,7 @@ def read(
         modules.setdefault(kind, []).append(_inside(folder, module["path"]))
     if not modules.get("Dense"):
         raise ValueError(f"{folder}/modules.json lists no Dense module: this is no late-interaction checkpoint")
-    written = files.read_json(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
+    written = files.read_json(folder, SETTINGS) if files.has_file(folder / SETTINGS) else {}
     native = written.get("model_type") == "MultiVectorEncoder"
     written |= _checked(folder / SETTINGS, written, {"prompts": "Object", "default_prompt_name": "Name"})
     settings = _native(folder, written, modules, tokenizer) if native else _pylate(written)
@@ -105,7 +105,7 @@ def _checked(where: Path, values: Any, kinds: dict[str, str]) -> dict[str, Any]:
 
 def _stanford(folder: Path) -> dict[str, Any]:
     """artifact.metadata as PyLate reads it: always expansion, the whole skiplist, and its own defaults for the rest."""
-    written = files.read_json(folder, METADATA) if (folder / METADATA).is_file() else {}
+    written = files.read_json(folder, METADATA) if files.has_file(folder / METADATA) else {}
     names = {
         "query_prefix": ("query_token_id", "[unused0]"),
         "document_prefix": ("doc_token_id", "[unused1]"),

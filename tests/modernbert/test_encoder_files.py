@@ -118,7 +118,7 @@ def test_a_loaded_encoder_can_be_saved_over_its_own_folder(tmp_path: Path) -> No
 
 
 def test_loading_does_not_import_the_compiler():
-    """It takes a second, and PyTorch does so when a parameter on the meta device is drawn from a normal distribution."""
+    """It takes a second, and PyTorch does so where a parameter on the meta device is drawn from a normal one."""
     code = "import sys; from modernbert import ColBERT; ColBERT.default(); print('torch._dynamo' in sys.modules)"
     where = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)

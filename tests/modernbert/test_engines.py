@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import importlib.util
 import json
@@ -20,9 +21,13 @@ import torch
 from stores import corpus, small_colbert, write_corpus
 
 from modernbert import ColBERT, maxsim
+from modernbert.heads.colbert import ASSETS
+from modernbert.packing import Ragged
 from modernbert.retrieval.engines import Engine, export, is_target
 from modernbert.retrieval.indexing import index
 from modernbert.retrieval.store import Store
+
+pytestmark = pytest.mark.filterwarnings("ignore:Failed to obtain server version")
 
 QUERIES = ["owl night mouse", "which storm brought hail?", "peace treaty", "number 31", ""]
 PACKAGES = {"qdrant": "qdrant_client", "lancedb": "lancedb"}
@@ -88,6 +93,25 @@ def test_the_top_ten_are_those_of_exact_search(name, dtype, make, colbert, tmp_p
 
 
 @pytest.mark.parametrize("name", EXACT)
+def test_equal_passages_come_in_the_order_of_the_store(name, colbert, tmp_path):
+    """Though they were exported backwards."""
+    records = [{**corpus(1)[0], "_id": f"d{i}"} for i in range(8)]
+    index([write_corpus(tmp_path / "c.jsonl", records)], tmp_path / "store", colbert)
+    with Store(tmp_path / "store", colbert) as store:
+        rows = [
+            row
+            for numbers, passages, vectors in store.batches()
+            for row in zip(numbers, passages, vectors, strict=True)
+        ]
+        exact = store.search(QUERIES, top_k=8)
+        store.batches = lambda: iter([([n], [p], Ragged.from_list([x])) for n, p, x in reversed(rows)])
+        export(store, f"{name}:{tmp_path / 'there'}")
+    with Engine(f"{name}:{tmp_path / 'there'}", colbert) as engine:
+        found = engine.search(QUERIES, top_k=8)
+    assert [[hit.passage.id for hit in hits] for hits in found] == [[hit.passage.id for hit in hits] for hits in exact]
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_an_export_replaces_the_one_before(name, make, store, colbert, tmp_path):
     other, target = make(9, seed=5), f"{name}:{tmp_path / 'there'}"
     export(store, target)
@@ -104,13 +128,15 @@ def test_another_model_is_refused(name, make, colbert, modernbert_tokenizer_file
     target = f"{name}:{tmp_path / 'there'}"
     export(make(3), target)
     torch.manual_seed(1)
-    with pytest.raises(ValueError, match="vectors do not compare"):
+    with pytest.raises(ValueError, match="vectors do not compare") as other:
         Engine(target, small_colbert(modernbert_tokenizer_file.parent))
-    with pytest.raises(ValueError, match="had no name"):
+    with pytest.raises(ValueError, match="had no name") as none:
         Engine(target)
-    # Refusing has closed what was opened: the right model finds the way free.
+    # Refusing has closed what was opened, though the errors still hold on to it: the right model finds the way free.
     with Engine(target, colbert) as engine:
         assert engine.colbert is colbert
+    assert other.tb
+    assert none.tb
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -149,6 +175,8 @@ def test_half_an_export_is_no_export(name, make, store, colbert, tmp_path, monke
     small, target, whole = make(9, seed=5), f"{name}:{tmp_path / 'there'}", store.batches
     export(small, target)
     monkeypatch.setattr(store, "batches", half)
+    if name == "lancedb":  # which looks at the first batch by itself: the error comes from a later one
+        monkeypatch.setattr("modernbert.retrieval.engines.lancedb.ROWS", 8)
     with pytest.raises(OSError, match=r"^the disk has failed$"):
         export(store, target)
     monkeypatch.undo()
@@ -205,11 +233,12 @@ def test_a_collection_of_somebody_else_is_left_alone(make, colbert, tmp_path):
     client.upsert("modernbert", [models.PointStruct(id=1, vector=[1.0, 2.0])])
     client.close()
     for use in (lambda target: export(make(3), target), lambda target: Engine(target, colbert)):
-        with pytest.raises(ValueError, match="the collection modernbert was not made by `modernbert export`"):
+        with pytest.raises(ValueError, match="the collection modernbert was not made by `modernbert export`") as error:
             use(f"qdrant:{tmp_path}")
-    client = QdrantClient(path=str(tmp_path))
-    assert client.count("modernbert").count == 1
-    client.close()
+        client = QdrantClient(path=str(tmp_path))  # closed again, though the error still holds on to it
+        assert client.count("modernbert").count == 1
+        client.close()
+        assert error.tb
 
 
 @qdrant
@@ -304,7 +333,7 @@ class QdrantServer:
 
 
 @qdrant
-@pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection", "ignore:Failed to obtain server")
+@pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
 def test_a_server_is_asked_in_requests_that_it_takes(store, colbert, monkeypatch):
     """Its address names the collection, its key comes from the environment, a request stays small."""
     from modernbert.retrieval.engines import qdrant
@@ -484,13 +513,20 @@ def fast_plaid_reason() -> str:
 
 
 @pytest.mark.skipif(bool(fast_plaid_reason()), reason=fast_plaid_reason())
-def test_fast_plaid_finds_most_of_the_top_ten(make, colbert, tmp_path):
-    store, target = make(900), f"fast-plaid:{tmp_path}"
-    export(store, target)
-    with Engine(target, colbert) as engine:
-        found = engine.search(QUERIES)
+def test_fast_plaid_finds_most_of_the_top_ten(tmp_path):
+    """On paragraphs of Wikipedia, with the model that ships: vectors that mean nothing survive no compression."""
+    with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
+        records = [json.loads(line) for line, _ in zip(lines, range(200), strict=False)]
+    index([write_corpus(tmp_path / "corpus.jsonl", records)], tmp_path / "store")
+    queries = [" ".join(record["text"].split()[3:11]) for record in records[::10]]
+    with Store(tmp_path / "store") as store:
+        assert export(store, f"fast-plaid:{tmp_path / 'there'}") == len(store)
+        exact = store.search(queries)
+    with Engine(f"fast-plaid:{tmp_path / 'there'}") as engine:
+        found = engine.search(queries)
     recalls = []
-    for ours, theirs in zip(store.search(QUERIES), found, strict=True):
-        assert [hit.rank for hit in theirs] == list(range(1, 11))
+    for ours, theirs in zip(exact, found, strict=True):
+        assert theirs[0].passage == ours[0].passage
+        assert abs(theirs[0].score - ours[0].score) < 0.05 * ours[0].score
         recalls.append(len({hit.number for hit in ours} & {hit.number for hit in theirs}) / 10)
-    assert np.mean(recalls) > 0.7
+    assert np.mean(recalls) > 0.85

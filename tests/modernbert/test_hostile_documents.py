@@ -67,11 +67,12 @@ def test_any_script_comes_through_every_kind_of_file(tmp_path, name):
     record = {"_id": text[:50], "title": text[:100], "text": text, "other": {text[:9]: [text[:70]]}}
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     (tmp_path / "wide.txt").write_text(text, encoding="utf-16")
+    (tmp_path / "big-endian.txt").write_bytes(b"\xfe\xff" + text.encode("utf-16-be"))
     (tmp_path / "a.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     (tmp_path / "a.csv").write_text(f'text\n"{text}"\n', encoding="utf-8", newline="")
     (tmp_path / "a.html").write_text(f"<meta charset=utf-8><p>{text}</p>", encoding="utf-8")
-    for file in ("a.txt", "wide.txt", "a.csv"):
+    for file in ("a.txt", "wide.txt", "big-endian.txt", "a.csv"):
         assert read(tmp_path / file)[0].text == text
     for file in ("a.jsonl", "b.jsonl"):
         (document,) = read(tmp_path / file)
@@ -315,6 +316,11 @@ def test_pages_may_be_nested_deeper_than_python_recurses():
         page = f"<{tag}>" * 20_000 + "owl" + f"</{tag.split('>')[0]}>" * 20_000 + "<p>mouse"
         text = read_html(page.encode(), pytest.fail)[1]
         assert text.count("owl") == text.count("mouse") == 1
+
+
+def test_a_comment_of_12_mb_is_still_no_text():
+    """libxml2 gives up on comments of 10 MB unless told not to, and what is behind that is text to it."""
+    assert read_html(b"<!--" + b"y" * 12 * MB + b"--><p>owl", pytest.fail)[1] == "owl"
 
 
 @pytest.mark.parametrize(

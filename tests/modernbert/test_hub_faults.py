@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from hub_server import Fault, HubServer, Repository
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from modernbert import ColBERT, Tokenizer
@@ -306,6 +306,7 @@ REFUSED: dict[str, tuple[list[Fault], str]] = {
     "weights: 500": ([Fault(WEIGHTS, inf, status=500)], "500"),
     "weights: 404": ([Fault(WEIGHTS, inf, status=404)], "404"),
     "metadata: 503": ([Fault(METADATA, inf, status=503)], "503"),
+    "metadata: 418": ([Fault(METADATA, inf, status=418)], "418"),
     "a redirect in a circle": ([Fault(METADATA, inf, status=307, headers={"Location": "modules.json"})], ""),
     "another byte in the weights": ([Fault(WEIGHTS, inf, body=flipped)], r"/?model\.safetensors came twice"),
     "another byte in a json": ([Fault(JSON, inf, body=flipped)], r"modules\.json came twice"),
@@ -323,17 +324,21 @@ def test_faults_without_an_end(client: Client) -> None:
         error = client.ask(repository)
         assert type(error) is OSError, name
         assert "\n" not in str(error), name
-        with pytest.raises(OSError, match=f"^'{repository}' is no folder here, and was not downloaded; try again, .*{words}"):
+        with pytest.raises(
+            OSError, match=f"^'{repository}' is no folder here, and was not downloaded; try again, .*{words}"
+        ):
             raise error
         assert sum(client.waits) <= 30, name
         assert isinstance(client.ask(repository, local_files_only=True), FileNotFoundError), name
-        kept = {path.name for path in Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/*") if name in str(path)}
+        cached = Path(constants.HF_HUB_CACHE).glob(f"*{repository.partition('/')[2]}/snapshots/*/**/*")
+        kept = {path.name: path.read_bytes() for path in cached if path.is_file()}
+        assert set(kept.values()) <= set(files.values()), name
 
         for fault in faults:
             fault.times = 0
         assert client.ask(repository) == files, name
         again = {request.rpartition("/")[2] for request in client.hub.requests if request.startswith("HEAD")}
-        assert not again & kept, name
+        assert not again & {*kept} - {"model.safetensors", "config.json"}, name  # which stand in two folders
         assert client.ask(repository, local_files_only=True) == files, name
         if faults[0].at.startswith(LIST.format(name=repository)):  # the cache is complete: it serves at once
             faults[0].times = inf
@@ -364,6 +369,18 @@ def test_a_broken_off_update_leaves_the_older_commit(client: Client) -> None:
     assert isinstance(client.ask("own/updated"), OSError)
     assert client.ask("own/updated", local_files_only=True) == old
     assert isinstance(client.ask("own/updated", revision=LATER, local_files_only=True), FileNotFoundError)
+    del repository.refs["main"]  # a hub that answers so is not out of reach
+    assert "Revision Not Found" in str(client.ask("own/updated"))
+
+
+@pytest.mark.skipif(not hasattr(errors, "IncompleteSnapshotError"), reason="the client keeps no list of files")
+def test_what_another_program_left_incomplete(client: Client) -> None:
+    files = client.add("own/left", [])
+    folder = Path(snapshot_download("own/left"))
+    assert client.ask("own/left", local_files_only=True) == files
+    (folder / "tokenizer_config.json").unlink()
+    assert "is incomplete" in str(client.ask("own/left", local_files_only=True))
+    assert client.ask("own/left") == files
 
 
 def test_models_of_the_hub(client: Client) -> None:

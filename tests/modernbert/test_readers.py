@@ -40,7 +40,7 @@ PAGE = """\
 <nav><a href="/">Home</a> <a href="/owls">Owls</a></nav>
 <header>Wikis of the night</header>
 <main>
-<h1>Owls<a class="headerlink" href="#owls">¶</a></h1>
+<h1><a href="#owls">§</a>Owls <a href="#">C#</a><a class="headerlink" href="#owls">¶</a></h1>
 <p>Owls hunt
    at <b>night</b>, <em>silent</em>ly; see <a href="/mice">mice</a>.<br>A second line.</p>
 <div hidden>Not shown</div><p style="display:none">nor this</p><span aria-hidden="true">*</span>
@@ -66,9 +66,7 @@ def <b>owl</b>():
 """
 
 EXPECTED = """\
-Wikis of the night
-
-# Owls
+# Owls C# #
 
 Owls hunt at night, silently; see mice.
 A second line.
@@ -112,7 +110,47 @@ def test_headings_of_a_page_title_its_sections(tmp_path):
     (tmp_path / "page.HTML").write_text(PAGE)
     (document,) = read_file(tmp_path / "page.HTML")
     titles = [section.title for section in sections(document)]
-    assert titles == ["Owls", "Owls", "Owls: Kinds & Strix", "Owls: Kinds & Strix > Sizes", "Owls: C#"]
+    assert titles == [f"Owls C#{part}" for part in ("", ": Kinds & Strix", ": Kinds & Strix > Sizes", ": C#")]
+
+
+def test_the_main_part_of_a_page_is_all_of_it_if_it_is_marked():
+    page = (
+        "<title>T</title><h1>Wiki</h1><nav>n</nav>Hi <{0}><h1>Owl</h1>is <b>a</b> bird<nav>m</nav></{1}> bye<h1>Z</h1>"
+    )
+    assert markdown(page.format("p", "p")).split() == [
+        "#",
+        "Wiki",
+        "Hi",
+        "#",
+        "Owl",
+        "is",
+        "a",
+        "bird",
+        "bye",
+        "#",
+        "Z",
+    ]
+    for start, end in (("main", "main"), ("div role='main'", "div"), ("section role=main", "section")):
+        assert read_html(page.format(start, end).encode(), pytest.fail) == ("", "# Owl\n\nis a bird")
+    assert markdown("<main>one</main>two<div><main><p>three</div>four").split() == ["one", "three"]
+    assert markdown("<main><nav>n</nav></main>two") == "two"
+
+
+def test_breaks_are_line_ends_except_in_headings():
+    assert markdown("<p>a<br>b<br/>c") == "a\nb\nc"
+    assert markdown("<h2>Kinds<br>of owls</h2>") == "## Kinds of owls"
+    assert markdown("<pre>a<br>b<div>c</div>d<p>e</pre>") == "```\na\nb\nc\nd\ne\n```"
+
+
+def test_a_link_that_is_only_a_mark_is_no_text():
+    assert markdown('w <b>o</b> <a href="#"><p>x</p>§</a> <a href="#">¶</a><a href="#"> # </a>§ 5') == "w o\n\nx\n\n§ 5"
+
+
+def test_navigation_is_left_out_unless_there_is_nothing_else():
+    for noise in ("<nav>x</nav>", "<div role=navigation>x</div>", "<footer>x</footer>", "<p hidden>x</p>"):
+        assert markdown(f"<p>text{noise}") == "text"
+        assert markdown(noise) == "x"
+    assert markdown("<script>x</script><style>y</style>") == ""
 
 
 def test_the_title_of_a_page_counts_unless_it_has_one_first_level_heading():
@@ -199,7 +237,7 @@ def test_words_survive_any_soup_of_tags(tags):
     ],
 )
 def test_the_encoding_of_a_page_is_the_one_it_declares(head, encoding):
-    words = {"cp1251": "сова", "cp932": "梟①", "gb18030": "猫头鹰", "cp949": "올빼미", "iso8859-2": "sówa"}
+    words = {"cp1251": "сова", "cp932": "梟①", "gb18030": "猫头鹰镕", "cp949": "올빼미똠", "iso8859-2": "sówa"}
     text = words.get(encoding, "“hibou” café €")
     assert markdown(f"<html>{head}<p>{text}".encode(encoding)) == text
 
