@@ -13,8 +13,8 @@ from ..packing import Ragged
 from .prefilter import Lists, invert, num_centroids, select, shortlist, train_centroids
 from .shards import SHARDS, Shard, finished_part, read_part, write_part
 
-CANDIDATES = 512
-"""Passages that are scored exactly, at least."""
+CANDIDATES = 2048
+"""Passages that are scored exactly, at least: enough for 99 of 100 of the best ten, of 10,000 and of 100,000."""
 
 OUTGROWN = 2
 """New centroids are trained when a store deserves so many times as many as it has."""

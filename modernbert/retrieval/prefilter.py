@@ -8,6 +8,7 @@ the last centroid it looked at; the sum over the query ranks the passages roughl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -55,11 +56,14 @@ def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
     the tokens. So a token is compared with a little more than four roots of K vectors, and not with K.
 
     Returns:
-        K unit vectors in float32, one matrix for each cell; none where there is no token.
+        K unit vectors in float32, one matrix for each cell.
+
+    Raises:
+        ValueError: there is no token in the shards.
     """
     passages, tokens = sum(map(len, shards)), sum(len(shard.values) for shard in shards)
     if not tokens:
-        return Ragged.from_list([])
+        raise ValueError(f"{passages} passages without a single token give no centroids: search them exactly")
     total = num_centroids(tokens)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(passages, generator=generator)[: -(-SAMPLE * total * passages // tokens)]
@@ -105,7 +109,8 @@ def shortlist(
         # From the worst to the best: of all values written to one place the last stays, which is the largest.
         gain_QP = (best.values - best.values[:, -1:]).flip(1).numpy()
         probed_QP = best.indices.flip(1).numpy()
-        scores_N = torch.from_numpy(np.concatenate([_score(gain_QP, probed_QP, shard) for shard in lists]))
+        scores = [_score(gain_QP, probed_QP, shard) for shard in lists]
+        scores_N = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *scores]))
         if alive_N is not None:
             scores_N = scores_N.where(alive_N, -1.0)
         chosen = scores_N.topk(min(candidates, len(scores_N))).indices
@@ -126,7 +131,7 @@ def select(shards: Sequence[Ragged], places: Tensor) -> Ragged:
     ends = np.cumsum([len(shard) for shard in shards])
     cuts = np.searchsorted(places.numpy(), ends)
     values, lengths = [], []
-    for shard, end, start, stop in zip(shards, ends.tolist(), [0, *cuts.tolist()], cuts.tolist(), strict=False):
+    for shard, end, (start, stop) in zip(shards, ends.tolist(), pairwise([0, *cuts.tolist()]), strict=True):
         if start < stop:
             inside = places[start:stop] - (end - len(shard))
             first = shard.offsets[inside]
@@ -178,5 +183,7 @@ def _assign(x_NE: Tensor, centroids: Ragged) -> Tensor:
 def _nearest(x_NE: Tensor, centroids_KE: Tensor) -> Tensor:
     """`[N]` int64. The argmax is NumPy's, which is several times as fast as PyTorch's."""
     size = 1 << max(1, SIMILARITIES // len(centroids_KE)).bit_length() - 1
-    blocks = [ops.linear(block_NE.float(), centroids_KE) for block_NE in x_NE.split(size) if len(block_NE)]
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(block_NK.numpy().argmax(1) for block_NK in blocks)]))
+    nearest_N = np.empty(len(x_NE), np.int64)
+    for start, block_NE in zip(range(0, len(x_NE), size), x_NE.split(size), strict=False):
+        ops.linear(block_NE.float(), centroids_KE).numpy().argmax(1, out=nearest_N[start : start + size])
+    return torch.from_numpy(nearest_N)
