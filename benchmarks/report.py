@@ -41,12 +41,18 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return [one for run in newest.values() for one in run]
 
 
+def rows_of(suite: str) -> list[Row]:
+    """The rows of a suite in all folders of results, whichever they were written to."""
+    return [one for folder in sorted(RESULTS.iterdir()) for one in read(folder) if one["suite"] == suite]
+
+
 def write() -> list[Path]:
-    """Write README.md beside the rows of each suite, and its table in the README of the project; the files written."""
+    """Write results/SUITE/README.md for each suite, and its table in the README of the project; the files written."""
     written, readme = [], README.read_text("utf-8")
     for suite, table in README_TABLES.items():
-        if rows := latest(read(RESULTS / suite)):
+        if rows := latest(rows_of(suite)):
             full = RESULTS / suite / "README.md"
+            full.parent.mkdir(exist_ok=True)
             full.write_text(markdown(rows), encoding="utf-8")
             readme = replace_between(readme, table(rows), suite)
             written.append(full)

@@ -12,7 +12,6 @@ import json
 import random
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -127,7 +126,7 @@ def synthetic(width: int) -> ColBERT:
     head = Dense(width, width)
     nn.init.eye_(head.linear.weight)
     encoder: Any = TableEncoder(default().encoder.config.vocab_size, width)
-    return ColBERT(encoder, default().tokenizer, [head], replace(default().config, skiplist_words=())).eval()
+    return ColBERT(encoder, default().tokenizer, [head], default().config).eval()
 
 
 class TableEncoder(nn.Module):

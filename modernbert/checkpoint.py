@@ -138,7 +138,7 @@ def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
         shards: dict[Path, set[str]] = {}
         for key, shard in index["weight_map"].items():
             # Of the two kinds of path, Windows' knows both separators and drive letters.
-            if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
+            if not isinstance(shard, str) or shard in ("", "..") or PureWindowsPath(shard).name != shard:
                 raise ValueError(f"{path} points to {shard!r:.200}, which is no file beside it")
             shards.setdefault(folder / shard, set()).add(key)
         if missing := [shard.name for shard in shards if not has_file(shard)]:

@@ -157,7 +157,8 @@ def _as_listed(path: Path, sibling: RepoSibling) -> bool:
     if sibling.lfs:
         digest, wanted, wanted_size = hashlib.sha256(), sibling.lfs.sha256, sibling.lfs.size
     else:
-        digest, wanted, wanted_size = hashlib.sha1(b"blob %d\0" % size), sibling.blob_id, sibling.size
+        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        wanted, wanted_size = sibling.blob_id, sibling.size
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -422,10 +423,16 @@ def test_the_quietest_pass_is_kept_and_a_quiet_one_ends_the_trying():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is looked up in /proc")
 def test_memory_is_that_of_the_process_without_its_files(tmp_path):
+    size = 64 << 20
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(size))
     before = retrieval_process.anonymous_mb(os.getpid())
-    block = bytearray(os.urandom(1 << 20)) * 64
-    assert 60 < retrieval_process.anonymous_mb(os.getpid()) - before < 90
-    del block
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert not any(mapped[::4096])
+        assert retrieval_process.anonymous_mb(os.getpid()) - before < 10
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as private:
+        private.write(bytes(size))
+        assert 54 < retrieval_process.anonymous_mb(os.getpid()) - before < 74
     ended = subprocess.Popen(["true"])
     ended.wait()
     assert retrieval_process.anonymous_mb(ended.pid) == 0
@@ -540,7 +547,7 @@ def test_only_the_text_between_the_markers_is_replaced(suite):
 @pytest.mark.parametrize("suite", report.README_TABLES)
 def test_the_committed_tables_are_those_of_the_committed_rows(suite):
     """Whoever adds rows runs `python -m benchmarks report`, and nobody edits a figure by hand."""
-    committed = report.latest(rows.read(report.RESULTS / suite))
+    committed = report.latest(report.rows_of(suite))
     readme = report.README.read_text("utf-8")
     if not committed:
         start, end = report.markers(suite)

@@ -23,7 +23,7 @@ FROZEN = {
         "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
     ),
     "modernbert.ColBERT.save_pretrained": "(self, folder)",
-    "modernbert.ColBERT.tokenize_documents": "(self, texts)",
+    "modernbert.ColBERT.tokenize_documents": "(self, texts, *, truncate=True)",
     "modernbert.ColBERT.tokenize_queries": "(self, texts)",
     "modernbert.Encoder": "(config)",
     "modernbert.Encoder.forward": (

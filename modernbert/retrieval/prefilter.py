@@ -26,9 +26,6 @@ SAMPLE, ROUNDS = 8, 4
 SIMILARITIES = 1 << 20
 """Similarities to centroids computed at a time: 4 MB of float32."""
 
-PASSAGES = 128
-"""Passages copied out of the memory maps and scored at a time, so that they stay in the cache."""
-
 
 class Lists(NamedTuple):
     """For each of K centroids the passages of one shard that have a token there.
@@ -94,7 +91,7 @@ def shortlist(
     probes: int = 128,
     alive: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """For each query the passages to score exactly: their places, counted over all shards, ascending.
+    """For each query the passages to score exactly: their positions, counted over all shards, ascending.
 
     Args:
         lists: of every shard, in order.
@@ -106,9 +103,7 @@ def shortlist(
     found = []
     for query_QE in queries:
         best = ops.linear(query_QE, centroids.values).topk(min(probes, len(centroids.values)), dim=1)
-        # From the worst to the best: of all values written to one place the last stays, which is the largest.
-        gain_QP = (best.values - best.values[:, -1:]).flip(1).numpy()
-        probed_QP = best.indices.flip(1).numpy()
+        gain_QP, probed_QP = (best.values - best.values[:, -1:]).numpy(), best.indices.numpy()
         scores = [_score(gain_QP, probed_QP, shard) for shard in lists]
         scores_N = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *scores]))
         if alive_N is not None:
@@ -118,39 +113,31 @@ def shortlist(
     return found
 
 
-def rescore(query_QE: Tensor, shards: Sequence[Ragged], places: Tensor) -> Tensor:
-    """The MaxSim of a query with the passages at ascending `places`, counted over all shards: `[len(places)]`."""
-    offsets = torch.tensor([0, len(query_QE)])
-    parts = [select(shards, part) for part in places.split(PASSAGES) if len(part)]
-    scores = [ops.maxsim(query_QE, offsets, part.values, part.offsets)[0] for part in parts]
-    return torch.cat([query_QE.new_zeros(0), *scores])
-
-
-def select(shards: Sequence[Ragged], places: Tensor) -> Ragged:
-    """The passages at ascending `places`, counted over all shards; nothing else of a memory map is touched."""
+def select(shards: Sequence[Ragged], positions: Tensor) -> Ragged:
+    """The passages at ascending `positions`, counted over all shards; nothing else of a memory map is touched."""
     ends = np.cumsum([len(shard) for shard in shards])
-    cuts = np.searchsorted(places.numpy(), ends)
-    values, lengths = [], []
-    for shard, end, (start, stop) in zip(shards, ends.tolist(), pairwise([0, *cuts.tolist()]), strict=True):
+    cuts = pairwise([0, *np.searchsorted(positions.numpy(), ends).tolist()])
+    values, lengths = [shards[0].values[:0]], [torch.zeros(1, dtype=torch.int64)]
+    for shard, end, (start, stop) in zip(shards, ends.tolist(), cuts, strict=True):
         if start < stop:
-            inside = places[start:stop] - (end - len(shard))
+            inside = positions[start:stop] - (end - len(shard))
             first = shard.offsets[inside]
             lengths.append(shard.offsets[inside + 1] - first)
             rows = _ranges(first.numpy(), lengths[-1].numpy())
             values.append(shard.values.index_select(0, torch.from_numpy(rows)))
-    return Ragged(torch.cat(values), F.pad(torch.cat(lengths).cumsum(0), (1, 0)))
+    return Ragged(torch.cat(values), torch.cat(lengths).cumsum(0))
 
 
 def _score(gain_QP: np.ndarray, probed_QP: np.ndarray, lists: Lists) -> np.ndarray:
     """`[num_passages]`: the sum over query tokens of the most that a probed centroid of the passage gives, or 0."""
     offsets, passages = lists.offsets.numpy(), lists.passages.numpy()
-    starts_QP = offsets[probed_QP]
-    lengths_QP = offsets[probed_QP + 1] - starts_QP
-    table_QN = np.zeros((len(gain_QP), lists.num_passages), np.float32)
-    rows = np.repeat(np.arange(len(gain_QP)), lengths_QP.sum(1))
-    columns = passages[_ranges(starts_QP.ravel(), lengths_QP.ravel())]
-    table_QN[rows, columns] = np.repeat(gain_QP, lengths_QP.ravel())
-    return table_QN.sum(0)
+    starts = offsets[probed_QP].ravel()
+    lengths = offsets[probed_QP + 1].ravel() - starts
+    rows = np.repeat(np.arange(len(gain_QP)) * lists.num_passages, gain_QP.shape[1])
+    table = np.zeros(len(gain_QP) * lists.num_passages, np.float32)
+    places = passages[_ranges(starts, lengths)] + np.repeat(rows, lengths)
+    np.maximum.at(table, places, np.repeat(gain_QP.ravel(), lengths))
+    return table.reshape(len(gain_QP), lists.num_passages).sum(0)
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

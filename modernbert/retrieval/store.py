@@ -205,6 +205,8 @@ class Store:
         every = np.concatenate(dense) if dense else np.empty((0, 3))
         best = [_Best(top_k) for _ in range(len(queries))]
         for number, positions in enumerate(self._prefilter.candidates(queries, top_k, alive) if dense else ()):
+            if not len(positions):
+                continue
             scores_N = maxsim(queries[number : number + 1], self._prefilter.vectors(positions))[0]
             best[number].add(scores_N.numpy(), every[positions.numpy()])
         return best
