@@ -30,6 +30,9 @@ TOKENS = 1 << 16
 QUERIES = 32
 """Queries scored at a time: the similarities of one block stay in the cache as well."""
 
+PASSAGES = 256
+"""Candidates of the pre-filter scored at a time: more would ask the system for new memory each time, and wait for it."""
+
 COLUMNS = "p.number, d.path, d.id, p.title, p.text, p.start, p.stop, coalesce(d.line, p.line), d.metadata"
 JOINED = "passages p JOIN documents d ON d.number = p.document"
 FIELD = """SELECT 1 FROM json_each(d.metadata) f
@@ -205,10 +208,9 @@ class Store:
         every = np.concatenate(dense) if dense else np.empty((0, 3))
         best = [_Best(top_k) for _ in range(len(queries))]
         for number, positions in enumerate(self._prefilter.candidates(queries, top_k, alive) if dense else ()):
-            if not len(positions):
-                continue
-            scores_N = maxsim(queries[number : number + 1], self._prefilter.vectors(positions))[0]
-            best[number].add(scores_N.numpy(), every[positions.numpy()])
+            for part in positions.split(PASSAGES):
+                scores_N = maxsim(queries[number : number + 1], self._prefilter.vectors(part))[0]
+                best[number].add(scores_N.numpy(), every[part.numpy()])
         return best
 
     def _id(self, document: int) -> str:
