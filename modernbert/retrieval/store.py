@@ -31,7 +31,7 @@ QUERIES = 32
 """Queries scored at a time: the similarities of one block stay in the cache as well."""
 
 PASSAGES = 256
-"""Candidates of the pre-filter scored at a time: more would ask the system for new memory each time, and wait for it."""
+"""Candidates of the pre-filter scored at a time: more would ask the system for new memory each time."""
 
 COLUMNS = "p.number, d.path, d.id, p.title, p.text, p.start, p.stop, coalesce(d.line, p.line), d.metadata"
 JOINED = "passages p JOIN documents d ON d.number = p.document"
