@@ -73,12 +73,12 @@ class Heading(NamedTuple):
     title: str
 
 
-_ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)[ \t]*#*\s*$")
+_ATX = re.compile(r" {0,3}(#{1,6})[ \t](.*)$", re.DOTALL)
 _UNDERLINE = re.compile(r"([-=~^\"'*+#])\1{2,}\s*$")
 _TEXT = re.compile(rf"(?!{_UNDERLINE.pattern})\s*\S")
 _FENCE = re.compile(r"\s*(```+|~~~+)(.*)$", re.DOTALL)
 _FRONT_MATTER = re.compile(r"---\s*\n(?=[\w-]+:\s)(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
-_FRONT_TITLE = re.compile(r"^title:[ \t]*[\"']?(.+?)[\"']?\s*$", re.MULTILINE)
+_FRONT_TITLE = re.compile(r"^title:(.*\S)", re.MULTILINE)
 
 
 def sections(document: Document) -> Iterator[Section]:
@@ -103,10 +103,11 @@ def _between_headings(document: Document) -> Iterator[Section]:
     kind = path.suffix.lower()
     headings = [*_headings(text, kind), Heading(len(text), len(text), 0, "")]
     front = _FRONT_MATTER.match(text) if kind in MARKDOWN | HTML else None
-    named = _FRONT_TITLE.search(front[1]) if front else None
+    titled = _FRONT_TITLE.search(front[1]) if front else None
+    named = titled[1].strip().strip("\"'") if titled else ""
     top = [heading.title for heading in headings if heading.level == 1]
     stem = path.stem.replace("_", " ").replace("-", " ")
-    name = named[1] if named else top[0] if len(top) == 1 else document.title or stem
+    name = named or (top[0] if len(top) == 1 else document.title or stem)
     yield Section(name, front.end() if front else 0, headings[0].start)
     trail: list[Heading] = []
     for heading, following in pairwise(headings):
@@ -133,8 +134,8 @@ def _headings(text: str, suffix: str) -> Iterator[Heading]:
             fence = mark[1]
         elif mark and mark[1].startswith(fence) and not mark[2].strip():
             fence = ""
-        elif not fence and markdown and (hashes := _ATX.match(line)):
-            heading = Heading(at, at + len(line), len(hashes[1]), hashes[2])
+        elif not fence and markdown and (hashes := _ATX.match(line)) and (title := _without_hashes(hashes[2])):
+            heading = Heading(at, at + len(line), len(hashes[1]), title)
         elif not fence and (under := _UNDERLINE.match(line)) and _TEXT.match(previous):
             over = None if markdown else _UNDERLINE.match(before)
             overlined = bool(over and over[1] == under[1])
@@ -148,6 +149,13 @@ def _headings(text: str, suffix: str) -> Iterator[Heading]:
             yield heading
         # A line cannot be in two headings.
         before, previous, at = previous, "" if heading else line, at + len(line)
+
+
+def _without_hashes(title: str) -> str:
+    """`Birds ##` is closed by its hashes, and `C#` is not."""
+    title = title.strip()
+    bare = title.rstrip("#")
+    return title if bare[-1:].strip() else bare.rstrip()
 
 
 UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
