@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 def assert_accurate(got: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
@@ -32,21 +33,29 @@ def assert_accurate(got: Tensor, plain: Tensor, truth: Tensor, name: str = "resu
 
 
 def assert_as_accurate(
-    fast: Callable[..., Any], reference: Callable[..., Any], *args: Any, gradients: bool = True, **kwargs: Any
+    fast: Callable[..., Any],
+    reference: Callable[..., Any],
+    *args: Any,
+    gradients: bool = True,
+    device: str = "cpu",
+    plain: Callable[..., Any] | None = None,
+    **kwargs: Any,
 ) -> None:
     """Every output and every gradient of `fast` is as accurate as `reference` in the dtype of the arguments.
 
     The truth is `reference` on the same numbers in float64. For float64 arguments nothing better is at hand:
     there the plain error is float32's, scaled by the ratio of the two rounding steps. Arguments must stay
-    unchanged; keyword arguments keep their dtype.
+    unchanged; keyword arguments keep their dtype. `fast` runs on `device`, the reference on the CPU. Where `fast`
+    computes by another formula than the reference, `plain` is that formula in PyTorch, whose error is the yardstick.
     """
     dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point())
-    got = results(fast, args, kwargs, dtype, gradients)
+    got = results(fast, args, kwargs, dtype, gradients, device)
     truth = results(reference, args, kwargs, torch.float64, gradients)
-    plain = results(reference, args, kwargs, torch.float32 if dtype is torch.float64 else dtype, gradients)
+    dtype_of_plain = torch.float32 if dtype is torch.float64 else dtype
+    yardsticks = results(plain or reference, args, kwargs, dtype_of_plain, gradients)
     assert got.keys() == truth.keys()
     for name, value in got.items():
-        yardstick = plain[name]
+        yardstick = yardsticks[name]
         if dtype is torch.float64:
             ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             finite = truth[name].isfinite()
@@ -61,8 +70,10 @@ def results(
     kwargs: dict[str, Any],
     dtype: torch.dtype,
     gradients: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """Outputs of `op` in `dtype`, and gradients of its real arguments by a fixed cotangent."""
+    """Outputs of `op` in `dtype`, and gradients of its real arguments by a fixed cotangent, all on the CPU."""
+    args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
     leaves = [
         x.detach().to(dtype, copy=True).requires_grad_(gradients)
         if isinstance(x, Tensor) and x.is_floating_point()
@@ -74,18 +85,18 @@ def results(
     for x, copy in zip(_tensors([leaves, kwargs]), before, strict=True):
         assert torch.equal(x, copy), "the call changed an argument"
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    found = {f"output {i}": output.detach().cpu() for i, output in enumerate(outputs)}
     if gradients:
         generator = torch.Generator().manual_seed(1)
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
         for output in outputs:
             # In bfloat16, so that every dtype sees the same numbers.
-            cotangent = torch.randn(output.shape, generator=generator).bfloat16()
+            cotangent = torch.randn(output.shape, generator=generator).bfloat16().to(device)
             loss = loss + (output * cotangent.to(output.dtype)).masked_fill(output.isinf(), 0).double().sum()
         wanted = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         for i, grad in zip(wanted, grads, strict=True):
-            found[f"gradient of argument {i}"] = torch.zeros_like(wanted[i]) if grad is None else grad
+            found[f"gradient of argument {i}"] = torch.zeros_like(wanted[i]).cpu() if grad is None else grad.cpu()
     return found
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter  # noqa: F401  (makes bfloat16 right in Triton's interpreter)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -15,6 +19,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     config.addinivalue_line("markers", "browser: needs a browser")
+    config.addinivalue_line("markers", "interpreter: runs Triton's kernels on the CPU; with TRITON_INTERPRET=1 only")
     torch.set_num_threads(1)
 
 

@@ -1,8 +1,25 @@
 """The ops of ModernBERT and of late interaction: a plain reference each, and faster versions that register on it."""
 
+from importlib.util import find_spec
+
 from . import cpu  # registers the CPU backends
 from .dispatch import Op, backend
-from .reference import add_layer_norm, attention, embed_layer_norm, geglu, layer_norm, linear, maxsim, rotary
+from .reference import (
+    add_layer_norm,
+    attention,
+    embed_layer_norm,
+    geglu,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+    maxsim,
+    pool,
+    project_normalize,
+    rotary,
+)
+
+if find_spec("triton"):
+    from . import fused  # noqa: F401  (registers the Triton backends)
 
 __all__ = [
     "Op",
@@ -14,6 +31,9 @@ __all__ = [
     "geglu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "maxsim",
+    "pool",
+    "project_normalize",
     "rotary",
 ]

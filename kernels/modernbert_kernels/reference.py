@@ -29,9 +29,13 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 def add_layer_norm(
     x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`(x + delta, layer_norm(x + delta))`: the residual stream and its norm, both `[T, D]`."""
+    """`(x + delta, layer_norm(x + delta))`: the residual stream and its norm, both `[T, D]`.
+
+    `x` may be float32 where `delta` and the weights are not: the stream stays float32, the norm has the weight's dtype.
+    """
     x_TD = x_TD + delta_TD
-    return x_TD, F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
+    bias_D = None if bias_D is None else bias_D.to(x_TD.dtype)
+    return x_TD, F.layer_norm(x_TD, weight_D.shape, weight_D.to(x_TD.dtype), bias_D, eps).to(weight_D.dtype)
 
 
 @Op
@@ -50,12 +54,16 @@ def geglu(h_T2F: Tensor, activation: str = "gelu") -> Tensor:
 
 
 @Op
-def rotary(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate q and k of packed qkv (half-split pairs `(d, d + K/2)`); v passes. Float32 maths, one rounding."""
+def rotary(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: bool = False) -> Tensor:
+    """Rotate q and k of packed qkv (half-split pairs `(d, d + K/2)`); v passes. Float32 maths, one rounding.
+
+    `inplace` overwrites `qkv_T3HK` and returns it.
+    """
     a_T2HR, b_T2HR = qkv_T3HK[:, :2].chunk(2, dim=-1)
     cos_T11R, sin_T11R = cos_TR[:, None, None], sin_TR[:, None, None]
     rotated = torch.cat([a_T2HR * cos_T11R - b_T2HR * sin_T11R, b_T2HR * cos_T11R + a_T2HR * sin_T11R], dim=-1)
-    return torch.cat([rotated.to(qkv_T3HK.dtype), qkv_T3HK[:, 2:]], dim=1)
+    rotated_T3HK = torch.cat([rotated.to(qkv_T3HK.dtype), qkv_T3HK[:, 2:]], dim=1)
+    return qkv_T3HK.copy_(rotated_T3HK) if inplace else rotated_T3HK
 
 
 @Op
@@ -119,3 +127,46 @@ def maxsim(
     if paired:
         return torch.stack([score(q, d) for q, d in zip(queries, documents, strict=True)])
     return torch.stack([torch.stack([score(q, d) for d in documents]) for q in queries])
+
+
+@Op
+def project_normalize(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None, rows_Q: Tensor | None = None
+) -> Tensor:
+    """`x W^T + b`, every row divided by its length (or by 1e-12, if that is more): `[T, D]` to `[T, E]`.
+
+    `rows_Q`, int64, chooses the rows that are returned, `[Q, E]`; None returns all.
+    """
+    x_TD = x_TD if rows_Q is None else x_TD.index_select(0, rows_Q)
+    return F.normalize(F.linear(x_TD, weight_ED, bias_E), dim=-1)
+
+
+@Op
+def pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool = False) -> Tensor:
+    """One row for each packed sequence, `[T, D]` to `[B, D]`: its first ("cls"), "last", "mean" or "max".
+
+    `normalize` divides it by its length. An empty sequence gives zero. Sums in float32 or better, one rounding.
+    """
+    rows = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).split(cu_seqlens.diff().tolist())
+    how = {"cls": lambda x: x[0], "last": lambda x: x[-1], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0).values}
+    pooled = [how[mode](x_SD) if len(x_SD) else x_SD.new_zeros(x_SD.shape[1]) for x_SD in rows]
+    pooled_BD = torch.stack(pooled) if pooled else x_TD[:0]
+    return (F.normalize(pooled_BD, dim=-1) if normalize else pooled_BD).to(x_TD.dtype)
+
+
+@Op
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *, z_loss: float = 0.0
+) -> Tensor:
+    """Mean over the tokens with a target of `lse - logit[target] + z_loss * lse ** 2`, where lse is the log of the sum
+    of the exponentials of the token's logits `x W^T + b`. A float32 (or float64) scalar; 0 if there is no target.
+
+    Args:
+        targets_T: int64, the class of each token; negative where a token has none.
+    """
+    chosen = targets_T >= 0
+    logits = F.linear(x_TD[chosen], weight_VD, bias_V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = logits.logsumexp(dim=-1)
+    loss = lse - logits.gather(1, targets_T[chosen, None])[:, 0] + z_loss * lse.square()
+    return loss.sum() / max(1, len(loss))

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import modernbert_kernels as ops
+
 from .. import checkpoint as files
 from ..encoder import Encoder, Linear
 from ..packing import Packed, Ragged, pack
@@ -101,6 +103,11 @@ class Dense(nn.Module):
             Linear(in_features, out_features, bias=False) if residual and in_features != out_features else None
         )
         self.activation: nn.Module = getattr(nn, activation)()
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether it is `W x + b` and nothing else, of a matrix that nobody has replaced or wrapped."""
+        return type(self.linear) is Linear and type(self.activation) is nn.Identity and not self.use_residual
 
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TE = self.activation(self.linear(x_TD))
@@ -191,10 +198,12 @@ class ColBERT(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors; `Tokens.ragged` picks the rows that are scored."""
-        x_TD = self.encoder(batch)
-        for layer in self.dense:
+        x_TD, (*hidden, last) = self.encoder(batch), self.dense
+        for layer in hidden:
             x_TD = layer(x_TD)
-        return F.normalize(x_TD, dim=-1)
+        if last.is_projection:
+            return ops.project_normalize(x_TD, last.linear.weight, last.linear.bias)
+        return F.normalize(last(x_TD), dim=-1)
 
     def encode_queries(
         self,

@@ -24,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import modernbert_kernels as ops
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
 from modernbert.packing import Packed, pack
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
-from modernbert.train.losses import all_pairs_maxsim, info_nce, kl_distill
+from modernbert.train.losses import info_nce, kl_distill
 from modernbert.train.teacher import Teacher, write_teacher
 
 
@@ -262,7 +263,7 @@ def train_step(
     queries = with_specials(model, tokens.queries, batch, model.config.query_prefix)
     positives = with_specials(model, tokens.positives, batch, model.config.document_prefix)
     with torch.autocast("cpu", torch.bfloat16):
-        scores_BB = all_pairs_maxsim(model(queries), queries.lengths, model(positives), positives.lengths)
+        scores_BB = ops.maxsim(model(queries), queries.cu_seqlens, model(positives), positives.cu_seqlens)
     loss = info_nce(scores_BB / config.temperature, torch.from_numpy(tokens.groups[batch]))
     query_rows, positive_rows = tokens.query_rows[batch], tokens.positive_rows[batch]
     if teacher is not None and min(query_rows.min(), positive_rows.min()) >= 0:

@@ -23,30 +23,30 @@ def _accepts(queries_QE: Tensor, *_: object, paired: bool = False, **__: object)
 def maxsim_cpu(
     queries_QE: Tensor, cu_queries: Tensor, documents_NE: Tensor, cu_documents: Tensor, *, paired: bool = False
 ) -> Tensor:
-    """`maxsim` of all pairs; same arguments and result."""
+    """`maxsim` of all pairs; same arguments and result. Under autocast the products are in its dtype."""
     if paired:
         raise ValueError("the cpu backend of maxsim scores all pairs; use the reference for paired scores")
-    queries_QE = queries_QE.to(torch.promote_types(queries_QE.dtype, torch.float32))
-    if torch.is_grad_enabled() and (queries_QE.requires_grad or documents_NE.requires_grad):
-        best_NQ = _DifferentiableBest.apply(queries_QE, documents_NE.to(queries_QE.dtype), cu_documents.diff())
-    else:
-        best_NQ = _best(queries_QE, documents_NE, cu_documents.diff())
+    dtype = torch.promote_types(queries_QE.dtype, torch.float32)
+    products = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+    differentiable = torch.is_grad_enabled() and (queries_QE.requires_grad or documents_NE.requires_grad)
+    best = _DifferentiableBest.apply if differentiable else _best
+    best_NQ = best(queries_QE, documents_NE, cu_documents.diff(), products).to(dtype)
     return torch.stack([part.sum(1) for part in best_NQ.split(cu_queries.diff().tolist(), dim=1)])
 
 
-def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor) -> Tensor:
+def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """`[documents, Q]`: for every query token the similarity of the best token of every document.
 
     Documents of another dtype are converted block by block: half the memory is read, and none is filled.
     """
     num_queries, width = queries_QE.shape
-    queries_QE = F.pad(queries_QE, (0, 0, 0, -num_queries % LANES))
+    queries_QE = F.pad(queries_QE.to(dtype), (0, 0, 0, -num_queries % LANES))
     best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
     owner_N1 = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:, None]
     # A power of two: oneDNN takes half as long again for 13,107 rows as for 12,288 or 16,384.
     size = 1 << max(1, BLOCK // max(1, width + len(queries_QE))).bit_length() - 1
     for block_NE, owner in zip(documents_NE.split(size), owner_N1.split(size), strict=True):
-        similarity_NQ = linear(block_NE.to(queries_QE.dtype), queries_QE)
+        similarity_NQ = linear(block_NE.to(dtype), queries_QE)
         best_NQ.scatter_reduce_(0, owner.expand(-1, len(queries_QE)), similarity_NQ, "amax")
     return best_NQ[:, :num_queries]
 
@@ -55,7 +55,8 @@ class _DifferentiableBest(torch.autograd.Function):
     """`_best` that keeps the place of every maximum, and nothing else, for the backward pass."""
 
     @staticmethod
-    def forward(ctx, queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor) -> Tensor:
+    def forward(ctx, queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+        queries_QE, documents_NE = queries_QE.to(dtype), documents_NE.to(dtype)
         ctx.lengths = lengths.tolist()
         best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
         place_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64)
@@ -69,12 +70,14 @@ class _DifferentiableBest(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NQ: Tensor):
         queries_QE, documents_NE, place_NQ = ctx.saved_tensors
-        grad_queries_QE, grads_SE = torch.zeros_like(queries_QE), []
+        # What many documents add to a query is summed in float32 at least.
+        dtype = torch.promote_types(queries_QE.dtype, torch.float32)
+        grad_queries_QE, grads_SE = torch.zeros_like(queries_QE, dtype=dtype), []
         for document_SE, grad_Q, place_Q in zip(documents_NE.split(ctx.lengths), grad_NQ, place_NQ, strict=True):
             if not len(document_SE):
                 grads_SE.append(document_SE)
                 continue
             weight_SQ = grad_Q.new_zeros(len(document_SE), len(grad_Q)).scatter_(0, place_Q[None], grad_Q[None])
             grads_SE.append(weight_SQ @ queries_QE)
-            grad_queries_QE.addmm_(weight_SQ.T, document_SE)
-        return grad_queries_QE, torch.cat(grads_SE), None
+            grad_queries_QE += weight_SQ.T @ document_SE
+        return grad_queries_QE, torch.cat(grads_SE), None, None

@@ -1,0 +1,162 @@
+"""The calls that the kernels are compiled for, checked on and timed with: shapes that people use, of every op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import modernbert_kernels as ops
+
+
+class Case(NamedTuple):
+    """A call of an op: `op(*args, **kwargs)`; tensors of `args` that are floating point get gradients.
+
+    Attributes:
+        name: of the shape, unique within its op.
+    """
+
+    op: ops.Op[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+Make = Callable[[torch.dtype, str, int], Iterator[Case]]
+CASES: dict[str, Make] = {}
+"""Per op the function that makes its calls, from a dtype, a device and a number of tokens."""
+
+
+def cases(op: str) -> Callable[[Make], Make]:
+    """Decorator: the cases of this op."""
+
+    def add(make: Make) -> Make:
+        CASES[op] = make
+        return make
+
+    return add
+
+
+def randn(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+@cases("geglu")
+def _geglu(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    for width in (384, 576, 1152, 2624):
+        for activation in ("gelu", "silu"):
+            h = randn(tokens, 2 * width, dtype=dtype, device=device)
+            yield Case(ops.geglu, f"{width} {activation}", (h, activation), {})
+
+
+def _norm(width: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """Weight, bias and epsilon; with a bias at one width only, which is one more kernel."""
+    weight, bias = randn(2, width, dtype=dtype, device=device)
+    return weight, (bias if width == 256 else None), 1e-5
+
+
+@cases("layer_norm")
+def _layer_norm(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    for width in (256, 768, 1024, 1792):
+        x = randn(tokens, width, dtype=dtype, device=device)
+        yield Case(ops.layer_norm, f"{width}", (x, *_norm(width, dtype, device)), {})
+
+
+@cases("add_layer_norm")
+def _add_layer_norm(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    for width in (256, 768, 1024, 1792):
+        x, delta = randn(2, tokens, width, dtype=dtype, device=device)
+        norm = _norm(width, dtype, device)
+        yield Case(ops.add_layer_norm, f"{width}", (x, delta, *norm), {})
+        if width == 768 and dtype != torch.float32:
+            yield Case(ops.add_layer_norm, f"{width} float32 stream", (x.float(), delta, *norm), {})
+
+
+@cases("embed_layer_norm")
+def _embed_layer_norm(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    ids = torch.arange(tokens, device=device) * 7919 % 50_368
+    for width in (256, 768):
+        table = randn(50_368, width, dtype=dtype, device=device)
+        yield Case(ops.embed_layer_norm, f"{width}", (ids, table, *_norm(width, dtype, device)), {})
+
+
+@cases("rotary")
+def _rotary(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    for heads, width in ((4, 64), (12, 64), (12, 32), (8, 128)):
+        qkv = randn(tokens, 3, heads, width, dtype=dtype, device=device)
+        angle = randn(tokens, width // 2, dtype=torch.float32, device=device)
+        rope = {"cos_TR": angle.cos(), "sin_TR": angle.sin()}
+        yield Case(ops.rotary, f"{heads} x {width}", (qkv,), rope)
+        # By name, because what needs a gradient cannot be overwritten.
+        yield Case(ops.rotary, f"{heads} x {width}, in place", (), {"qkv_T3HK": qkv.clone(), **rope, "inplace": True})
+
+
+@cases("attention")
+def _attention(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    lengths = [tokens // 2, tokens // 4, tokens - tokens // 2 - tokens // 4]
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    keys = torch.tensor(lengths, dtype=torch.int32, device=device) // 2
+    for heads, width in ((4, 32), (12, 64), (8, 128)):
+        qkv = randn(tokens, 3, heads, width, dtype=dtype, device=device)
+        rope = tuple(randn(2, tokens, width // 2, dtype=torch.float32, device=device))
+        for window in (64, None):
+            for key_lengths in (None, keys) if width == 64 else (None,):
+                how = "global" if window is None else f"window {window}"
+                name = f"{heads} x {width}, {how}{'' if key_lengths is None else ', query rows'}"
+                options = {"rope": rope, "window": window, "key_lengths": key_lengths}
+                yield Case(ops.attention, name, (qkv, cu_seqlens, max(lengths)), options)
+
+
+@cases("maxsim")
+def _maxsim(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    """32 query tokens and 300 document tokens each: all pairs of as many as `tokens` holds, one query, and pairs."""
+
+    def sides(queries: int, documents: int, width: int) -> tuple[Tensor, ...]:
+        q, d = (randn(n, width, dtype=dtype, device=device, scale=width**-0.5) for n in (32 * queries, 300 * documents))
+        cu = [torch.arange(n + 1, device=device, dtype=torch.int32) for n in (queries, documents)]
+        return q, 32 * cu[0], d, 300 * cu[1]
+
+    count = max(1, tokens // 32)
+    for width in (48, 128, 256):
+        yield Case(ops.maxsim, f"{count} x {count} x {width}", sides(count, count, width), {})
+    yield Case(ops.maxsim, f"1 x {count} x 128", sides(1, count, 128), {})
+    yield Case(ops.maxsim, f"{count} pairs x 128", sides(count, count, 128), {"paired": True})
+    # More places than are kept: 2 queries of 8,192 tokens, and 16,384 documents of one token.
+    q, d = randn(2, 16_384, 48, dtype=dtype, device=device)
+    cu = torch.arange(16_385, device=device, dtype=torch.int32)
+    yield Case(ops.maxsim, "2 long x 16384 short x 48", (q, cu[::8192].contiguous(), d, cu), {})
+
+
+@cases("project_normalize")
+def _project_normalize(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    for width in (48, 128):
+        x, weight = randn(tokens, 256, dtype=dtype, device=device), randn(width, 256, dtype=dtype, device=device)
+        yield Case(ops.project_normalize, f"256 to {width}", (x, weight), {})
+        rows = torch.arange(0, tokens, 2, device=device)
+        yield Case(ops.project_normalize, f"256 to {width}, half of the rows", (x, weight, None, rows), {})
+
+
+@cases("pool")
+def _pool(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    cu_seqlens = torch.tensor([0, tokens // 2, tokens // 2 + 1, tokens], device=device, dtype=torch.int32)
+    for width in (256, 768):
+        x = randn(tokens, width, dtype=dtype, device=device)
+        for mode in ("cls", "last", "mean", "max"):
+            for normalize in (False, True):
+                name = f"{mode} {width}{' normalized' if normalize else ''}"
+                yield Case(ops.pool, name, (x, cu_seqlens, mode), {"normalize": normalize})
+
+
+@cases("linear_cross_entropy")
+def _linear_cross_entropy(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    """ModernBERT's vocabulary, 30 percent of the tokens masked; and a number of classes that is not a multiple of 8."""
+    for width, classes in ((256, 50_368), (768, 50_368), (256, 50_371)):
+        x, weight = (randn(n, width, dtype=dtype, device=device, scale=width**-0.5) for n in (tokens, classes))
+        targets = torch.arange(tokens, device=device) * 7919 % classes
+        targets[torch.arange(tokens, device=device) % 10 >= 3] = -100
+        for bias in (None, randn(classes, dtype=dtype, device=device)):
+            name = f"{width} to {classes}{'' if bias is None else ' bias'}"
+            yield Case(ops.linear_cross_entropy, name, (x, weight, bias, targets), {})

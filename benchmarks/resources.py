@@ -1,0 +1,190 @@
+"""What every Triton kernel takes of every GPU, found without one: registers, spills, shared memory, occupancy.
+
+    python -m benchmarks.resources            compile everything, compare with the committed table
+    python -m benchmarks.resources --update   write the table
+
+Ops are called as on a GPU; in place of a launch the kernel is compiled for an architecture, and its binary is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from benchmarks.kernel_cases import Case
+
+TABLE = Path(__file__).parents[1] / "kernels" / "resources.jsonl"
+ARCHS = (80, 89, 90, 100, 120)
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory that one program may have, in KB (CUDA programming guide, table of compute capabilities)."""
+
+SHARED_PER_SM = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
+WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
+TOKENS = 384
+
+
+class CompileOnly:
+    """A driver of Triton that answers which GPU there is, and nothing else."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it has compiled by this number.
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+
+def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Call the cases of these ops, forward and backward, as a GPU of this architecture would; a row for each kernel."""
+    from triton.runtime import driver, jit
+
+    from benchmarks.kernel_cases import CASES
+    from modernbert_kernels.fused import launch
+
+    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, Any] = {}
+    run = jit.JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        binary = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        if binary.hash not in found:
+            found[binary.hash] = known | resources(binary, arch)
+        return binary
+
+    driver.set_active(CompileOnly(arch))
+    with mock.patch.object(launch, "arch", lambda device: arch), mock.patch.object(jit.JITFunction, "run", compile_only):
+        for name in names:
+            for case in CASES[name](dtype, "cpu", TOKENS):
+                known = {"op": name, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+                call(case)
+    return list(found.values())
+
+
+def call(case: Case) -> None:
+    """Forward and backward of the triton backend."""
+    args = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.args]
+    outputs = case.op.backends["triton"](*args, **case.kwargs)
+    outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
+
+
+def resources(kernel: Any, arch: int) -> dict[str, Any]:
+    """Registers of a thread, bytes it spills, shared memory of a program, and how many programs an SM holds."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(field.split(":", 1) for field in text.split() if field.startswith(("REG:", "STACK:", "LOCAL:")))
+    registers, warps, shared = int(usage["REG"]), kernel.metadata.num_warps, kernel.metadata.shared
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = (SHARED_PER_SM[arch] << 10) // (shared + 1024)
+    return {
+        "kernel": kernel.metadata.name,
+        "arch": arch,
+        "registers": registers,
+        "spilled": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared": shared,
+        "warps": warps,
+        "stages": kernel.metadata.num_stages,
+        "programs": min(by_registers, by_shared, WARPS_PER_SM[arch] // warps),
+    }
+
+
+def compile_all(jobs: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of all kernels: bfloat16 for every architecture, float32 for those that people have."""
+    targets = [(arch, torch.bfloat16) for arch in ARCHS] + [(arch, torch.float32) for arch in (80, 89, 90)]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        tasks = [pool.submit(compiled, *target, names) for target in targets]
+        rows = [row for task in tasks for row in task.result()]
+    return sorted(rows, key=lambda row: [str(row[name]) for name in ("op", "kernel", "case", "dtype", "arch")])
+
+
+def faults(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong with these rows: spills, too much shared memory, or a tenth more than the committed ones."""
+    known = {identity(row): row for row in committed}
+    found = []
+    for row in rows:
+        name, before = " ".join(identity(row)), known.get(identity(row))
+        if row["spilled"]:
+            found.append(f"{name}: {row['spilled']} bytes spilled")
+        if row["shared"] > SHARED[row["arch"]] << 10:
+            found.append(f"{name}: {row['shared']} bytes of shared memory, a program may have {SHARED[row['arch']]} KB")
+        if committed and before is None:
+            found.append(f"{name}: is not in {TABLE.name}")
+        for figure in ("registers", "shared") if before else ():
+            if row[figure] > 1.1 * before[figure]:
+                found.append(f"{name}: {figure} {row[figure]}, were {before[figure]}")
+        if before and row["programs"] < before["programs"]:
+            found.append(f"{name}: {row['programs']} programs fit on an SM, were {before['programs']}")
+    return found
+
+
+def identity(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["kernel"], row["case"], row["dtype"], str(row["arch"])
+
+
+def read_table() -> tuple[str, list[dict[str, Any]]]:
+    """The version of Triton that the committed rows were compiled with, and the rows."""
+    header, *rows = map(json.loads, TABLE.read_text().splitlines())
+    return header["triton"], rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the table")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="ops; their rows are printed")
+    arguments = parser.parse_args()
+    import triton
+
+    from benchmarks.kernel_cases import CASES
+
+    rows = compile_all(arguments.jobs, arguments.only or list(CASES))
+    if arguments.update:
+        # Written beside and renamed, as everything that somebody may read meanwhile.
+        beside = TABLE.with_suffix(".new")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in [{"triton": triton.__version__}, *rows]))
+        beside.replace(TABLE)
+    for row in rows if arguments.only else ():
+        print(json.dumps(row))
+    version, committed = ("", []) if arguments.update else read_table()
+    found = faults(rows, committed if version == triton.__version__ else [])
+    print("\n".join([*found, f"{len(rows)} kernels compiled, {len(found)} faults"]))
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Linear + cross-entropy over the tokens that have a target, in chunks: no more than one chunk of logits ever exists.
+
+The gradients are made on the way forward, from the logits while they are there; the backward pass only multiplies them
+by the gradient of the loss. The three products are cuBLAS's. Between them one kernel turns the logits of a chunk, in
+place, into their gradient: two reads and one write of a chunk (one read where no gradient is wanted).
+
+Memory for T tokens, N of them with a target, width D, V classes, s bytes per element. Forward it is
+
+    s T D (dx) + 4 V D (dweight) + 4 V (dbias) + CHUNK_BYTES + a few rows per chunk,
+
+and backward twice the gradients. For T = 65,536, D = 768, V = 50,368 in bfloat16 that is 96 + 148 + 0.2 + 246 + 8 =
+498 MiB forward and 96 + 148 + 96 + 74 = 414 MiB backward, whatever N is; logits alone would be 1.84 GiB at N = 0.3 T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import linear_cross_entropy
+from .launch import operator, supported
+
+CHUNK_BYTES = 256 << 20
+"""Logits that exist at a time. Each chunk reads and writes the float32 dweight once more (at 50,368 x 768 296 MiB, for
+2,560 rows of bfloat16: 8 chunks and 2.3 GiB for 19,661 rows, against 4.6 TFLOP of products)."""
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+COLUMNS = 4096
+"""Classes of a row that a program holds at a time; with 8 warps 16 for each thread, and many programs to an SM."""
+
+TILE = 2048
+"""Elements of a program that scales a gradient; with 4 warps 16 for each thread."""
+
+
+def chunk_rows(classes: int, itemsize: int) -> int:
+    """How many rows of logits are made at a time: a multiple of the 128 rows of a tile of the products."""
+    rows = CHUNK_BYTES // (classes * itemsize)
+    return max(128, rows - rows % 128)
+
+
+@triton.jit
+def cross_entropy_kernel(logits, targets, losses, z_loss, V, stride, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr):
+    # A program for each row.
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row)
+    # Read before any logit is overwritten: the reductions below are barriers between this and the second loop.
+    hit = tl.load(logits + target, mask=target < V, other=float("nan")).to(tl.float32)
+    columns = tl.arange(0, COLUMNS)
+    # A finite start, so that a block in which all classes are excluded by -inf adds zero and not NaN.
+    highest = LOWEST
+    total = 0.0
+    for start in tl.range(0, V, COLUMNS):
+        # The stride is a multiple of 16, so that the load is wide for any number of classes; the rest is dropped.
+        x = tl.load(logits + start + columns, mask=start + columns < stride, other=0.0).to(tl.float32)
+        x = tl.where(start + columns < V, x, float("-inf"))
+        peak = tl.maximum(highest, tl.max(x, axis=0))
+        total = total * tl.exp(highest - peak) + tl.sum(tl.exp(x - peak), axis=0)
+        highest = peak
+    lse = highest + tl.log(total)
+    tl.store(losses + row, lse - hit + z_loss * lse * lse)
+    if GRADIENT:
+        # Loud also for who never looks at the loss.
+        slope = tl.where(target < V, 1 + 2 * z_loss * lse, float("nan"))
+        for start in tl.range(0, V, COLUMNS):
+            x = tl.load(logits + start + columns, mask=start + columns < stride).to(tl.float32)
+            gradient = tl.exp(x - lse) * slope - tl.where(start + columns == target, 1.0, 0.0)
+            tl.store(logits + start + columns, gradient, mask=start + columns < stride)
+
+
+@triton.jit
+def scale_kernel(x, scale, y, N, TILE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    value = tl.load(x + at, mask=at < N).to(tl.float32)
+    tl.store(y + at, value * tl.load(scale), mask=at < N)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a b`, in the dtype of `total`, without a rounding to that of `a` in between."""
+    if a.dtype != total.dtype and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _empty(
+    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, z_loss: float, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shapes = (x_TD.shape, weight_VD.shape, weight_VD.shape[:1])
+    dx, dweight, dbias = (shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True))
+    scalar, share = (x_TD.new_empty((), dtype=torch.float32) for _ in range(2))
+    dweight, dbias = (x_TD.new_empty(shape, dtype=torch.float32) for shape in (dweight, dbias))
+    return scalar, share, x_TD.new_empty(dx), dweight, dbias
+
+
+@operator(
+    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float z_loss, bool[3] wanted)"
+    " -> (Tensor loss, Tensor share, Tensor dx, Tensor dweight, Tensor dbias)",
+    fake=_empty,
+)
+def linear_cross_entropy_forward(
+    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, z_loss: float, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, each row's share of it (one over their number), and the gradients of the sum over rows.
+
+    The sum and not the mean, because 1 / 20,000 of a probability is zero in float16. dx has the dtype of x, dweight and
+    dbias are float32: over many chunks bfloat16 would forget the later ones. What is not `wanted` is empty.
+    The host waits for the number of rows, once.
+    """
+    num_classes = len(weight_VD)
+    rows_N = (targets_T >= 0).nonzero()[:, 0]
+    num_rows = len(rows_N)
+    losses_N = x_TD.new_empty(num_rows, dtype=torch.float32)
+    dx_TD, dweight_VD, dbias_V = (
+        gradient.zero_() for gradient in _empty(x_TD, weight_VD, bias_V, targets_T, z_loss, wanted)[2:]
+    )
+    chunk = min(num_rows, chunk_rows(num_classes, x_TD.element_size()))
+    # Rows begin at 32 bytes whatever the number of classes is, for cuBLAS and for wide loads.
+    stride = triton.cdiv(num_classes, 16) * 16
+    logits_CV = x_TD.new_empty(chunk, stride)[:, :num_classes]
+    for start in range(0, num_rows, chunk or 1):
+        rows_C = rows_N[start : start + chunk]
+        x_CD, targets_C = x_TD.index_select(0, rows_C), targets_T.index_select(0, rows_C)
+        y_CV = logits_CV[: len(rows_C)]
+        if bias_V is None:
+            torch.mm(x_CD, weight_VD.T, out=y_CV)
+        else:
+            torch.addmm(bias_V, x_CD, weight_VD.T, out=y_CV)
+        losses_C = losses_N[start : start + chunk]
+        arguments = (y_CV, targets_C, losses_C, z_loss, num_classes, stride, any(wanted), COLUMNS)
+        cross_entropy_kernel[(len(rows_C),)](*arguments, num_warps=8, num_stages=1)
+        if wanted[0]:
+            dx_TD.index_copy_(0, rows_C, torch.mm(y_CV, weight_VD))
+        if wanted[1]:
+            _add_product(dweight_VD, y_CV.T, x_CD)
+        if wanted[2]:
+            dbias_V += y_CV.sum(0, dtype=torch.float32)
+    share = losses_N.new_full((), 1 / max(1, num_rows))
+    return losses_N.sum() * share, share, dx_TD, dweight_VD, dbias_V
+
+
+@operator(
+    "linear_cross_entropy_backward(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor",
+    fake=lambda gradient, scale, dtype: torch.empty_like(gradient, dtype=dtype),
+)
+def linear_cross_entropy_backward(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale * gradient` in `dtype`, with one rounding; `scale` is a float32 scalar on the device."""
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    if gradient.numel():
+        grid = (triton.cdiv(gradient.numel(), TILE),)
+        scale_kernel[grid](gradient, scale, scaled, gradient.numel(), TILE, num_warps=4, num_stages=1)
+    return scaled
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        z_loss: float,
+        wanted: Sequence[bool],
+    ) -> Tensor:
+        loss, *saved = linear_cross_entropy_forward(x_TD, weight_VD, bias_V, targets_T, z_loss, wanted)
+        ctx.save_for_backward(*saved)
+        ctx.wanted, ctx.dtype = wanted, x_TD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor):  # pyright: ignore
+        share, *gradients = ctx.saved_tensors
+        scaled = [
+            linear_cross_entropy_backward(gradient, dloss * share, ctx.dtype) if want else None
+            for gradient, want in zip(gradients, ctx.wanted, strict=True)
+        ]
+        return *scaled, None, None, None
+
+
+def _accepts(x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *, z_loss: float = 0.0) -> bool:
+    tensors = [x_TD, weight_VD] if bias_V is None else [x_TD, weight_VD, bias_V]
+    return supported(*tensors) and targets_T.is_cuda and all(x.dtype == x_TD.dtype for x in tensors)
+
+
+@linear_cross_entropy.register("triton", when=_accepts)
+def linear_cross_entropy_triton(
+    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *, z_loss: float = 0.0
+) -> Tensor:
+    """`linear_cross_entropy` in float32, bfloat16 or float16, all of one dtype; same arguments and result.
+
+    A target that is no class makes the loss and the gradients NaN: nothing waits for the device to look. Since the number of targets is
+    read from the device, a call cannot be captured in a CUDA graph.
+    """
+    leaves = (x_TD, weight_VD, bias_V)
+    wanted = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, bias_V, targets_T, z_loss, wanted)

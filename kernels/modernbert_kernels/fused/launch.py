@@ -1,0 +1,70 @@
+"""What all Triton kernels share: how a launcher becomes an operator of torch, and which configuration it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C")
+
+LIBRARY = torch.library.Library("modernbert_kernels", "FRAGMENT")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OLDEST = 80
+"""Ampere; older cards lack bfloat16 and the asynchronous copies that the kernels are written for."""
+
+
+def operator(schema: str, *, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: a function that launches kernels becomes `torch.ops.modernbert_kernels.<name of the schema>`.
+
+    Compilers take it as one opaque step. It has no gradient: an `autograd.Function` goes around it.
+
+    Args:
+        schema: as `torch.library.define` takes it, with the name and without the namespace.
+        fake: allocates outputs of the right shape, dtype and strides for the same arguments, and computes nothing.
+    """
+
+    def add(launcher: Callable[P, R]) -> Callable[P, R]:
+        def on_its_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
+            # Triton launches on the current GPU, which need not be the one that holds the tensors.
+            with torch.cuda.device(next(x.device for x in args if isinstance(x, Tensor))):
+                return launcher(*args, **kwargs)
+
+        name = LIBRARY.define(schema)
+        LIBRARY.impl(name, on_its_gpu, "CUDA")
+        LIBRARY.impl(name, launcher, "CPU")  # for Triton's interpreter
+        torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.modernbert_kernels, name).default
+
+    return add
+
+
+def supported(*tensors: Tensor) -> bool:
+    """Whether Triton compiles for where these tensors lie, and the kernels know their dtype."""
+    return all(x.is_cuda and x.dtype in DTYPES and arch(x.device) >= OLDEST for x in tensors)
+
+
+@lru_cache
+def arch(device: torch.device) -> int:
+    """The compute capability of a GPU, 89 for 8.9; of a CPU, where the interpreter runs, the oldest there is."""
+    if device.type == "cpu":
+        return OLDEST
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def newest(table: Mapping[int, C], device: torch.device) -> C:
+    """The entry of a table by compute capability for this device: the newest that is not newer than it."""
+    return table[max(known for known in table if known <= max(OLDEST, arch(device)))]
+
+
+def precision(x: Tensor) -> str:
+    """How `tl.dot` multiplies: float32 exactly, unless PyTorch's own switch allows TF32."""
+    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,122 @@
+"""Rotary embedding of q and k in packed qkv, in place or into a copy. Backwards is the rotation by the negative angle.
+
+Bytes per token: in place 4 H K elements, copying 6, and the two tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import rotary
+from .launch import DTYPES, operator, supported
+
+TILE = 1024
+"""Pairs that a program of 4 warps turns, 8 for each thread: two accesses of 16 bytes in bfloat16. Chosen by registers,
+not yet timed."""
+
+
+@triton.jit(do_not_specialize=["N"])
+def rotary_kernel(
+    qkv, cos, sin, out, N, HEADS: tl.constexpr, TAKEN: tl.constexpr, R: tl.constexpr, INVERSE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of the 3 HEADS heads of a token, the first TAKEN: all of them, or only those of q and k, which is in place."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    token, head = (rows // TAKEN).to(tl.int64)[:, None], (rows % TAKEN)[:, None]
+    inside = (rows < N)[:, None] & (columns < R)
+    here = token * (3 * HEADS * 2 * R) + head * (2 * R) + columns
+    a = tl.load(qkv + here, mask=inside)
+    b = tl.load(qkv + here + R, mask=inside)
+    turned = inside & (head < 2 * HEADS)
+    c = tl.load(cos + token * R + columns, mask=turned, other=1.0)
+    s = tl.load(sin + token * R + columns, mask=turned, other=0.0)
+    if INVERSE:
+        s = -s
+    first = (a.to(tl.float32) * c - b.to(tl.float32) * s).to(a.dtype)
+    second = (b.to(tl.float32) * c + a.to(tl.float32) * s).to(b.dtype)
+    if TAKEN > 2 * HEADS:
+        # v is not multiplied by 1 and 0, which would turn an infinity into NaN.
+        first = tl.where(turned, first, a)
+        second = tl.where(turned, second, b)
+    tl.store(out + here, first, mask=inside)
+    tl.store(out + here + R, second, mask=inside)
+
+
+def _launch(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_T3HK: Tensor, inverse: bool, taken: int) -> None:
+    T, _, H, K = qkv_T3HK.shape
+    columns = triton.next_power_of_2(K // 2)
+    rows = max(1, TILE // columns)
+    if qkv_T3HK.numel():
+        rotary_kernel[(triton.cdiv(T * taken * H, rows),)](
+            qkv_T3HK, cos_TR, sin_TR, out_T3HK, T * taken * H, H, taken * H, K // 2, inverse, rows, columns, num_warps=4
+        )
+
+
+def _like(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(qkv_T3HK)
+
+
+@operator("rotary(Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> Tensor", fake=_like)
+def rotary_copy(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -> Tensor:
+    """q and k turned by the angle, or back by it if `inverse`, and v, in a new tensor."""
+    out_T3HK = _like(qkv_T3HK, cos_TR, sin_TR, inverse)
+    _launch(qkv_T3HK, cos_TR, sin_TR, out_T3HK, inverse, 3)
+    return out_T3HK
+
+
+@operator("rotary_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", fake=lambda qkv_T3HK, cos_TR, sin_TR: None)
+def rotary_inplace(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
+    """q and k turned where they are; v is neither read nor written."""
+    _launch(qkv_T3HK, cos_TR, sin_TR, qkv_T3HK, False, 2)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inplace: bool) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(cos_TR, sin_TR)
+        if not inplace:
+            return rotary_copy(qkv_T3HK, cos_TR, sin_TR, False)
+        rotary_inplace(qkv_T3HK, cos_TR, sin_TR)
+        ctx.mark_dirty(qkv_T3HK)
+        return qkv_T3HK
+
+    @staticmethod
+    def backward(ctx: Any, grad_T3HK: Tensor):  # pyright: ignore
+        # Not in place: autograd may hand the same gradient to others.
+        return rotary_copy(grad_T3HK.contiguous(), *ctx.saved_tensors, True), None, None, None
+
+
+def fits(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> bool:
+    """Whether the kernel takes these: float32 tables without gradients, one row for each token."""
+    T, three, _, K = qkv_T3HK.shape
+    return three == 3 and all(
+        x.dtype == torch.float32 and not x.requires_grad and 2 * x.shape[1] == K and x.shape[0] == T
+        for x in (cos_TR, sin_TR)
+    )
+
+
+@rotary.register(
+    "triton",
+    when=lambda qkv_T3HK, cos_TR, sin_TR, *, inplace=False: (
+        supported(qkv_T3HK, cos_TR, sin_TR) and fits(qkv_T3HK, cos_TR, sin_TR)
+    ),
+)
+def rotary_triton(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: bool = False) -> Tensor:
+    """`rotary` in float32, bfloat16 or float16, for any heads of an even width; same arguments and result."""
+    if qkv_T3HK.dtype not in DTYPES or not fits(qkv_T3HK, cos_TR, sin_TR):
+        raise ValueError(
+            "the Triton rotary takes [T, 3, H, K] in float32, bfloat16 or float16 and float32 tables [T, K / 2] that "
+            f"need no gradient; got {tuple(qkv_T3HK.shape)} {qkv_T3HK.dtype}, {tuple(cos_TR.shape)} {cos_TR.dtype} and "
+            f"{tuple(sin_TR.shape)} {sin_TR.dtype}: use the reference"
+        )
+    cos_TR, sin_TR = cos_TR.contiguous(), sin_TR.contiguous()
+    # Compilers copy what is written in place, and write it back as they see fit.
+    if inplace and (torch.compiler.is_compiling() or not qkv_T3HK.is_contiguous()):
+        return qkv_T3HK.copy_(_Rotary.apply(qkv_T3HK.contiguous(), cos_TR, sin_TR, False))
+    return _Rotary.apply(qkv_T3HK if inplace else qkv_T3HK.contiguous(), cos_TR, sin_TR, inplace)

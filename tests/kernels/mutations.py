@@ -1,0 +1,146 @@
+"""Ways to break each kernel that a test must notice: a mask, a sign, a scale.
+
+    python tests/kernels/mutations.py            try all of them, and fail if one goes unnoticed
+    python tests/kernels/mutations.py geglu      those of one file
+
+Each row is applied to a copy of the sources, and the tests that it names are run there in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Mutation(NamedTuple):
+    """In `file` of `fused/`, write `new` for `old`; one of the tests that `selection` (of pytest) names must fail."""
+
+    file: str
+    old: str
+    new: str
+    selection: str
+
+
+ROWS = "tests/kernels/test_rows.py -k"
+CROSS = "tests/kernels/test_cross_entropy.py -k"
+ATTENTION = "tests/kernels/test_attention.py -k"
+EDGES = f"{ATTENTION} edges"
+MAXSIM = "tests/kernels/test_maxsim.py -k"
+POOL = "tests/kernels/test_pooling.py -k"
+PROJECT = "tests/kernels/test_projection.py -k"
+MUTATIONS = [
+    Mutation("attention.py", "keys[None, :] < high[:, None]", "keys[None, :] <= high[:, None]", EDGES),
+    Mutation("attention.py", "keys[None, :] >= low[:, None]", "keys[None, :] > low[:, None]", EDGES),
+    Mutation("attention.py", "queries[None, :] < high[:, None]", "queries[None, :] <= high[:, None]", EDGES),
+    Mutation("attention.py", "(b * c + a * s).to(dtype)", "(b * c - a * s).to(dtype)", EDGES),
+    Mutation("attention.py", "b * c - a * s, mask=inside)", "b * c + a * s, mask=inside)", EDGES),
+    Mutation("attention.py", "scale = scale * 0.6931471805599453\n    _store", "_store", EDGES),
+    Mutation("attention.py", "(dweights - mean[:, None])", "dweights", EDGES),
+    Mutation("attention.py", "shrink = tl.exp2(largest - larger)", "shrink = 1.0", EDGES),
+    Mutation("attention.py", "tl.where(rows < keys_end, end, 0)", "end", f"{ATTENTION} queries_only"),
+    Mutation("attention.py", "end = keys_end", "end = end", f"{ATTENTION} queries_only"),
+    Mutation("attention.py", "<= rows).to(tl.int32)", "< rows).to(tl.int32)", f"{ATTENTION} more_sequences"),
+    Mutation("attention.py", "last += tl.sum", "last = tl.sum", f"{ATTENTION} more_sequences"),
+    Mutation("geglu.py", "mask=inside).to(tl.float32)\n    gate", ").to(tl.float32)\n    gate", f"{ROWS} geglu"),
+    Mutation("geglu.py", "sigmoid * (1 + a * (1 - sigmoid))", "sigmoid * (1 - a * (1 - sigmoid))", f"{ROWS} silu"),
+    Mutation("geglu.py", "tl.exp(-0.5 * a * a)", "tl.exp(-a * a)", f"{ROWS} geglu"),
+    Mutation("norms.py", "tl.where(inside, values - mean[:, None], 0.0)", "values - mean[:, None]", f"{ROWS} norm"),
+    Mutation("norms.py", "axis=1) / D + eps", "axis=1) / COLUMNS + eps", f"{ROWS} norm"),
+    Mutation("norms.py", "values += tl.load(delta", "values -= tl.load(delta", f"{ROWS} add_layer_norm"),
+    Mutation("norms.py", "grad - level[:, None] - normal", "grad - level[:, None] + normal", f"{ROWS} norm"),
+    Mutation("norms.py", "tl.sum(grad, axis=1) / D", "tl.sum(grad, axis=1) / COLUMNS", f"{ROWS} norm"),
+    Mutation("norms.py", "grad += tl.load(ds", "grad -= tl.load(ds", f"{ROWS} add_layer_norm"),
+    Mutation("norms.py", "tl.num_programs(0), num", "2 * tl.num_programs(0), num", f"{ROWS} walk"),
+    Mutation("norms.py", "dy + here, mask=inside, other=0.0", "dy + here, mask=inside, other=1.0", f"{ROWS} bias"),
+    Mutation("norms.py", "tl.load(ids + rows", "tl.load(ids + rows * 0", f"{ROWS} embed_layer_norm"),
+    Mutation("rotary.py", "a.to(tl.float32) * c - b", "a.to(tl.float32) * c + b", "tests/kernels/test_rotary.py"),
+    Mutation("rotary.py", "if INVERSE:", "if not INVERSE:", "tests/kernels/test_rotary.py"),
+    Mutation("rotary.py", "inside & (head < 2 * HEADS)", "inside & (head < HEADS)", "tests/kernels/test_rotary.py"),
+    Mutation("cross_entropy.py", 'tl.where(start + columns < V, x, float("-inf"))', "x", f"{CROSS} backend"),
+    Mutation("cross_entropy.py", "slope - tl.where(", "slope + tl.where(", f"{CROSS} backend"),
+    Mutation("cross_entropy.py", "1 + 2 * z_loss * lse", "1 + z_loss * lse", f"{CROSS} backend"),
+    Mutation("cross_entropy.py", "lse - hit + z_loss", "lse - hit - z_loss", f"{CROSS} backend"),
+    Mutation("cross_entropy.py", "highest = LOWEST", 'highest = float("-inf")', f"{CROSS} excluded"),
+    Mutation("cross_entropy.py", 'other=float("nan")', "other=0.0", f"{CROSS} no_class"),
+    Mutation("cross_entropy.py", "value * tl.load(scale), mask=at < N", "value, mask=at < N", f"{CROSS} backend"),
+    Mutation("cross_entropy.py", "tl.load(scale), mask=at < N", "tl.load(scale), mask=at < N - 1", f"{CROSS} backend"),
+    Mutation("cross_entropy.py", "dbias_V +=", "dbias_V -=", f"{CROSS} backend"),
+    Mutation("maxsim_forward.py", 'similarity, float("-inf"))', "similarity, 0.0)", f"{MAXSIM} negative"),
+    Mutation("maxsim_forward.py", "tl.where(top > best", "tl.where(top >= best", f"{MAXSIM} ties"),
+    Mutation("maxsim_forward.py", "mask=is_last & begins_here)", "mask=is_last)", f"{MAXSIM} any_length"),
+    Mutation("maxsim_forward.py", "tl.range(first + 1, last + 1)", "tl.range(first + 1, last)", f"{MAXSIM} any_length"),
+    Mutation("maxsim_forward.py", "a_owner == b_owner", "a_owner != b_owner", f"{MAXSIM} any_length"),
+    Mutation("maxsim_forward.py", "inside = rows < bottom", "inside = rows < bottom - 1", f"{MAXSIM} diagonal"),
+    Mutation(
+        "maxsim_backward.py", "total += weight[:, None] * d", "total -= weight[:, None] * d", f"{MAXSIM} diagonal"
+    ),
+    Mutation("maxsim_backward.py", "live = inside & (weight != 0)", "live = inside", f"{MAXSIM} leaves_out"),
+    Mutation("maxsim_backward.py", "total += peak * tl.dot", "total += tl.dot", f"{MAXSIM} again"),
+    Mutation(
+        "maxsim_backward.py",
+        "        if ADD:\n            total +=",
+        "        if ADD:\n            total -=",
+        f"{MAXSIM} again",
+    ),
+    Mutation("maxsim_backward.py", "== (tokens - start)", "<= (tokens - start)", f"{MAXSIM} diagonal"),
+    Mutation("pooling.py", 'mask=inside, other=float("-inf")', "mask=inside, other=0", f"{POOL} backend"),
+    Mutation("pooling.py", "tl.where(top > best", "tl.where(top >= best", f"{POOL} ties"),
+    Mutation("pooling.py", "tl.maximum(end - start, 1)", "tl.maximum(end - start, 2)", f"{POOL} backend"),
+    Mutation("pooling.py", "(rows == end - 1)", "(rows == end)", f"{POOL} backend"),
+    Mutation("pooling.py", "share / (end - start)", "share * (end - start)", f"{POOL} backend"),
+    Mutation(
+        "projection.py", "tl.maximum(length, SHORTEST)[:, None], mask", "length[:, None], mask", f"{PROJECT} shorter"
+    ),
+    Mutation("projection.py", "grad - y * along[:, None]", "grad + y * along[:, None]", f"{PROJECT} backend"),
+    Mutation(
+        "projection.py",
+        "tl.where(length > SHORTEST, tl.sum(grad * y, axis=1), 0.0)",
+        "tl.sum(grad * y, axis=1)",
+        f"{PROJECT} shorter",
+    ),
+    Mutation("projection.py", "if CHOSEN else rows", "if False else rows", f"{PROJECT} chosen"),
+]
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests pass although the kernel is broken."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("kernels", "modernbert", "tests", "benchmarks", "pyproject.toml"):
+            source, target = ROOT / name, Path(folder, name)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        file = Path(folder, "kernels", "modernbert_kernels", "fused", mutation.file)
+        text = file.read_text()
+        if text.count(mutation.old) == 0:
+            raise ValueError(f"{mutation.file} no longer holds {mutation.old!r}: write the mutation anew")
+        file.write_text(text.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "interpreter", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        selection = mutation.selection.split()
+        done = subprocess.run([*command, *selection], cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"pytest could not run {mutation.selection}:\n{done.stdout}{done.stderr}")
+        return done.returncode == 0
+
+
+def main(files: list[str]) -> int:
+    chosen = [one for one in MUTATIONS if not files or one.file.removesuffix(".py") in files]
+    unnoticed = 0
+    for mutation in chosen:
+        alive = survives(mutation)
+        unnoticed += alive
+        print(
+            f"{'UNNOTICED' if alive else 'noticed'}  {mutation.file}: {mutation.old!r} -> {mutation.new!r}", flush=True
+        )
+    print(f"{len(chosen) - unnoticed} of {len(chosen)} noticed")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

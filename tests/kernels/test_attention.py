@@ -1,0 +1,288 @@
+"""Packed attention: the reference is the definition, every backend is as accurate as the reference."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from kernel_calls import (
+    DEVICE,
+    FLOAT64,
+    TRITON,
+    assert_equal_in_float64,
+    check,
+    cu,
+    fast,
+    implementations,
+    place,
+    randn,
+    rope,
+)
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import modernbert_kernels as ops
+
+MIXES = {
+    "one": [1],
+    "edges": [1, 2, 63, 64, 65, 129],
+    "zero-length": [0, 5, 0, 0, 70, 0],
+    "equal": [40, 40, 40],
+    "long": [512, 1, 129],
+}
+
+
+def one_by_one(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    rope: Any,
+    window: int | None,
+    key_lengths: Tensor | None,
+) -> Tensor:
+    """Attention from its definition: a loop over sequences and one matrix of scores for each."""
+    outputs, bounds = [qkv[:0, 0]], cu_seqlens.tolist()
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        cos, sin = (torch.cat([x[start:stop]] * 2, -1)[:, None].to(qkv.dtype) for x in rope)
+        q, k, v = qkv[start:stop].unbind(1)
+        q, k = (x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (q, k))
+        scores = torch.einsum("ihk,jhk->hij", q, k) * q.shape[-1] ** -0.5
+        place = torch.arange(stop - start)
+        visible = (place < (stop - start if key_lengths is None else key_lengths[i]))[None]
+        if window is not None:
+            visible = visible & ((place[:, None] - place).abs() <= window)
+        visible = visible.expand(stop - start, -1)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0)
+        outputs.append(torch.einsum("hij,jhk->ihk", weights, v))
+    return torch.cat(outputs)
+
+
+class OnlineSoftmax(torch.autograd.Function):
+    """Attention with FlashAttention's gradient: the mean of a row's gradients is taken from its output.
+
+    Where a row sees one key, its scores have no gradient, and this finds the rounding of two sums for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        scores = (torch.einsum("ihk,jhk->hij", q, k).float() * q.shape[-1] ** -0.5).masked_fill(~visible, -1e30)
+        weights = scores.softmax(-1) * visible
+        out = torch.einsum("hij,jhk->ihk", weights.to(v.dtype), v)
+        ctx.save_for_backward(q, k, v, weights, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        q, k, v, weights, out = ctx.saved_tensors
+        mean = (grad.float() * out.float()).sum(-1).T[..., None]
+        dscores = weights * (torch.einsum("ihk,jhk->hij", grad, v).float() - mean)
+        dscores = (dscores * q.shape[-1] ** -0.5).to(q.dtype)
+        dq, dk = torch.einsum("hij,jhk->ihk", dscores, k), torch.einsum("hij,ihk->jhk", dscores, q)
+        return dq, dk, torch.einsum("hij,ihk->jhk", weights.to(v.dtype), grad), None
+
+
+def online(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any) -> Tensor:
+    """The formula of the triton backend in PyTorch: all tokens at once, and one mask."""
+    window, keys = options["window"], options["key_lengths"]
+    token = torch.arange(len(qkv))
+    sequence = torch.bucketize(token, cu_seqlens[1:], right=True)
+    visible = sequence[:, None] == sequence
+    if window is not None:
+        visible &= (token[:, None] - token).abs() <= window
+    if keys is not None:
+        visible &= (token < (cu_seqlens[:-1] + keys)[sequence])[None]
+    return OnlineSoftmax.apply(*ops.rotary.reference(qkv, *options["rope"]).unbind(1), visible)
+
+
+def check_attention(backend: str, *args: Any, **options: Any) -> None:
+    check(ops.attention, backend, *args, plain=online if backend == "triton" else None, **options)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("window", [None, 1, 8, 64, 100])
+def test_attention_reference_is_the_definition(mix: str, window: int | None) -> None:
+    lengths = MIXES[mix]
+    arguments = (randn(sum(lengths), 3, 2, 8, dtype=FLOAT64, scale=1.5), cu(lengths), max(lengths))
+    options = {"rope": rope(lengths, 8), "window": window, "key_lengths": None}
+    assert_equal_in_float64(ops.attention.reference, one_by_one, *arguments, **options)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), implementations(ops.attention))
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("window", [None, 1, 8, 64, 100])
+def test_attention_backend(backend: str, mix: str, window: int | None, dtype: torch.dtype) -> None:
+    lengths = MIXES[mix]
+    qkv = randn(sum(lengths), 3, 2, 32, dtype=dtype, scale=1.5)
+    options = {"rope": rope(lengths, 32), "window": window, "key_lengths": None}
+    check_attention(backend, qkv, cu(lengths), max(lengths), **options)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), implementations(ops.attention))
+@pytest.mark.parametrize("window", [None, 1, 8, 64])
+def test_attention_with_rows_that_are_queries_only(backend: str, window: int | None, dtype: torch.dtype) -> None:
+    """Among them rows that see nothing, because keys are too far or missing: zero, with zero gradients."""
+    lengths, keys = [130, 40, 40, 7, 1, 0, 5], torch.tensor([3, 40, 17, 0, 1, 0, 4], dtype=torch.int32)
+    qkv = randn(sum(lengths), 3, 2, 32, dtype=dtype, scale=1.5)
+    options = {"rope": rope(lengths, 32), "window": window, "key_lengths": keys}
+    check_attention(backend, qkv, cu(lengths), max(lengths), **options)
+    for name in (backend, "reference"):
+        with torch.no_grad():
+            out = attend(name, qkv, lengths, **options)
+        assert out[210:217].eq(0).all(), "the sequence without keys"
+        assert window is None or out[3 + window : 130].eq(0).all(), "rows out of reach"
+        assert out[: 3 + (window or 0)].ne(0).any(-1).all()
+
+
+def attend(backend: str, qkv: Tensor, lengths: list[int], **options: Any) -> Tensor:
+    """One call on the backend's device; the result is on the CPU."""
+    qkv, cu_seqlens, options = tree_map_only(Tensor, lambda x: x.to(place(backend)), (qkv, cu(lengths), options))
+    return ops.attention.backends[backend](qkv, cu_seqlens, max(lengths, default=0), **options).cpu()
+
+
+def test_attention_reference_with_query_rows_is_the_definition() -> None:
+    lengths, keys = [50, 40, 7, 1], torch.tensor([3, 40, 0, 1], dtype=torch.int32)
+    qkv = randn(sum(lengths), 3, 2, 8, dtype=FLOAT64, scale=1.5)
+    for window in (None, 4):
+        options = {"rope": rope(lengths, 8), "window": window, "key_lengths": keys}
+        assert_equal_in_float64(ops.attention.reference, one_by_one, qkv, cu(lengths), max(lengths), **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", *fast(ops.attention)])
+def test_attention_of_no_token(backend: str) -> None:
+    qkv, options = randn(0, 3, 2, 32), {"rope": rope([0], 32), "window": 8}
+    for lengths in ([], [0], [0, 0]):
+        assert attend(backend, qkv, lengths, **options).shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize("backend", ["reference", *fast(ops.attention)])
+@pytest.mark.parametrize("window", [None, 8, 64])
+def test_attention_stays_inside_its_sequence(backend: str, window: int | None) -> None:
+    """Whatever one sequence holds, the others are the same to the last bit, and so are their gradients."""
+    lengths, others = [63, 3, 70], [*range(63), *range(66, 136)]
+    qkv = randn(136, 3, 2, 32)
+    loud = qkv.clone()
+    loud[63:66] = 1e6
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.requires_grad_()
+        out = attend(backend, x, lengths, rope=rope(lengths, 32), window=window)
+        return out[others], torch.autograd.grad(out[others].square().sum(), x)[0][others]
+
+    for got, wanted in zip(run(loud), run(qkv), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_attention_dropout_is_of_the_probabilities() -> None:
+    """Every row keeps its expectation, and a constant value is scaled by whole numbers of kept keys."""
+    qkv = torch.zeros(64, 3, 1, 8)
+    qkv[:, 2] = 1
+    out = ops.attention(qkv, cu([64]), 64, rope=rope([64], 8), dropout_p=0.25)[:, 0, 0]
+    kept = out * 0.75 * 64
+    torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-4)
+    assert kept.std() > 1
+    assert abs(out.mean() - 1) < 0.05
+    for name in ops.attention.backends.keys() - {"reference"}:
+        with pytest.raises(ValueError, match="dropout"):
+            ops.attention.backends[name](qkv, cu([64]), 64, rope=rope([64], 8), dropout_p=0.25)
+
+
+def test_the_mask_of_an_inference_pass_serves_a_training_pass() -> None:
+    """The cached band mask was an inference tensor, which autograd refuses to save."""
+    lengths = [77, 11]
+    qkv, options = randn(88, 3, 1, 8), {"rope": rope(lengths, 8), "window": 9}
+    with torch.inference_mode():
+        ops.attention(qkv, cu(lengths), 77, **options)
+    qkv.requires_grad_()
+    ops.attention(qkv, cu(lengths), 77, **options).sum().backward()
+    assert qkv.grad is not None
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("query_rows", [False, True])
+def test_opaque_attention_keeps_the_rules(window: int | None, query_rows: bool) -> None:
+    """torch's own check: schema, fake tensors, autograd registration, tracing with open shapes."""
+    qkv, cos, sin = torch.randn(51, 3, 2, 8, requires_grad=True), torch.rand(51, 4), torch.rand(51, 4)
+    cu_seqlens = torch.tensor([0, 40, 40, 51], dtype=torch.int32)
+    keys = torch.tensor([3, 0, 11], dtype=torch.int32) if query_rows else None
+    arguments = (qkv, cu_seqlens, 40, cos, sin, window, keys)
+    torch.library.opcheck(torch.ops.modernbert_kernels.attention_cpu.default, arguments)
+
+
+@TRITON
+@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("window", [None, 16])
+def test_triton_attention_of_every_head_width(width: int, window: int | None) -> None:
+    lengths = [40, 3, 90]
+    options = {"rope": rope(lengths, width), "window": window, "key_lengths": None}
+    check_attention("triton", randn(133, 3, 3, width), cu(lengths), 90, **options)
+
+
+@TRITON
+def test_triton_attention_of_more_sequences_than_it_looks_through_at_a_time() -> None:
+    """Hundreds of sequences of no token, one or few, so that a tile holds many, and many lie before it."""
+    lengths = [0, 1, 0, 3, 2] * 61
+    for window in (None, 1):
+        options = {"rope": rope(lengths, 32), "window": window, "key_lengths": None}
+        check_attention("triton", randn(sum(lengths), 3, 1, 32), cu(lengths), 3, **options)
+
+
+@TRITON
+def test_triton_attention_of_long_sequences_rotates_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers where keys are rotated once instead of in every tile."""
+    monkeypatch.setattr(ops.fused.attention, "LONG", 50)
+    lengths = [100, 7]
+    options = {"rope": rope(lengths, 32), "window": None, "key_lengths": None}
+    check_attention("triton", randn(107, 3, 2, 32), cu(lengths), 100, **options)
+
+
+@TRITON
+def test_triton_attention_takes_views_and_gives_the_same_bits_twice() -> None:
+    lengths = [70, 30]
+    wide = randn(100, 3, 4, 32).to(DEVICE).requires_grad_()
+    options = {"rope": tuple(x.to(DEVICE) for x in rope(lengths, 32)), "window": 16}
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = ops.attention.backends["triton"](wide[:, :, 1:3], cu(lengths).to(DEVICE), 70, **options)
+        return out, torch.autograd.grad(out.square().sum(), wide)[0]
+
+    first, again = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    expected = attend("reference", wide.detach().cpu()[:, :, 1:3], lengths, **options | {"rope": rope(lengths, 32)})
+    torch.testing.assert_close(first[0].detach().cpu(), expected, rtol=0, atol=1e-5)
+    assert not first[1][:, :, 0].any()
+
+
+@TRITON
+@pytest.mark.parametrize("query_rows", [False, True])
+def test_triton_attention_keeps_the_rules_of_operators(query_rows: bool) -> None:
+    lengths = torch.tensor([0, 20, 20, 31], dtype=torch.int32, device=DEVICE)
+    keys = torch.tensor([3, 0, 11], dtype=torch.int32, device=DEVICE) if query_rows else None
+    qkv, tables = torch.randn(31, 3, 2, 32, device=DEVICE), torch.rand(2, 31, 16, device=DEVICE)
+    forward, backward = ops.fused.attention.attention_forward, ops.fused.attention.attention_backward
+    out, lse = forward(qkv, lengths, keys, *tables, 8, True)
+    torch.library.opcheck(forward, (qkv, lengths, keys, *tables, 8, True))
+    torch.library.opcheck(backward, (qkv, lengths, keys, *tables, out, lse, torch.rand_like(out), None, True))
+
+
+def test_threads_share_the_mask_cache() -> None:
+    """Many threads, different lengths at once: every result is that of its own lengths."""
+    mixes = [[70 + i, 30, 90 - i] for i in range(12)]
+    inputs = [randn(sum(mix), 3, 1, 8) for mix in mixes]
+    run = lambda i: ops.attention(inputs[i], cu(mixes[i]), max(mixes[i]), rope=rope(mixes[i], 8), window=6)  # noqa: E731
+    wanted, got = [run(i) for i in range(12)], [torch.empty(0)] * 12
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            got[i] = run(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
