@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable
 
+# Triton's interpreter is chosen when a kernel is defined, so its tests have a process of their own.
+INTERPRETED = tests/kernels tests/modernbert/test_encoder_triton.py
+
 .PHONY: demo test check format bench
 
 demo: $(VENV)/core
@@ -10,6 +13,7 @@ demo: $(VENV)/core
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m interpreter $(INTERPRETED)
 
 check: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .

@@ -115,11 +115,21 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 
 def retrieval_table(rows: Sequence[Row]) -> str:
-    """One line per way to do a thing on the machine measured last, with all of its figures and their bars."""
+    """One line per way to do a thing on the machine measured last, with all of its figures and their bars.
+
+    Left out are what only helps to judge others, and searches that stand there with a bar already.
+    """
     last, here = _newest_machine(rows)
     groups: dict[tuple[str, ...], list[Row]] = {}
     for one in here:
         groups.setdefault((one["workload"], one["corpus"], one["implementation"]), []).append(one)
+    judged = {key for key, group in groups.items() if any(one["bar"] for one in group)}
+    known = {key[1:] for key in judged}
+    groups = {
+        key: group
+        for key, group in groups.items()
+        if key in judged or (key[0] == "search-scale" and key[1:] not in known)
+    }
     lines = [
         [
             ": ".join(filter(None, (way, corpus))),

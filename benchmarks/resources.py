@@ -1,7 +1,7 @@
 """What every Triton kernel takes of every GPU, found without one: registers, spills, shared memory, occupancy.
 
     python -m benchmarks.resources            compile everything, compare with the committed table
-    python -m benchmarks.resources --update   write the table
+    python -m benchmarks.resources --update   write it, and the one in kernels/README.md
 
 Ops are called as on a GPU; in place of a launch the kernel is compiled for an architecture, and its binary is read.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.kernel_cases import Case
 
 TABLE = Path(__file__).parents[1] / "kernels" / "resources.jsonl"
+README = TABLE.with_name("README.md")
 ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one program may have, in KB (CUDA programming guide, table of compute capabilities)."""
@@ -81,7 +82,10 @@ def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[s
         return binary
 
     driver.set_active(CompileOnly(arch))
-    with mock.patch.object(launch, "arch", lambda device: arch), mock.patch.object(jit.JITFunction, "run", compile_only):
+    with (
+        mock.patch.object(launch, "arch", lambda device: arch),
+        mock.patch.object(jit.JITFunction, "run", compile_only),
+    ):
         for name in names:
             for case in CASES[name](dtype, "cpu", TOKENS):
                 known = {"op": name, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
@@ -162,6 +166,34 @@ def read_table() -> tuple[str, list[dict[str, Any]]]:
     return header["triton"], rows
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of kernels/README.md: for each kernel its most demanding case in bfloat16."""
+    lines = ["| op | kernel | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " |", "| --- " * (2 + len(ARCHS)) + "|"]
+    for op, kernel in dict.fromkeys((row["op"], row["kernel"]) for row in rows):
+        cells = []
+        for arch in ARCHS:
+            cases = [row for row in rows if (row["kernel"], row["arch"], row["dtype"]) == (kernel, arch, "bfloat16")]
+            worst = max(cases, key=lambda row: (-row["programs"] * row["warps"], row["registers"]))
+            cells.append(
+                f"{worst['registers']}, {worst['shared'] / 1024:.3g} KB, {worst['programs']} x {worst['warps']}"
+            )
+        lines.append(f"| `{op}` | `{kernel.removesuffix('_kernel')}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(readme: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The text of kernels/README.md with this table between its markers."""
+    start, end = "<!-- resources -->", "<!-- /resources -->"
+    before, _, rest = readme.partition(start)
+    return f"{before}{start}\n{markdown(rows)}\n{end}{rest.partition(end)[2]}"
+
+
+def write_beside(path: Path, text: str) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the table")
@@ -174,10 +206,8 @@ def main() -> None:
 
     rows = compile_all(arguments.jobs, arguments.only or list(CASES))
     if arguments.update:
-        # Written beside and renamed, as everything that somebody may read meanwhile.
-        beside = TABLE.with_suffix(".new")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in [{"triton": triton.__version__}, *rows]))
-        beside.replace(TABLE)
+        write_beside(TABLE, "".join(json.dumps(row) + "\n" for row in [{"triton": triton.__version__}, *rows]))
+        write_beside(README, with_table(README.read_text("utf-8"), rows))
     for row in rows if arguments.only else ():
         print(json.dumps(row))
     version, committed = ("", []) if arguments.update else read_table()

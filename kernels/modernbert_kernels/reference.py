@@ -148,7 +148,12 @@ def pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool
     `normalize` divides it by its length. An empty sequence gives zero. Sums in float32 or better, one rounding.
     """
     rows = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).split(cu_seqlens.diff().tolist())
-    how = {"cls": lambda x: x[0], "last": lambda x: x[-1], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0).values}
+    how = {
+        "cls": lambda x: x[0],
+        "last": lambda x: x[-1],
+        "mean": lambda x: x.mean(0),
+        "max": lambda x: x.max(0).values,
+    }
     pooled = [how[mode](x_SD) if len(x_SD) else x_SD.new_zeros(x_SD.shape[1]) for x_SD in rows]
     pooled_BD = torch.stack(pooled) if pooled else x_TD[:0]
     return (F.normalize(pooled_BD, dim=-1) if normalize else pooled_BD).to(x_TD.dtype)

@@ -42,6 +42,11 @@ def test_every_kernel_has_a_case() -> None:
     assert kernels == {row["kernel"] for row in committed}
 
 
+def test_the_readme_shows_the_committed_table() -> None:
+    text = resources.README.read_text("utf-8")
+    assert resources.with_table(text, resources.read_table()[1]) == text
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [

@@ -195,8 +195,8 @@ def linear_cross_entropy_triton(
 ) -> Tensor:
     """`linear_cross_entropy` in float32, bfloat16 or float16, all of one dtype; same arguments and result.
 
-    A target that is no class makes the loss and the gradients NaN: nothing waits for the device to look. Since the number of targets is
-    read from the device, a call cannot be captured in a CUDA graph.
+    A target that is no class makes the loss and the gradients NaN: nothing waits for the device to look. Since the
+    number of targets is read from the device, a call cannot be captured in a CUDA graph.
     """
     leaves = (x_TD, weight_VD, bias_V)
     wanted = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]

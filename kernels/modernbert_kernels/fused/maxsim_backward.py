@@ -114,7 +114,7 @@ def maxsim_backward(
     tokens, rows, warps = _tile(told["K"], documents_NE.dtype)
     chunks = triton.cdiv(4 * len(documents_NE), max(1, M) * tokens)
     widths = {"E": told["E"], "K": told["K"], "PAIRED": paired}
-    for first in range(0, Q if M else 0, block):
+    for first in range(0, Q if len(documents_NE) else 0, block):
         q, owner = queries_QE[first : first + block], owners_Q[first : first + block]
         if not kept:
             places = torch.empty(M, len(q), dtype=torch.uint16, device=q.device)

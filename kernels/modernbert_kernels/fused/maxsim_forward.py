@@ -24,7 +24,6 @@ LONGEST = (1 << 16) - 1
 PROGRAMS = 4096
 """From this many on, a program takes several documents: enough for every GPU, and its query rows are read once."""
 
-
 COLUMNS = {80: 64, 89: 32, 90: 64, 100: 32}
 """Document tokens at a time, of 16 bits: by compute capability, so that two programs fit in the shared memory."""
 
@@ -175,7 +174,8 @@ def maxsim_paired_kernel(
 
 def owners(cu_queries: Tensor, rows: int) -> Tensor:
     """`[Q]` int32, the query of every row; waits for nothing."""
-    return torch.bucketize(torch.arange(rows, device=cu_queries.device), cu_queries[1:], right=True, out_int32=True)
+    row_Q = torch.arange(rows, device=cu_queries.device, dtype=cu_queries.dtype)
+    return torch.bucketize(row_Q, cu_queries[1:], right=True, out_int32=True)
 
 
 def options(x_QE: Tensor, rows: int) -> dict[str, Any]:
