@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import modernbert_kernels as ops
+from modernbert_kernels.reference import rotate_back
 
 
 class Case(NamedTuple):
@@ -94,6 +95,17 @@ def _rotary(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
         yield Case(ops.rotary, f"{heads} x {width}, in place", (), {"qkv_T3HK": qkv.clone(), **rope, "inplace": True})
 
 
+@cases("rotate_back")
+def _rotate_back(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    for heads, width in ((12, 64), (12, 32), (8, 128)):
+        gradients = tuple(randn(3, tokens, heads, width, dtype=dtype, device=device))
+        angle = randn(tokens, width // 2, dtype=torch.float32, device=device)
+        # By name, because a gradient has none of its own.
+        named = dict(zip(("dq_THK", "dk_THK", "dv_THK"), gradients, strict=True))
+        tables = {"cos_TR": angle.cos(), "sin_TR": angle.sin()}
+        yield Case(rotate_back, f"{heads} x {width}", (), named | tables)
+
+
 @cases("attention")
 def _attention(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
     lengths = [tokens // 2, tokens // 4, tokens - tokens // 2 - tokens // 4]
@@ -122,7 +134,10 @@ def _maxsim(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
     count = max(1, tokens // 32)
     for width in (48, 128, 256):
         yield Case(ops.maxsim, f"{count} x {count} x {width}", sides(count, count, width), {})
-    yield Case(ops.maxsim, f"1 x {count} x 128", sides(1, count, 128), {})
+    # By name, because a search has no gradients.
+    names = ("queries_QE", "cu_queries", "documents_NE", "cu_documents")
+    search: dict[str, Any] = dict(zip(names, sides(1, count, 128), strict=True))
+    yield Case(ops.maxsim, f"1 x {count} x 128, scores only", (), search)
     yield Case(ops.maxsim, f"{count} pairs x 128", sides(count, count, 128), {"paired": True})
     # More places than are kept: 2 queries of 8,192 tokens, and 16,384 documents of one token.
     q, d = randn(2, 16_384, 48, dtype=dtype, device=device)

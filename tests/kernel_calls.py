@@ -24,14 +24,13 @@ TRITON = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 
 def fast(op: ops.Op) -> list[Any]:
     """The backends of an op but its reference, as parameters of a test."""
-    return [
-        pytest.param(name, marks=TRITON) if name == "triton" else name for name in op.backends if name != "reference"
-    ]
+    marks = {"triton": [TRITON], "flash": [pytest.mark.gpu]}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in op.backends if name != "reference"]
 
 
 def implementations(op: ops.Op) -> list[Any]:
     """Every backend but the reference with every dtype that it knows, as parameters of a test."""
-    pairs = [(name, dtype) for name in op.backends if name not in ("reference", "triton") for dtype in DTYPES]
+    pairs = [(name, dtype) for name in op.backends if name not in ("reference", "triton", "flash") for dtype in DTYPES]
     if "triton" in op.backends:
         pairs += [pytest.param("triton", dtype, marks=TRITON) for dtype in (FLOAT32, BFLOAT16, FLOAT16)]
     return pairs

@@ -20,6 +20,7 @@ from .reference import (
 
 if find_spec("triton"):
     from . import fused  # noqa: F401  (registers the Triton backends)
+from . import flash  # noqa: F401  (registers on attention last: the newest that accepts a call takes it)
 
 __all__ = [
     "Op",

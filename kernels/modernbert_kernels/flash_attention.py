@@ -20,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LONG = 1024
+"""Up to here Triton's kernel takes layers without a window, and rotates q and k as it loads them. A longer sequence
+has many tiles that would rotate the same keys again, and there FlashAttention is said to be ahead; not yet timed."""
+
 
 class Spans(NamedTuple):
     """Which rows belong together: cumulative lengths of queries and keys, `[B + 1]` int32, the longest, the window."""

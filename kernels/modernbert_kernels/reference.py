@@ -67,6 +67,12 @@ def rotary(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: bool = 
 
 
 @Op
+def rotate_back(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """The gradient of packed qkv before `rotary`, `[T, 3, H, K]`, from those of rotated q and k, and of v."""
+    return rotary.reference(torch.stack([dq_THK, dk_THK, dv_THK], dim=1), cos_TR, -sin_TR)
+
+
+@Op
 def attention(
     qkv_T3HK: Tensor,
     cu_seqlens: Tensor,

@@ -198,10 +198,11 @@ class ColBERT(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors; `Tokens.ragged` picks the rows that are scored."""
-        x_TD, (*hidden, last) = self.encoder(batch), self.dense
+        x_TD = self.encoder(batch)
+        *hidden, last = self.dense
         for layer in hidden:
             x_TD = layer(x_TD)
-        if last.is_projection:
+        if isinstance(last, Dense) and last.is_projection:
             return ops.project_normalize(x_TD, last.linear.weight, last.linear.bias)
         return F.normalize(last(x_TD), dim=-1)
 

@@ -151,17 +151,20 @@ def test_only_what_needs_a_gradient(backend: str) -> None:
     for loss in losses:
         assert torch.equal(loss.detach(), losses[0])
     exact: Any = [y.detach().double().cpu().requires_grad_() for y in (x, weight, bias)]
-    wanted = torch.autograd.grad(ops.linear_cross_entropy.reference(*exact, chosen.cpu()), exact)
+    reference: Any = ops.linear_cross_entropy.reference
+    wanted = torch.autograd.grad(reference(*exact, chosen.cpu()), exact)
     torch.testing.assert_close([y.cpu() for y in grads.values()], [y.float() for y in wanted], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_twice_the_same_bits(backend: str) -> None:
+    op: Any = ops.linear_cross_entropy.backends[backend]
+
     def run() -> list[Tensor]:
         torch.manual_seed(0)
         x, weight, _, chosen = call(40, 300)
         leaves = [y.to(DEVICE).requires_grad_() for y in (x, weight)]
-        loss = ops.linear_cross_entropy.backends[backend](*leaves, None, chosen.to(DEVICE), z_loss=0.01)
+        loss = op(*leaves, None, chosen.to(DEVICE), z_loss=0.01)
         return [loss, *torch.autograd.grad(loss, leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

@@ -20,6 +20,7 @@ from kernel_calls import FLOAT16, FLOAT64, cu, randn, rope
 from torch import Tensor
 
 import modernbert_kernels as ops
+from modernbert_kernels import flash as backend
 from modernbert_kernels import flash_attention as flash
 
 MIXES = {"one": [1], "edges": [1, 2, 63, 65, 9], "zero-length": [0, 5, 0, 0, 40, 0]}
@@ -167,31 +168,10 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library._destroy()
 
 
-class Attention(torch.autograd.Function):
-    """How a backend puts the two functions together."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, qkv: Tensor, *rest: Any) -> Tensor:  # pyright: ignore
-        q, k, v = qkv.unbind(1)
-        out, lse = flash.forward(name, q, k, v, *rest)
-        assert lse.shape == out.shape[1::-1]
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.name, ctx.rest = name, rest
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore
-        return None, torch.stack(flash.backward(ctx.name, dout, *ctx.saved_tensors, *ctx.rest), 1), *[None] * 4
-
-
-def attention(name: str) -> Any:
-    """The op by an adapter."""
-
-    def run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, rope: Any, window: Any, key_lengths: Any) -> Tensor:
-        rotated = ops.rotary.reference(qkv, *rope)
-        return Attention.apply(name, rotated, cu_seqlens, max_seqlen, window, key_lengths)
-
-    return run
+def attention(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend with this row of the table, whatever would be chosen."""
+    monkeypatch.setattr(backend, "choose", lambda *args, **options: name)
+    return ops.attention.backends["flash"]
 
 
 def call(lengths: list[int], window: int | None, keys: str | None, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -207,11 +187,13 @@ def call(lengths: list[int], window: int | None, keys: str | None, dtype: torch.
     ("window", "keys"), [(None, None), (0, None), (7, None), (64, None), (None, "half"), (None, "none"), (None, "all")]
 )
 @pytest.mark.parametrize("name", flash.FLASH)
-def test_units_and_arguments(name: str, window: int | None, keys: str | None, mix: str) -> None:
+def test_units_and_arguments(
+    name: str, window: int | None, keys: str | None, mix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64 the adapters with stand-ins are the op: windows, key lengths, scale, rows that no sequence holds."""
     arguments, options = call(MIXES[mix], window, keys, FLOAT64)
     found = []
-    for op in (attention(name), ops.attention.reference):
+    for op in (attention(name, monkeypatch), ops.attention.reference):
         qkv = arguments[0].clone().requires_grad_()
         out = op(qkv, *arguments[1:], **options)
         found.append((out, *torch.autograd.grad(out, qkv, torch.linspace(-1, 1, out.numel()).view_as(out).double())))
@@ -272,6 +254,26 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rule() is None
 
 
+def test_it_takes_long_sequences_without_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without Triton all that it can."""
+    monkeypatch.setattr(flash, "usable", lambda device: ("torch",))
+    qkv, angles = randn(2000, 3, 1, 32, dtype=FLOAT16), rope([2000], 32)
+    takes = lambda length, **options: backend._accepts(qkv, cu([2000]), length, rope=angles, **options)  # noqa: E731
+    monkeypatch.setattr(backend, "TRITON", True)
+    assert takes(2000)
+    assert not takes(1024)
+    assert not takes(2000, window=64)
+    monkeypatch.setattr(backend, "TRITON", False)
+    assert takes(1024)
+    assert takes(1024, window=64)
+    assert not takes(1024, dropout_p=0.5)
+
+
+def test_it_says_what_it_does_not_take() -> None:
+    with pytest.raises(ValueError, match=r"no FlashAttention takes this call: torch.float32 on cpu, head width 32"):
+        ops.attention.backends["flash"](randn(5, 3, 1, 32), cu([5]), 5, rope=rope([5], 32))
+
+
 def test_a_compiler_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is usable on the CPU; and what is installed is not traced."""
     qkv, bounds, angles = randn(5, 3, 2, 16, dtype=FLOAT16), cu([5]), rope([5], 16)
@@ -293,10 +295,12 @@ def test_a_compiler_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("window", "keys"), [(None, None), (7, None), (64, None), (None, "half"), (None, "none")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16])
 @pytest.mark.parametrize("name", flash.FLASH)
-def test_on_the_gpu(name: str, dtype: torch.dtype, window: int | None, keys: str | None, mix: str) -> None:
+def test_on_the_gpu(
+    name: str, dtype: torch.dtype, window: int | None, keys: str | None, mix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name not in flash.usable(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip(f"{name} is not installed, or not for this GPU")
     arguments, options = call({**MIXES, "long": [512, 1, 700]}[mix], window, keys, dtype)
     arguments = (randn(len(arguments[0]), 3, 2, 64, dtype=dtype), *arguments[1:])
     options["rope"] = (torch.ones(len(arguments[0]), 32), torch.zeros(len(arguments[0]), 32))
-    assert_as_accurate(attention(name), ops.attention.reference, *arguments, device="cuda", **options)
+    assert_as_accurate(attention(name, monkeypatch), ops.attention.reference, *arguments, device="cuda", **options)

@@ -54,7 +54,8 @@ def test_attention_over_a_million_tokens(window: int | None) -> None:
     assert torch.equal(out[-last:], expected)
     out[-last:].float().sum().backward()
     expected.float().sum().backward()
-    assert qkv.grad is not None and alone.grad is not None
+    assert qkv.grad is not None
+    assert alone.grad is not None
     assert torch.equal(qkv.grad[-last:], alone.grad)
     assert not qkv.grad[:-last].any()
 

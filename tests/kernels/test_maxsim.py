@@ -76,6 +76,12 @@ def test_maxsim_gives_ties_to_the_first(backend: str, paired: bool) -> None:
     assert d.grad[[7, 140], 0].tolist() == [1, 1] if paired else [2, 2]
 
 
+@pytest.mark.parametrize("backend", ["reference", *(name for name in fast(ops.maxsim) if name != "cpu")])
+def test_maxsim_paired_needs_equal_numbers(backend: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  (the reference has it from zip)
+        ops.maxsim.backends[backend](randn(2, 4), cu([1, 1]), randn(3, 4), cu([1, 1, 1]), paired=True)
+
+
 PAIRED = [
     *(("reference", dtype) for dtype in DTYPES),
     *(pytest.param("triton", dtype, marks=TRITON) for dtype in (FLOAT32, torch.bfloat16, FLOAT16)),
@@ -212,6 +218,15 @@ def test_maxsim_operators(paired: bool) -> None:
         torch.library.opcheck(library.maxsim_forward.default, (*vectors, paired, gradient))
     scores, places = library.maxsim_forward(*vectors, paired, True)
     torch.library.opcheck(library.maxsim_backward.default, (*vectors, places, scores, paired))
+
+
+@pytest.mark.parametrize("paired", [pytest.param(paired, marks=TRITON) for paired in (False, True)])
+def test_maxsim_is_one_graph(paired: bool) -> None:
+    run = triton([3, 4], [4, 5], paired=paired)[0]
+    q, d = randn(7, 32).to(DEVICE).requires_grad_(), randn(9, 32).to(DEVICE).requires_grad_()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got, wanted = (torch.autograd.grad(f(q, d).square().sum(), (q, d)) for f in (compiled, run))
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("backend", ["reference", *fast(ops.maxsim)])

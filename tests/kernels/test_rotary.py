@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate, results
-from kernel_calls import DEVICE, FLOAT32, FLOAT64, fast, implementations, randn, rope
+from kernel_calls import BFLOAT16, DEVICE, FLOAT16, FLOAT32, FLOAT64, TRITON, check, fast, implementations, randn, rope
 
 import modernbert_kernels as ops
+from modernbert_kernels.reference import rotate_back
 
 
 def test_rotary_turns_pairs() -> None:
@@ -66,6 +67,13 @@ def test_rotary_in_place_is_where_it_was(backend: str, layout: str) -> None:
     grads = (torch.autograd.grad(y, leaf, cotangent, retain_graph=True)[0] for y in (qkv, wanted))
     torch.testing.assert_close(*grads)
     assert torch.equal(cotangent, given), "a gradient is not ours to overwrite"
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_gradients_that_lie_apart_are_turned_back_and_packed(dtype: torch.dtype) -> None:
+    cos, sin = rope([9, 40], 32)
+    check(rotate_back, "triton", *randn(3, 49, 5, 32, dtype=dtype), gradients=False, cos_TR=cos, sin_TR=sin)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")

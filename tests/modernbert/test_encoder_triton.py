@@ -1,4 +1,4 @@
-"""The whole encoder on the Triton kernels gives transformers' numbers, forward and backward; on a GPU or interpreted."""
+"""The whole encoder on the Triton kernels gives transformers' numbers, forward and backward."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..flash_attention import LONG
+from ..launch import newest, operator, precision, supported
 from ..reference import attention
-from .launch import newest, operator, precision, supported
 from .rotary import rotary_copy
 
 WIDTHS = (32, 64, 128)
@@ -30,10 +31,6 @@ SEQUENCES = tl.constexpr(256)
 
 FAR = tl.constexpr(1 << 30)
 """A number of tokens that is never reached, and can be added to another one."""
-
-
-LONG = 1024
-"""In longer sequences keys are rotated once, before, and not in each of the many tiles that visit them."""
 
 
 class Tile(NamedTuple):
@@ -91,10 +88,7 @@ def _reach(rows, first_row, behind, cu_seqlens, key_lengths, B, window, OF_KEYS:
     end = tl.load(cu_seqlens + owner + 1, mask=inside, other=0)
     if key_lengths is not None:
         keys_end = begin + tl.load(key_lengths + owner, mask=inside, other=0)
-        if OF_KEYS:
-            end = tl.where(rows < keys_end, end, 0)
-        else:
-            end = keys_end
+        end = tl.where(rows < keys_end, end, 0) if OF_KEYS else keys_end
     return tl.maximum(begin, rows - window), tl.minimum(end, rows + window + 1), start, stop
 
 

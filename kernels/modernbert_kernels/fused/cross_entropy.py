@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import operator, supported
 from ..reference import linear_cross_entropy
-from .launch import operator, supported
 
 CHUNK_BYTES = 256 << 20
 """Logits that exist at a time. Each chunk reads and writes the float32 dweight once more (at 50,368 x 768 296 MiB, for

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launch import supported
 from ..reference import embed_layer_norm
-from .launch import supported
 from .norms import contiguous, demand, fits, norm_backward, norm_forward
 
 

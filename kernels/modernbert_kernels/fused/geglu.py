@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import operator, supported
 from ..reference import geglu
-from .launch import operator, supported
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_TAU = tl.constexpr(2.5066282746310002)
@@ -46,9 +46,7 @@ def geglu_forward_kernel(h, y, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.
 
 
 @triton.jit(do_not_specialize=["T"])
-def geglu_backward_kernel(
-    h, dy, dh, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def geglu_backward_kernel(h, dy, dh, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (rows < T) & (columns < F)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launch import supported
 from ..reference import add_layer_norm, layer_norm
-from .launch import supported
 from .norms import contiguous, demand, fits, norm_backward, norm_forward
 
 

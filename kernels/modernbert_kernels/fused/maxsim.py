@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launch import supported
 from ..reference import maxsim
-from .launch import supported
 from .maxsim_backward import maxsim_backward
 from .maxsim_forward import maxsim_forward
 
@@ -45,9 +45,12 @@ def maxsim_triton(
 ) -> Tensor:
     """`maxsim` up to a width of 256; same arguments and result, offsets on the host or on the device.
 
-    With gradients a document has at most 65,535 tokens, and a longer one scores NaN.
+    With gradients a document has at most 65,535 tokens, and a longer one scores NaN. NaN in vectors may be lost.
     """
-    cu_queries, cu_documents = cu_queries.to(queries_QE.device), cu_documents.to(queries_QE.device)
+    if paired and len(cu_queries) != len(cu_documents):
+        raise ValueError(f"{len(cu_queries) - 1} queries cannot be paired with {len(cu_documents) - 1} documents")
+    # Offsets that come from the host need not wait for what the device is doing.
+    cu_queries, cu_documents = (x.to(queries_QE.device, non_blocking=True) for x in (cu_queries, cu_documents))
     arguments = queries_QE.contiguous(), cu_queries, documents_NE.contiguous(), cu_documents, paired
     if torch.is_grad_enabled() and (queries_QE.requires_grad or documents_NE.requires_grad):
         return _MaxSim.apply(*arguments)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import operator
+from ..launch import operator
 from .maxsim_forward import KEPT, LONGEST, keeps, launch, load_rows, options, owners
 
 

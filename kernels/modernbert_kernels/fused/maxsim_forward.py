@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import newest, operator, precision
+from ..launch import newest, operator, precision
 
 KEPT = 1 << 28
 """Bytes of places; 1,448 queries of 64 tokens with as many documents."""
@@ -66,10 +66,10 @@ def load_rows(x, rows, inside, k, E: tl.constexpr):
 
 @triton.jit
 def _best(
-    queries, q, rows, inside, documents, start, end, E: tl.constexpr, K: tl.constexpr,
+    queries, q, rows, inside, documents, start, end, E: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For each row the largest product with a token from `start` to `end`, and which token was first to reach it."""
+    """For each row the largest product with a token from `start` to `end`, and with `PLACES` the first that has it."""
     best = tl.full([ROWS], float("-inf"), tl.float32)
     place = tl.zeros([ROWS], tl.int32)
     k = tl.arange(0, CHUNK)[None, :]
@@ -83,9 +83,12 @@ def _best(
                 d = load_rows(documents, tokens, tokens < end, k + more, E)
                 similarity = tl.dot(q_more, tl.trans(d), similarity, input_precision=PRECISION)
         similarity = tl.where((tokens < end)[None, :], similarity, float("-inf"))
-        top, where = tl.max(similarity, axis=1, return_indices=True)
-        # Only more is better: a tie stays with the token before.
-        place = tl.where(top > best, (first - start).to(tl.int32) + where, place)
+        if PLACES:
+            top, where = tl.max(similarity, axis=1, return_indices=True)
+            # Only more is better: a tie stays with the token before.
+            place = tl.where(top > best, (first - start).to(tl.int32) + where, place)
+        else:
+            top = tl.max(similarity, axis=1)
         best = tl.maximum(best, top)
     return best, place
 
@@ -122,7 +125,7 @@ def maxsim_kernel(
             live = tl.sum((weight != 0).to(tl.int32), axis=0) > 0
         if live:
             best, place = _best(
-                queries, q, rows, inside, documents, start, end, E, K, ROWS, COLUMNS, CHUNK, STAGES, PRECISION
+                queries, q, rows, inside, documents, start, end, E, K, PLACES, ROWS, COLUMNS, CHUNK, STAGES, PRECISION
             )
             if SCORES:
                 best = tl.where(end - start > longest, float("nan"), best)
@@ -163,7 +166,7 @@ def maxsim_paired_kernel(
         inside = rows < bottom
         q = load_rows(queries, rows, inside, tl.arange(0, CHUNK)[None, :], E)
         best, place = _best(
-            queries, q, rows, inside, documents, start, end, E, K, ROWS, COLUMNS, CHUNK, STAGES, PRECISION
+            queries, q, rows, inside, documents, start, end, E, K, PLACES, ROWS, COLUMNS, CHUNK, STAGES, PRECISION
         )
         best = tl.where(end - start > longest, float("nan"), best)
         total += tl.where(inside, best, 0.0)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, operator
+from ..launch import DTYPES, operator
 
 TILE = 1024
 """Elements that 4 warps take at once, 8 for each thread: 16 bytes of bfloat16, one access to memory. A row that is

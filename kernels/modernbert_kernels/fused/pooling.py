@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import operator, supported
 from ..reference import pool
-from .launch import operator, supported
 from .maxsim_forward import owners
 from .projection import normalize as divide
 

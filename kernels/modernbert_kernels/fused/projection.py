@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import operator, supported
 from ..reference import project_normalize
-from .launch import operator, supported
 
 TILE = 2048
 """Numbers of a program; with 4 warps 16 for each thread."""

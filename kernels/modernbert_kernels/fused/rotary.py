@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import rotary
-from .launch import DTYPES, operator, supported
+from ..launch import DTYPES, operator, supported
+from ..reference import rotary, rotate_back
 
 TILE = 1024
 """Pairs that a program of 4 warps turns, 8 for each thread: two accesses of 16 bytes in bfloat16. Chosen by registers,
@@ -74,6 +74,50 @@ def rotary_copy(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool)
 def rotary_inplace(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
     """q and k turned where they are; v is neither read nor written."""
     _launch(qkv_T3HK, cos_TR, sin_TR, qkv_T3HK, False, 2)
+
+
+@triton.jit(do_not_specialize=["N"])
+def rotate_back_kernel(
+    dq, dk, dv, cos, sin, dqkv, N, HEADS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """For gradients that lie apart: turn those of q and k back by the angle, and write all of them into packed dqkv."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
+    inside = (rows < N) & (columns < R)
+    token, head = rows // HEADS, rows % HEADS
+    source = rows * (2 * R) + columns
+    target = token * (3 * HEADS * 2 * R) + head * (2 * R) + columns
+    c = tl.load(cos + token * R + columns, mask=inside)
+    s = tl.load(sin + token * R + columns, mask=inside)
+    a = tl.load(dq + source, mask=inside).to(tl.float32)
+    b = tl.load(dq + source + R, mask=inside).to(tl.float32)
+    tl.store(dqkv + target, a * c + b * s, mask=inside)
+    tl.store(dqkv + target + R, b * c - a * s, mask=inside)
+    target += HEADS * 2 * R
+    a = tl.load(dk + source, mask=inside).to(tl.float32)
+    b = tl.load(dk + source + R, mask=inside).to(tl.float32)
+    tl.store(dqkv + target, a * c + b * s, mask=inside)
+    tl.store(dqkv + target + R, b * c - a * s, mask=inside)
+    target += HEADS * 2 * R
+    tl.store(dqkv + target, tl.load(dv + source, mask=inside), mask=inside)
+    tl.store(dqkv + target + R, tl.load(dv + source + R, mask=inside), mask=inside)
+
+
+@rotate_back.register(
+    "triton", when=lambda dq_THK, dk_THK, dv_THK, cos_TR, sin_TR: supported(dq_THK, cos_TR) and not dq_THK.requires_grad
+)
+def rotate_back_triton(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """`rotate_back` without a gradient of its own, in one pass: nothing is put side by side first."""
+    T, H, K = dq_THK.shape
+    dqkv_T3HK = dq_THK.new_empty(T, 3, H, K)
+    columns = triton.next_power_of_2(K // 2)
+    rows = max(1, TILE // columns)
+    if dq_THK.numel():
+        gradients = (dq_THK.contiguous(), dk_THK.contiguous(), dv_THK.contiguous())
+        rotate_back_kernel[(triton.cdiv(T * H, rows),)](
+            *gradients, cos_TR, sin_TR, dqkv_T3HK, T * H, H, K // 2, rows, columns, num_warps=4
+        )
+    return dqkv_T3HK
 
 
 class _Rotary(torch.autograd.Function):
