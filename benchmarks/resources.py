@@ -83,7 +83,7 @@ def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[s
 
     driver.set_active(CompileOnly(arch))
     with (
-        mock.patch.object(launch, "arch", lambda device: arch),
+        mock.patch.object(launch, "arch", return_value=arch),
         mock.patch.object(jit.JITFunction, "run", compile_only),
     ):
         for name in names:

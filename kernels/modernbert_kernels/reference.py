@@ -144,7 +144,7 @@ def project_normalize(
     `rows_Q`, int64, chooses the rows that are returned, `[Q, E]`; None returns all.
     """
     x_TD = x_TD if rows_Q is None else x_TD.index_select(0, rows_Q)
-    return F.normalize(F.linear(x_TD, weight_ED, bias_E), dim=-1)
+    return F.normalize(linear(x_TD, weight_ED, bias_E), dim=-1)
 
 
 @Op

@@ -257,6 +257,13 @@ def test_triton_attention_takes_views_and_gives_the_same_bits_twice() -> None:
     assert not first[1][:, :, 0].any()
 
 
+@pytest.mark.skipif("triton" not in ops.attention.backends, reason="needs Triton")
+def test_triton_attention_says_what_it_does_not_take() -> None:
+    for qkv in (randn(5, 3, 2, 16), randn(5, 3, 2, 32, dtype=FLOAT64)):
+        with pytest.raises(ValueError, match=r"width 32, 64 or 128 in float32, bfloat16 or float16, not of width"):
+            ops.attention.backends["triton"](qkv, cu([5]), 5, rope=rope([5], qkv.shape[-1]))
+
+
 @TRITON
 @pytest.mark.parametrize("query_rows", [False, True])
 def test_triton_attention_keeps_the_rules_of_operators(query_rows: bool) -> None:
