@@ -92,8 +92,11 @@ FROZEN = {
     "modernbert_kernels.geglu": "(h_T2F, activation='gelu')",
     "modernbert_kernels.layer_norm": "(x_TD, weight_D, bias_D, eps)",
     "modernbert_kernels.linear": "(x_TD, weight_FD, bias_F=None)",
+    "modernbert_kernels.linear_cross_entropy": "(x_TD, weight_VD, bias_V, targets_T, *, z_loss=0.0)",
     "modernbert_kernels.maxsim": "(queries_QE, cu_queries, documents_NE, cu_documents, *, paired=False)",
-    "modernbert_kernels.rotary": "(qkv_T3HK, cos_TR, sin_TR)",
+    "modernbert_kernels.pool": "(x_TD, cu_seqlens, mode='cls', *, normalize=False)",
+    "modernbert_kernels.project_normalize": "(x_TD, weight_ED, bias_E=None, rows_Q=None)",
+    "modernbert_kernels.rotary": "(qkv_T3HK, cos_TR, sin_TR, *, inplace=False)",
 }
 
 

@@ -38,15 +38,14 @@ class Tiles(NamedTuple):
 AMPERE = {
     (32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     (64, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (128, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (128, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 1)),
     (32, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     (64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
-    (128, 4): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
+    (128, 4): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 ADA = AMPERE | {(64, 2): AMPERE[64, 2]._replace(dkv=Tile(64, 32, 4, 2))}
 HOPPER = ADA | {(64, 2): ADA[64, 2]._replace(forward=Tile(64, 64, 4, 2))}
-BLACKWELL = HOPPER | {(128, 2): HOPPER[128, 2]._replace(dkv=Tile(32, 32, 8, 2))}
-TILES = {80: AMPERE, 89: ADA, 90: HOPPER, 100: BLACKWELL, 120: AMPERE}
+TILES = {80: AMPERE, 89: ADA, 90: HOPPER, 120: AMPERE}
 
 
 def _forward_outputs(qkv_T3HK: Tensor, *_: object) -> tuple[Tensor, Tensor]:

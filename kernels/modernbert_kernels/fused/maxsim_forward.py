@@ -25,7 +25,7 @@ PROGRAMS = 4096
 """From this many on, a program takes several documents: enough for every GPU, and its query rows are read once."""
 
 COLUMNS = {80: 64, 89: 32, 90: 64, 100: 32}
-"""Document tokens at a time, of 16 bits: by compute capability, so that two programs fit in the shared memory."""
+"""Document tokens at a time beside many rows: by compute capability, so that two programs fit in the shared memory."""
 
 
 class Tile(NamedTuple):
@@ -55,7 +55,9 @@ def tile(x_QE: Tensor, rows: int) -> Tile:
         return Tile(min(rows, 64), 32, 16, 4, 2)
     if width > 128:
         return Tile(min(rows, 64), 32, width, 4, 2)
-    return Tile(rows, newest(COLUMNS, x_QE.device), width, 8 if rows > 64 else 4, 2)
+    if rows > 64:
+        return Tile(rows, newest(COLUMNS, x_QE.device), width, 8, 2)
+    return Tile(rows, 64, width, 4, 2)
 
 
 @triton.jit

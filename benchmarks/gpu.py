@@ -1,0 +1,259 @@
+"""Time on a GPU: replays of a graph between two events, on memory that no cache holds; and what the GPU was meanwhile.
+
+A CPU takes the same way with a wall clock, so that what surrounds the clock is exercised everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.harness import Reading, read_clocks
+
+Clock = Callable[[Callable[[], Any]], Reading]
+
+WINDOW = 0.004
+"""Least seconds of a sample on a GPU: what passes before a first graph starts is then well below 1 % of it."""
+
+SLOWEST = 0.25
+"""Seconds of a call above which it is not timed: a specification that loops over pairs would take the whole run."""
+
+PEERS = ("triton", "liger-kernel", "late-interaction-kernels", "flash-attn", "flash-attn-3", "flash-attn-4")
+SENSORS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
+
+
+class TooSlow(RuntimeError):
+    """One call takes longer than all samples of it should."""
+
+
+class Rates(NamedTuple):
+    """What this machine reached in this run: bytes copied (read and written) and bfloat16 operations, per second."""
+
+    copy: float
+    matmul: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where calls run and which clock times them.
+
+    Attributes:
+        window: least seconds of a sample.
+    """
+
+    device: torch.device
+    read: Clock
+    window: float
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the last cache; on a CPU, whose figures are no results, none."""
+        return torch.cuda.get_device_properties(self.device).L2_cache_size if self.is_gpu else 0
+
+
+def this_machine() -> Machine:
+    """The current GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW)
+    return Machine(torch.device("cpu"), read_clocks, 0.0)
+
+
+def read_gpu(work: Callable[[], Any]) -> Reading:
+    """Do `work` on an idle GPU, and say how long the GPU took for it. Other programs of the CPU do not slow a GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return Reading(start.elapsed_time(end) / 1000, 0.0)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Many calls as one piece of work.
+
+    Attributes:
+        calls: that `run` makes.
+        how: they are made, in words.
+    """
+
+    run: Callable[[], Any]
+    calls: int
+    how: str
+
+
+def loop(calls: Sequence[Callable[[], Any]], machine: Machine, *, graph: bool = True) -> Loop:
+    """A loop that lasts `machine.window`, as replays of a CUDA graph where that can be.
+
+    Args:
+        calls: the same call on different memory each, so that no call finds its data in a cache.
+        graph: False leaves launch gaps in, for all contenders alike.
+
+    Raises:
+        TooSlow: a call takes more than `SLOWEST`.
+    """
+    for call in calls:
+        call()  # compiles, loads and allocates
+    seconds = min(machine.read(call).seconds for call in calls)
+    if seconds > SLOWEST:
+        raise TooSlow(f"takes {seconds:.2g} s a call; what takes more than {SLOWEST:g} s is not timed")
+    if not (graph and machine.is_gpu and never_waits(calls[0])):
+        turns = rounds_for(machine.window, seconds * len(calls))
+        return Loop(lambda: [call() for _ in range(turns) for call in calls], turns * len(calls), "single calls")
+    # 32 calls at most: more only take longer to capture.
+    turns = min(rounds_for(machine.window, seconds * len(calls)), max(1, 32 // len(calls)))
+    captured = capture(calls, turns)
+    replays = rounds_for(machine.window, machine.read(captured.replay).seconds)
+    return Loop(
+        lambda: [captured.replay() for _ in range(replays)],
+        replays * turns * len(calls),
+        f"replays of a graph of {turns * len(calls)} calls",
+    )
+
+
+def rounds_for(window: float, seconds: float) -> int:
+    """How often something that takes `seconds` fits into the window, rounded up."""
+    return max(1, math.ceil(window / max(seconds, 1e-9)))
+
+
+def never_waits(call: Callable[[], Any]) -> bool:
+    """Whether the CPU does not wait for the GPU in it. A graph can hold such calls only, and a failed capture is worse
+    than none: it leaves the allocator in the middle of one.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
+def capture(calls: Sequence[Callable[[], Any]], turns: int) -> torch.cuda.CUDAGraph:
+    """All calls, `turns` times over. The results of each call keep their memory until its next turn, so that results
+    do not stay in a cache either.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is set up for each stream must be there before the capture
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, results = torch.cuda.CUDAGraph(), {}
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            for at, call in enumerate(calls):
+                results[at] = call()
+    return graph
+
+
+def settle(run: Callable[[], Any], read: Clock, *, tries: int = 20, spread: float = 0.02) -> int:
+    """Run until three runs in a row took the same time, within `spread`, or `tries` are over; how many it took."""
+    last: list[float] = []
+    for done in range(1, tries + 1):
+        last = [*last[-2:], read(run).seconds]
+        if len(last) == 3 and max(last) <= (1 + spread) * min(last):
+            return done
+    return tries
+
+
+def copies_beyond_cache(nbytes: int, cache: int) -> int:
+    """How many copies of `nbytes`, used in turn, evict each other from a cache: three times as much as it holds."""
+    return min(32, max(2, math.ceil(3 * cache / max(nbytes, 1))))
+
+
+def rates(machine: Machine, *, quick: bool) -> dict[str, list[float]]:
+    """Samples of both `Rates`, of random data: zeros are multiplied faster."""
+    rows, width, samples = ((1 << 13, 2048, 3) if quick else (1 << 16, 8192, 9)) if machine.is_gpu else (256, 256, 2)
+    x = torch.randn(rows, 8192, device=machine.device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    a, b = torch.randn(2, width, width, device=machine.device, dtype=torch.bfloat16)
+    work = {"copy": (lambda: y.copy_(x), 2 * x.nbytes), "matmul": (lambda: a @ b, 2 * width**3)}
+    found = {}
+    for name, (call, amount) in work.items():
+        several = partial(repeat, call, 8)  # beside them the start of the first is nothing
+        settle(several, machine.read)
+        found[name] = [8 * amount / machine.read(several).seconds for _ in range(samples)]
+    return found
+
+
+def repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def median_rates(found: dict[str, list[float]]) -> Rates:
+    return Rates(*(statistics.median(found[name]) for name in Rates._fields))
+
+
+@lru_cache
+def identity(device: torch.device) -> dict[str, Any]:
+    """What a row says about the GPU and what drives it; on a CPU nothing but the versions."""
+    found = {package: installed(package) for package in PEERS}
+    known: dict[str, Any] = {"gpu": None, "driver": None, "capability": None, "versions": found}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known["gpu"] = properties.name
+        known["capability"] = f"{properties.major}.{properties.minor}"
+        known["driver"] = (query(device, ("driver_version",)) or [None])[0]
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return known
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def sensors(device: torch.device, run: Callable[[], Any]) -> dict[str, float | None]:
+    """Clocks, power and temperature while `run` is repeated: those of an idle GPU say nothing about it."""
+    if device.type != "cuda":
+        return dict.fromkeys(SENSORS.values())
+    values = query(device, tuple(SENSORS), run)
+    return dict(zip(SENSORS.values(), map(number, values or [""] * len(SENSORS)), strict=True))
+
+
+def query(device: torch.device, fields: Sequence[str], run: Callable[[], Any] = lambda: None) -> list[str] | None:
+    """What nvidia-smi says about this GPU; None where it is missing or says nothing."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except FileNotFoundError:
+        return None
+    until = time.monotonic() + 10
+    while asked.poll() is None and time.monotonic() < until:
+        run()
+        torch.cuda.synchronize(device)
+    if asked.poll() is None:
+        asked.kill()
+    answer = asked.communicate()[0].strip()
+    values = [value.strip() for value in answer.split(",")]
+    return values if asked.returncode == 0 and len(values) == len(fields) else None
+
+
+def number(text: str) -> float | None:
+    """A figure of nvidia-smi; None for `[N/A]`."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
