@@ -9,11 +9,11 @@ from types import ModuleType
 
 from rich.console import Console
 
-from benchmarks import cpu, report, retrieval
+from benchmarks import cpu, kernels, report, retrieval
 from benchmarks.harness import FOREIGN_LIMIT
 from benchmarks.rows import append
 
-SUITES = {"cpu": cpu, "retrieval": retrieval}
+SUITES = {"cpu": cpu, "retrieval": retrieval, "kernels": kernels}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The least that a call must do: bytes that it reads and writes once, and operations of its matrix products.
 
-Time over these is the share of the machine that a kernel reaches. What is small beside rows of tokens (weights of a norm,
-statistics, cumulative lengths) is left out, and so is all that a kernel moves more often than it has to.
+These over time, and over what the machine can, are the share that a kernel reaches. What is small beside rows of tokens
+(weights of a norm, statistics, cumulative lengths) is left out, and so is what a kernel moves more often than it must.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def _project_normalize(
     size = x_TD.element_size()
     rows, vectors = chosen * inner * size, chosen * width * size
     flops = 2 * chosen * inner * width
-    return Work(rows + weight_ED.nbytes + vectors, 2 * vectors + rows + x_TD.nbytes + 2 * weight_ED.nbytes, flops, 2 * flops)
+    return Work(
+        rows + weight_ED.nbytes + vectors, 2 * vectors + rows + x_TD.nbytes + 2 * weight_ED.nbytes, flops, 2 * flops
+    )
 
 
 def visible_pairs(length: int, window: int | None) -> int:

@@ -11,11 +11,18 @@ from rich.table import Table
 from benchmarks.backends import ONNX_RUNTIME, OURS, TRANSFORMERS
 from benchmarks.rows import ROOT, Row, read
 
+# Here and not from the suite, which takes long to import.
+TRITON, CHOSEN = "triton", "what the op chooses"
+
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 COLUMNS = {
     "cpu": ("implementation", "median", "range", "samples", "modernbert is", "others' CPU", "error", "settings"),
     "retrieval": ("", "way", "figure", "median", "bar", "range", "samples", "others' CPU", "error", "settings"),
+    "kernels": (
+        *("implementation", "median", "range", "samples", "triton is", "GB/s", "of copy", "TFLOP/s", "of matmul"),
+        *("clocks and power", "error", "settings"),
+    ),
 }
 UNCLEAN = "† marks a figure taken while other programs used more than 6 % of a core."
 NOTES = {
@@ -23,6 +30,9 @@ NOTES = {
     f"{UNCLEAN}",
     "retrieval": "Recall is that of the pre-filter against exact search. Synthetic vectors come from a seeded table in "
     f"place of the encoder, and their queries cost no encoding; all else is the code that everybody runs. {UNCLEAN}",
+    "kernels": "GB/s and TFLOP/s are the least that a call must move and compute over its time; beside them their share "
+    "of a copy and of a bfloat16 product that were measured in the same run. No call found its data in a cache. Errors "
+    "are root mean squares, as shares of the truth.",
 }
 
 
@@ -49,12 +59,13 @@ def rows_of(suite: str) -> list[Row]:
 def write() -> list[Path]:
     """Write results/SUITE/README.md for each suite, and its table in the README of the project; the files written."""
     written, readme = [], README.read_text("utf-8")
-    for suite, table in README_TABLES.items():
+    for suite in COLUMNS:
         if rows := latest(rows_of(suite)):
             full = RESULTS / suite / "README.md"
             full.parent.mkdir(exist_ok=True)
             full.write_text(markdown(rows), encoding="utf-8")
-            readme = replace_between(readme, table(rows), suite)
+            if suite in README_TABLES:
+                readme = replace_between(readme, README_TABLES[suite](rows), suite)
             written.append(full)
     if not written:
         command = f"python -m benchmarks cpu --output {(RESULTS / 'cpu').relative_to(ROOT)}"
@@ -78,6 +89,8 @@ def markdown(rows: Sequence[Row]) -> str:
     for machine in dict.fromkeys(_machine(one) for one in rows):
         here = [one for one in rows if _machine(one) == machine]
         parts.append(f"## {', '.join(machine)}")
+        if suite == "kernels":
+            parts += ["### The fastest", fastest_table(here)]
         for group in _by_workload(here):
             parts += [f"### {group[0]['what']}", _table(COLUMNS[suite], _lines(group)), _origin(group[0])]
     return "\n\n".join(parts) + "\n"
@@ -142,6 +155,20 @@ def retrieval_table(rows: Sequence[Row]) -> str:
     return f"{_table(('', 'measured', 'command'), lines)}\n\n{text}"
 
 
+def fastest_table(rows: Sequence[Row]) -> str:
+    """One line per table of the `kernels` suite: which way is the fastest, what the op chooses, what that costs."""
+    lines = []
+    for group in _by_workload(rows):
+        best = min(group, key=lambda one: one["median"])
+        chosen = next((one for one in group if one["settings"].startswith(CHOSEN)), None)
+        if chosen is None or best["unit"] != "us":
+            continue
+        factor = 1 if chosen is best else best["times_better_than"][chosen["implementation"]]
+        cells = (f"{one['implementation']}, {value(one)}" for one in (best, chosen))
+        lines.append([group[0]["what"], *cells, f"{factor:.2f}x"])
+    return _table(("", "fastest", "chosen by the op", "the fastest is"), lines)
+
+
 README_TABLES = {"cpu": readme_table, "retrieval": retrieval_table}
 
 
@@ -163,6 +190,8 @@ def value(one: Row) -> str:
 
 
 def _lines(group: Sequence[Row]) -> list[list[str]]:
+    if group[0]["suite"] == "kernels":
+        return [_kernel_line(group, one) for one in group]
     if group[0]["suite"] == "retrieval":
         return [
             [one["corpus"], one["implementation"], one["figure"], value(one), _bar(one, "{}: {}"), *_circumstances(one)]
@@ -178,6 +207,26 @@ def _lines(group: Sequence[Row]) -> list[list[str]]:
             *_circumstances(one)[2:],
         ]
         for one in group
+    ]
+
+
+def _kernel_line(group: Sequence[Row], one: Row) -> list[str]:
+    ours = next((other for other in group if other["implementation"] == TRITON), None)
+    factors = ours["times_better_than"] if ours else {}
+    name, state = one["implementation"], one["state"]
+    figures = [("gb_per_s", ""), ("percent_of_copy", " %"), ("tflop_per_s", ""), ("percent_of_matmul", " %")]
+    units = {"sm_mhz": "MHz", "memory_mhz": "MHz", "watts": "W", "celsius": "°C"}
+    range_, samples, _, error, settings = _circumstances(one)
+    return [
+        name,
+        value(one),
+        range_,
+        samples,
+        f"{factors[name]:.2f}x" if name in factors else "",
+        *("" if one[figure] is None else _number(one[figure]) + unit for figure, unit in figures),
+        ", ".join(f"{state[sensor]:g} {unit}" for sensor, unit in units.items() if state[sensor] is not None),
+        error,
+        settings,
     ]
 
 
@@ -211,9 +260,11 @@ def _ours(group: Sequence[Row]) -> Row | None:
 
 
 def _by_workload(rows: Iterable[Row]) -> list[list[Row]]:
-    groups: dict[str, list[Row]] = {}
+    """The rows of one table each; a workload of the `kernels` suite has many."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for one in rows:
-        groups.setdefault(one["workload"], []).append(one)
+        key = (one["workload"], one["what"]) if one["suite"] == "kernels" else (one["workload"],)
+        groups.setdefault(key, []).append(one)
     return list(groups.values())
 
 
@@ -224,6 +275,8 @@ def _newest_machine(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
 
 
 def _machine(one: Row) -> tuple[str, ...]:
+    if one.get("gpu"):
+        return one["gpu"], f"compute capability {one['capability']}", f"driver {one['driver']}", one["system"]
     return one["cpu"], f"{one['threads']} threads", one["system"]
 
 

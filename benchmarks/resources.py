@@ -90,7 +90,10 @@ def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[s
             for case in CASES[name](dtype, "cpu", TOKENS):
                 known = {"op": name, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
                 call(case)
-    return list(found.values())
+    rows = list(found.values())
+    for index, row in enumerate(rows):  # several variants of a kernel may belong to one case
+        row["variant"] = sum(identity(one) == identity(row) for one in rows[:index])
+    return rows
 
 
 def call(case: Case) -> None:
@@ -133,7 +136,7 @@ def compile_all(jobs: int, names: Sequence[str]) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         tasks = [pool.submit(compiled, *target, names) for target in targets]
         rows = [row for task in tasks for row in task.result()]
-    return sorted(rows, key=lambda row: [str(row[name]) for name in ("op", "kernel", "case", "dtype", "arch")])
+    return sorted(rows, key=lambda row: [str(row[name]) for name in ("op", "kernel", "case", "variant", "dtype", "arch")])
 
 
 def faults(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
@@ -157,7 +160,7 @@ def faults(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) 
 
 
 def identity(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["kernel"], row["case"], row["dtype"], str(row["arch"])
+    return row["op"], row["kernel"], row["case"], str(row.get("variant", 0)), row["dtype"], str(row["arch"])
 
 
 def read_table() -> tuple[str, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import flash_attention
 from .flash_attention import LONG, choose
@@ -71,6 +72,7 @@ class _Flash(torch.autograd.Function):
         return out_THK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout_THK: Tensor):  # pyright: ignore
         return flash_backward(dout_THK.contiguous(), *ctx.saved_tensors, *ctx.call), *[None] * 7
 

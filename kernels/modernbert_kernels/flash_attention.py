@@ -12,13 +12,14 @@ Packages are optional: none is imported before it is called.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from importlib import import_module, metadata
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .launch import arch
 
 LONG = 1024
 """Up to here Triton's kernel takes layers without a window, and rotates q and k as it loads them. A longer sequence
@@ -168,19 +169,15 @@ def _installed(package: tuple[str, tuple[int, ...]] | None) -> bool:
     return tuple(numbers) >= oldest
 
 
-@lru_cache
-def _usable(device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda":
-        return ()
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = 10 * major + minor
-    return tuple(name for name, row in FLASH.items() if row.oldest <= arch <= row.newest and _installed(row.package))
+# Looked up once, on import: a compiler could not trace a look at what is installed.
+INSTALLED = frozenset(name for name, row in FLASH.items() if _installed(row.package))
 
 
-@torch.compiler.assume_constant_result  # A compiler asks once; it could not trace a look at what is installed.
 def usable(device: torch.device) -> tuple[str, ...]:
     """The rows of `FLASH` that are installed and run on this device, the best first."""
-    return _usable(device)
+    if device.type != "cuda":
+        return ()
+    return tuple(name for name, row in FLASH.items() if row.oldest <= arch(device) <= row.newest and name in INSTALLED)
 
 
 def choose(

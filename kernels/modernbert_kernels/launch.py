@@ -51,13 +51,16 @@ def supported(*tensors: Tensor) -> bool:
     return all(x.is_cuda and x.dtype in DTYPES and arch(x.device) >= OLDEST for x in tensors)
 
 
-@lru_cache
+_properties = lru_cache(torch.cuda.get_device_properties)
+
+
 def arch(device: torch.device) -> int:
     """The compute capability of a GPU, 89 for 8.9; of a CPU, where the interpreter runs, the oldest there is."""
     if device.type == "cpu":
         return OLDEST
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    # A compiler knows that the properties of a device are constant, and would trace into a cache.
+    found = torch.cuda.get_device_properties(device) if torch.compiler.is_compiling() else _properties(device)
+    return 10 * found.major + found.minor
 
 
 def newest(table: Mapping[int, C], device: torch.device) -> C:

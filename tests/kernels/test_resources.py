@@ -15,7 +15,16 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
-ROW = {"kernel": "k", "case": "c", "dtype": "float32", "arch": 89, "registers": 100, "spilled": 0, "shared": 1000}
+ROW = {
+    "op": "o",
+    "kernel": "k",
+    "case": "c",
+    "dtype": "float32",
+    "arch": 89,
+    "registers": 100,
+    "spilled": 0,
+    "shared": 1000,
+}
 ROW |= {"programs": 4}
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..flash_attention import LONG
 from ..launch import DTYPES, newest, operator, precision, supported
@@ -157,6 +158,7 @@ class _Attention(torch.autograd.Function):
         return out_THK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout_THK: Tensor):  # pyright: ignore
         dqkv_T3HK = attention_backward(*ctx.saved_tensors, dout_THK.contiguous(), ctx.window, ctx.rotate)
         return dqkv_T3HK, None, None, None, None, None, None

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import operator, supported
 from ..reference import linear_cross_entropy
@@ -175,6 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor):  # pyright: ignore
         share, *gradients = ctx.saved_tensors
         scaled = [

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import supported
 from ..reference import embed_layer_norm
@@ -23,6 +24,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor):  # pyright: ignore
         input_ids_T, table_VD, weight_D, stats_2T = ctx.saved_tensors
         gradients = norm_backward(dy_TD.contiguous(), None, table_VD, input_ids_T, weight_D, stats_2T, ctx.bias, None)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import operator, supported
 from ..reference import geglu
@@ -97,6 +98,7 @@ class _GeGLU(torch.autograd.Function):
         return geglu_forward(h_T2F, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_TF: Tensor):  # pyright: ignore
         return geglu_backward(*ctx.saved_tensors, dy_TF.contiguous(), ctx.activation), None
 

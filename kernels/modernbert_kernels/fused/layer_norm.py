@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import supported
 from ..reference import add_layer_norm, layer_norm
@@ -24,6 +25,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore
         x, weight_D, stats_2T = ctx.saved_tensors
         dx, dparameters = norm_backward(dy.contiguous(), None, x, None, weight_D, stats_2T, ctx.bias, None)
@@ -42,6 +44,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return s, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, ds: Tensor | None, dy: Tensor | None):  # pyright: ignore
         s, weight_D, stats_2T = ctx.saved_tensors
         x_dtype, delta_dtype = ctx.dtypes

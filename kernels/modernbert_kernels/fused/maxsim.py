@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import supported
 from ..reference import maxsim
@@ -29,6 +30,7 @@ class _MaxSim(torch.autograd.Function):
         return scores
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore
         grad_queries_QE, grad_documents_NE = maxsim_backward(*ctx.saved_tensors, grad.contiguous(), ctx.paired)
         return grad_queries_QE, None, grad_documents_NE, None, None

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import operator, supported
 from ..reference import pool
@@ -135,6 +136,7 @@ class _Pool(torch.autograd.Function):
         return pooled_BD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dpooled_BD: Tensor):  # pyright: ignore
         dx_TD = pool_backward(dpooled_BD.contiguous(), *ctx.saved_tensors, ctx.mode, ctx.tokens, ctx.dtype)
         return dx_TD, None, None, None

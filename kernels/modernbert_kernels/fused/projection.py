@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import operator, supported
 from ..reference import project_normalize
@@ -94,6 +95,7 @@ class _Normalize(torch.autograd.Function):
         return normalize_forward(u_TE, rows_Q, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_QE: Tensor):  # pyright: ignore
         u_TE, rows_Q = ctx.saved_tensors
         du = normalize_backward(u_TE, rows_Q, dy_QE.contiguous())

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..launch import DTYPES, operator, supported
 from ..reference import rotary, rotate_back
@@ -131,6 +132,7 @@ class _Rotary(torch.autograd.Function):
         return qkv_T3HK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_T3HK: Tensor):  # pyright: ignore
         # Not in place: autograd may hand the same gradient to others.
         return rotary_copy(grad_T3HK.contiguous(), *ctx.saved_tensors, True), None, None, None
