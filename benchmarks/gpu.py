@@ -48,11 +48,13 @@ class Machine:
 
     Attributes:
         window: least seconds of a sample.
+        patience: runs at most until a time is stable.
     """
 
     device: torch.device
     read: Clock
     window: float
+    patience: int
 
     @property
     def is_gpu(self) -> bool:
@@ -67,8 +69,8 @@ class Machine:
 def this_machine() -> Machine:
     """The current GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW)
-    return Machine(torch.device("cpu"), read_clocks, 0.0)
+        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW, 20)
+    return Machine(torch.device("cpu"), read_clocks, 0.0, 3)
 
 
 def read_gpu(work: Callable[[], Any]) -> Reading:
@@ -159,21 +161,22 @@ def capture(calls: Sequence[Callable[[], Any]], turns: int) -> torch.cuda.CUDAGr
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph, results = torch.cuda.CUDAGraph(), {}
-    with torch.cuda.graph(graph):
+    # The outer context puts the stream back where a capture fails.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         for _ in range(turns):
             for at, call in enumerate(calls):
                 results[at] = call()
     return graph
 
 
-def settle(run: Callable[[], Any], read: Clock, *, tries: int = 20, spread: float = 0.02) -> int:
-    """Run until three runs in a row took the same time, within `spread`, or `tries` are over; how many it took."""
+def settle(run: Callable[[], Any], machine: Machine, *, spread: float = 0.02) -> int:
+    """Run until three runs in a row took the same time, within `spread`, or patience ends; how many it took."""
     last: list[float] = []
-    for done in range(1, tries + 1):
-        last = [*last[-2:], read(run).seconds]
+    for done in range(1, machine.patience + 1):
+        last = [*last[-2:], machine.read(run).seconds]
         if len(last) == 3 and max(last) <= (1 + spread) * min(last):
             return done
-    return tries
+    return machine.patience
 
 
 def copies_beyond_cache(nbytes: int, cache: int) -> int:
@@ -191,7 +194,7 @@ def rates(machine: Machine, *, quick: bool) -> tuple[dict[str, list[float]], dic
     found = {}
     for name, (call, amount) in work.items():
         several = partial(repeat, call, 8)  # beside them the start of the first is nothing
-        settle(several, machine.read)
+        settle(several, machine)
         found[name] = [8 * amount / machine.read(several).seconds for _ in range(samples)]
     return found, sensors(machine.device, work["matmul"][0])
 
@@ -236,8 +239,9 @@ def sensors(device: torch.device, run: Callable[[], Any]) -> dict[str, float | N
 
 def query(device: torch.device, fields: Sequence[str], run: Callable[[], Any] = lambda: None) -> list[str] | None:
     """What nvidia-smi says about this GPU; None where it is missing or says nothing."""
-    uuid = torch.cuda.get_device_properties(device).uuid
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    chosen = [f"--id=GPU-{uuid}"] if uuid else []
+    command = ["nvidia-smi", *chosen, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except FileNotFoundError:

@@ -72,7 +72,7 @@ def measure(workload: str, task: Task, backward: bool, machine: Machine, rates: 
         return Result(workload, [], refused)
     contenders = [Contender(one.way.implementation, "", one.loop.run, lambda nothing: nothing) for one in ready]
     for one in contenders:
-        gpu.settle(one.run, machine.read)
+        gpu.settle(one.run, machine)
     calls = {one.way.implementation: one.loop.calls * one.way.repeats for one in ready}
     taken = interleave(contenders, dict.fromkeys(calls, 1), rounds, 0, machine.read)
     measured = []

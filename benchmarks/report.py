@@ -30,9 +30,9 @@ NOTES = {
     f"{UNCLEAN}",
     "retrieval": "Recall is that of the pre-filter against exact search. Synthetic vectors come from a seeded table in "
     f"place of the encoder, and their queries cost no encoding; all else is the code that everybody runs. {UNCLEAN}",
-    "kernels": "GB/s and TFLOP/s are the least that a call must move and compute over its time; beside them their share "
-    "of a copy and of a bfloat16 product that were measured in the same run. No call found its data in a cache. Errors "
-    "are root mean squares, as shares of the truth.",
+    "kernels": "GB/s and TFLOP/s are the least that a call must move and compute over its time, beside them the share "
+    "of a copy and of a bfloat16 product measured in the same run. No call found its data in a cache. Errors are root "
+    "mean squares, as shares of the truth.",
 }
 
 
@@ -161,7 +161,7 @@ def fastest_table(rows: Sequence[Row]) -> str:
     for group in _by_workload(rows):
         best = min(group, key=lambda one: one["median"])
         chosen = next((one for one in group if one["settings"].startswith(CHOSEN)), None)
-        if chosen is None or best["unit"] != "us":
+        if chosen is None:
             continue
         factor = 1 if chosen is best else best["times_better_than"][chosen["implementation"]]
         cells = (f"{one['implementation']}, {value(one)}" for one in (best, chosen))

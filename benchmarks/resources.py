@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -76,12 +77,12 @@ def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[s
     run = jit.JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        binary = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        binary: Any = run(kernel, *args, grid=grid, warmup=True, **kwargs)
         if binary.hash not in found:
             found[binary.hash] = known | resources(binary, arch)
         return binary
 
-    driver.set_active(CompileOnly(arch))
+    driver.set_active(CompileOnly(arch))  # pyright: ignore  (it answers all that is asked)
     with (
         mock.patch.object(launch, "arch", return_value=arch),
         mock.patch.object(jit.JITFunction, "run", compile_only),
@@ -107,22 +108,23 @@ def call(case: Case) -> None:
 
 def resources(kernel: Any, arch: int) -> dict[str, Any]:
     """Registers of a thread, bytes it spills, shared memory of a program, and how many programs an SM holds."""
-    from triton import knobs
+    from triton.knobs import nvidia
 
+    disassembler: Any = nvidia.cuobjdump  # comes with Triton
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [disassembler.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(field.split(":", 1) for field in text.split() if field.startswith(("REG:", "STACK:", "LOCAL:")))
-    registers, warps, shared = int(usage["REG"]), kernel.metadata.num_warps, kernel.metadata.shared
+    usage = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    registers, warps, shared = usage["REG"], kernel.metadata.num_warps, kernel.metadata.shared
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     by_shared = (SHARED_PER_SM[arch] << 10) // (shared + 1024)
     return {
         "kernel": kernel.metadata.name,
         "arch": arch,
         "registers": registers,
-        "spilled": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": shared,
         "warps": warps,
         "stages": kernel.metadata.num_stages,
@@ -136,7 +138,7 @@ def compile_all(jobs: int, names: Sequence[str]) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         tasks = [pool.submit(compiled, *target, names) for target in targets]
         rows = [row for task in tasks for row in task.result()]
-    return sorted(rows, key=lambda row: [str(row[name]) for name in ("op", "kernel", "case", "variant", "dtype", "arch")])
+    return sorted(rows, key=identity)
 
 
 def faults(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
@@ -149,12 +151,13 @@ def faults(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) 
             found.append(f"{name}: {row['spilled']} bytes spilled")
         if row["shared"] > SHARED[row["arch"]] << 10:
             found.append(f"{name}: {row['shared']} bytes of shared memory, a program may have {SHARED[row['arch']]} KB")
-        if committed and before is None:
-            found.append(f"{name}: is not in {TABLE.name}")
-        for figure in ("registers", "shared") if before else ():
+        if before is None:
+            found += [f"{name}: is not in {TABLE.name}"] if committed else []
+            continue
+        for figure in ("registers", "shared"):
             if row[figure] > 1.1 * before[figure]:
                 found.append(f"{name}: {figure} {row[figure]}, were {before[figure]}")
-        if before and row["programs"] < before["programs"]:
+        if row["programs"] < before["programs"]:
             found.append(f"{name}: {row['programs']} programs fit on an SM, were {before['programs']}")
     return found
 

@@ -74,7 +74,8 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THK: Tensor):  # pyright: ignore
-        return flash_backward(dout_THK.contiguous(), *ctx.saved_tensors, *ctx.call), *[None] * 7
+        dqkv_T3HK = flash_backward(dout_THK.contiguous(), *ctx.saved_tensors, *ctx.call)
+        return dqkv_T3HK, None, None, None, None, None, None, None
 
 
 def _forward_outputs(qkv_T3HK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,7 @@ def _forward_outputs(qkv_T3HK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 @operator(
-    "flash_forward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, int max_seqlen, int? window, str name) "
+    "flash_forward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, SymInt max_seqlen, int? window, str name) "
     "-> (Tensor, Tensor)",
     fake=_forward_outputs,
 )
@@ -96,8 +97,8 @@ def flash_forward(
     name: str,
 ) -> tuple[Tensor, Tensor]:
     """The attended values `[T, H, K]`, and the logarithm of the sums of the softmax, float32 `[H, T]`."""
-    qkv = rotated_T3HK.unbind(1)
-    return flash_attention.forward(name, *qkv, cu_seqlens, max_seqlen, window, key_lengths)
+    q_THK, k_THK, v_THK = rotated_T3HK.unbind(1)
+    return flash_attention.forward(name, q_THK, k_THK, v_THK, cu_seqlens, max_seqlen, window, key_lengths)
 
 
 def _backward_output(dout_THK: Tensor, rotated_T3HK: Tensor, *_: object) -> Tensor:
@@ -106,7 +107,7 @@ def _backward_output(dout_THK: Tensor, rotated_T3HK: Tensor, *_: object) -> Tens
 
 @operator(
     "flash_backward(Tensor dout, Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, Tensor cos, Tensor sin, "
-    "Tensor out, Tensor lse, int max_seqlen, int? window, str name) -> Tensor",
+    "Tensor out, Tensor lse, SymInt max_seqlen, int? window, str name) -> Tensor",
     fake=_backward_output,
 )
 def flash_backward(
@@ -123,5 +124,7 @@ def flash_backward(
     name: str,
 ) -> Tensor:
     """The gradient of the qkv that was not rotated yet, packed."""
-    saved = (dout_THK, *rotated_T3HK.unbind(1), out_THK, lse_HT, cu_seqlens, max_seqlen, window, key_lengths)
-    return rotate_back(*flash_attention.backward(name, *saved), cos_TR, sin_TR)
+    q_THK, k_THK, v_THK = rotated_T3HK.unbind(1)
+    saved = (dout_THK, q_THK, k_THK, v_THK, out_THK, lse_HT)
+    gradients = flash_attention.backward(name, *saved, cu_seqlens, max_seqlen, window, key_lengths)
+    return rotate_back(*gradients, cos_TR, sin_TR)

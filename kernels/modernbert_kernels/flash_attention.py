@@ -198,6 +198,7 @@ def choose(
         and (len(qkv_T3HK) > 0 and cu_seqlens.dtype == torch.int32)
         and (window is None or key_lengths is None)
         and dropout_p == 0
+        and not any(table_TR.requires_grad for table_TR in rope)
     )
     names = usable(qkv_T3HK.device) if fits else ()
     return names[0] if names else None

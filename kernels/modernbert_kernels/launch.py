@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import ParamSpec, TypeVar
 
@@ -21,7 +21,9 @@ OLDEST = 80
 """Ampere; older cards lack bfloat16 and the asynchronous copies that the kernels are written for."""
 
 
-def operator(schema: str, *, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def operator(
+    schema: str, *, fake: Callable[..., R], tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: a function that launches kernels becomes `torch.ops.modernbert_kernels.<name of the schema>`.
 
     Compilers take it as one opaque step. It has no gradient: an `autograd.Function` goes around it.
@@ -29,21 +31,30 @@ def operator(schema: str, *, fake: Callable[P, R]) -> Callable[[Callable[P, R]],
     Args:
         schema: as `torch.library.define` takes it, with the name and without the namespace.
         fake: allocates outputs of the right shape, dtype and strides for the same arguments, and computes nothing.
+        tags: what else compilers must know.
     """
 
     def add(launcher: Callable[P, R]) -> Callable[P, R]:
         def on_its_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
             # Triton launches on the current GPU, which need not be the one that holds the tensors.
-            with torch.cuda.device(next(x.device for x in args if isinstance(x, Tensor))):
+            with torch.cuda.device(_shared(x.device for x in args if isinstance(x, Tensor))):
                 return launcher(*args, **kwargs)
 
-        name = LIBRARY.define(schema)
+        name = LIBRARY.define(schema, tags=tuple(tags))
         LIBRARY.impl(name, on_its_gpu, "CUDA")
         LIBRARY.impl(name, launcher, "CPU")  # for Triton's interpreter
         torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
         return getattr(torch.ops.modernbert_kernels, name).default
 
     return add
+
+
+def _shared(devices: Iterable[torch.device]) -> torch.device:
+    """The one device of all tensors. A kernel that follows an address of another GPU would break every later call."""
+    first, *others = dict.fromkeys(devices)
+    if others:
+        raise ValueError(f"tensors lie on {', '.join(map(str, (first, *others)))}: move them to one device")
+    return first
 
 
 def supported(*tensors: Tensor) -> bool:
@@ -70,4 +81,5 @@ def newest(table: Mapping[int, C], device: torch.device) -> C:
 
 def precision(x: Tensor) -> str:
     """How `tl.dot` multiplies: float32 exactly, unless PyTorch's own switch allows TF32."""
-    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # The older `allow_tf32` cannot be read any more once somebody has set this one; this one follows both.
+    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -122,6 +122,16 @@ def test_attention_backend(backend: str, mix: str, window: int | None, dtype: to
     check_attention(backend, qkv, cu(lengths), max(lengths), **options)
 
 
+@TRITON
+@pytest.mark.parametrize("window", [2**31 - 1, 2**63 - 1])
+def test_triton_attention_of_a_window_without_an_end(window: int) -> None:
+    """The row plus such a window is beyond the integers, where nothing was seen."""
+    options = {"rope": rope([40, 3], 32), "key_lengths": None}
+    arguments = (randn(43, 3, 1, 32), [40, 3])
+    wanted = attend("triton", *arguments, window=None, **options)
+    assert torch.equal(attend("triton", *arguments, window=window, **options), wanted)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), implementations(ops.attention))
 @pytest.mark.parametrize("window", [None, 1, 8, 64])
 def test_attention_with_rows_that_are_queries_only(backend: str, window: int | None, dtype: torch.dtype) -> None:

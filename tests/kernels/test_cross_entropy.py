@@ -238,6 +238,26 @@ def test_operators(wanted: list[bool]) -> None:
     backward: Any = cross_entropy.linear_cross_entropy_backward
     torch.library.opcheck(forward, (x, weight, bias, chosen, 0.1, wanted))
     torch.library.opcheck(backward, (weight, torch.tensor(0.5, device=DEVICE), FLOAT32))
+    assert torch.Tag.cudagraph_unsafe in forward.tags, "the host waits, which cannot be captured"
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """It raised, because autocast reached one of the products; now all are in its dtype, and gradients in their own."""
+    run: Any = ops.linear_cross_entropy.backends["triton"]
+    x, weight, bias, chosen = (y.to(DEVICE) for y in call(20, 33, bias=True))
+    leaves = [x.to(dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    narrow = [y.detach().bfloat16().requires_grad_() for y in leaves]
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        loss = run(*leaves, chosen)
+    wanted = run(*narrow, chosen)
+    assert torch.equal(loss, wanted)
+    for got, exact, leaf in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted, narrow), leaves, strict=True
+    ):
+        assert got.dtype == leaf.dtype
+        assert torch.equal(got, exact.to(leaf.dtype))
 
 
 @TRITON

@@ -251,6 +251,8 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rule(qkv.float()) is None
     assert rule(qkv[..., :12]) is None
     assert rule(randn(5, 3, 1, 192, dtype=FLOAT16)) is None
+    learned = [table.requires_grad_() for table in rope([5], 16)]
+    assert flash.choose(qkv, bounds, 5, rope=(learned[0], learned[1])) is None
     assert rule(qkv[:0], cu([0])) is None
     assert rule(bounds=cu([5], torch.int64)) is None
     monkeypatch.setattr(flash, "usable", lambda device: ())
@@ -285,6 +287,26 @@ def test_a_compiler_may_ask() -> None:
         return qkv * 2 if flash.choose(qkv, bounds, 5, rope=angles) is None else qkv
 
     assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(qkv), qkv * 2)
+
+
+@pytest.mark.usefixtures("packages")
+def test_one_compilation_serves_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest length was a constant of the graph: each batch of long texts was compiled anew."""
+    op, compiled = attention("torch", monkeypatch), []
+
+    def run(qkv: Tensor, bounds: Tensor, longest: int, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return op(qkv, bounds, longest, rope=angles)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    fast = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    for length in (1030, 1100, 2000):
+        x, bounds, angles = randn(length, 3, 1, 16, dtype=FLOAT64), cu([length - 7, 7]), rope([length - 7, 7], 16)
+        assert torch.equal(fast(x, bounds, length - 7, angles), run(x, bounds, length - 7, angles))
+    assert len(compiled) == 1
 
 
 @pytest.mark.gpu

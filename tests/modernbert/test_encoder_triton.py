@@ -14,7 +14,7 @@ from kernel_calls import DEVICE, TRITON
 from torch import Tensor, nn
 
 import modernbert_kernels as ops
-from modernbert import EncoderConfig, pack
+from modernbert import ColBERT, EncoderConfig, maxsim, pack
 
 pytestmark = TRITON
 
@@ -83,3 +83,22 @@ def test_the_encoder_compiles_in_one_graph() -> None:
         (gradient,) = torch.autograd.grad(got.square().sum(), weight)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_colbert_finds_the_same_with_the_same_scores() -> None:
+    """From text to scores with the model that ships here: encoder, projection and MaxSim on the kernels."""
+    model = ColBERT.default().to(DEVICE)
+    texts = ["A glacier is a body of dense ice.", "The treaty of 1648 ended a war, thirty years old."]
+
+    def scores() -> Tensor:
+        with torch.inference_mode():
+            rows = []
+            for tokens in (model.tokenize_queries(["which war ended?"]), model.tokenize_documents(texts)):
+                rows.append(tokens.ragged(model(tokens.batch.to(DEVICE))))
+            return maxsim(*rows).cpu()
+
+    wanted = scores()
+    with ops.backend("triton"):
+        got = scores()
+    assert wanted.argmax() == 1
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)

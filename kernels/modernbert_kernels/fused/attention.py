@@ -13,7 +13,8 @@ from ..flash_attention import LONG
 from ..launch import DTYPES, newest, operator, precision, supported
 from ..reference import attention
 from .attention_kernels import FAR, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
-from .rotary import rotary_copy
+from .norms import contiguous
+from .rotary import fits, rotary_copy
 
 WIDTHS = (32, 64, 128)
 LOG2_E = 1.4426950408889634  # the softmax is computed with powers of two
@@ -125,7 +126,7 @@ def _launch(
         *others,
         tokens,
         len(cu_seqlens) - 1,
-        FAR.value if window is None else window,
+        FAR.value if window is None else min(window, FAR.value),
         width**-0.5 * LOG2_E,
         heads,
         width,
@@ -164,8 +165,8 @@ class _Attention(torch.autograd.Function):
         return dqkv_T3HK, None, None, None, None, None, None
 
 
-def _accepts(qkv_T3HK: Tensor, *_: object, dropout_p: float = 0.0, **__: object) -> bool:
-    return supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and dropout_p == 0.0
+def _accepts(qkv_T3HK: Tensor, *_: object, rope: tuple[Tensor, Tensor], dropout_p: float = 0.0, **__: object) -> bool:
+    return supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and fits(qkv_T3HK, *rope) and dropout_p == 0.0
 
 
 @attention.register("triton", when=_accepts)
@@ -179,7 +180,10 @@ def attention_triton(
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """`attention` without dropout, in float32, bfloat16 or float16; same arguments and result."""
+    """`attention` without dropout, in float32, bfloat16 or float16; same arguments and result.
+
+    Sequences share tiles: where one holds an infinity or a NaN, its neighbours in the row may become NaN.
+    """
     if dropout_p:
         raise ValueError("the triton backend of attention has no dropout; use the reference")
     if qkv_T3HK.dtype not in DTYPES or qkv_T3HK.shape[-1] not in WIDTHS:
@@ -187,6 +191,9 @@ def attention_triton(
             f"the triton backend of attention has heads of width 32, 64 or 128 in float32, bfloat16 or float16, not of "
             f"width {qkv_T3HK.shape[-1]} in {qkv_T3HK.dtype}; use the reference"
         )
-    cos_TR, sin_TR = (table_TR.contiguous() for table_TR in rope)
-    rotate = window is not None or max_seqlen <= LONG
-    return _Attention.apply(qkv_T3HK.contiguous(), cu_seqlens, key_lengths, cos_TR, sin_TR, window, rotate)
+    if not fits(qkv_T3HK, *rope):
+        raise ValueError(
+            "the triton backend of attention has float32 tables [T, K / 2] that need no gradient; use the reference"
+        )
+    tensors = contiguous(qkv_T3HK, cu_seqlens, key_lengths, *rope)
+    return _Attention.apply(*tensors, window, window is not None or max_seqlen <= LONG)

@@ -104,6 +104,7 @@ def _empty(
     "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float z_loss, bool[3] wanted)"
     " -> (Tensor loss, Tensor share, Tensor dx, Tensor dweight, Tensor dbias)",
     fake=_empty,
+    tags=[torch.Tag.cudagraph_unsafe],  # The host reads the number of targets.
 )
 def linear_cross_entropy_forward(
     x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, z_loss: float, wanted: Sequence[bool]
@@ -188,7 +189,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _accepts(x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *, z_loss: float = 0.0) -> bool:
     tensors = [x_TD, weight_VD] if bias_V is None else [x_TD, weight_VD, bias_V]
-    return supported(*tensors) and targets_T.is_cuda and all(x.dtype == x_TD.dtype for x in tensors)
+    alike = torch.is_autocast_enabled("cuda") or all(x.dtype == x_TD.dtype for x in tensors)
+    return supported(*tensors) and targets_T.is_cuda and alike
 
 
 @linear_cross_entropy.register("triton", when=_accepts)
@@ -197,9 +199,15 @@ def linear_cross_entropy_triton(
 ) -> Tensor:
     """`linear_cross_entropy` in float32, bfloat16 or float16, all of one dtype; same arguments and result.
 
+    Under autocast the product is in its dtype, as that of `torch.nn.functional.linear` is.
     A target that is no class makes the loss and the gradients NaN: nothing waits for the device to look. Since the
-    number of targets is read from the device, a call cannot be captured in a CUDA graph.
+    number of targets is read from the device, a call cannot be captured in a CUDA graph; `torch.compile` leaves it out
+    of those that it makes.
     """
     leaves = (x_TD, weight_VD, bias_V)
+    if torch.is_autocast_enabled(x_TD.device.type):
+        # Here, for inside of the operator autocast would reach some of the products and not others.
+        dtype = torch.get_autocast_dtype(x_TD.device.type)
+        leaves = tuple(leaf if leaf is None else leaf.to(dtype) for leaf in leaves)
     wanted = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, bias_V, targets_T, z_loss, wanted)
+    return _LinearCrossEntropy.apply(*leaves, targets_T, z_loss, wanted)

@@ -103,7 +103,11 @@ class _GeGLU(torch.autograd.Function):
         return geglu_backward(*ctx.saved_tensors, dy_TF.contiguous(), ctx.activation), None
 
 
-@geglu.register("triton", when=lambda h_T2F, activation="gelu": supported(h_T2F))
+def _accepts(h_T2F: Tensor, activation: str = "gelu") -> bool:
+    return supported(h_T2F) and h_T2F.dim() == 2 and h_T2F.shape[1] % 2 == 0 and activation in ("gelu", "silu")
+
+
+@geglu.register("triton", when=_accepts)
 def geglu_triton(h_T2F: Tensor, activation: str = "gelu") -> Tensor:
     """`geglu` in float32, bfloat16 or float16; same arguments and result."""
     return _GeGLU.apply(h_T2F.contiguous(), activation)

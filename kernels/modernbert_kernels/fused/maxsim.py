@@ -37,7 +37,7 @@ class _MaxSim(torch.autograd.Function):
 
 
 def _accepts(queries_QE: Tensor, _: Tensor, documents_NE: Tensor, *__: object, **___: object) -> bool:
-    same = queries_QE.dtype == documents_NE.dtype
+    same = queries_QE.dtype == documents_NE.dtype and queries_QE.shape[1] == documents_NE.shape[1]
     return supported(queries_QE, documents_NE) and same and 1 <= queries_QE.shape[1] <= WIDEST
 
 
@@ -53,7 +53,8 @@ def maxsim_triton(
         raise ValueError(f"{len(cu_queries) - 1} queries cannot be paired with {len(cu_documents) - 1} documents")
     # Offsets that come from the host need not wait for what the device is doing.
     cu_queries, cu_documents = (x.to(queries_QE.device, non_blocking=True) for x in (cu_queries, cu_documents))
-    arguments = queries_QE.contiguous(), cu_queries, documents_NE.contiguous(), cu_documents, paired
+    tensors = (x.contiguous() for x in (queries_QE, cu_queries, documents_NE, cu_documents))
+    arguments = *tensors, paired
     if torch.is_grad_enabled() and (queries_QE.requires_grad or documents_NE.requires_grad):
         return _MaxSim.apply(*arguments)
     return maxsim_forward(*arguments, False)[0]

@@ -143,12 +143,14 @@ class _Pool(torch.autograd.Function):
 
 
 def _accepts(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool = False) -> bool:
-    return supported(x_TD) and mode in MODES
+    return supported(x_TD) and x_TD.dim() == 2 and mode in MODES
 
 
 @pool.register("triton", when=_accepts)
 def pool_triton(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool = False) -> Tensor:
-    """`pool` in float32, bfloat16 or float16; same arguments and result."""
+    """`pool` in float32, bfloat16 or float16; same arguments and result. A NaN may be lost under "max"."""
     # What is still to be divided stays in float32.
-    pooled_BD = _Pool.apply(x_TD.contiguous(), cu_seqlens, mode, torch.float32 if normalize else x_TD.dtype)
+    pooled_BD = _Pool.apply(
+        x_TD.contiguous(), cu_seqlens.contiguous(), mode, torch.float32 if normalize else x_TD.dtype
+    )
     return divide(pooled_BD, None, x_TD.dtype) if normalize else pooled_BD

@@ -111,7 +111,7 @@ def normalize(u_TE: Tensor, rows_Q: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def _accepts(x_TD: Tensor, weight_ED: Tensor, *_: object, **__: object) -> bool:
-    return supported(x_TD, weight_ED)
+    return supported(x_TD, weight_ED) and x_TD.dim() == 2
 
 
 @project_normalize.register("triton", when=_accepts)
@@ -120,4 +120,4 @@ def project_normalize_triton(
 ) -> Tensor:
     """`project_normalize` in float32, bfloat16 or float16; same arguments and result."""
     u_TE = F.linear(x_TD, weight_ED, bias_E)
-    return normalize(u_TE.contiguous(), rows_Q, u_TE.dtype)
+    return normalize(u_TE.contiguous(), None if rows_Q is None else rows_Q.contiguous(), u_TE.dtype)

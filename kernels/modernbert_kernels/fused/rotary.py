@@ -114,9 +114,9 @@ def rotate_back_triton(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: T
     columns = triton.next_power_of_2(K // 2)
     rows = max(1, TILE // columns)
     if dq_THK.numel():
-        gradients = (dq_THK.contiguous(), dk_THK.contiguous(), dv_THK.contiguous())
+        tensors = (x.contiguous() for x in (dq_THK, dk_THK, dv_THK, cos_TR, sin_TR))
         rotate_back_kernel[(triton.cdiv(T * H, rows),)](
-            *gradients, cos_TR, sin_TR, dqkv_T3HK, T * H, H, K // 2, rows, columns, num_warps=4
+            *tensors, dqkv_T3HK, T * H, H, K // 2, rows, columns, num_warps=4
         )
     return dqkv_T3HK
 
