@@ -1,4 +1,4 @@
-"""Time on a GPU: replays of a graph between two events, on memory that no cache holds; and what the GPU was meanwhile.
+"""Time on a GPU: replays of a graph between two events, on memory that no cache holds.
 
 A CPU takes the same way with a wall clock, so that what surrounds the clock is exercised everywhere.
 """
@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu_state import sensors
 from benchmarks.harness import Reading, read_clocks
 
 Clock = Callable[[Callable[[], Any]], Reading]
@@ -26,9 +24,6 @@ WINDOW = 0.004
 
 SLOWEST = 0.25
 """Seconds of a call above which it is not timed: a specification that loops over pairs would take the whole run."""
-
-PEERS = ("triton", "liger-kernel", "late-interaction-kernels", "flash-attn", "flash-attn-3", "flash-attn-4")
-SENSORS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
 
 
 class TooSlow(RuntimeError):
@@ -67,8 +62,13 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The current GPU, or the CPU where there is none."""
+    """The current GPU, or the CPU where there is none.
+
+    From here on the process works on one stream, which is not the default one: that cannot be captured, and a capture
+    breaks when a backward pass meets anything that was made on another.
+    """
     if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.Stream())
         return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW, 20)
     return Machine(torch.device("cpu"), read_clocks, 0.0, 3)
 
@@ -154,15 +154,9 @@ def capture(calls: Sequence[Callable[[], Any]], turns: int) -> torch.cuda.CUDAGr
     """All calls, `turns` times over. The results of each call keep their memory until its next turn, so that results
     do not stay in a cache either.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is set up for each stream must be there before the capture
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, results = torch.cuda.CUDAGraph(), {}
+    graph, results, stream = torch.cuda.CUDAGraph(), {}, torch.cuda.current_stream()
     # The outer context puts the stream back where a capture fails.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
         for _ in range(turns):
             for at, call in enumerate(calls):
                 results[at] = call()
@@ -206,60 +200,3 @@ def repeat(call: Callable[[], Any], times: int) -> None:
 
 def median_rates(found: dict[str, list[float]]) -> Rates:
     return Rates(*(statistics.median(found[name]) for name in Rates._fields))
-
-
-@lru_cache
-def identity(device: torch.device) -> dict[str, Any]:
-    """What a row says about the GPU and what drives it; on a CPU nothing but the versions."""
-    found = {package: installed(package) for package in PEERS}
-    known: dict[str, Any] = {"gpu": None, "driver": None, "capability": None, "versions": found}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        known["gpu"] = properties.name
-        known["capability"] = f"{properties.major}.{properties.minor}"
-        known["driver"] = (query(device, ("driver_version",)) or [None])[0]
-        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    return known
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def sensors(device: torch.device, run: Callable[[], Any]) -> dict[str, float | None]:
-    """Clocks, power and temperature while `run` is repeated: those of an idle GPU say nothing about it."""
-    if device.type != "cuda":
-        return dict.fromkeys(SENSORS.values())
-    values = query(device, tuple(SENSORS), run)
-    return dict(zip(SENSORS.values(), map(number, values or [""] * len(SENSORS)), strict=True))
-
-
-def query(device: torch.device, fields: Sequence[str], run: Callable[[], Any] = lambda: None) -> list[str] | None:
-    """What nvidia-smi says about this GPU; None where it is missing or says nothing."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    chosen = [f"--id=GPU-{uuid}"] if uuid else []
-    command = ["nvidia-smi", *chosen, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except FileNotFoundError:
-        return None
-    until = time.monotonic() + 10
-    while asked.poll() is None and time.monotonic() < until:
-        run()
-        torch.cuda.synchronize(device)
-    if asked.poll() is None:
-        asked.kill()
-    answer = asked.communicate()[0].strip()
-    values = [value.strip() for value in answer.split(",")]
-    return values if asked.returncode == 0 and len(values) == len(fields) else None
-
-
-def number(text: str) -> float | None:
-    """A figure of nvidia-smi; None for `[N/A]`."""
-    try:
-        return float(text)
-    except ValueError:
-        return None

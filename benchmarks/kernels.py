@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_state
 from benchmarks.cpu import Result
 from benchmarks.gpu import Loop, Machine, Rates
 from benchmarks.harness import Contender, Measured, Sample, WrongOutput, interleave
@@ -85,7 +85,7 @@ def measure(workload: str, task: Task, backward: bool, machine: Machine, rates: 
         for one, timed in zip(measured, ready, strict=True)
     ]
     rows += [memory_row(workload, what, one, peaks) for one in ready if peaks]
-    state = gpu.sensors(machine.device, contenders[0].run)
+    state = gpu_state.sensors(machine.device, contenders[0].run)
     return Result(workload, [completed(one, task.dtype, backward, machine, state) for one in rows], refused)
 
 
@@ -194,7 +194,7 @@ def rates_rows(samples: dict[str, list[float]], machine: Machine, state: dict[st
 
 def completed(one: Row, dtype: torch.dtype, backward: bool, machine: Machine, state: dict[str, float | None]) -> Row:
     """A row with what this suite knows beyond `rows.row`: the GPU, its clocks at the time, the pass."""
-    identity = gpu.identity(machine.device)
+    identity = gpu_state.identity(machine.device)
     known = {
         "suite": "kernels",
         "dtype": str(dtype).removeprefix("torch."),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import modernbert_kernels as ops
-from benchmarks import gpu, kernel_peers, kernel_questions, kernel_tasks, kernels, report
+from benchmarks import gpu, gpu_state, kernel_peers, kernel_questions, kernel_tasks, kernels, report
 from benchmarks.gpu import Machine, Rates
 from benchmarks.harness import Reading, WrongOutput
 from benchmarks.kernel_calls import Task, Way, check, copied, truth_and_yardstick
@@ -228,12 +228,12 @@ def test_float32_is_no_share_of_a_bfloat16_product() -> None:
 
 def test_rows_are_complete_and_can_be_written_as_json() -> None:
     result = kernels.measure("w", task(Way("a", doubled)), False, machine(0.1), RATES, rounds=2)
-    rates = kernels.rates_rows({"copy": [1e9, 3e9], "matmul": [2e12]}, machine(), gpu.sensors(CPU, lambda: None))
+    rates = kernels.rates_rows({"copy": [1e9, 3e9], "matmul": [2e12]}, machine(), gpu_state.sensors(CPU, lambda: None))
     for row in [*result.rows, *rates]:
         assert row["suite"] == "kernels"
         assert {"gpu", "driver", "capability", "state", "pass", "dtype", *kernels.FIGURES} <= row.keys()
         assert {"triton", "liger-kernel", "torch"} <= row["versions"].keys()
-        assert row["state"].keys() == set(gpu.SENSORS.values())
+        assert row["state"].keys() == set(gpu_state.SENSORS.values())
         assert {"command", "commit", "dirty", "date", "kind", "clean"} <= row.keys()
         json.dumps(row)
     assert [(row["median"], row["unit"]) for row in rates] == [(2.0, "GB/s"), (2.0, "TFLOP/s")]
@@ -314,7 +314,7 @@ def test_calls_that_share_leaves_return_outputs_and_gradients_without_history() 
     ("text", "expected"), [("1980", 1980.0), (" 71.32".strip(), 71.32), ("[N/A]", None), ("", None)]
 )
 def test_figures_of_nvidia_smi(text: str, expected: float | None) -> None:
-    assert gpu.number(text) == expected
+    assert gpu_state.number(text) == expected
 
 
 # Bytes and operations, counted by hand.

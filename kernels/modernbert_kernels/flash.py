@@ -78,7 +78,7 @@ class _Flash(torch.autograd.Function):
         return dqkv_T3HK, None, None, None, None, None, None, None
 
 
-def _forward_outputs(qkv_T3HK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _forward_outputs(qkv_T3HK: Tensor, *__: object) -> tuple[Tensor, Tensor]:
     tokens, _, heads, width = qkv_T3HK.shape
     return qkv_T3HK.new_empty(tokens, heads, width), qkv_T3HK.new_empty(heads, tokens, dtype=torch.float32)
 

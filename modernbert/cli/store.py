@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -77,7 +79,8 @@ def evaluate(
         folder = index or Path(folder)
         retrieval.index([corpus], folder, model, note=note)
         with retrieval.Store(folder, model) as store:
-            found = store.run(asked, top_k=TOP_RUN)
+            # The store may hold other documents as well.
+            found = store.run(asked, top_k=TOP_RUN, path=glob.escape(os.path.abspath(corpus)))
     measures = measure(found, judged, note=note)
     if run:
         write_run(run, found)

@@ -133,12 +133,18 @@ class Store:
         best = self._likely(vectors, keys, top_k) if prefilter else self._best(vectors, keys, top_k)
         return [self._hits(found) for found in best]
 
-    def run(self, queries: Mapping[str, str], *, top_k: int = 100) -> dict[str, dict[str, float]]:
+    def run(
+        self, queries: Mapping[str, str], *, top_k: int = 100, path: str | None = None
+    ) -> dict[str, dict[str, float]]:
         """For each query id its `top_k` documents, best first, as document id to score: a run of `evaluate`.
 
-        A document scores as its best passage. Raises ValueError if documents of several files share an id.
+        A document scores as its best passage. `path` as in `search`. Raises ValueError if documents of several files
+        share an id.
         """
-        shared = self._table.execute("SELECT id FROM documents GROUP BY id HAVING count(*) > 1").fetchone()
+        among, values = ("WHERE path GLOB ?", [_pattern(path)]) if path else ("", [])
+        shared = self._table.execute(
+            f"SELECT id FROM documents {among} GROUP BY id HAVING count(*) > 1", values
+        ).fetchone()
         if shared:
             raise ValueError(
                 f"the store holds several documents with the id {shared[0]!r}: a run could not tell them apart"
@@ -148,7 +154,7 @@ class Store:
         for start in range(0, len(names), 2 * QUERIES):
             group = names[start : start + 2 * QUERIES]
             vectors = self.colbert.encode_queries([queries[name] for name in group])
-            best = self._best(vectors, self._keys_of("document", None, None), top_k)
+            best = self._best(vectors, self._keys_of("document", path, None), top_k)
             for name, found in zip(group, best, strict=True):
                 run[name] = {
                     self._id(keys[0]): score
@@ -222,7 +228,7 @@ class Store:
         values: list[int | str] = [number]
         if path is not None:
             condition += " AND d.path GLOB ?"
-            values.append(path if os.path.isabs(path) else f"*/{path}")
+            values.append(_pattern(path))
         for field, value in where:
             condition += f" AND EXISTS ({FIELD})"
             values += [field, value, value]
@@ -278,6 +284,11 @@ def _scores(queries: Ragged, shard: Shard) -> np.ndarray:
             scores_BN[start : start + QUERIES, first:last] = maxsim(queries[start : start + QUERIES], vectors)
         first = last
     return scores_BN
+
+
+def _pattern(path: str) -> str:
+    """As people write it: a relative path ends the path of a document."""
+    return path if os.path.isabs(path) else f"*/{path}"
 
 
 def _passage(columns: Sequence[Any]) -> Passage:

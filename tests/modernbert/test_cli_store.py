@@ -199,6 +199,11 @@ def test_evaluation_agrees_with_a_count_by_hand(modernbert, model, tmp_path):
     each = [json.loads(line) for line in (tmp_path / "each.jsonl").read_text().splitlines()]
     assert [(row["query"], row["MRR@10"]) for row in each] == [("q1", 1.0), ("q2", pytest.approx(1 / 3))]
     assert [line.split()[2] for line in run.read_text().splitlines()] == [*ranks["q1"], *ranks["q2"]]
+    # What else the store holds, under the same ids, changes nothing.
+    (tmp_path / "other").mkdir()
+    write_corpus(tmp_path / "other" / "corpus.jsonl", corpus(20))
+    modernbert("index", tmp_path / "other", "--output", tmp_path / "store", "--model", model)
+    assert json.loads(modernbert(*arguments, "--index", tmp_path / "store", "--json")[1]) == printed
     status, out, _ = modernbert(*arguments)
     assert re.search(r"MRR@10 +0\.6667 +0\.3333 to 1\.0000", out)
 
