@@ -48,15 +48,18 @@ def run(suite: ModuleType, arguments: argparse.Namespace) -> None:
         console.width = 160  # a file or a pipe has no width of its own
     file = arguments.output and arguments.output / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.jsonl"
     options = {"work": arguments.work} if "work" in arguments else {}
-    clean = True
+    clean, rows = True, []
     for result in suite.run(quick=arguments.quick, only=arguments.only, **options):
         if result.rows:
             console.print(report.rich_table(result.rows))
         for implementation, reason in result.refused.items():
             console.print(f"{result.workload}: {implementation} is refused, it {reason}", style="red")
         clean = clean and all(row["clean"] for row in result.rows)
+        rows += result.rows
         if file:
             append(result.rows, file)
+    if suite is kernels:
+        console.print(report.rich_fastest(rows))
     if not clean:
         console.print(f"† taken while other programs used more than {FOREIGN_LIMIT:g} % of a core")
     if file:

@@ -117,16 +117,20 @@ def loop(calls: Sequence[Callable[[], Any]], machine: Machine, *, graph: bool = 
     seconds = min(machine.read(call).seconds for call in calls)
     if not (graph and machine.is_gpu and never_waits(calls[0])):
         turns = rounds_for(machine.window, seconds * len(calls))
-        return Loop(lambda: [call() for _ in range(turns) for call in calls], turns * len(calls), "single calls")
+        return Loop(partial(repeat, turns, *calls), turns * len(calls), "single calls")
     # 32 calls at most: more only take longer to capture.
     turns = min(rounds_for(machine.window, seconds * len(calls)), max(1, 32 // len(calls)))
     captured = capture(calls, turns)
     replays = rounds_for(machine.window, machine.read(captured.replay).seconds)
-    return Loop(
-        lambda: [captured.replay() for _ in range(replays)],
-        replays * turns * len(calls),
-        f"replays of a graph of {turns * len(calls)} calls",
-    )
+    held = turns * len(calls)
+    return Loop(partial(repeat, replays, captured.replay), replays * held, f"replays of a graph of {held} calls")
+
+
+def repeat(times: int, *calls: Callable[[], Any]) -> None:
+    """All calls in turn, again and again; what they return is let go at once."""
+    for _ in range(times):
+        for call in calls:
+            call()
 
 
 def rounds_for(window: float, seconds: float) -> int:
@@ -187,15 +191,10 @@ def rates(machine: Machine, *, quick: bool) -> tuple[dict[str, list[float]], dic
     work = {"copy": (lambda: y.copy_(x), 2 * x.nbytes), "matmul": (lambda: a @ b, 2 * width**3)}
     found = {}
     for name, (call, amount) in work.items():
-        several = partial(repeat, call, 8)  # beside them the start of the first is nothing
+        several = partial(repeat, 8, call)  # beside them the start of the first is nothing
         settle(several, machine)
         found[name] = [8 * amount / machine.read(several).seconds for _ in range(samples)]
     return found, sensors(machine.device, work["matmul"][0])
-
-
-def repeat(call: Callable[[], Any], times: int) -> None:
-    for _ in range(times):
-        call()
 
 
 def median_rates(found: dict[str, list[float]]) -> Rates:

@@ -115,7 +115,7 @@ def attention(device: torch.device, quick: bool) -> Tasks:
         dtype = torch.bfloat16 if gpu else torch.float32
         qkv = randn(tokens, 3, heads, width, dtype=dtype, device=str(device))
         angle = torch.arange(length)[:, None] / 160_000.0 ** (torch.arange(0, width, 2) / width)
-        rope = tuple(table.repeat(count, 1).to(device) for table in (angle.cos(), angle.sin()))
+        rope = tuple(table.repeat(count, 1).to(qkv.device) for table in (angle.cos(), angle.sin()))
         for window in (64, None) if gpu else (64,):
             options = {"rope": rope, "window": window}
             case = Case(ops.attention, "", (qkv, offsets(count, length, device), length), options)

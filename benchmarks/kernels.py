@@ -100,10 +100,10 @@ def prepared(
     known: tuple[Any, ...] = (None,)
     for way in task.ways:
         reference = way.reference or task.reference
-        if known[0] is not reference:
-            known = (None,)  # the memory of the last one is free first
-            known = (reference, *truth_and_yardstick(reference, task, backward))
         try:
+            if known[0] is not reference:
+                known = (None,)  # the memory of the last one is free first
+                known = (reference, *truth_and_yardstick(reference, task, backward))
             error = check(way, task, backward, *known[1:])
             calls = [call_of(way, *slot, backward) for slot in slots]
             if task.memory and machine.is_gpu:
@@ -112,7 +112,7 @@ def prepared(
         except (WrongOutput, gpu.TooSlow) as reason:
             refused[way.implementation] = str(reason)
         except Exception as error:
-            # Whatever the packages of others raise: a way that does not run costs no other its row.
+            # Whatever packages of others raise, and too little memory: a way that does not run costs no other its row.
             refused[way.implementation] = f"fails: {type(error).__name__}: {str(error)[:300]}"
     return ready, refused, peaks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -24,6 +24,7 @@ COLUMNS = {
         *("clocks and power", "error", "settings"),
     ),
 }
+FASTEST = ("", "fastest", "chosen by the op", "the fastest is")
 UNCLEAN = "† marks a figure taken while other programs used more than 6 % of a core."
 NOTES = {
     "cpu": "Factors above 1 say that modernbert is ahead: the median over rounds of both times within a round. "
@@ -90,7 +91,7 @@ def markdown(rows: Sequence[Row]) -> str:
         here = [one for one in rows if _machine(one) == machine]
         parts.append(f"## {', '.join(machine)}")
         if suite == "kernels":
-            parts += ["### The fastest", fastest_table(here)]
+            parts += ["### The fastest", _table(FASTEST, fastest(here))]
         for group in _by_workload(here):
             parts += [f"### {group[0]['what']}", _table(COLUMNS[suite], _lines(group)), _origin(group[0])]
     return "\n\n".join(parts) + "\n"
@@ -155,9 +156,8 @@ def retrieval_table(rows: Sequence[Row]) -> str:
     return f"{_table(('', 'measured', 'command'), lines)}\n\n{text}"
 
 
-def fastest_table(rows: Sequence[Row]) -> str:
+def fastest(rows: Sequence[Row]) -> Iterator[list[str]]:
     """One line per table of the `kernels` suite: which way is the fastest, what the op chooses, what that costs."""
-    lines = []
     for group in _by_workload(rows):
         best = min(group, key=lambda one: one["median"])
         chosen = next((one for one in group if one["settings"].startswith(CHOSEN)), None)
@@ -165,8 +165,14 @@ def fastest_table(rows: Sequence[Row]) -> str:
             continue
         factor = 1 if chosen is best else best["times_better_than"][chosen["implementation"]]
         cells = (f"{one['implementation']}, {value(one)}" for one in (best, chosen))
-        lines.append([group[0]["what"], *cells, f"{factor:.2f}x"])
-    return _table(("", "fastest", "chosen by the op", "the fastest is"), lines)
+        yield [group[0]["what"], *cells, f"{factor:.2f}x"]
+
+
+def rich_fastest(rows: Sequence[Row]) -> Table:
+    table = Table(*FASTEST)
+    for line in fastest(rows):
+        table.add_row(*line)
+    return table
 
 
 README_TABLES = {"cpu": readme_table, "retrieval": retrieval_table}

@@ -140,6 +140,9 @@ def test_a_way_that_raises_costs_no_other_its_row() -> None:
         raise AttributeError("no such kernel")
 
     result = kernels.measure("w", task(Way("broken", broken), Way("right", doubled)), False, machine(), RATES, rounds=1)
+    assert not kernels.measure(
+        "w", replace(task(Way("a", doubled)), reference=broken), False, machine(), RATES, rounds=1
+    ).rows
     assert list(result.refused.values()) == ["fails: AttributeError: no such kernel"]
     assert [row["implementation"] for row in result.rows] == ["right"]
 
@@ -239,6 +242,13 @@ def test_rows_are_complete_and_can_be_written_as_json() -> None:
     assert [(row["median"], row["unit"]) for row in rates] == [(2.0, "GB/s"), (2.0, "TFLOP/s")]
 
 
+def test_rates_count_bytes_read_and_written() -> None:
+    """Eight copies of 256 x 8192 numbers of 2 bytes, and eight products of 256 x 256, in a millisecond each."""
+    samples, _ = gpu.rates(machine(), quick=True)
+    found = gpu.median_rates(samples)
+    assert found == pytest.approx((8 * 2 * 256 * 8192 * 2 / 1e-3, 8 * 2 * 256**3 / 1e-3))
+
+
 def test_warming_up_ends_when_three_times_agree() -> None:
     stable = Clock(5.0, 3.0, 1.0, 1.01, 1.0, 9.0)
     assert gpu.settle(lambda: None, Machine(CPU, stable, 0.0, 20)) == 5
@@ -272,7 +282,7 @@ def test_a_graph_holds_calls_on_all_memory_and_is_replayed_for_a_window(monkeypa
     looped = gpu.loop(calls, PretendedGpu(CPU, clock, 0.004, 3))
     assert (graphs[0].turns, looped.calls, looped.how) == (8, 128, "replays of a graph of 32 calls")
     log.clear()
-    looped.run()
+    assert looped.run() is None  # results that are kept would fill the memory
     assert log == [0, 1, 2, 3] * 32
 
 
@@ -574,6 +584,7 @@ def test_tables_say_which_way_is_the_fastest() -> None:
     assert "| norm, forward | triton, 5 us | triton, 5 us | 1.00x |" in text
     assert "| 0.80x | 2,000 | 46.5 % |  |  | 1980 MHz, 512.5 W, 50 °C |" in text
     assert text.count("### ") == 3  # the fastest, and a table each
+    assert report.rich_fastest(rows).row_count == 2
 
 
 def test_the_committed_table_is_that_of_the_committed_rows() -> None:

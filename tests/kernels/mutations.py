@@ -48,7 +48,7 @@ MUTATIONS = [
     Mutation("attention_kernels.py", "else keys_end", "else end", f"{ATTENTION} queries_only"),
     Mutation("attention_kernels.py", "<= rows).to(tl.int32)", "< rows).to(tl.int32)", f"{ATTENTION} more_sequences"),
     Mutation("attention_kernels.py", "last += tl.sum", "last = tl.sum", f"{ATTENTION} more_sequences"),
-    Mutation("geglu.py", "mask=inside).to(tl.float32)\n    gate", ").to(tl.float32)\n    gate", f"{ROWS} geglu"),
+    Mutation("geglu.py", "(rows < T)", "(rows < T - 1)", f"{ROWS} geglu"),
     Mutation("geglu.py", "sigmoid * (1 + a * (1 - sigmoid))", "sigmoid * (1 - a * (1 - sigmoid))", f"{ROWS} silu"),
     Mutation("geglu.py", "tl.exp(-0.5 * a * a)", "tl.exp(-a * a)", f"{ROWS} geglu"),
     Mutation("norms.py", "tl.where(inside, values - mean[:, None], 0.0)", "values - mean[:, None]", f"{ROWS} norm"),

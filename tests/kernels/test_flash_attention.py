@@ -200,6 +200,19 @@ def test_units_and_arguments(
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("packages")
+def test_its_operators_keep_the_rules() -> None:
+    lengths, tables = cu([20, 0, 11]), torch.rand(2, 31, 8)
+    keys = torch.tensor([3, 0, 11], dtype=torch.int32)
+    qkv = randn(31, 3, 2, 16)
+    for key_lengths in (None, keys):
+        call = (lengths, key_lengths), (20, None, "flash2")
+        out, lse = backend.flash_forward(qkv, *call[0], *call[1])
+        torch.library.opcheck(backend.flash_forward, (qkv, *call[0], *call[1]))
+        saved = (torch.rand_like(out), qkv, *call[0], *tables, out, lse)
+        torch.library.opcheck(backend.flash_backward, (*saved, *call[1]))
+
+
 def test_a_window_with_key_lengths_is_counted_from_the_other_end() -> None:
     """Why `choose` refuses it: four queries, two keys and a window of 1 see other keys than ours."""
     q, k, v = (torch.eye(4, dtype=FLOAT64)[:, None] for _ in range(3))

@@ -48,6 +48,7 @@ def maxsim_triton(
     """`maxsim` up to a width of 256; same arguments and result, offsets on the host or on the device.
 
     With gradients a document has at most 65,535 tokens, and a longer one scores NaN. NaN in vectors may be lost.
+    Offsets in pinned memory are read later: leave them as they are until the scores are used.
     """
     if paired and len(cu_queries) != len(cu_documents):
         raise ValueError(f"{len(cu_queries) - 1} queries cannot be paired with {len(cu_documents) - 1} documents")
