@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import modernbert_kernels as ops
+from modernbert_kernels.flash_attention import LONG
 from modernbert_kernels.reference import rotate_back
 
 
@@ -120,6 +121,9 @@ def _attention(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
                 name = f"{heads} x {width}, {how}{'' if key_lengths is None else ', query rows'}"
                 options = {"rope": rope, "window": window, "key_lengths": key_lengths}
                 yield Case(ops.attention, name, (qkv, cu_seqlens, max(lengths)), options)
+        # The longest sequence is what the caller says: above LONG, q and k are rotated before.
+        options = {"rope": rope, "window": None, "key_lengths": None}
+        yield Case(ops.attention, f"{heads} x {width}, rotated before", (qkv, cu_seqlens, 2 * LONG), options)
 
 
 @cases("maxsim")

@@ -49,6 +49,8 @@ def embed_layer_norm(
 @Op
 def geglu(h_T2F: Tensor, activation: str = "gelu") -> Tensor:
     """`activation(first half) * second half`, `[T, 2F]` to `[T, F]`; "gelu" is the exact erf form, or "silu"."""
+    if activation not in ("gelu", "silu"):
+        raise ValueError(f'activation must be "gelu" or "silu", got {activation!r}')
     a_TF, gate_TF = h_T2F.chunk(2, dim=-1)
     return (F.gelu(a_TF) if activation == "gelu" else F.silu(a_TF)) * gate_TF
 

@@ -243,3 +243,9 @@ def test_rowwise_backends_refuse_what_they_would_get_wrong() -> None:
     ):
         with pytest.raises(ValueError, match="use the reference"):
             call()
+
+
+def test_geglu_knows_two_activations() -> None:
+    for name in ("relu", "gelu_new"):
+        with pytest.raises(ValueError, match=rf'activation must be "gelu" or "silu", got \'{name}\''):
+            ops.geglu(randn(3, 8), name)
