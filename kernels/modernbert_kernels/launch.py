@@ -83,3 +83,9 @@ def precision(x: Tensor) -> str:
     """How `tl.dot` multiplies: float32 exactly, unless PyTorch's own switch allows TF32."""
     # The older `allow_tf32` cannot be read any more once somebody has set this one; this one follows both.
     return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def owners(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """`[T]` int32, the sequence of every token; waits for nothing."""
+    token_T = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(token_T, cu_seqlens[1:], right=True, out_int32=True)

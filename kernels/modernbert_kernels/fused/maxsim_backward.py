@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import operator
-from .maxsim_forward import KEPT, LONGEST, keeps, launch, load_rows, options, owners
+from ..launch import operator, owners
+from .maxsim_forward import KEPT, LONGEST, keeps, launch, load_rows, options
 
 
 @triton.jit(do_not_specialize=["Q", "M"])

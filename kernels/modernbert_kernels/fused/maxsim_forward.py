@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import newest, operator, precision
+from ..launch import newest, operator, owners, precision
 
 KEPT = 1 << 28
 """Bytes of places; 1,448 queries of 64 tokens with as many documents."""
@@ -175,12 +175,6 @@ def maxsim_paired_kernel(
         if PLACES:
             tl.store(places + rows, place.to(tl.uint16), mask=inside)
     tl.store(scores + pair, tl.sum(total, axis=0))
-
-
-def owners(cu_queries: Tensor, rows: int) -> Tensor:
-    """`[Q]` int32, the query of every row; waits for nothing."""
-    row_Q = torch.arange(rows, device=cu_queries.device, dtype=cu_queries.dtype)
-    return torch.bucketize(row_Q, cu_queries[1:], right=True, out_int32=True)
 
 
 def options(x_QE: Tensor, rows: int) -> dict[str, Any]:

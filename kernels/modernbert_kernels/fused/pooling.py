@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import operator, supported
+from ..launch import operator, owners, supported
 from ..reference import pool
-from .maxsim_forward import owners
 from .projection import normalize as divide
 
 MODES = ("cls", "last", "mean", "max")
