@@ -46,7 +46,9 @@ def test_the_encoder_is_as_accurate_as_transformers(name: str, dtype: torch.dtyp
         states = model(padded, attention_mask=mask).last_hidden_state
         return [row[: len(one)] for row, one in zip(states, ids, strict=True)]
 
-    theirs, exact, ours = theirs.to(dtype), copy.deepcopy(theirs).to(dtype).double(), ours.to(DEVICE, dtype)
+    # Copies, because the twins share their parameters, and one of them moves.
+    ours, theirs = copy.deepcopy(ours).to(DEVICE, dtype), theirs.to(dtype)
+    exact = copy.deepcopy(theirs).double()
     truth = values_and_gradients(exact, lambda: padded_rows(exact))
     plain = values_and_gradients(theirs, lambda: padded_rows(theirs))
     batch = pack(ids, vocab_size=config.vocab_size).to(DEVICE)
