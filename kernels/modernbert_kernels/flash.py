@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import flash_attention
-from .flash_attention import LONG, choose
+from .flash_attention import LONG, choose, empty_outputs
 from .launch import operator
 from .reference import attention, rotary, rotate_back
 
-TRITON = find_spec("triton") is not None
+TRITON = "triton" in attention.backends
 
 
 def _accepts(
@@ -78,15 +77,10 @@ class _Flash(torch.autograd.Function):
         return dqkv_T3HK, None, None, None, None, None, None, None
 
 
-def _forward_outputs(qkv_T3HK: Tensor, *__: object) -> tuple[Tensor, Tensor]:
-    tokens, _, heads, width = qkv_T3HK.shape
-    return qkv_T3HK.new_empty(tokens, heads, width), qkv_T3HK.new_empty(heads, tokens, dtype=torch.float32)
-
-
 @operator(
     "flash_forward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, SymInt max_seqlen, int? window, str name) "
     "-> (Tensor, Tensor)",
-    fake=_forward_outputs,
+    fake=empty_outputs,
 )
 def flash_forward(
     rotated_T3HK: Tensor,

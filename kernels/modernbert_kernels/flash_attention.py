@@ -204,6 +204,12 @@ def choose(
     return names[0] if names else None
 
 
+def empty_outputs(qkv_T3HK: Tensor, *__: object) -> tuple[Tensor, Tensor]:
+    """Where any of them, and Triton's kernel, leave what `forward` returns."""
+    tokens, _, heads, width = qkv_T3HK.shape
+    return qkv_T3HK.new_empty(tokens, heads, width), qkv_T3HK.new_empty(heads, tokens, dtype=torch.float32)
+
+
 def _tight(cu_seqlens: Tensor, key_lengths: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where the keys lie if nothing but keys is kept, without asking the device how many there are.
 

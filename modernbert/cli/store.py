@@ -69,6 +69,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model finds the relevant documents of a BEIR data set, with 95 % intervals."""
     from .. import retrieval
+    from ..retrieval.decoding import file_name
     from ..retrieval.evaluate import find_dataset, measure, read_qrels, read_queries, write_run
     from ..retrieval.shards import replacing
 
@@ -80,7 +81,7 @@ def evaluate(
         retrieval.index([corpus], folder, model, note=note)
         with retrieval.Store(folder, model) as store:
             # The store may hold other documents as well.
-            found = store.run(asked, top_k=TOP_RUN, path=glob.escape(os.path.abspath(corpus)))
+            found = store.run(asked, top_k=TOP_RUN, path=glob.escape(file_name(os.path.abspath(corpus))))
     measures = measure(found, judged, note=note)
     if run:
         write_run(run, found)

@@ -36,12 +36,12 @@ MAXSIM = "tests/kernels/test_maxsim.py -k"
 POOL = "tests/kernels/test_pooling.py -k"
 PROJECT = "tests/kernels/test_projection.py -k"
 MUTATIONS = [
-    Mutation("attention_kernels.py", "keys[None, :] < high[:, None]", "keys[None, :] <= high[:, None]", EDGES),
-    Mutation("attention_kernels.py", "keys[None, :] >= low[:, None]", "keys[None, :] > low[:, None]", EDGES),
-    Mutation("attention_kernels.py", "queries[None, :] < high[:, None]", "queries[None, :] <= high[:, None]", EDGES),
+    Mutation("attention_kernels.py", "columns[None, :] < high[:, None]", "columns[None, :] <= high[:, None]", EDGES),
+    Mutation("attention_kernels.py", "columns[None, :] >= low[:, None]", "columns[None, :] > low[:, None]", EDGES),
+    Mutation("attention_kernels.py", "_between(queries, low, high)", "_between(queries, low, high + 1)", EDGES),
     Mutation("attention_kernels.py", "(b * c + a * s).to(dtype)", "(b * c - a * s).to(dtype)", EDGES),
     Mutation("attention_kernels.py", "b * c - a * s, mask=inside)", "b * c + a * s, mask=inside)", EDGES),
-    Mutation("attention_kernels.py", "scale = scale * 0.6931471805599453\n    _store", "_store", EDGES),
+    Mutation("attention_kernels.py", "scale = scale * LN_2\n    _store", "_store", EDGES),
     Mutation("attention_kernels.py", "(dweights - mean[:, None])", "dweights", EDGES),
     Mutation("attention_kernels.py", "shrink = tl.exp2(largest - larger)", "shrink = 1.0", EDGES),
     Mutation("attention_kernels.py", "tl.where(rows < keys_end, end, 0)", "end", f"{ATTENTION} queries_only"),

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..flash_attention import LONG
+from ..flash_attention import LONG, empty_outputs
 from ..launch import DTYPES, newest, operator, precision, supported
 from ..reference import attention
 from .attention_kernels import FAR, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
@@ -50,15 +50,10 @@ HOPPER = ADA | {(64, 2): ADA[64, 2]._replace(forward=Tile(64, 64, 4, 2))}
 TILES = {80: AMPERE, 89: ADA, 90: HOPPER, 120: AMPERE}
 
 
-def _forward_outputs(qkv_T3HK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    tokens, _, heads, width = qkv_T3HK.shape
-    return qkv_T3HK.new_empty(tokens, heads, width), qkv_T3HK.new_empty(heads, tokens, dtype=torch.float32)
-
-
 @operator(
     "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, Tensor cos, Tensor sin, int? window, "
     "bool rotate) -> (Tensor, Tensor)",
-    fake=_forward_outputs,
+    fake=empty_outputs,
 )
 def attention_forward(
     qkv_T3HK: Tensor,
@@ -70,7 +65,7 @@ def attention_forward(
     rotate: bool,
 ) -> tuple[Tensor, Tensor]:
     """The attended values `[T, H, K]`, and the logarithm to base 2 of the sums of the softmax, float32 `[H, T]`."""
-    out_THK, lse_HT = _forward_outputs(qkv_T3HK)
+    out_THK, lse_HT = empty_outputs(qkv_T3HK)
     sequences = (cu_seqlens, key_lengths, cos_TR, sin_TR)
     _launch("forward", attention_forward_kernel, qkv_T3HK, sequences, (out_THK, lse_HT), window, rotate)
     return out_THK, lse_HT

@@ -21,6 +21,9 @@ SEQUENCES = tl.constexpr(256)
 FAR = tl.constexpr(1 << 30)
 """A number of tokens that is never reached, and can be added to another one."""
 
+LN_2 = tl.constexpr(0.6931471805599453)
+"""`scale` turns scores into exponents of two; the derivative is that of the exponential function."""
+
 
 @triton.jit
 def _reach(rows, first_row, behind, cu_seqlens, key_lengths, B, window, OF_KEYS: tl.constexpr):
@@ -77,6 +80,18 @@ def _store_rotated_back(x, a, b, rows, cos, sin, inside, stride, R: tl.constexpr
     tl.store(x + rows * stride + R + columns, b * c - a * s, mask=inside)
 
 
+@triton.jit
+def _products(a1, a2, b1, b2, PRECISION: tl.constexpr):
+    """Every row of `a` with every row of `b`, both in halves."""
+    return tl.dot(a2, tl.trans(b2), tl.dot(a1, tl.trans(b1), input_precision=PRECISION), input_precision=PRECISION)
+
+
+@triton.jit
+def _between(columns, low, high):
+    """Which columns lie in the interval of each row."""
+    return (columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None])
+
+
 @triton.jit(do_not_specialize=["T", "B", "window"])
 def attention_forward_kernel(
     qkv,
@@ -115,9 +130,8 @@ def attention_forward_kernel(
         keys = at + tl.arange(0, VISIT)
         known = keys < stop
         k1, k2 = _halves(k, keys, cos, sin, known, stride, R, ROTATE)
-        scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-        visible = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+        scores = _products(q1, q2, k1, k2, PRECISION)
+        visible = _between(keys, low, high)
         scores = tl.where(visible, scores * scale, -1e30)
         larger = tl.maximum(largest, tl.max(scores, 1))
         # A row that has seen nothing yet has the maximum of what it does not see.
@@ -181,17 +195,15 @@ def attention_dq_kernel(
         keys = at + tl.arange(0, VISIT)
         known = keys < stop
         k1, k2 = _halves(k, keys, cos, sin, known, stride, R, ROTATE)
-        scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-        visible = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+        scores = _products(q1, q2, k1, k2, PRECISION)
+        visible = _between(keys, low, high)
         weights = tl.where(visible, tl.exp2(scores * scale - logarithm[:, None]), 0.0)
         values = tl.load(v + keys.to(tl.int64)[:, None] * stride + columns, mask=known[:, None], other=0.0)
         dweights = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         dscores = (weights * (dweights - mean[:, None])).to(k1.dtype)
         dq1 = tl.dot(dscores, k1, dq1, input_precision=PRECISION)
         dq2 = tl.dot(dscores, k2, dq2, input_precision=PRECISION)
-    # `scale` turns scores into powers of two; the derivative is by powers of e.
-    scale = scale * 0.6931471805599453
+    scale = scale * LN_2
     _store_rotated_back(dqkv + head * K, dq1 * scale, dq2 * scale, rows, cos, sin, inside, stride, R)
 
 
@@ -236,10 +248,9 @@ def attention_dkv_kernel(
         queries = at + tl.arange(0, VISIT)
         known = queries < stop
         q1, q2 = _halves(q, queries, cos, sin, known, stride, R, ROTATE)
-        scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
-        scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
+        scores = _products(k1, k2, q1, q2, PRECISION)
         logarithm = tl.load(lse + head.to(tl.int64) * T + queries, mask=known, other=float("inf"))
-        visible = (queries[None, :] >= low[:, None]) & (queries[None, :] < high[:, None])
+        visible = _between(queries, low, high)
         weights = tl.where(visible, tl.exp2(scores * scale - logarithm[None, :]), 0.0)
         at_out = queries.to(tl.int64)[:, None] * (H * K) + head * K + columns
         grad = tl.load(dout + at_out, mask=known[:, None], other=0.0)
@@ -249,7 +260,7 @@ def attention_dkv_kernel(
         dscores = (weights * (dweights - mean[None, :])).to(q1.dtype)
         dk1 = tl.dot(dscores, q1, dk1, input_precision=PRECISION)
         dk2 = tl.dot(dscores, q2, dk2, input_precision=PRECISION)
-    scale = scale * 0.6931471805599453
+    scale = scale * LN_2
     _store_rotated_back(dqkv + (H + head) * K, dk1 * scale, dk2 * scale, rows, cos, sin, inside, stride, R)
     dv_at = dqkv + (2 * H + head) * K + rows.to(tl.int64)[:, None] * stride + columns
     tl.store(dv_at, dv, mask=inside[:, None])
