@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modernbert import ColBERT, maxsim
 from modernbert.encoder import Encoder
-from modernbert.heads.colbert import ColBERTConfig
+from modernbert.heads.colbert import ColBERTConfig, Dense
 from modernbert.packing import Ragged
 from modernbert.tokenizer import Tokenizer
 from modernbert_kernels import backend
@@ -243,3 +243,19 @@ def test_ragged_of_tokens_picks_the_scored_rows(plain_tokenizer: Tokenizer) -> N
     assert torch.equal(part.keep, alone.keep)
     assert part.spans == alone.spans
     assert [len(spans) for spans in part.spans] == list(part.batch.lengths)
+
+
+@pytest.mark.parametrize(
+    ("out", "options"),
+    [(48, {}), (48, {"bias": True}), (64, {"residual": True}), (48, {"residual": True}), (48, {"activation": "Tanh"})],
+)
+def test_whatever_the_last_layer_does_is_done_before_normalising(out, options):
+    """The shorter way of a plain projection is taken by nothing else."""
+    model = ColBERT.default()
+    torch.manual_seed(0)
+    model.dense = torch.nn.ModuleList([Dense(model.encoder.config.hidden_size, 64), Dense(64, out, **options)])
+    batch = model.tokenize_documents(["Glaciers move.", "A treaty ended the war."]).batch
+    with torch.inference_mode():
+        first, last = model.dense
+        wanted = F.normalize(last(first(model.encoder(batch))), dim=-1)
+        torch.testing.assert_close(model(batch), wanted, rtol=0, atol=1e-6)
