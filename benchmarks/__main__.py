@@ -9,8 +9,11 @@ from types import ModuleType
 
 from rich.console import Console
 
-from benchmarks import cpu, kernels, report, retrieval
+from benchmarks.cpu import suite as cpu
 from benchmarks.harness import FOREIGN_LIMIT
+from benchmarks.kernels import suite as kernels
+from benchmarks.report import tables as report
+from benchmarks.retrieval import suite as retrieval
 from benchmarks.rows import append
 
 SUITES = {"cpu": cpu, "retrieval": retrieval, "kernels": kernels}

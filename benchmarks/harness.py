@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from benchmarks.rows import Row
+
 # Percent of one core that everything but this process may use while a sample is taken.
 FOREIGN_LIMIT = 6.0
 
@@ -51,6 +53,14 @@ class Sample(NamedTuple):
     @property
     def clean(self) -> bool:
         return self.foreign <= FOREIGN_LIMIT
+
+
+class Result(NamedTuple):
+    """The rows of one workload, and why an implementation has none."""
+
+    workload: str
+    rows: list[Row]
+    refused: dict[str, str]
 
 
 class WrongOutput(ValueError):

@@ -12,18 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    backends,
-    cpu,
-    report,
-    retrieval,
-    retrieval_figures,
-    retrieval_process,
-    retrieval_search,
-    retrieval_stores,
-    rows,
-    synthetic_store,
-)
+from benchmarks import rows
+from benchmarks.cpu import contenders
+from benchmarks.cpu import suite as cpu
 from benchmarks.harness import (
     FOREIGN_LIMIT,
     Contender,
@@ -38,6 +29,9 @@ from benchmarks.harness import (
     take,
 )
 from benchmarks.inputs import batched, paper_lengths, random_ids, real_rows
+from benchmarks.report import tables as report
+from benchmarks.retrieval import figures, process, search, stores, synthetic
+from benchmarks.retrieval import suite as retrieval
 from modernbert.retrieval import Store
 
 RIGHT = torch.tensor([1.0, 2.0])
@@ -176,14 +170,14 @@ def test_real_rows_undo_batching_and_sorting(size, by_length):
 
 def test_every_way_of_running_a_model_returns_the_same_rows(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setitem(backends.SHAPES, "tiny", (32, 3, 2, 48, 160_000.0))
-    backends.save_seeded("tiny", tmp_path)
+    monkeypatch.setitem(contenders.SHAPES, "tiny", (32, 3, 2, 48, 160_000.0))
+    contenders.save_seeded("tiny", tmp_path)
     sequences = random_ids([70, 3, 140, 3, 1])
     expected = cpu.alone(tmp_path, sequences)
     assert expected.shape == (217, 32)
-    contenders = list(backends.transformers_batchings(tmp_path, sequences, sizes=(2,)))
-    assert len(contenders) == 3
-    for one in [*contenders, backends.ours(tmp_path, sequences)]:
+    ways = list(contenders.transformers_batchings(tmp_path, sequences, sizes=(2,)))
+    assert len(ways) == 3
+    for one in [*ways, contenders.ours(tmp_path, sequences)]:
         check(one, expected, cpu.TOLERANCE)
 
 
@@ -192,12 +186,12 @@ def test_every_way_of_scoring_returns_the_same_scores():
     query = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
     documents = torch.nn.functional.normalize(torch.randn(200, 8), dim=-1).split([90, 60, 50])
     expected = torch.stack([(query.double() @ document.double().T).amax(1).sum() for document in documents])
-    contenders = [
-        backends.ours_maxsim(query, documents),
-        *backends.padded_maxsim(query, documents, chunks=(2,)),
+    ways = [
+        contenders.ours_maxsim(query, documents),
+        *contenders.padded_maxsim(query, documents, chunks=(2,)),
     ]
-    assert len(contenders) == 4
-    for one in contenders:
+    assert len(ways) == 4
+    for one in ways:
         check(one, expected, cpu.TOLERANCE)
 
 
@@ -214,7 +208,7 @@ def make_row(implementation, median, *, workload="short-16", date="2025-01-02", 
         foreign_percent=1.0,
         clean=clean,
         times_better_than=factors,
-        goals={"transformers, one by one": 1.5} if implementation == backends.OURS else None,
+        goals={"transformers, one by one": 1.5} if implementation == contenders.OURS else None,
     )
     machine = {
         "cpu": "Test CPU",
@@ -307,9 +301,7 @@ def test_the_full_table_has_every_row_with_factor_and_goal():
     assert all(f"| {row['implementation']} |" in text for row in RUN)
 
 
-TINY = retrieval_stores.Sizes(
-    index=12, search=30, scale=(20, 30), synthetic=25, memory=(12, 20), start=12, queries=4, rounds=1
-)
+TINY = stores.Sizes(index=12, search=30, scale=(20, 30), synthetic=25, memory=(12, 20), start=12, queries=4, rounds=1)
 
 
 @pytest.fixture
@@ -317,51 +309,51 @@ def bench(tmp_path, monkeypatch):
     """A bench of tiny stores, which are built and searched in this process."""
 
     def in_this_process(function, limit_mb=None, **arguments):
-        options = {"limit_mb": None} if function is retrieval_process.build else {}
+        options = {"limit_mb": None} if function is process.build else {}
         return function(**arguments, **options), 123.0
 
-    monkeypatch.setattr(retrieval_stores, "watched", in_this_process)
-    monkeypatch.setattr(retrieval_stores, "THREADS", 1)
-    return retrieval_stores.Bench(tmp_path, TINY)
+    monkeypatch.setattr(stores, "watched", in_this_process)
+    monkeypatch.setattr(stores, "THREADS", 1)
+    return stores.Bench(tmp_path, TINY)
 
 
 def test_passages_and_queries_have_the_length_that_is_promised(tmp_path):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    synthetic_store.write_corpus(first, 300, 100)
-    synthetic_store.write_corpus(second, 300, 100)
+    synthetic.write_corpus(first, 300, 100)
+    synthetic.write_corpus(second, 300, 100)
     assert first.read_bytes() == second.read_bytes()
     records = [json.loads(line) for line in first.read_text("utf-8").splitlines()]
     texts = [f"{record['title']} {record['text']}" for record in records]
     assert len(set(texts)) == len({record["_id"] for record in records}) == 300
-    model = synthetic_store.default()
+    model = synthetic.default()
     assert set(model.tokenize_documents(texts, truncate=False).batch.lengths) == {100}
-    queries = synthetic_store.queries(100, 32)
+    queries = synthetic.queries(100, 32)
     assert len(set(queries)) == 100
     assert set(model.encode_queries(queries).offsets.diff().tolist()) == {32}
-    sentences, held_out, _ = synthetic_store.demo()
+    sentences, held_out, _ = synthetic.demo()
     held_out = {sentence for text in held_out for sentence in re.split(r"(?<=[.!?])\s+", text)}
     assert not held_out & {sentence for article in sentences.values() for sentence in article}
 
 
 def test_a_length_that_words_do_not_add_up_to_is_refused(tmp_path, monkeypatch):
-    sentences, held_out, cost = synthetic_store.demo()
-    wrong = synthetic_store.Demo(sentences, held_out, {word: tokens + 1 for word, tokens in cost.items()})
-    monkeypatch.setattr(synthetic_store, "demo", lambda: wrong)
+    sentences, held_out, cost = synthetic.demo()
+    wrong = synthetic.Demo(sentences, held_out, {word: tokens + 1 for word, tokens in cost.items()})
+    monkeypatch.setattr(synthetic, "demo", lambda: wrong)
     with pytest.raises(ValueError, match="tokens instead of 100"):
-        synthetic_store.write_corpus(tmp_path / "corpus.jsonl", 3, 100)
+        synthetic.write_corpus(tmp_path / "corpus.jsonl", 3, 100)
     assert not (tmp_path / "corpus.jsonl").exists()
 
 
 def test_words_are_left_out_where_they_no_longer_fit():
     cost = {"a": 1, "bb": 2, "ccc": 3, ".": 0}
-    assert synthetic_store.fill(["a", ".", "ccc", "bb", "a", "a"], 4, cost) == "a . ccc"
-    assert synthetic_store.fill(["bb", "ccc", "a", "bb"], 3, cost) == "bb a"
-    assert synthetic_store.fill(["ccc"], 2, cost) is None
+    assert synthetic.fill(["a", ".", "ccc", "bb", "a", "a"], 4, cost) == "a . ccc"
+    assert synthetic.fill(["bb", "ccc", "a", "bb"], 3, cost) == "bb a"
+    assert synthetic.fill(["ccc"], 2, cost) is None
 
 
-def test_a_synthetic_store_has_every_token_and_the_vectors_of_its_model(bench):
+def test_a_synthetic_has_every_token_and_the_vectors_of_its_model(bench):
     folder = bench.store(30, 48)
-    model = synthetic_store.synthetic(48)
+    model = synthetic.synthetic(48)
     with Store(folder, model) as store:
         assert (store.dtype, store.dim, len(store)) == ("fp16", 48, 30)
         (numbers, passages, vectors), *more = store.batches()
@@ -376,7 +368,7 @@ def test_a_synthetic_store_has_every_token_and_the_vectors_of_its_model(bench):
 def test_synthetic_vectors_are_as_alike_as_those_of_the_default_model(bench):
     texts = [json.loads(line)["text"] for line in bench.corpus(30).read_text("utf-8").splitlines()]
     means = []
-    for model in (synthetic_store.default(), synthetic_store.synthetic(48)):
+    for model in (synthetic.default(), synthetic.synthetic(48)):
         ids = model.tokenize_documents(texts).batch.input_ids
         vectors = model.encode_documents(texts)
         text = torch.repeat_interleave(torch.arange(30), vectors.offsets.diff())
@@ -391,25 +383,25 @@ def test_synthetic_vectors_are_as_alike_as_those_of_the_default_model(bench):
 
 def test_percentiles_are_those_of_each_pass():
     passes = [{"seconds": [i / 1000 for i in range(101, 0, -1)]}, {"seconds": [2.0] * 100}]
-    assert retrieval_figures.percentiles(passes, 50) == pytest.approx([51, 2000])
-    assert retrieval_figures.percentiles(passes, 99) == pytest.approx([100, 2000])
+    assert figures.percentiles(passes, 50) == pytest.approx([51, 2000])
+    assert figures.percentiles(passes, 99) == pytest.approx([100, 2000])
 
 
 def test_recall_and_differences_compare_what_both_searches_found():
     exact = [[(1, 9.0), (2, 8.0)], [(3, 7.0), (4, 6.0)]]
     found = [[(2, 8.5), (9, 1.0)], [(4, 6.0), (3, 7.0)]]
-    assert retrieval_figures.recall(exact, found) == 0.75
-    assert retrieval_figures.score_difference(exact, found) == 0.5
-    assert retrieval_figures.score_difference(exact, exact) == 0
+    assert figures.recall(exact, found) == 0.75
+    assert figures.score_difference(exact, found) == 0.5
+    assert figures.score_difference(exact, exact) == 0
 
 
 def test_a_search_that_is_wrong_is_refused(bench, monkeypatch):
     pytest.importorskip("psutil")
     found = bench.search(30, 48, prefilter=False)[0]["found"]
-    right = retrieval_figures.float64_difference(bench.store(30, 48), 48, synthetic_store.queries(4, 32), found)
+    right = figures.float64_difference(bench.store(30, 48), 48, synthetic.queries(4, 32), found)
     assert right < 1e-5
     found[1][3] = (found[1][3][0], found[1][3][1] + 0.01)
-    result = retrieval_search.search_exact(bench, "search-10k")
+    result = search.search_exact(bench, "search-10k")
     assert "differs from the reference by 0.01" in result.refused["30 passages, synthetic vectors of width 48, exact"]
     assert {row["kind"] for row in result.rows} == {"measured"}
 
@@ -417,8 +409,8 @@ def test_a_search_that_is_wrong_is_refused(bench, monkeypatch):
 def test_the_quietest_pass_is_kept_and_a_quiet_one_ends_the_trying():
     asked = iter([[1.0], [2.0], [3.0], [4.0]])
     busy = [(9.0, FOREIGN_LIMIT + 30), (9.0, FOREIGN_LIMIT + 10), (9.0, FOREIGN_LIMIT + 20)]
-    assert retrieval_process.quiet_pass(lambda: next(asked), 2, Clocks(*busy)) == ([2.0], FOREIGN_LIMIT + 10)
-    assert retrieval_process.quiet_pass(lambda: next(asked), 2, Clocks((9.0, 0.0))) == ([4.0], 0.0)
+    assert process.quiet_pass(lambda: next(asked), 2, Clocks(*busy)) == ([2.0], FOREIGN_LIMIT + 10)
+    assert process.quiet_pass(lambda: next(asked), 2, Clocks((9.0, 0.0))) == ([4.0], 0.0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is looked up in /proc")
@@ -426,29 +418,27 @@ def test_memory_is_that_of_the_process_without_its_files(tmp_path):
     size = 64 << 20
     file = tmp_path / "mapped"
     file.write_bytes(bytes(size))
-    before = retrieval_process.anonymous_mb(os.getpid())
+    before = process.anonymous_mb(os.getpid())
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert not any(mapped[::4096])
-        assert retrieval_process.anonymous_mb(os.getpid()) - before < 10
+        assert process.anonymous_mb(os.getpid()) - before < 10
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as private:
         private.write(bytes(size))
-        assert 54 < retrieval_process.anonymous_mb(os.getpid()) - before < 74
+        assert 54 < process.anonymous_mb(os.getpid()) - before < 74
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert retrieval_process.anonymous_mb(ended.pid) == 0
+    assert process.anonymous_mb(ended.pid) == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is looked up in /proc")
 def test_a_store_is_built_in_a_process_that_is_watched_and_bounded(tmp_path):
-    synthetic_store.write_corpus(tmp_path / "corpus.jsonl", 5, 100)
+    synthetic.write_corpus(tmp_path / "corpus.jsonl", 5, 100)
     asked = {"corpus": str(tmp_path / "corpus.jsonl"), "width": 48, "prefilter": True, "threads": 1}
-    built, peak = retrieval_process.watched(
-        retrieval_process.build, folder=str(tmp_path / "store"), limit_mb=4096, **asked
-    )
+    built, peak = process.watched(process.build, folder=str(tmp_path / "store"), limit_mb=4096, **asked)
     assert built["passages"] == 5
     assert 50 < peak < 1000
     with pytest.raises(subprocess.CalledProcessError):
-        retrieval_process.watched(retrieval_process.build, folder=str(tmp_path / "other"), limit_mb=64, **asked)
+        process.watched(process.build, folder=str(tmp_path / "other"), limit_mb=64, **asked)
 
 
 @pytest.mark.parametrize("workload", [name for name in retrieval.WORKLOADS if name != "cold-start"])
@@ -487,8 +477,8 @@ def test_cold_start_subtracts_within_a_round(bench, monkeypatch):
     assert found["modernbert --help", "time"]["median"] == 0.4
 
 
-def make_figure(tmp_path, figure="p50", values=(80.0,), sizes=retrieval_stores.FULL, way="exact", **more):
-    bench = retrieval_stores.Bench(tmp_path, sizes)
+def make_figure(tmp_path, figure="p50", values=(80.0,), sizes=stores.FULL, way="exact", **more):
+    bench = stores.Bench(tmp_path, sizes)
     settings = {"workload": "search-10k", "what": "search in words", "corpus": "10 passages", "unit": "ms"}
     machine = {"cpu": "Test CPU", "threads": 2, "system": "Linux x", "commit": "c" * 40, "date": "2025-01-02"}
     return bench.row(figure=figure, values=values, implementation=way, **settings, **more) | machine
@@ -507,7 +497,7 @@ def make_figure(tmp_path, figure="p50", values=(80.0,), sizes=retrieval_stores.F
 def test_a_bar_is_met_up_to_its_value(tmp_path, bar, value, expected):
     row = make_figure(tmp_path, values=[value], **bar)
     assert (row["bar"], row["met"]) == expected
-    quick = make_figure(tmp_path, values=[value], sizes=retrieval_stores.QUICK, **bar)
+    quick = make_figure(tmp_path, values=[value], sizes=stores.QUICK, **bar)
     assert (quick["bar"], quick["met"]) == (None, None)
 
 

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 import modernbert_kernels as ops
-from benchmarks import gpu, gpu_state, kernel_peers, kernel_questions, kernel_tasks, kernels, report
+from benchmarks import gpu, gpu_state
 from benchmarks.gpu import Machine, Rates
 from benchmarks.harness import Reading, WrongOutput
-from benchmarks.kernel_calls import Task, Way, check, copied, truth_and_yardstick
-from benchmarks.kernel_cases import CASES, Case
-from benchmarks.kernel_work import Work, visible_pairs, work
+from benchmarks.kernels import peers, questions, tasks
+from benchmarks.kernels import suite as kernels
+from benchmarks.kernels.calls import Task, Way, check, copied, truth_and_yardstick
+from benchmarks.kernels.cases import CASES, Case
+from benchmarks.kernels.work import Work, visible_pairs, work
+from benchmarks.report import tables as report
 
 CPU = torch.device("cpu")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -186,7 +189,7 @@ def test_copies_share_no_memory_and_keep_their_numbers() -> None:
 def test_what_is_overwritten_is_checked_with_the_numbers_of_before() -> None:
     inplace = next(c for c in CASES["rotary"](BFLOAT16, "cpu", 8) if c.name == "12 x 64, in place")
     before = inplace.kwargs["qkv_T3HK"].clone()
-    one = kernel_tasks.of_op(inplace, "rotary")
+    one = tasks.of_op(inplace, "rotary")
     assert one.passes == (False,)
     assert one.dtype is BFLOAT16
     result = kernels.measure("w", one, False, machine(), RATES, rounds=2)
@@ -312,7 +315,7 @@ def test_a_task_on_a_gpu_has_memory_beyond_the_cache_and_peaks(monkeypatch: pyte
 
 
 def test_calls_that_share_leaves_return_outputs_and_gradients_without_history() -> None:
-    from benchmarks.kernel_calls import call_of
+    from benchmarks.kernels.calls import call_of
 
     args = (torch.randn(5, requires_grad=True),)
     outputs = call_of(Way("a", doubled), args, {}, True)()
@@ -331,7 +334,7 @@ def test_figures_of_nvidia_smi(text: str, expected: float | None) -> None:
 
 
 def case(op: str, name: str, dtype: torch.dtype, tokens: int) -> Case:
-    return next(iter(kernel_tasks.named(op, (name,), dtype, "cpu", tokens)))
+    return next(iter(tasks.named(op, (name,), dtype, "cpu", tokens)))
 
 
 HAND = {
@@ -424,23 +427,21 @@ def test_work_of_both_passes_is_their_sum_where_both_are_known() -> None:
 
 
 def test_every_backend_that_takes_the_call_is_there() -> None:
-    (one,) = kernel_tasks.attention(CPU, True)
+    (one,) = tasks.attention(CPU, True)
     assert [(way.implementation, way.settings) for way in one.ways] == [
         ("cpu", report.CHOSEN),
         ("reference", ""),
         ("sdpa", "rotated before, as PyTorch chooses"),
     ]
     pool = Case(ops.pool, "", (torch.zeros(3, 4), torch.tensor([0, 3]), "cls"), {})
-    assert [(way.implementation, way.settings) for way in kernel_tasks.of_op(pool, "p").ways] == [
-        ("reference", report.CHOSEN)
-    ]
+    assert [(way.implementation, way.settings) for way in tasks.of_op(pool, "p").ways] == [("reference", report.CHOSEN)]
 
 
 @pytest.mark.parametrize("window", [3, None])
 def test_attention_of_pytorch_is_ours(window: int | None) -> None:
     qkv, rope = torch.randn(24, 3, 2, 8), tuple(torch.randn(2, 24, 4))
-    made = Case(ops.attention, "", (qkv, kernel_tasks.offsets(3, 8, CPU), 8), {"rope": rope, "window": window})
-    one = kernel_tasks.of_op(made, "a", kernel_peers.sdpa(made, 3))
+    made = Case(ops.attention, "", (qkv, tasks.offsets(3, 8, CPU), 8), {"rope": rope, "window": window})
+    one = tasks.of_op(made, "a", peers.sdpa(made, 3))
     known = truth_and_yardstick(one.reference, one, True)
     for way in one.ways:
         check(way, one, True, *known)
@@ -448,8 +449,8 @@ def test_attention_of_pytorch_is_ours(window: int | None) -> None:
 
 def test_one_product_is_maxsim_of_all_pairs() -> None:
     q, d = torch.randn(2 * 3, 8), torch.randn(4 * 5, 8)
-    args = (q, kernel_tasks.offsets(2, 3, CPU), d, kernel_tasks.offsets(4, 5, CPU))
-    one = kernel_tasks.of_op(Case(ops.maxsim, "", args, {}), "m", (Way("one", kernel_peers.in_float32(2, 4)),))
+    args = (q, tasks.offsets(2, 3, CPU), d, tasks.offsets(4, 5, CPU))
+    one = tasks.of_op(Case(ops.maxsim, "", args, {}), "m", (Way("one", peers.in_float32(2, 4)),))
     known = truth_and_yardstick(one.reference, one, True)
     assert [way.implementation for way in one.ways] == ["cpu", "reference", "one"]
     for way in one.ways:
@@ -459,14 +460,14 @@ def test_one_product_is_maxsim_of_all_pairs() -> None:
 def test_the_cross_entropy_of_pytorch_is_ours() -> None:
     made = Case(ops.linear_cross_entropy, "", (torch.randn(9, 4), torch.randn(7, 4), None, torch.arange(9) - 2), {})
     made.args[3][:2] = -100
-    one = kernel_tasks.of_op(made, "c", (Way("torch", kernel_peers.cross_entropy),))
+    one = tasks.of_op(made, "c", (Way("torch", peers.cross_entropy),))
     for way in one.ways:
         check(way, one, True, *truth_and_yardstick(one.reference, one, True))
 
 
 @pytest.mark.parametrize("at", range(3))
 def test_ways_to_add_the_residual_are_one(at: int) -> None:
-    one = list(kernel_questions.residual(CPU, 40))[at]
+    one = list(questions.residual(CPU, 40))[at]
     for backward in one.passes:
         known = truth_and_yardstick(one.reference, one, backward)
         for way in one.ways:
@@ -474,7 +475,7 @@ def test_ways_to_add_the_residual_are_one(at: int) -> None:
 
 
 def test_chunks_of_layers_are_the_layers() -> None:
-    one = kernel_questions.chain(CPU, 2100, layers=1)
+    one = questions.chain(CPU, 2100, layers=1)
     assert [way.implementation for way in one.ways] == ["all at once", "chunks of 2,048"]
     assert one.work == Work(None, None, 2 * 2100 * 3 * 768 * 1152)
     known = truth_and_yardstick(one.reference, one, False)
@@ -484,12 +485,12 @@ def test_chunks_of_layers_are_the_layers() -> None:
 
 @pytest.mark.parametrize(("processors", "rows"), [(132, 2816), (128, 8192), (114, 2432), (6, 128)])
 def test_full_waves(processors: int, rows: int) -> None:
-    assert kernel_questions.full_wave(processors, 768) == rows
+    assert questions.full_wave(processors, 768) == rows
     assert (rows // 128) * 6 % processors == 0
 
 
 def test_waves_are_compared_by_what_they_compute() -> None:
-    one = kernel_questions.waves(CPU)
+    one = questions.waves(CPU)
     assert [way.settings for way in one.ways if way.implementation in ("2,816 tokens", "5,632 tokens")] == [
         "full waves",
         "full waves",
@@ -502,16 +503,16 @@ def test_waves_are_compared_by_what_they_compute() -> None:
 
 
 def test_a_chain_of_kernels_is_divided_by_their_number() -> None:
-    one = kernel_questions.gap(CPU, kernels=5)
+    one = questions.gap(CPU, kernels=5)
     assert [(way.repeats, way.graph) for way in one.ways] == [(5, True), (5, False)]
     assert one.reference(torch.zeros(1)).item() == 5
 
 
 def test_names_of_cases_are_those_of_the_shared_cases() -> None:
-    for op, names in kernel_tasks.ELEMENTWISE.items():
-        assert {made.name for made in kernel_tasks.named(op, names, BFLOAT16, "cpu", 2)} == set(names)
+    for op, names in tasks.ELEMENTWISE.items():
+        assert {made.name for made in tasks.named(op, names, BFLOAT16, "cpu", 2)} == set(names)
     with pytest.raises(ValueError, match="has no case 7"):
-        list(kernel_tasks.named("layer_norm", ("7",), BFLOAT16, "cpu", 2))
+        list(tasks.named("layer_norm", ("7",), BFLOAT16, "cpu", 2))
 
 
 def test_what_is_called_inside_of_our_backends_is_still_there() -> None:
@@ -553,7 +554,7 @@ def test_quick_on_a_cpu_takes_the_whole_path(monkeypatch: pytest.MonkeyPatch) ->
     rows = [row for result in found for row in result.rows]
     assert {row["gpu"] for row in rows} == {None}
     ops_seen = {row["what"].split()[0] for row in rows if row["workload"] == "elementwise"}
-    assert ops_seen == {*kernel_tasks.ELEMENTWISE, "pool"}
+    assert ops_seen == {*tasks.ELEMENTWISE, "pool"}
     for row in rows:
         assert row["median"] > 0
         if row["workload"] != "rates":

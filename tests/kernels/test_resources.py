@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 from kernel_calls import INTERPRETED
 
-from benchmarks import resources
+from benchmarks.kernels import resources
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("triton"), reason="needs Triton, which has no wheel for this platform"),
@@ -31,7 +31,7 @@ ROW |= {"programs": 4}
 def test_every_kernel_compiles_for_every_gpu() -> None:
     import triton
 
-    from benchmarks.kernel_cases import CASES
+    from benchmarks.kernels.cases import CASES
 
     rows = resources.compile_all(2, list(CASES))
     version, committed = resources.read_table()

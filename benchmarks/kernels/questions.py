@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import modernbert_kernels as ops
-from benchmarks.kernel_calls import Task, Way
-from benchmarks.kernel_cases import randn
-from benchmarks.kernel_peers import plain
-from benchmarks.kernel_work import Work
+from benchmarks.kernels.calls import Task, Way
+from benchmarks.kernels.cases import randn
+from benchmarks.kernels.peers import plain
+from benchmarks.kernels.work import Work
 
 EPS = 1e-5
 

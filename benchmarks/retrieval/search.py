@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from benchmarks import synthetic_store as texts
-from benchmarks.cpu import Result
-from benchmarks.harness import FOREIGN_LIMIT, WrongOutput
-from benchmarks.retrieval_figures import float64_difference, percentiles, recall, score_difference
-from benchmarks.retrieval_stores import FULL, QUERY_TOKENS, TOKENS, TOP, WIDTH, Bench, described
+from benchmarks.harness import FOREIGN_LIMIT, Result, WrongOutput
+from benchmarks.retrieval import synthetic as texts
+from benchmarks.retrieval.figures import float64_difference, percentiles, recall, score_difference
+from benchmarks.retrieval.stores import FULL, QUERY_TOKENS, TOKENS, TOP, WIDTH, Bench, described
 from benchmarks.rows import Row
 
 SCORES = 1e-4  # the tolerance of a score

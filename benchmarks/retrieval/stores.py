@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from benchmarks import synthetic_store as texts
-from benchmarks.cpu import THREADS
-from benchmarks.retrieval_process import build, search, watched
+from benchmarks.cpu.suite import THREADS
+from benchmarks.retrieval import synthetic as texts
+from benchmarks.retrieval.process import build, search, watched
 from benchmarks.rows import Row
 
 TOKENS, QUERY_TOKENS, TOP = 100, 32, 10

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import modernbert_kernels as ops
-from benchmarks.kernel_calls import Way
-from benchmarks.kernel_cases import Case
+from benchmarks.kernels.calls import Way
+from benchmarks.kernels.cases import Case
 from modernbert_kernels import flash_attention
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.harness import WrongOutput
-from benchmarks.kernel_work import Work
+from benchmarks.kernels.work import Work
 
 Args = tuple[Any, ...]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.synthetic_store import model
+from benchmarks.retrieval.synthetic import model
 from modernbert.retrieval import Store
 
 Found = Sequence[Sequence[tuple[int, float]]]

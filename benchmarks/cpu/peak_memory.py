@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import backends
+from benchmarks.cpu import contenders
 from benchmarks.harness import Contender
 from benchmarks.inputs import Ids, batched, random_ids
 
@@ -27,16 +27,16 @@ def in_fresh_process(implementation: str, folder: Path, length: int, threads: in
     """Extra peak in MB of encoding one text of `length` tokens, and its hidden states `[T, D]`."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "output.pt"
-        command = [sys.executable, "-m", "benchmarks.peak_memory", implementation, str(folder), str(length)]
+        command = [sys.executable, "-m", "benchmarks.cpu.peak_memory", implementation, str(folder), str(length)]
         command += [str(threads), str(output)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1]), torch.load(output)
 
 
 def contender(implementation: str, folder: Path, sequences: Ids) -> Contender:
-    if implementation == backends.OURS:
-        return backends.ours(folder, sequences)
-    return backends.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
+    if implementation == contenders.OURS:
+        return contenders.ours(folder, sequences)
+    return contenders.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
 
 
 def _memory(field: str) -> float:

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.harness import FOREIGN_LIMIT, Reading, read_clocks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVERY = 0.01  # seconds between two looks at the memory
 
 
@@ -32,7 +32,7 @@ def build(
     `limit_mb` is the most memory that the process may ask for: RLIMIT_DATA, to which stores that are read count as
     well, because they are mapped in a way in which they could be written to.
     """
-    from benchmarks.synthetic_store import model
+    from benchmarks.retrieval.synthetic import model
     from modernbert.retrieval import index
 
     if limit_mb:
@@ -61,7 +61,7 @@ def search(
         Seconds until the first answer; for each pass the seconds of each query, and the foreign CPU; what every query
         found, as `[key, score]`.
     """
-    from benchmarks.synthetic_store import model
+    from benchmarks.retrieval.synthetic import model
     from modernbert.retrieval import Store
 
     torch.set_num_threads(threads)
@@ -105,7 +105,7 @@ def quiet_pass(
 
 def watched(function: Callable[..., Any], **arguments: Any) -> tuple[Any, float]:
     """What a function of this file returns in a fresh process, and the peak of its anonymous memory in MB."""
-    command = [sys.executable, "-m", "benchmarks.retrieval_process", function.__name__, json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.retrieval.process", function.__name__, json.dumps(arguments)]
     peak = 0.0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output)

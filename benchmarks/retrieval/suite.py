@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import synthetic_store as texts
-from benchmarks.cpu import THREADS, Result
+from benchmarks.cpu.suite import THREADS
 from benchmarks.harness import (
     Contender,
     Measured,
     Reading,
+    Result,
     WrongOutput,
     check,
     interleave,
     read_clocks,
 )
-from benchmarks.retrieval_process import ROOT, environment
-from benchmarks.retrieval_search import search_exact, search_prefilter, search_scale
-from benchmarks.retrieval_stores import FULL, QUICK, TOKENS, Bench, described
+from benchmarks.retrieval import synthetic as texts
+from benchmarks.retrieval.process import ROOT, environment
+from benchmarks.retrieval.search import search_exact, search_prefilter, search_scale
+from benchmarks.retrieval.stores import FULL, QUICK, TOKENS, Bench, described
 from benchmarks.rows import Row
 from modernbert.retrieval import Store, index
 from modernbert.retrieval.corpus import read_file

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from benchmarks.kernel_cases import Case
+from benchmarks.kernels.cases import Case
 
 
 class Work(NamedTuple):

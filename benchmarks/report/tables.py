@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.backends import ONNX_RUNTIME, OURS, TRANSFORMERS
+from benchmarks.cpu.contenders import ONNX_RUNTIME, OURS, TRANSFORMERS
 from benchmarks.rows import ROOT, Row, read
 
 # Here and not from the suite, which takes long to import.

@@ -1,7 +1,7 @@
 """What every Triton kernel takes of every GPU, found without one: registers, spills, shared memory, occupancy.
 
-    python -m benchmarks.resources            compile everything, compare with the committed table
-    python -m benchmarks.resources --update   write it, and the one in kernels/README.md
+    python -m benchmarks.kernels.resources            compile everything, compare with the committed table
+    python -m benchmarks.kernels.resources --update   write it, and the one in kernels/README.md
 
 Ops are called as on a GPU; in place of a launch the kernel is compiled for an architecture, and its binary is read.
 """
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from benchmarks.kernel_cases import Case
+    from benchmarks.kernels.cases import Case
 
-TABLE = Path(__file__).parents[1] / "kernels" / "resources.jsonl"
+TABLE = Path(__file__).parents[2] / "kernels" / "resources.jsonl"
 README = TABLE.with_name("README.md")
 ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -69,7 +69,7 @@ def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[s
     """Call the cases of these ops, forward and backward, as a GPU of this architecture would; a row for each kernel."""
     from triton.runtime import driver, jit
 
-    from benchmarks.kernel_cases import CASES
+    from benchmarks.kernels.cases import CASES
     from modernbert_kernels import launch
 
     found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -209,7 +209,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import triton
 
-    from benchmarks.kernel_cases import CASES
+    from benchmarks.kernels.cases import CASES
 
     rows = compile_all(arguments.jobs, arguments.only or list(CASES))
     if arguments.update:

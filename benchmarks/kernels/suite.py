@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import gpu, gpu_state
-from benchmarks.cpu import Result
 from benchmarks.gpu import Loop, Machine, Rates
-from benchmarks.harness import Contender, Measured, Sample, WrongOutput, interleave
-from benchmarks.kernel_calls import Error, Task, Way, call_of, check, copied, peak_mb, truth_and_yardstick
-from benchmarks.kernel_tasks import TASKS
+from benchmarks.harness import Contender, Measured, Result, Sample, WrongOutput, interleave
+from benchmarks.kernels.calls import Error, Task, Way, call_of, check, copied, peak_mb, truth_and_yardstick
+from benchmarks.kernels.tasks import TASKS
 from benchmarks.rows import Row, row
 
 RATES = "rates"

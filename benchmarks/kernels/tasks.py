@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import modernbert_kernels as ops
-from benchmarks import kernel_peers as peers
-from benchmarks.kernel_calls import Task, Way
-from benchmarks.kernel_cases import CASES, Case, randn
-from benchmarks.kernel_questions import questions
-from benchmarks.kernel_work import work
-from benchmarks.report import CHOSEN
+from benchmarks.kernels import peers
+from benchmarks.kernels.calls import Task, Way
+from benchmarks.kernels.cases import CASES, Case, randn
+from benchmarks.kernels.questions import questions
+from benchmarks.kernels.work import work
+from benchmarks.report.tables import CHOSEN
 
 Tasks = Iterator[Task]
 
@@ -29,7 +29,7 @@ ELEMENTWISE = {
     "embed_layer_norm": ("768",),
     "project_normalize": ("256 to 48", "256 to 128, half of the rows"),
 }
-"""Of the cases of `kernel_cases.py` those of the models that people use."""
+"""Of the cases of `cases.py` those of the models that people use."""
 
 IN_FLOAT32 = ("768", "1152 gelu", "12 x 64")
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -79,7 +79,7 @@ def named(op: str, names: tuple[str, ...], dtype: torch.dtype, device: str, toke
             yield case
         if not left:
             return
-    raise ValueError(f"{op} has no case {', '.join(sorted(left))} in kernel_cases.py")
+    raise ValueError(f"{op} has no case {', '.join(sorted(left))} in benchmarks/kernels/cases.py")
 
 
 def elementwise(device: torch.device, quick: bool) -> Tasks:

@@ -11,28 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import backends, peak_memory
-from benchmarks.harness import Contender, Measured, measure
+from benchmarks.cpu import contenders, peak_memory
+from benchmarks.harness import Contender, Measured, Result, measure
 from benchmarks.inputs import Ids, batched, normal_lengths, paper_lengths, random_ids
 from benchmarks.rows import Row, row
 
 THREADS = 2
 TOLERANCE = 1e-4
-ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"
-
-
-class Result(NamedTuple):
-    """The rows of one workload, and why an implementation has none."""
-
-    workload: str
-    rows: list[Row]
-    refused: dict[str, str]
+ASSETS = Path(__file__).parents[2] / "modernbert" / "assets"
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Workload:
 
 def alone(folder: Path, sequences: Ids) -> Tensor:
     """The reference: `[T, D]` of transformers in float32, every text by itself, so that nothing is padded."""
-    one = backends.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
+    one = contenders.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
     return one.result(one.run())
 
 
@@ -67,12 +58,12 @@ def short(folder: Path, length: int) -> Workload:
     return Workload(
         f"Ettin-17m, one text of {length} tokens",
         [
-            backends.ours(folder, sequences),
-            backends.transformers_sdpa(folder, batches, "sdpa"),
-            *backends.onnx_runtime(folder, batches, "one text", THREADS),
+            contenders.ours(folder, sequences),
+            contenders.transformers_sdpa(folder, batches, "sdpa"),
+            *contenders.onnx_runtime(folder, batches, "one text", THREADS),
         ],
         alone(folder, sequences),
-        goals={backends.TRANSFORMERS: 1.8 if length == 32 else 2.0, backends.ONNX_RUNTIME: 1.0},
+        goals={contenders.TRANSFORMERS: 1.8 if length == 32 else 2.0, contenders.ONNX_RUNTIME: 1.0},
     )
 
 
@@ -82,13 +73,13 @@ def fixed(folder: Path, *, quick: bool) -> Workload:
     return Workload(
         "Ettin-17m, 16 texts of 512 tokens",
         [
-            backends.ours(folder, sequences),
-            *(backends.transformers_sdpa(folder, batched(sequences, n), f"sdpa, batches of {n}") for n in sizes),
-            *backends.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
+            contenders.ours(folder, sequences),
+            *(contenders.transformers_sdpa(folder, batched(sequences, n), f"sdpa, batches of {n}") for n in sizes),
+            *contenders.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
         ],
         alone(folder, sequences),
         tokens=16 * 512,
-        goals={backends.TRANSFORMERS: 1.2},
+        goals={contenders.TRANSFORMERS: 1.2},
     )
 
 
@@ -96,22 +87,22 @@ def variable(folder: Path, *, quick: bool) -> Workload:
     lengths = paper_lengths(32)
     sequences = random_ids(lengths)
     peers = [
-        *backends.transformers_batchings(folder, sequences, sizes=(8,) if quick else (2, 4, 8, 16, 32)),
-        *backends.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
+        *contenders.transformers_batchings(folder, sequences, sizes=(8,) if quick else (2, 4, 8, 16, 32)),
+        *contenders.onnx_runtime(folder, batched(sequences, 1), "one by one", THREADS),
     ]
     if not quick:
         by_length = batched(sequences, 4, by_length=True)
-        peers += backends.onnx_runtime(folder, by_length, "length-sorted batches of 4", THREADS)
+        peers += contenders.onnx_runtime(folder, by_length, "length-sorted batches of 4", THREADS)
     return Workload(
         f"Ettin-17m, 32 texts of the paper's variable lengths (mean {sum(lengths) / 32:.0f})",
-        [backends.ours(folder, sequences), *peers],
+        [contenders.ours(folder, sequences), *peers],
         alone(folder, sequences),
         tokens=sum(lengths),
         goals={
-            backends.AS_THEY_COME: 1.6,
-            backends.LENGTH_SORTED: 1.3,
-            backends.ONE_BY_ONE: 1.3,
-            backends.ONNX_RUNTIME: 1.2,
+            contenders.AS_THEY_COME: 1.6,
+            contenders.LENGTH_SORTED: 1.3,
+            contenders.ONE_BY_ONE: 1.3,
+            contenders.ONNX_RUNTIME: 1.2,
         },
     )
 
@@ -122,12 +113,12 @@ def long(folder: Path) -> Workload:
     return Workload(
         "Ettin-17m, one text of 8192 tokens",
         [
-            backends.ours(folder, sequences),
-            backends.transformers_sdpa(folder, batched(sequences, 1), "sdpa"),
+            contenders.ours(folder, sequences),
+            contenders.transformers_sdpa(folder, batched(sequences, 1), "sdpa"),
         ],
         alone(folder, sequences),
         tokens=8192,
-        goals={backends.TRANSFORMERS: 2.3},
+        goals={contenders.TRANSFORMERS: 2.3},
         slow=True,
     )
 
@@ -143,11 +134,11 @@ def from_text(folder: Path, *, quick: bool) -> Workload:
     with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as corpus:
         texts = [json.loads(next(corpus))["text"].lower() for _ in range(64)]
     sizes = (8, 32) if quick else (1, 4, 8, 16, 32)
-    mine, tokens = backends.ours_from_text(folder, texts)
+    mine, tokens = contenders.ours_from_text(folder, texts)
     return Workload(
         f"Ettin-17m, 64 Wikipedia passages ({tokens:,} tokens), text to pooled vectors, tokenising timed",
-        [mine, *backends.sentence_transformers(folder, texts, sizes=sizes)],
-        backends.mean_alone(folder, texts),
+        [mine, *contenders.sentence_transformers(folder, texts, sizes=sizes)],
+        contenders.mean_alone(folder, texts),
         tokens=tokens,
     )
 
@@ -162,12 +153,12 @@ def maxsim(width: int, *, quick: bool) -> Workload:
     return Workload(
         f"MaxSim, 1 query of 32 x 1000 documents ({sum(lengths):,} tokens), width {width}",
         [
-            backends.ours_maxsim(query_QE, documents),
-            *backends.padded_maxsim(query_QE, documents, chunks=(50,) if quick else (200, 50, 10)),
-            *backends.maxsim_cpu(query_QE, documents),
+            contenders.ours_maxsim(query_QE, documents),
+            *contenders.padded_maxsim(query_QE, documents, chunks=(50,) if quick else (200, 50, 10)),
+            *contenders.maxsim_cpu(query_QE, documents),
         ],
         torch.stack(in_float64),
-        goals={backends.PADDED_EINSUM: 4.0, backends.MAXSIM_CPU: 1.2} if width == 48 else {},
+        goals={contenders.PADDED_EINSUM: 4.0, contenders.MAXSIM_CPU: 1.2} if width == 48 else {},
     )
 
 
@@ -177,12 +168,12 @@ def base(folder: Path, *, quick: bool) -> Workload:
     return Workload(
         f"ModernBERT-base, {len(lengths)} texts of the paper's variable lengths",
         [
-            backends.ours(folder, sequences),
-            *backends.transformers_batchings(folder, sequences, sizes=() if quick else (2, 4, 8)),
+            contenders.ours(folder, sequences),
+            *contenders.transformers_batchings(folder, sequences, sizes=() if quick else (2, 4, 8)),
         ],
         alone(folder, sequences),
         tokens=sum(lengths),
-        goals={backends.LENGTH_SORTED: 1.15, backends.ONE_BY_ONE: 1.15},
+        goals={contenders.LENGTH_SORTED: 1.15, contenders.ONE_BY_ONE: 1.15},
         slow=True,
     )
 
@@ -219,7 +210,7 @@ def run(*, quick: bool, only: Sequence[str]) -> Iterator[Result]:
             shape, build = BUILDERS.get(name, ("ettin-17m", None))
             folder = Path(scratch) / (shape or "")
             if shape and not folder.exists():
-                backends.save_seeded(shape, folder)
+                contenders.save_seeded(shape, folder)
             yield (
                 memory(folder, quick=quick) if build is None else timed(name, build(folder, quick=quick), quick=quick)
             )
@@ -254,7 +245,7 @@ def _row(name: str, workload: Workload, one: Measured, all_measured: Sequence[Me
         times_better_than={
             other.contender.implementation: one.times_faster_than(other) for other in all_measured if other is not one
         },
-        goals=workload.goals if mine == backends.OURS else {},
+        goals=workload.goals if mine == contenders.OURS else {},
     )
 
 
@@ -266,7 +257,7 @@ def memory(folder: Path, *, quick: bool) -> Result:
     expected = alone(folder, random_ids([8192]))
     peaks: dict[str, list[float]] = {}
     errors, refused = {}, {}
-    for name in (backends.OURS, backends.TRANSFORMERS):
+    for name in (contenders.OURS, contenders.TRANSFORMERS):
         runs = [peak_memory.in_fresh_process(name, folder, 8192, THREADS) for _ in range(1 if quick else 3)]
         error = max((output - expected).abs().max().item() for _, output in runs)
         if error <= TOLERANCE:
@@ -286,7 +277,7 @@ def memory(folder: Path, *, quick: bool) -> Result:
             times_better_than={
                 other: median(theirs) / median(values) for other, theirs in peaks.items() if other != name
             },
-            goals={backends.TRANSFORMERS: 8.0} if name == backends.OURS else {},
+            goals={contenders.TRANSFORMERS: 8.0} if name == contenders.OURS else {},
         )
         for name, values in peaks.items()
     ]
