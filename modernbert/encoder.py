@@ -3,7 +3,7 @@
 Dimension key, used as suffixes everywhere in this project:
     B  sequences                     H  attention heads          E  late-interaction width
     T  tokens of the whole batch     K  width of one head        N  documents
-    S  longest sequence              F  MLP width                Q  query tokens
+    S  longest sequence              F  MLP width                Q  query tokens, or the rows that are asked for
     D  model width                   V  vocabulary               R  rotary frequencies, K / 2
 """
 
@@ -24,8 +24,9 @@ import modernbert_kernels as ops
 
 from . import checkpoint as files
 from .config import EncoderConfig
-from .packing import Packed, pack, pack_static, unpack, unpack_static
-from .runtime import micro_batches
+from .graphs import MAX_TOKENS, Graphed
+from .packing import Packed, check_rows, pack, pack_static, unpack, unpack_static
+from .runtime import micro_batches, split_rows
 
 Rope = tuple[Tensor, Tensor]
 
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x_TD: Tensor, batch: Packed, rope: Rope) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Packed, rope: Rope, rows_Q: Tensor | None) -> Tensor:
         out_THK = ops.attention(
             self.Wqkv(x_TD).unflatten(-1, (3, self.heads, self.head_dim)),
             batch.cu_seqlens,
@@ -108,7 +109,7 @@ class Attention(nn.Module):
             key_lengths=batch.key_lengths,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
-        return dropout(self.Wo(out_THK.flatten(1)), self.dropout_p, self.training)
+        return dropout(self.Wo(chosen(out_THK.flatten(1), rows_Q)), self.dropout_p, self.training)
 
 
 class MLP(nn.Module):
@@ -123,7 +124,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm block. `x` is the residual stream, `delta` what the last sublayer has yet to add to it."""
+    """Pre-norm block. `x` is the residual stream, `delta` what the last sublayer has yet to add to it.
+
+    Every token is attended to, but only the rows `rows_Q` go on from there (None: all of them).
+    """
 
     def __init__(self, config: EncoderConfig, layer: int) -> None:
         super().__init__()
@@ -132,10 +136,12 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope, rows_Q: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else self.attn_norm(x_TD, delta_TD)
-        x_TD, h_TD = self.mlp_norm(x_TD, self.attn(h_TD, batch, rope))
-        return x_TD, self.mlp(h_TD)
+        x_QD, h_QD = self.mlp_norm(chosen(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q))
+        return x_QD, self.mlp(h_QD)
 
 
 class Encoder(nn.Module):
@@ -161,13 +167,16 @@ class Encoder(nn.Module):
         self.reset_parameters()
 
     @overload
-    def forward(self, input_ids: Packed, *, inputs_embeds: Tensor | None = None) -> Tensor: ...
+    def forward(
+        self, input_ids: Packed, *, rows: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor: ...
     @overload
     def forward(
         self,
         input_ids: Packed | Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        rows: Tensor | None = None,
         query_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -182,6 +191,7 @@ class Encoder(nn.Module):
         input_ids: Packed | Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        rows: Tensor | None = None,
         query_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -194,6 +204,8 @@ class Encoder(nn.Module):
 
         Args:
             input_ids: a `Packed` (trusted as it is), or `[B, S]` token ids, checked when they lie on the CPU.
+            rows: `[Q]` integers, increasing: which rows of a `Packed` are wanted, as `[Q, D]`. The last layer skips all
+                others after its attention. `batch.cu_seqlens[:-1]` are the rows of [CLS].
             attention_mask: `[B, S]`, nonzero at real tokens, which must stand together in each row.
             query_mask: `[B, S]`, nonzero at tokens that see the real ones and are seen by nobody (see `pack`).
             position_ids: `[B, S]` rotary positions; default 0, 1, 2, ... from each sequence's first real token.
@@ -216,8 +228,14 @@ class Encoder(nn.Module):
         if isinstance(input_ids, Packed):
             if attention_mask is not None or query_mask is not None or position_ids is not None:
                 raise ValueError("a Packed carries its own masks and positions; pass it alone")
-            x_TD, states = self._encode(input_ids, inputs_embeds, output_hidden_states)
+            if rows is not None:
+                check_rows(rows, input_ids.num_tokens)
+            if rows is not None and output_hidden_states:
+                raise ValueError("hidden states have all rows: choose either rows or output_hidden_states")
+            x_TD, states = self._encode(input_ids, inputs_embeds, output_hidden_states, rows)
             return EncoderOutput(x_TD, states) if output_hidden_states else x_TD
+        if rows is not None:
+            raise ValueError("rows count the tokens of a Packed; index last_hidden_state of a padded batch instead")
         if input_ids is not None and inputs_embeds is None:
             ids_BS = input_ids
         elif input_ids is None and inputs_embeds is not None:
@@ -234,21 +252,25 @@ class Encoder(nn.Module):
             batch = pack(ids_BS, attention_mask, **masks, vocab_size=self.config.vocab_size)
             restore = unpack
         embeds_TD = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[batch.padded_rows]
-        x_TD, states = self._encode(batch, embeds_TD, output_hidden_states)
+        x_TD, states = self._encode(batch, embeds_TD, output_hidden_states, None)
         return EncoderOutput(restore(x_TD, batch), states and tuple(restore(state, batch) for state in states))
 
     def _encode(
-        self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool
+        self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool, rows_Q: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """In inference on a CPU, a large batch runs in parts that stay in the cache; the rows are the same."""
         if not torch.compiler.is_compiling():
             self._warn_of_length(batch.max_seqlen)
         parts = micro_batches(batch) if not torch.is_grad_enabled() else [batch]
         if len(parts) == 1:
-            return self._forward(batch, inputs_embeds_TD, output_hidden_states)
+            return self._forward(batch, inputs_embeds_TD, output_hidden_states, rows_Q)
         sizes = [part.num_tokens for part in parts]
         embeds = [None] * len(parts) if inputs_embeds_TD is None else inputs_embeds_TD.split(sizes)
-        results = [self._forward(*part, output_hidden_states) for part in zip(parts, embeds, strict=True)]
+        rows = [None] * len(parts) if rows_Q is None else split_rows(rows_Q, sizes)
+        results = [
+            self._forward(part, embed, output_hidden_states, row)
+            for part, embed, row in zip(parts, embeds, rows, strict=True)
+        ]
         states = tuple(torch.cat(level) for level in zip(*(s for _, s in results if s is not None), strict=True))
         return torch.cat([x_TD for x_TD, _ in results]), states or None
 
@@ -263,20 +285,36 @@ class Encoder(nn.Module):
             )
 
     def _forward(
-        self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool
+        self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool, rows_Q: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        rope_of = {theta: rotary_table(batch.positions, theta, self.config.head_dim) for theta in set(self.thetas)}
+        rope_of = {theta: ops.rotary_table(batch.positions, theta, self.config.head_dim) for theta in set(self.thetas)}
         states = []
         x_TD, delta_TD = self.embeddings(batch.input_ids, inputs_embeds_TD), None
-        for layer, theta in zip(self.layers, self.thetas, strict=True):
+        rows_of_layer = [None] * (len(self.layers) - 1) + [rows_Q]
+        for layer, theta, rows in zip(self.layers, self.thetas, rows_of_layer, strict=True):
             if output_hidden_states:
                 states.append(x_TD if delta_TD is None else x_TD + delta_TD)
+            inputs = x_TD, delta_TD, batch, rope_of[theta], rows
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_TD, delta_TD = checkpoint(layer, x_TD, delta_TD, batch, rope_of[theta], use_reentrant=False)
+                x_TD, delta_TD = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x_TD, delta_TD = layer(x_TD, delta_TD, batch, rope_of[theta])
+                x_TD, delta_TD = layer(*inputs)
         _, x_TD = self.final_norm(x_TD, delta_TD)
         return x_TD, (*states, x_TD) if output_hidden_states else None
+
+    def graphed(self, max_tokens: int = MAX_TOKENS) -> Graphed:
+        """A callable in the place of this encoder, on a GPU and in evaluation, that replays CUDA graphs.
+
+        It takes a `Packed` on the CPU (and `rows`) and returns `[T, D]` in memory that the next call overwrites. For a
+        query, and for small models up to some thousand tokens, launching kernels takes longer than running them.
+
+        Args:
+            max_tokens: of the largest graph; batches beyond it run without one.
+
+        Raises:
+            ValueError: the encoder is not on a GPU.
+        """
+        return Graphed(self, max_tokens)
 
     @classmethod
     def from_config(cls, config: EncoderConfig | str) -> Encoder:
@@ -347,8 +385,5 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(parameter, std=std, a=-limit, b=limit)
 
 
-def rotary_table(positions_T: Tensor, theta: float, head_dim: int) -> Rope:
-    """cos and sin of the rotary angles, `[T, K / 2]` each, in float32 whatever the model's dtype (RoFormer, 3.2.2)."""
-    exponent_R = torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim
-    angle_TR = positions_T.float()[:, None] * (1.0 / theta**exponent_R)
-    return angle_TR.cos(), angle_TR.sin()
+def chosen(x_TD: Tensor, rows_Q: Tensor | None) -> Tensor:
+    return x_TD if rows_Q is None else x_TD.index_select(0, rows_Q)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import overload
@@ -47,17 +47,22 @@ class Packed:
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
-    def to(self, device: torch.device | str) -> Packed:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packed:
         """The same batch with its tensors on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Packed:
+        """The same batch in memory from which a GPU copies while the CPU goes on; a `DataLoader` calls it too."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Packed:
+        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     def select(self, indices: Sequence[int]) -> Packed:
         """The sequences named by `indices`, in that order, as a batch of their own."""
-        starts = list(accumulate(self.lengths, initial=0))
         lengths = tuple(self.lengths[i] for i in indices)
-        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices] or [torch.arange(0)])
-        rows = rows.to(self.input_ids.device)
+        rows = self.rows_of(indices)
         cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         return Packed(
             input_ids=self.input_ids[rows],
@@ -67,6 +72,16 @@ class Packed:
             max_seqlen=max(lengths, default=0),
             key_lengths=None if self.key_lengths is None else self.key_lengths[list(indices)],
         )
+
+    def rows_of(self, indices: Sequence[int]) -> Tensor:
+        """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
+        length_B = torch.tensor(self.lengths, dtype=torch.int64)
+        chosen = torch.tensor(list(indices), dtype=torch.int64)
+        length = length_B[chosen]
+        # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
+        shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
+        rows = torch.arange(int(length.sum())) + torch.repeat_interleave(shift, length)
+        return rows.to(self.input_ids.device)
 
 
 def pack(
@@ -243,6 +258,16 @@ def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
             f"token id {wrong} is out of range{limit}: does the tokenizer belong to this checkpoint, or do added "
             "tokens need encoder.resize_token_embeddings(len)?"
         )
+
+
+def check_rows(rows: Tensor, num_tokens: int) -> None:
+    """Rows of a batch that are asked for; those on a GPU are trusted, as a look at them would wait for it."""
+    if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rows must be a vector of int32 or int64, got {rows.dtype} of shape {tuple(rows.shape)}")
+    if not rows.is_cpu or rows.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if bool((rows.diff() <= 0).any()) or int(rows[0]) < 0 or int(rows[-1]) >= num_tokens:
+        raise ValueError(f"rows must be increasing, from 0 to less than the {num_tokens} tokens of the batch")
 
 
 @dataclass(frozen=True, eq=False)

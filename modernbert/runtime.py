@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import copy
+import math
 import multiprocessing
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .packing import Packed, Ragged
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: activations of one layer stay in the cache (measured by `benchmarks cpu`)."""
 
 GPU_TOKENS = 65_536
-"""Tokens of a batch on a GPU: enough rows to fill every GEMM of the small models."""
+"""Tokens of a batch on a GPU at most: enough rows to fill every GEMM of the small models."""
 
-TEXTS = 4096
-"""Texts tokenised and sorted at a time, so that memory does not grow with the corpus."""
+TEXTS = 1024
+"""Texts tokenised and sorted at a time, so that memory does not grow with the corpus, and a GPU soon has work."""
 
 PROGRESS_TEXTS = 500
 """Fewer texts than this show no progress bar unless one is asked for."""
@@ -46,6 +52,13 @@ def micro_batches(batch: Packed, tokens: int = CPU_TOKENS) -> list[Packed]:
         filled += length
     cuts.append(len(batch))
     return [batch.select(range(start, stop)) for start, stop in pairwise(cuts)]
+
+
+def split_rows(rows_Q: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Increasing rows of a batch as rows of its parts, which have `sizes` tokens."""
+    starts = list(accumulate(sizes, initial=0))
+    cuts = torch.searchsorted(rows_Q, torch.tensor(starts, dtype=rows_Q.dtype, device=rows_Q.device)).tolist()
+    return [rows_Q[first:last] - start for (first, last), start in zip(pairwise(cuts), starts[:-1], strict=True)]
 
 
 def plan(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -78,11 +91,12 @@ def encode_texts(
     texts = list(texts)
     if devices is not None:
         return _encode_in_processes(model, tokenize, texts, batch_tokens, progress, devices)
-    matrices: list[Tensor] = []
+    parts = [texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS)]
+    tokenized: Callable[[list[str]], Any] = partial(getattr(model, tokenize), spans=False)
+    # While a GPU encodes one part, the CPU tokenises the next; on a CPU they would only share its cores.
+    in_turn = map if next(model.parameters()).is_cpu else one_ahead
     with _bar(len(texts), progress) as advance:
-        for start in range(0, len(texts), TEXTS):
-            tokens = getattr(model, tokenize)(texts[start : start + TEXTS])
-            matrices += encode_tokens(model, tokens, batch_tokens, advance)
+        matrices = _encode(model, in_turn(tokenized, parts), batch_tokens, advance)
     # Joined outside of inference mode: an ordinary tensor, which may meet autograd later.
     return Ragged.from_list(matrices) if matrices else Ragged(torch.zeros(0, model.dim), torch.zeros(1).long())
 
@@ -94,22 +108,82 @@ def encode_tokens(
     advance: Callable[[int], None] = lambda texts: None,
 ) -> list[Tensor]:
     """The scored rows of each text of `tokens` (`Tokens`), `[n_i, E]` float32 on the CPU, in the order given."""
+    return _encode(model, [tokens], batch_tokens, advance)
+
+
+def one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map`, but a thread works on the next item while the caller uses this one."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: deque[Future[R]] = deque()
+        for item in items:
+            coming.append(thread.submit(function, item))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        yield from (last.result() for last in coming)
+
+
+def _encode(model: Any, parts: Iterable[Any], batch_tokens: int | None, advance: Callable[[int], None]) -> list[Tensor]:
+    """The rows of all texts of all `parts` (`Tokens`). A GPU is given a batch before the last one is back."""
+    matrices: list[Tensor] = []
+    underway: deque[tuple[list[int], Tensor, Tensor, torch.cuda.Event | None]] = deque()
+
+    def finish() -> None:
+        places, rows, offsets, done = underway.popleft()
+        if done is not None:
+            done.synchronize()
+        for place, matrix in zip(places, Ragged(rows, offsets), strict=True):
+            matrices[place] = matrix
+        advance(len(places))
+
     device = next(model.parameters()).device
-    budget = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
-    matrices: list[Tensor] = [torch.empty(0)] * len(tokens.batch)
+    budget = batch_tokens or token_budget(device, model.encoder.config.hidden_size)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for indices in plan(tokens.batch.lengths, budget):
-                part = tokens.select(indices)
-                rows = part.ragged(model(part.batch.to(device)))
-                for index, matrix in zip(indices, Ragged(rows.values.float().cpu(), rows.offsets), strict=True):
-                    matrices[index] = matrix
-                advance(len(indices))
+            for tokens in parts:
+                first = len(matrices)
+                matrices += [torch.empty(0)] * len(tokens.batch)
+                for indices in plan(tokens.batch.lengths, budget):
+                    part = tokens.select(indices)
+                    underway.append(([first + i for i in indices], *_begin(model, part, device)))
+                    if device.type == "cpu" or len(underway) > 1:
+                        finish()
+            while underway:
+                finish()
     finally:
         model.train(was_training)
     return matrices
+
+
+def _begin(model: Any, part: Any, device: torch.device) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+    """Scored rows, float32 on the CPU, their offsets, and what to wait for before the rows are read."""
+    rows, offsets = part.rows, part.offsets
+    if device.type == "cpu":
+        return model(part.batch, rows=rows).float(), offsets, None
+    if model.graphs is not None and model.graphs.bucket(part.batch) is not None:
+        x_QE = model.graphs(part.batch, rows=rows)
+    else:
+        batch = part.batch.pin_memory().to(device, non_blocking=True)
+        x_QE = model(batch, rows=None if rows is None else rows.pin_memory().to(device, non_blocking=True))
+    x_QE = x_QE.float().to("cpu", non_blocking=True)  # into pinned memory of its own
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    return x_QE, offsets, done
+
+
+def token_budget(device: torch.device, width: int) -> int:
+    """Tokens of a batch: on a GPU the most up to `GPU_TOKENS` of which every product's tiles fill all processors."""
+    if device.type == "cpu":
+        return CPU_TOKENS
+    wave = full_wave(torch.cuda.get_device_properties(device).multi_processor_count, width)
+    return max(1, GPU_TOKENS // wave) * wave
+
+
+def full_wave(processors: int, width: int, tile: int = 128) -> int:
+    """The fewest rows of a product `width` wide whose square tiles give every processor the same number."""
+    across = -(-width // tile)
+    return tile * processors // math.gcd(across, processors)
 
 
 def _encode_in_processes(
@@ -128,7 +202,7 @@ def _encode_in_processes(
     queue = context.Queue()
     for device in devices:
         queue.put(device)
-    size = max(1, min(TEXTS, -(-len(texts) // len(devices))))
+    size = max(1, min(4 * TEXTS, -(-len(texts) // len(devices))))
     parts = [texts[start : start + size] for start in range(0, len(texts), size)]
     # As bytes and arrays: tensors would go through /dev/shm, which is small in containers.
     weights = pickle.dumps(copy.deepcopy(model).cpu())

@@ -103,13 +103,20 @@ class Tokenizer:
         Raises TypeError for anything but `str` and pairs of them, ValueError for half a surrogate pair in
         a text and for a `max_length` below the number of special tokens.
         """
-        return pack([encoding.ids for encoding in self._encode(texts, max_length, spans=False)])
+        return pack([encoding.ids for encoding in self._encode(texts, max_length, spans=False, warn=True)])
 
-    def encode_batch(self, texts: str | Iterable[Text], *, max_length: int | None = None) -> list[Encoding]:
-        """As `__call__`, but one list of ids per text, with offsets and the number of tokens cut off."""
-        return self._encode(texts, max_length, spans=True)
+    def encode_batch(
+        self, texts: str | Iterable[Text], *, max_length: int | None = None, offsets: bool = True, warn: bool = True
+    ) -> list[Encoding]:
+        """As `__call__`, but one list of ids per text, with offsets and the number of tokens cut off.
 
-    def _encode(self, texts: str | Iterable[Text], max_length: int | None, spans: bool) -> list[Encoding]:
+        Args:
+            offsets: False leaves them empty, which is a good deal faster.
+            warn: False: nothing is said about texts that were cut.
+        """
+        return self._encode(texts, max_length, spans=offsets, warn=warn)
+
+    def _encode(self, texts: str | Iterable[Text], max_length: int | None, spans: bool, warn: bool) -> list[Encoding]:
         texts = _checked(texts)
         limit = self.max_length if max_length is None else max_length
         left = self._config.get("truncation_side") == "left"
@@ -125,7 +132,7 @@ class Tokenizer:
                 kept = _kept(whole.sequence_ids, limit, left)
                 ids, offsets = [ids[row] for row in kept], [offsets[row] for row in kept if offsets]
             batch.append(Encoding(ids, offsets, truncated=len(whole) - len(ids)))
-        if cut := sum(encoding.truncated > 0 for encoding in batch):
+        if warn and (cut := sum(encoding.truncated > 0 for encoding in batch)):
             longest = max(map(len, wholes))
             what = f"{cut} of {len(batch)} texts were cut to {limit} tokens, the longest of {longest}"
             todo = "pass a larger max_length or split them (encode_batch tells which). To silence this: "

@@ -96,6 +96,16 @@ def _rotary(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
         yield Case(ops.rotary, f"{heads} x {width}, in place", (), {"qkv_T3HK": qkv.clone(), **rope, "inplace": True})
 
 
+@cases("rotary_table")
+def _rotary_table(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
+    """The tables are float32 whatever the dtype is."""
+    positions = torch.arange(tokens, device=device) % 512
+    for width in (64, 32, 128):
+        for theta in (10_000.0, 160_000.0) if width == 64 else (10_000.0,):
+            named = {"theta": theta, "head_dim": width}
+            yield Case(ops.rotary_table, f"{width}, theta {theta:,.0f}", (positions,), named)
+
+
 @cases("rotate_back")
 def _rotate_back(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]:
     for heads, width in ((12, 64), (12, 32), (8, 128)):

@@ -150,7 +150,7 @@ class TableEncoder(nn.Module):
         self.register_buffer("shares", torch.tensor(self.SHARES))  # So that the fingerprint of a store has them.
         self.table: Tensor
 
-    def forward(self, batch: Packed) -> Tensor:
+    def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         ids_T = batch.input_ids
         lengths_B = torch.tensor(batch.lengths)
         text_T = torch.stack([ids.sum() for ids in ids_T.split(batch.lengths)]).repeat_interleave(lengths_B)
@@ -162,4 +162,4 @@ class TableEncoder(nn.Module):
         for part, (share, key_T) in enumerate(zip(self.SHARES, keys, strict=True)):
             row_T = ((key_T * len(keys) + part) * 2_654_435_761 >> 16) % ROWS
             x_TD += share**0.5 * self.table[row_T]
-        return x_TD
+        return x_TD if rows is None else x_TD[rows]

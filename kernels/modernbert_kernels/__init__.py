@@ -16,6 +16,7 @@ from .reference import (
     pool,
     project_normalize,
     rotary,
+    rotary_table,
 )
 
 if find_spec("triton"):
@@ -37,4 +38,5 @@ __all__ = [
     "pool",
     "project_normalize",
     "rotary",
+    "rotary_table",
 ]

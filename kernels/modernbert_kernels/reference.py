@@ -56,6 +56,18 @@ def geglu(h_T2F: Tensor, activation: str = "gelu") -> Tensor:
 
 
 @Op
+def rotary_table(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, `[T, K / 2]` each, in float32 whatever the model's dtype (RoFormer, 3.2.2).
+
+    Args:
+        positions_T: int64 or int32.
+    """
+    exponent_R = torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim
+    angle_TR = positions_T.float()[:, None] * (1.0 / theta**exponent_R)
+    return angle_TR.cos(), angle_TR.sin()
+
+
+@Op
 def rotary(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: bool = False) -> Tensor:
     """Rotate q and k of packed qkv (half-split pairs `(d, d + K/2)`); v passes. Float32 maths, one rounding.
 

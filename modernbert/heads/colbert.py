@@ -6,10 +6,8 @@ import copy
 import os
 import string
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +19,10 @@ import modernbert_kernels as ops
 
 from .. import checkpoint as files
 from ..encoder import Encoder, Linear
+from ..graphs import MAX_TOKENS, Graphed
 from ..packing import Packed, Ragged, pack
 from ..runtime import encode_texts
-from ..tokenizer import Tokenizer, TruncationWarning
+from ..tokenizer import Tokenizer
 from . import colbert_folder
 from .token_pooling import pool_tokens
 
@@ -65,24 +64,32 @@ class Tokens(NamedTuple):
     Attributes:
         batch: what the encoder sees.
         keep: `[T]` bool, the rows that are scored.
-        spans: per text and row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK].
+        spans: per text and row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK]; empty where
+            they were not asked for.
     """
 
     batch: Packed
     keep: Tensor
     spans: list[list[Span]]
 
+    @property
+    def rows(self) -> Tensor | None:
+        """`[Q]` int64, the rows that are scored, as the model takes them; None: all."""
+        return None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1)
+
+    @property
+    def offsets(self) -> Tensor:
+        """`[N + 1]` int64: the scored rows of text i are `offsets[i]` to `offsets[i + 1]` of all scored rows."""
+        return F.pad(self.keep.cumsum(0), (1, 0))[self.batch.cu_seqlens]
+
     def select(self, indices: Sequence[int]) -> Tokens:
         """The texts named by `indices`, in that order."""
-        keep = self.keep.split(self.batch.lengths)
-        return Tokens(
-            self.batch.select(indices), torch.cat([keep[i] for i in indices]), [self.spans[i] for i in indices]
-        )
+        rows = self.batch.rows_of(indices)
+        return Tokens(self.batch.select(indices), self.keep[rows], [self.spans[i] for i in indices if self.spans])
 
     def ragged(self, x_TE: Tensor) -> Ragged:
-        """The scored rows of the model's output for `batch`. Differentiable."""
-        kept = [int(keep.sum()) for keep in self.keep.split(self.batch.lengths)]
-        return Ragged(x_TE[self.keep.to(x_TE.device)], torch.tensor(list(accumulate(kept, initial=0))))
+        """The scored rows of the model's output for all of `batch`. Differentiable."""
+        return Ragged(x_TE[self.keep.to(x_TE.device)], self.offsets)
 
 
 class Dense(nn.Module):
@@ -121,6 +128,7 @@ class ColBERT(nn.Module):
 
     Attributes:
         encoder, tokenizer, config: the parts. dense: the layers of the head. dim: width E of the vectors.
+        graphs: what `graphed` returned, to make `encode_*` replay CUDA graphs; None launches every kernel by itself.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig) -> None:
@@ -128,6 +136,7 @@ class ColBERT(nn.Module):
         self.encoder, self.tokenizer, self.config = encoder, tokenizer, config
         self.dense = nn.ModuleList(dense)
         self.dim = dense[-1].linear.out_features
+        self.graphs: Graphed | None = None
         self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
@@ -196,15 +205,22 @@ class ColBERT(nn.Module):
         """Write a folder that PyLate and sentence-transformers read. Atomic."""
         colbert_folder.write(folder, self)
 
-    def forward(self, batch: Packed) -> Tensor:
-        """`[T]` tokens to `[T, E]` unit vectors; `Tokens.ragged` picks the rows that are scored."""
-        x_TD = self.encoder(batch)
+    def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
+        """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.
+
+        With `rows` (`Tokens.rows`) to the `[Q, E]` vectors of these alone, for less work: see `Encoder.forward`.
+        """
+        x_TD = self.encoder(batch, rows=rows)
         *hidden, last = self.dense
         for layer in hidden:
             x_TD = layer(x_TD)
         if isinstance(last, Dense) and last.is_projection:
             return ops.project_normalize(x_TD, last.linear.weight, last.linear.bias)
         return F.normalize(last(x_TD), dim=-1)
+
+    def graphed(self, max_tokens: int = MAX_TOKENS) -> Graphed:
+        """A callable in the place of this model that replays CUDA graphs; see `Encoder.graphed`."""
+        return Graphed(self, max_tokens)
 
     def encode_queries(
         self,
@@ -241,43 +257,47 @@ class ColBERT(nn.Module):
         ragged = encode_texts(self, "tokenize_documents", texts, batch_tokens, progress, devices)
         return ragged if pool_factor == 1 else Ragged.from_list([pool_tokens(x, pool_factor) for x in ragged])
 
-    def tokenize_queries(self, texts: Sequence[str]) -> Tokens:
-        """What `encode_queries` feeds the encoder: `[CLS] prefix text [SEP]`, and [MASK] rows with expansion."""
+    def tokenize_queries(self, texts: Sequence[str], *, spans: bool = True) -> Tokens:
+        """What `encode_queries` feeds the encoder: `[CLS] prefix text [SEP]`, and [MASK] rows with expansion.
+
+        Without `spans`, which encoding does not need, it is a good deal faster.
+        """
         c = self.config
-        ids, spans = self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length)
+        ids, found = self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, spans)
         key_lengths = [len(row) for row in ids]
         if c.do_query_expansion:
-            for row, span in zip(ids, spans, strict=True):
-                missing = c.query_length - len(row)
-                row += [self.tokenizer.mask_token_id] * missing
-                span += [None] * missing
+            mask = self.tokenizer.mask_token_id
+            assert mask is not None  # __init__ has seen to it
+            ids = [row + [mask] * (c.query_length - len(row)) for row in ids]
+            found = [row + [None] * (c.query_length - len(row)) for row in found]
         batch = pack(ids)
         if c.do_query_expansion and not c.attend_to_expansion_tokens:
             batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
-        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), spans)
+        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
 
-    def tokenize_documents(self, texts: Sequence[str], *, truncate: bool = True) -> Tokens:
+    def tokenize_documents(self, texts: Sequence[str], *, truncate: bool = True, spans: bool = True) -> Tokens:
         """What `encode_documents` feeds the encoder, and which rows it keeps; all of the text without `truncate`."""
         c = self.config
         length = c.document_length if truncate else sys.maxsize
-        ids, spans = self._tokenize(texts, c.document_prompt, c.document_prefix, length)
+        ids, found = self._tokenize(texts, c.document_prompt, c.document_prefix, length, spans)
         batch = pack(ids)
-        return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), spans)
+        return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), found)
 
     def _tokenize(
-        self, texts: Sequence[str], prompt: str, prefix: str, length: int
+        self, texts: Sequence[str], prompt: str, prefix: str, length: int, with_spans: bool
     ) -> tuple[list[list[int]], list[list[Span]]]:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of str, got one str: put it in a list")
         inserted = [] if not prefix else [self.tokenizer.token_to_id(prefix)]
         prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
-        with warnings.catch_warnings():
-            # Cutting to query_length or document_length is the model's definition, as in every ColBERT.
-            warnings.simplefilter("ignore", TruncationWarning)
-            encodings = self.tokenizer.encode_batch(prepared, max_length=length - len(inserted))
+        # Cutting to query_length or document_length is the model's definition, as in every ColBERT: no warning.
+        room = length - len(inserted)
+        encodings = self.tokenizer.encode_batch(prepared, max_length=room, offsets=with_spans, warn=False)
         ids, spans = [], []
         for text, clean, encoding in zip(texts, prepared, encodings, strict=True):
             ids.append([*encoding.ids[:1], *inserted, *encoding.ids[1:]])
+            if not with_spans:
+                continue
             shift = (prompt + text).find(clean) - len(prompt)
             rows: list[Span] = [
                 (start + shift, end + shift) if end > start and end + shift > 0 else None

@@ -58,7 +58,7 @@ def batch(windows: Sequence[Window]) -> Tokens:
     from ..heads.colbert import Tokens
 
     keep = torch.from_numpy(np.concatenate([window.keep for window in windows]))
-    return Tokens(pack([window.ids.tolist() for window in windows]), keep, [[]] * len(windows))
+    return Tokens(pack([window.ids.tolist() for window in windows]), keep, [])
 
 
 def _parts(document: Document) -> Iterator[Passage]:

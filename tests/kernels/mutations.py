@@ -35,6 +35,7 @@ EDGES = f"{ATTENTION} edges"
 MAXSIM = "tests/kernels/test_maxsim.py -k"
 POOL = "tests/kernels/test_pooling.py -k"
 PROJECT = "tests/kernels/test_projection.py -k"
+TABLE = "tests/kernels/test_rotary_table.py"
 MUTATIONS = [
     Mutation("attention_kernels.py", "columns[None, :] < high[:, None]", "columns[None, :] <= high[:, None]", EDGES),
     Mutation("attention_kernels.py", "columns[None, :] >= low[:, None]", "columns[None, :] > low[:, None]", EDGES),
@@ -69,6 +70,11 @@ MUTATIONS = [
         "tl.store(dqkv + target, a * c - b * s",
         "tests/kernels/test_rotary.py",
     ),
+    Mutation("rotary_table.py", "(quarter == 1) | (quarter == 2)", "(quarter == 1) | (quarter == 3)", TABLE),
+    Mutation("rotary_table.py", "quarter >= 2, -result", "quarter >= 3, -result", TABLE),
+    Mutation("rotary_table.py", "1.0 - 0.5 * square", "1.0 - square", TABLE),
+    Mutation("rotary_table.py", "_float64(STEP))", "_float64(STEP)).to(tl.float32)", f"{TABLE} -k last_bits"),
+    Mutation("rotary_table.py", "_float64(TWO_OVER_PI) + 0.5", "_float64(TWO_OVER_PI)", f"{TABLE} -k last_bits"),
     Mutation("cross_entropy.py", 'tl.where(start + columns < V, x, float("-inf"))', "x", f"{CROSS} backend"),
     Mutation("cross_entropy.py", "slope - tl.where(", "slope + tl.where(", f"{CROSS} backend"),
     Mutation("cross_entropy.py", "1 + 2 * z_loss * lse", "1 + z_loss * lse", f"{CROSS} backend"),

@@ -171,3 +171,44 @@ def test_wrong_calls(colbert: ColBERT) -> None:
         colbert.encode_queries("a text")
     with pytest.raises(ValueError, match="devices is empty"):
         colbert.encode_queries(["a text"], devices=[])
+
+
+# Batches on their way
+
+
+def test_one_ahead_is_map_and_hands_on_what_is_raised() -> None:
+    begun: list[int] = []
+
+    def double(item: int) -> int:
+        begun.append(item)
+        if item == 5:
+            raise ValueError("five")
+        return 2 * item
+
+    assert list(runtime.one_ahead(double, [])) == []
+    taken = runtime.one_ahead(double, range(9))
+    assert [next(taken) for _ in range(4)] == [0, 2, 4, 6]
+    assert max(begun) <= 5  # no further ahead than one
+    assert next(taken) == 8
+    with pytest.raises(ValueError, match="five"):
+        next(taken)
+
+
+@pytest.mark.parametrize(
+    ("processors", "width", "rows"),
+    [(132, 768, 2816), (132, 256, 8448), (128, 768, 8192), (128, 1024, 2048), (3, 100, 384)],
+)
+def test_full_waves(processors: int, width: int, rows: int) -> None:
+    assert runtime.full_wave(processors, width) == rows
+    tiles = rows // 128 * -(-width // 128)
+    assert tiles % processors == 0
+
+
+def test_tokens_without_spans_are_the_same_tokens(colbert: ColBERT) -> None:
+    for tokenize in (colbert.tokenize_queries, colbert.tokenize_documents):
+        plain, full = tokenize(TEXTS, spans=False), tokenize(TEXTS)
+        assert plain.spans == []
+        assert len(full.spans) == len(TEXTS)
+        assert torch.equal(plain.batch.input_ids, full.batch.input_ids)
+        assert torch.equal(plain.keep, full.keep)
+        assert plain.select([3, 0]).spans == []

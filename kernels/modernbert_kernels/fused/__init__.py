@@ -1,3 +1,14 @@
 """Fast paths in Triton, forward and backward: each file registers on its op when it is imported."""
 
-from . import attention, cross_entropy, embedding, geglu, layer_norm, maxsim, pooling, projection, rotary  # noqa: F401
+from . import (  # noqa: F401
+    attention,
+    cross_entropy,
+    embedding,
+    geglu,
+    layer_norm,
+    maxsim,
+    pooling,
+    projection,
+    rotary,
+    rotary_table,
+)

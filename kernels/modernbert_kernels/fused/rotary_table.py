@@ -1,0 +1,90 @@
+"""The tables of the rotary embedding in one kernel: frequencies, angles, cosines and sines.
+
+A float32 frequency is off by 6e-8 of itself, which at position 32,768 is an angle of 0.002, and the sine and cosine of
+the hardware are off by 5e-7 and by more the larger the angle is. So the angle is computed and reduced to an eighth of a
+turn in float64, and what is left goes through the polynomials of Cephes (Moshier, sinf and cosf) in float32. That
+is five operations of float64 for each angle; the frequencies are computed once for the rows of a program.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import OLDEST, arch, operator
+from ..reference import rotary_table
+
+TILE = 1024
+"""Angles of a program of 4 warps, 8 for each thread: a query of 32 tokens is one program."""
+
+POSITIONS = (torch.int64, torch.int32)
+HALF_PI = tl.constexpr(math.pi / 2)
+TWO_OVER_PI = tl.constexpr(2 / math.pi)
+
+
+@triton.jit
+def _float64(value: tl.constexpr):
+    """A number of Python with all its digits: beside a tensor Triton would round it to float32."""
+    return tl.full([1, 1], value, tl.float64)
+
+
+@triton.jit(do_not_specialize=["T"])
+def rotary_table_kernel(
+    positions, cos, sin, T, STEP: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """`STEP` is the logarithm to base 2 of the ratio of two neighbouring frequencies."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    position = tl.load(positions + rows, mask=rows < T, other=0)
+    frequency = tl.exp2(columns.to(tl.float64) * _float64(STEP))
+    angle = position.to(tl.float64)[:, None] * frequency
+    quarters = tl.floor(angle * _float64(TWO_OVER_PI) + 0.5)
+    x = (angle - quarters * _float64(HALF_PI)).to(tl.float32)
+    quarter = quarters.to(tl.int64) & 3
+    square = x * x
+    s = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * x + x
+    c = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square
+    c += 1.0 - 0.5 * square
+    # A quarter of a turn swaps the two, and two of them turn the sign.
+    swapped = (quarter & 1) == 1
+    here = rows[:, None] * R + columns
+    inside = (rows < T)[:, None] & (columns < R)
+    result = tl.where(swapped, s, c)
+    tl.store(cos + here, tl.where((quarter == 1) | (quarter == 2), -result, result), mask=inside)
+    result = tl.where(swapped, c, s)
+    tl.store(sin + here, tl.where(quarter >= 2, -result, result), mask=inside)
+
+
+def _empty(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    shape = (positions_T.shape[0], head_dim // 2)
+    cos_TR, sin_TR = (positions_T.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return cos_TR, sin_TR
+
+
+@operator("rotary_table(Tensor positions, float theta, int head_dim) -> (Tensor, Tensor)", fake=_empty)
+def rotary_table_forward(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    cos_TR, sin_TR = _empty(positions_T, theta, head_dim)
+    T, R = cos_TR.shape
+    columns = triton.next_power_of_2(R)
+    rows = max(1, TILE // columns)
+    if T:
+        step = -math.log2(theta) / R
+        rotary_table_kernel[(triton.cdiv(T, rows),)](
+            positions_T, cos_TR, sin_TR, T, step, R, rows, columns, num_warps=4
+        )
+    return cos_TR, sin_TR
+
+
+def _accepts(positions_T: Tensor, theta: float, head_dim: int) -> bool:
+    fits = positions_T.dtype in POSITIONS and positions_T.dim() == 1 and head_dim % 2 == 0
+    return fits and positions_T.is_cuda and arch(positions_T.device) >= OLDEST
+
+
+@rotary_table.register("triton", when=_accepts)
+def rotary_table_triton(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    """`rotary_table`, with angles that are right to float32 at every position; same arguments and result."""
+    return rotary_table_forward(positions_T.contiguous(), theta, head_dim)
