@@ -202,7 +202,8 @@ def _encode_in_processes(
     queue = context.Queue()
     for device in devices:
         queue.put(device)
-    size = max(1, min(4 * TEXTS, -(-len(texts) // len(devices))))
+    # Several parts for each, so that none waits long for the last one.
+    size = max(1, min(4 * TEXTS, -(-len(texts) // (4 * len(devices)))))
     parts = [texts[start : start + size] for start in range(0, len(texts), size)]
     # As bytes and arrays: tensors would go through /dev/shm, which is small in containers.
     weights = pickle.dumps(copy.deepcopy(model).cpu())
