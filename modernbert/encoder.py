@@ -259,7 +259,7 @@ class Encoder(nn.Module):
         self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool, rows_Q: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """In inference on a CPU, a large batch runs in parts that stay in the cache; the rows are the same."""
-        if not torch.compiler.is_compiling():
+        if batch.lengths and not torch.compiler.is_compiling():  # a graph's batch stands for many, and has none
             self._warn_of_length(batch.max_seqlen)
         parts = micro_batches(batch) if not torch.is_grad_enabled() else [batch]
         if len(parts) == 1:

@@ -59,7 +59,7 @@ class Graph:
 class Graphed:
     """A model in evaluation mode that replays CUDA graphs; called like the model, with a `Packed` on the CPU.
 
-    A batch is rounded up to the next of a few sizes by short sequences that nobody sees, and copied to the GPU in one
+    For one thread at a time. A batch is rounded up to the next of a few sizes by short sequences that nobody sees, and copied to the GPU in one
     piece; nothing is allocated. The first batch of a size captures its graph, which takes a few forward passes.
 
     Attributes:
@@ -73,7 +73,7 @@ class Graphed:
         if max_tokens < SMALLEST:
             raise ValueError(f"max_tokens is {max_tokens}: the smallest graph has {SMALLEST} tokens")
         self.model, self.max_tokens, self.device = model, max_tokens, weight.device
-        self._capture = capture or partial(_captured, torch.cuda.graph_pool_handle())
+        self._capture = capture or partial(_captured, weight.device, torch.cuda.graph_pool_handle())
         self._sizes = bucket_sizes(max_tokens)
         self._graphs: dict[Bucket, Graph] = {}
         self._address = weight.data_ptr()
@@ -108,7 +108,7 @@ class Graphed:
         fill(graph.host, batch, bucket)
         graph.inputs.copy_(graph.host, non_blocking=True)
         if graph.copied is not None:
-            graph.copied.record()
+            graph.copied.record(torch.cuda.current_stream(self.device))
         graph.replay()
         if rows is None:
             return graph.output[: batch.num_tokens]
@@ -136,6 +136,7 @@ class Graphed:
                 stacklevel=4,
             )
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
     def _make(self, bucket: Bucket) -> Graph:
         sizes = [bucket.tokens, bucket.tokens, bucket.places + 1] + [bucket.places] * bucket.keys
         host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -177,15 +178,16 @@ def fill(row: Tensor, batch: Packed, bucket: Bucket) -> None:
         key_lengths[count:] = cu_seqlens.diff()[count:]
 
 
-def _captured(pool: Any, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+def _captured(device: torch.device, pool: Any, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
     """A CUDA graph of `run`, and the memory that it writes its result to. Graphs of one pool take turns in it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels are compiled and loaded, workspaces allocated
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        output = run()
-    return graph.replay, output
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # kernels are compiled and loaded, workspaces allocated
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            output = run()
+        return graph.replay, output

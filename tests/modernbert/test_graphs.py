@@ -10,6 +10,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_the_result_is_overwritten_by_the_next_call(encoder: Encoder) -> None:
     kept = first.clone()
     graphed(batch_of([21]))
     assert not torch.equal(first, kept)
+
+
+def test_a_graph_made_in_inference_mode_serves_outside_of_it(encoder: Encoder) -> None:
+    graphed = Graphed(encoder, 64, capture=stand_in([]))
+    with torch.inference_mode():
+        wanted = graphed(batch_of([9])).clone()
+    got = graphed(batch_of([9]))
+    assert not got.is_inference()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_a_bucket_longer_than_the_model_warns_nobody() -> None:
+    encoder = twins(replace(TINY, max_position_embeddings=1100))[1].eval()
+    graphed = Graphed(encoder, 2048, capture=stand_in([]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert graphed(batch_of([1099])).shape[0] == 1099
 
 
 def test_what_no_graph_holds_runs_without_one_and_says_so_once(encoder: Encoder) -> None:
