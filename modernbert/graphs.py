@@ -59,8 +59,9 @@ class Graph:
 class Graphed:
     """A model in evaluation mode that replays CUDA graphs; called like the model, with a `Packed` on the CPU.
 
-    For one thread at a time. A batch is rounded up to the next of a few sizes by short sequences that nobody sees, and copied to the GPU in one
-    piece; nothing is allocated. The first batch of a size captures its graph, which takes a few forward passes.
+    A batch is rounded up to the next of a few sizes by short sequences that nobody sees, and copied to the GPU in one
+    piece; nothing is allocated. The first batch of a size captures its graph, which takes a few forward passes. One
+    thread at a time may call it.
 
     Attributes:
         max_tokens: of the largest graph. Batches beyond it run without one, and the first of them says so.
@@ -137,6 +138,7 @@ class Graphed:
             )
 
     @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
+    @torch.no_grad()
     def _make(self, bucket: Bucket) -> Graph:
         sizes = [bucket.tokens, bucket.tokens, bucket.places + 1] + [bucket.places] * bucket.keys
         host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")

@@ -110,6 +110,7 @@ def test_a_graph_made_in_inference_mode_serves_outside_of_it(encoder: Encoder) -
         wanted = graphed(batch_of([9])).clone()
     got = graphed(batch_of([9]))
     assert not got.is_inference()
+    assert not got.requires_grad
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
