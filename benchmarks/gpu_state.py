@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-PEERS = ("triton", "liger-kernel", "late-interaction-kernels", "flash-attn", "flash-attn-3", "flash-attn-4")
+PEERS = (
+    "triton",
+    "liger-kernel",
+    "late-interaction-kernels",
+    "flash-maxsim",
+    "packed-encoders",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+)
 SENSORS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import modernbert_kernels as ops
 
 from . import checkpoint as files
+from . import short
 from .config import EncoderConfig
 from .graphs import MAX_TOKENS, Graphed
 from .packing import Packed, check_rows, pack, pack_static, unpack, unpack_static
@@ -259,8 +260,12 @@ class Encoder(nn.Module):
         self, batch: Packed, inputs_embeds_TD: Tensor | None, output_hidden_states: bool, rows_Q: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """In inference on a CPU, a large batch runs in parts that stay in the cache; the rows are the same."""
-        if batch.lengths and not torch.compiler.is_compiling():  # a graph's batch stands for many, and has none
+        if not torch.compiler.is_compiling() and batch.lengths:  # a graph's batch stands for many, and has none
             self._warn_of_length(batch.max_seqlen)
+        if inputs_embeds_TD is None and not output_hidden_states:
+            x_TD = short.forward(self, batch, rows_Q)
+            if x_TD is not None:
+                return x_TD, None
         parts = micro_batches(batch) if not torch.is_grad_enabled() else [batch]
         if len(parts) == 1:
             return self._forward(batch, inputs_embeds_TD, output_hidden_states, rows_Q)

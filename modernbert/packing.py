@@ -118,10 +118,10 @@ def pack(
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"token ids must be integers below 2**63: {error}") from error
     _check_ids(input_ids, vocab_size)
-    positions = [torch.arange(length) for length in lengths]
+    positions = [torch.arange(length) for length in lengths] or [torch.arange(0)]
     return Packed(
         input_ids=input_ids.long(),
-        positions=torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64),
+        positions=positions[0] if len(positions) == 1 else torch.cat(positions),
         cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
         lengths=lengths,
         max_seqlen=max(lengths, default=0),
@@ -250,7 +250,7 @@ def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
         raise TypeError(f"token ids must be integers, got {ids.dtype}")
     if not ids.is_cpu or ids.numel() == 0:
         return
-    low, high = int(ids.min()), int(ids.max())
+    low, high = map(int, torch.aminmax(ids))
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         wrong = low if low < 0 else high
         limit = "" if vocab_size is None else f" (vocabulary size {vocab_size})"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # index = floor; the package `modernbert` itself only hands names on and is the roof
     "modernbert_kernels",
     "modernbert.config modernbert.packing modernbert.hub modernbert.checkpoint modernbert.tokenizer modernbert.scoring",
-    "modernbert.encoder modernbert.graphs modernbert.runtime",
+    "modernbert.encoder modernbert.graphs modernbert.runtime modernbert.short",
     "modernbert.heads",
     "modernbert.train modernbert.retrieval modernbert.integrations",
     "modernbert.recipes modernbert.cli",

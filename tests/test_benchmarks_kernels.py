@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from benchmarks.kernels import suite as kernels
 from benchmarks.kernels.calls import Task, Way, check, copied, truth_and_yardstick
 from benchmarks.kernels.cases import CASES, Case
 from benchmarks.kernels.work import Work, visible_pairs, work
-from benchmarks.report import tables as report
+from benchmarks.model_work import DATASHEETS, Datasheet
+from benchmarks.report import reading, tables
 
 CPU = torch.device("cpu")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -232,6 +235,21 @@ def test_float32_is_no_share_of_a_bfloat16_product() -> None:
     assert row["percent_of_matmul"] is None
 
 
+def test_a_share_of_the_datasheet_is_that_of_what_bounds_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 bytes and 60 operations in 0.1 s are 1000 and 600 per second."""
+    known = gpu_state.identity(CPU)
+    monkeypatch.setattr(gpu_state, "identity", lambda device: known | {"gpu": "Test GPU"})
+    monkeypatch.setitem(DATASHEETS, "Test GPU", Datasheet(bfloat16=2000.0, float32=900.0, bytes=4000.0))
+    shares = []
+    for dtype, work_ in ((BFLOAT16, Work(100, 0, 60, 0)), (FLOAT32, Work(100, 0, 60, 0)), (BFLOAT16, Work(100, 0))):
+        one = task(Way("a", doubled), work=work_, dtype=dtype)
+        result = kernels.measure("w", one, False, machine(0.2), RATES, rounds=1)
+        shares.append(row_of(result, "a")["percent_of_datasheet"])
+    assert shares == pytest.approx([30, 66.67, 25])
+    (row,) = kernels.measure("w", task(Way("a", doubled)), False, machine(0.2), RATES, rounds=1).rows
+    assert row["percent_of_datasheet"] is None
+
+
 def test_rows_are_complete_and_can_be_written_as_json() -> None:
     result = kernels.measure("w", task(Way("a", doubled)), False, machine(0.1), RATES, rounds=2)
     rates = kernels.rates_rows({"copy": [1e9, 3e9], "matmul": [2e12]}, machine(), gpu_state.sensors(CPU, lambda: None))
@@ -351,6 +369,8 @@ HAND = {
     "geglu 384 gelu": (("geglu", "384 gelu", FLOAT32, 10), (46_080, 76_800, None, None)),
     # qkv 46,080 bytes read and written; cos and sin 10 x 32 x 4 bytes each.
     "rotary 12 x 64": (("rotary", "12 x 64", BFLOAT16, 10), (92_160 + 2_560, 92_160 + 2_560, None, None)),
+    # 10 positions of 8 bytes; two tables of 10 x 32 x 4.
+    "rotary_table": (("rotary_table", "64, theta 160,000", BFLOAT16, 10), (80 + 2_560, None, None, None)),
     # q and k only.
     "rotary in place": (("rotary", "12 x 64, in place", BFLOAT16, 10), (61_440 + 2_560, 61_440 + 2_560, None, None)),
     # ids 80 bytes; a table of 50,368 x 768 x 2 bytes.
@@ -429,12 +449,12 @@ def test_work_of_both_passes_is_their_sum_where_both_are_known() -> None:
 def test_every_backend_that_takes_the_call_is_there() -> None:
     (one,) = tasks.attention(CPU, True)
     assert [(way.implementation, way.settings) for way in one.ways] == [
-        ("cpu", report.CHOSEN),
+        ("cpu", tables.CHOSEN),
         ("reference", ""),
         ("sdpa", "rotated before, as PyTorch chooses"),
     ]
     pool = Case(ops.pool, "", (torch.zeros(3, 4), torch.tensor([0, 3]), "cls"), {})
-    assert [(way.implementation, way.settings) for way in tasks.of_op(pool, "p").ways] == [("reference", report.CHOSEN)]
+    assert [(way.implementation, way.settings) for way in tasks.of_op(pool, "p").ways] == [("reference", tables.CHOSEN)]
 
 
 @pytest.mark.parametrize("window", [3, None])
@@ -445,6 +465,112 @@ def test_attention_of_pytorch_is_ours(window: int | None) -> None:
     known = truth_and_yardstick(one.reference, one, True)
     for way in one.ways:
         check(way, one, True, *known)
+
+
+def test_tables_are_compared_with_float64_and_not_with_float32() -> None:
+    """Theirs would be refused: it is right, and float32 is not."""
+    positions = torch.arange(8000, 8100)
+    one = tasks.of_op(Case(ops.rotary_table, "", (positions,), {"theta": 1e4, "head_dim": 64}), "t")
+    assert (one.passes, one.dtype) == ((False,), FLOAT32)
+    known = truth_and_yardstick(one.reference, one, False)
+    exact = Way("exact", lambda *a, **k: tuple(x.float() for x in peers.exact_rotary_table(*a, **k)))
+    plain = check(one.ways[0], one, False, *known)
+    assert check(exact, one, False, *known).found < 1e-7 < plain.found < plain.allowed
+
+
+def test_flash_maxsim_is_called_as_its_functions_are_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of the same signatures, which computes what it should."""
+    package = ModuleType("flash_maxsim")
+    called = []
+
+    def flash_maxsim_batched(Q, D, doc_lengths=None, shared_docs=True):
+        called.append("batched")
+        return torch.einsum("ase,bte->abst", Q, D).max(-1).values.sum(-1)
+
+    def flash_maxsim_batched_train(Q, D, shared_docs=True, doc_lengths=None, query_lengths=None):
+        called.append("train")
+        return torch.einsum("ase,bte->abst", Q, D).max(-1).values.sum(-1)
+
+    def flash_maxsim_packed(Q, D_packed, cu_seqlens_d, max_seqlen_d=None, query_chunk_size=128):
+        called.append("packed")
+        documents = D_packed.unflatten(0, (-1, max_seqlen_d))
+        assert len(documents) == len(cu_seqlens_d) - 1
+        return torch.einsum("se,bte->bst", Q, documents).max(-1).values.sum(-1)
+
+    vars(package).update(locals())
+    monkeypatch.setitem(sys.modules, "flash_maxsim", package)
+    monkeypatch.setattr(peers, "find_spec", lambda name: name in ("flash_maxsim", "triton"))
+    for queries in (1, 2):
+        args = (
+            torch.randn(3 * queries, 8),
+            tasks.offsets(queries, 3, CPU),
+            torch.randn(20, 8),
+            tasks.offsets(4, 5, CPU),
+        )
+        case = Case(ops.maxsim, "", args, {})
+        one = Task("m", args, {}, case.op.reference, tuple(
+            way for way in peers.maxsims(queries, 4) if way.implementation.startswith("flash-maxsim")
+        ))  # fmt: skip
+        assert [way.implementation.split(", ")[1] for way in one.ways] == ["padded", "packed"][: 3 - queries]
+        for backward in (False, True):
+            for way in one.ways:
+                check(way, one, backward, *truth_and_yardstick(one.reference, one, backward))
+    assert {"batched", "train", "packed"} == set(called)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [3, None])
+def test_flex_attention_is_ours(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """Without a compiler, and so without a GPU: its own plain way."""
+    qkv, rope = torch.randn(24, 3, 2, 8), tuple(torch.randn(2, 24, 4))
+    made = Case(ops.attention, "", (qkv, tasks.offsets(3, 8, CPU), 8), {"rope": rope, "window": window})
+    assert peers.flex(made, 3) == peers.cudnn(made) == ()
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    (way,) = peers.flex(made, 3)
+    monkeypatch.undo()
+    one = tasks.of_op(made, "a")
+    check(way, one, False, *truth_and_yardstick(one.reference, one, False))
+
+
+def test_cudnn_gets_what_its_operators_declare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none on a CPU: plain functions of the declared order stand in for it."""
+    qkv, rope = torch.randn(24, 3, 2, 8), tuple(torch.randn(2, 24, 4))
+    offsets = tasks.offsets(3, 8, CPU)
+    kept: list[Any] = []
+
+    def texts(x: Tensor) -> Tensor:
+        return x.detach().unflatten(0, (3, 8)).transpose(1, 2).requires_grad_()
+
+    def forward(query, key, value, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k, compute_log_sumexp,
+                dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):  # fmt: skip
+        assert (attn_bias, max_q, max_k, dropout_p, is_causal, compute_log_sumexp) == (None, 8, 8, 0.0, False, True)
+        assert cum_seq_q is cum_seq_k
+        kept[:] = [texts(x) for x in (query, key, value)]
+        with torch.enable_grad():
+            kept.append(torch.nn.functional.scaled_dot_product_attention(*kept))
+        seed = torch.zeros(())
+        return kept[3].detach().transpose(1, 2).flatten(0, 1), seed, cum_seq_q, cum_seq_k, 8, 8, seed, seed, seed
+
+    def backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
+                 cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):  # fmt: skip
+        assert (attn_bias, max_q, max_k, dropout_p, is_causal) == (None, 8, 8, 0.0, False)
+        *leaves, attended = kept
+        gradients = torch.autograd.grad(attended, leaves, texts(grad_out))
+        return tuple(x.transpose(1, 2).flatten(0, 1) for x in gradients)
+
+    for name, plain in (("forward", forward), ("backward", backward)):
+        declared = [
+            argument.name for argument in getattr(torch.ops.aten, f"_cudnn_attention_{name}").default._schema.arguments
+        ]
+        assert list(inspect.signature(plain).parameters) == declared
+        monkeypatch.setattr(torch.ops.aten, f"_cudnn_attention_{name}", plain)
+    made = Case(ops.attention, "", (qkv, offsets, 8), {"rope": rope, "window": None})
+    pretended = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    (way,) = peers.cudnn(made._replace(args=(pretended,)))
+    assert peers.cudnn(made._replace(args=(pretended,), kwargs={"window": 64})) == ()
+    one = tasks.of_op(made, "a")
+    check(way, one, True, *truth_and_yardstick(one.reference, one, True))
 
 
 def test_one_product_is_maxsim_of_all_pairs() -> None:
@@ -537,12 +663,18 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nothing_new_is_begun_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MINUTES", 0)
     monkeypatch.setattr(kernels, "ON_CPU", ("a", "b"))
     monkeypatch.setattr(kernels, "TASKS", {name: lambda device, quick: iter([task(), task()]) for name in "ab"})
-    found = list(kernels.run(quick=True, only=[], machine=machine()))
+    found = list(kernels.run(quick=True, only=[], minutes=0, machine=machine()))
     assert [result.workload for result in found] == ["rates", "a", "b"]
     assert found[1].refused == {"the rest": "was not reached within 0 minutes: ask for it with --only a"}
+    monkeypatch.setattr(kernels, "MINUTES", 0)
+    assert next(iter(list(kernels.run(quick=True, only=["a"], machine=machine()))[1].refused)) == "the rest"
+
+
+def test_every_workload_has_a_line_and_its_tasks() -> None:
+    assert kernels.WORKLOADS.keys() == tasks.TASKS.keys()
+    assert all(20 < len(line) < 110 for line in kernels.WORKLOADS.values())
 
 
 def test_quick_on_a_cpu_takes_the_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,9 +693,9 @@ def test_quick_on_a_cpu_takes_the_whole_path(monkeypatch: pytest.MonkeyPatch) ->
             assert row["max_error"] <= row["tolerance"]
     keys = [(row["what"], row["implementation"]) for row in rows]
     assert len(set(keys)) == len(keys)
-    text = report.markdown(rows)
+    text = tables.markdown(rows)
     assert all(f"### {row['what']}" in text for row in rows)
-    assert all(report.rich_table(result.rows).row_count == len(result.rows) for result in found)
+    assert all(tables.rich_table(result.rows).row_count == len(result.rows) for result in found)
 
 
 def gpu_row(name: str, median: float, what: str = "geglu, forward", **more: Any) -> dict[str, Any]:
@@ -575,21 +707,21 @@ def gpu_row(name: str, median: float, what: str = "geglu, forward", **more: Any)
 
 def test_tables_say_which_way_is_the_fastest() -> None:
     rows = [
-        gpu_row("triton", 10.0, settings=f"{report.CHOSEN}, replays", times_better_than={"liger": 0.8}),
+        gpu_row("triton", 10.0, settings=f"{tables.CHOSEN}, replays", times_better_than={"liger": 0.8}),
         gpu_row("liger", 8.0, gb_per_s=2000.0, percent_of_copy=46.5, times_better_than={"triton": 1.25}),
-        gpu_row("triton", 5.0, "norm, forward", settings=report.CHOSEN),
+        gpu_row("triton", 5.0, "norm, forward", settings=tables.CHOSEN),
     ]
-    text = report.markdown(rows)
+    text = tables.markdown(rows)
     assert "## Test GPU, compute capability 9.0, driver 1.2, Linux x" in text
     assert "| geglu, forward | liger, 8 us | triton, 10 us | 1.25x |" in text
     assert "| norm, forward | triton, 5 us | triton, 5 us | 1.00x |" in text
     assert "| 0.80x | 2,000 | 46.5 % |  |  | 1980 MHz, 512.5 W, 50 °C |" in text
     assert text.count("### ") == 3  # the fastest, and a table each
-    assert report.rich_fastest(rows).row_count == 2
+    assert tables.rich_fastest(rows).row_count == 2
 
 
 def test_the_committed_table_is_that_of_the_committed_rows() -> None:
-    committed = report.latest(report.rows_of("kernels"))
+    committed = reading.latest(reading.rows_of("kernels"))
     if committed:
-        assert (report.RESULTS / "kernels" / "README.md").read_text("utf-8") == report.markdown(committed)
+        assert (reading.RESULTS / "kernels" / "README.md").read_text("utf-8") == tables.markdown(committed)
         assert all(row["gpu"] for row in committed), "figures of a CPU are no results of this suite"

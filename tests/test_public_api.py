@@ -17,17 +17,18 @@ FROZEN = {
         "(self, texts, *, batch_tokens=None, progress=None, devices=None, pool_factor=1)"
     ),
     "modernbert.ColBERT.encode_queries": ("(self, texts, *, batch_tokens=None, progress=None, devices=None)"),
-    "modernbert.ColBERT.forward": "(self, batch)",
+    "modernbert.ColBERT.forward": "(self, batch, *, rows=None)",
     "modernbert.ColBERT.from_encoder": "(encoder, tokenizer, *, dim=128, config=None)",
     "modernbert.ColBERT.from_pretrained": (
         "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
     ),
+    "modernbert.ColBERT.graphed": "(self, max_tokens=16384)",
     "modernbert.ColBERT.save_pretrained": "(self, folder)",
-    "modernbert.ColBERT.tokenize_documents": "(self, texts, *, truncate=True)",
-    "modernbert.ColBERT.tokenize_queries": "(self, texts)",
+    "modernbert.ColBERT.tokenize_documents": "(self, texts, *, truncate=True, spans=True)",
+    "modernbert.ColBERT.tokenize_queries": "(self, texts, *, spans=True)",
     "modernbert.Encoder": "(config)",
     "modernbert.Encoder.forward": (
-        "(self, input_ids=None, attention_mask=None, *, query_mask=None, position_ids=None, "
+        "(self, input_ids=None, attention_mask=None, *, rows=None, query_mask=None, position_ids=None, "
         "inputs_embeds=None, token_type_ids=None, output_hidden_states=False, "
         "output_attentions=False, return_dict=True)"
     ),
@@ -35,6 +36,7 @@ FROZEN = {
     "modernbert.Encoder.from_pretrained": (
         "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
     ),
+    "modernbert.Encoder.graphed": "(self, max_tokens=16384)",
     "modernbert.Encoder.reset_parameters": "(self)",
     "modernbert.Encoder.resize_token_embeddings": "(self, vocab_size)",
     "modernbert.Encoder.save_pretrained": "(self, folder)",
@@ -63,14 +65,16 @@ FROZEN = {
         "padded_rows=None, padded_length=None)"
     ),
     "modernbert.Packed.num_tokens": "property",
+    "modernbert.Packed.pin_memory": "(self)",
+    "modernbert.Packed.rows_of": "(self, indices)",
     "modernbert.Packed.select": "(self, indices)",
-    "modernbert.Packed.to": "(self, device)",
+    "modernbert.Packed.to": "(self, device, *, non_blocking=False)",
     "modernbert.Tokenizer": "(backend, config=None)",
     "modernbert.Tokenizer.__call__": "(self, texts, *, max_length=None)",
     "modernbert.Tokenizer.add_tokens": "(self, tokens)",
     "modernbert.Tokenizer.added_tokens": "property",
     "modernbert.Tokenizer.decode": "(self, ids)",
-    "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None)",
+    "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None, offsets=True, warn=True)",
     "modernbert.Tokenizer.files": "(self)",
     "modernbert.Tokenizer.from_pretrained": "(folder_or_hub_id, *, revision=None, token=None, local_files_only=False)",
     "modernbert.Tokenizer.id_to_token": "(self, token_id)",
@@ -97,6 +101,7 @@ FROZEN = {
     "modernbert_kernels.pool": "(x_TD, cu_seqlens, mode='cls', *, normalize=False)",
     "modernbert_kernels.project_normalize": "(x_TD, weight_ED, bias_E=None, rows_Q=None)",
     "modernbert_kernels.rotary": "(qkv_T3HK, cos_TR, sin_TR, *, inplace=False)",
+    "modernbert_kernels.rotary_table": "(positions_T, theta, head_dim)",
 }
 
 

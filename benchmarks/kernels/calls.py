@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class Way:
         reference, work: where they are not those of the task.
         repeats: how often `call` does what is timed.
         graph: False where the gaps between launches are what is asked for.
+        around: a context that both passes of a call run in.
     """
 
     implementation: str
@@ -39,6 +41,7 @@ class Way:
     work: Work | None = None
     repeats: int = 1
     graph: bool = True
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Task:
         passes: False for the forward pass, True for forward and backward.
         memory: its peak is measured too.
         touched: bytes that a call uses at least, where it does not use all arguments.
+        truth: what is right, where the reference in a higher precision does not say so.
     """
 
     what: str
@@ -63,12 +67,13 @@ class Task:
     passes: tuple[bool, ...] = (False, True)
     memory: bool = False
     touched: int | None = None
+    truth: Callable[..., Any] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest of its arguments."""
+        """The coarsest of its arguments; of integers alone float32 is made."""
         dtypes = [x.dtype for x in real((*self.args, *self.kwargs.values()))]
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +113,10 @@ def call_of(way: Way, args: Args, kwargs: dict[str, Any], backward: bool) -> Cal
     cotangents: list[Tensor] = []
 
     def call() -> list[Tensor]:
+        with way.around():
+            return passes()
+
+    def passes() -> list[Tensor]:
         with torch.set_grad_enabled(backward):
             found = way.call(*args, **kwargs)
         outputs = list(found) if isinstance(found, tuple) else [found]
@@ -132,9 +141,9 @@ def cotangent(at: int, output: Tensor) -> Tensor:
 def truth_and_yardstick(reference: Callable[..., Any], task: Task, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
     """The reference in float32 (in float64 for float32 arguments), and in the dtype of the arguments."""
     higher = torch.float64 if task.dtype is torch.float32 else torch.float32
-    way = Way("reference", reference)
-    truth, yardstick = (call_of(way, *copied(task, backward, dtype), backward)() for dtype in (higher, None))
-    return truth, yardstick
+    right, yardstick = Way("truth", task.truth or reference), Way("reference", reference)
+    truth = call_of(right, *copied(task, backward, higher), backward)()
+    return truth, call_of(yardstick, *copied(task, backward), backward)()
 
 
 def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], yardstick: Sequence[Tensor]) -> Error:

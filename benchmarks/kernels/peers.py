@@ -39,6 +39,13 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
     return plain(torch.compile(call, dynamic=False))
 
 
+def exact_rotary_table(positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    """`rotary_table` in float64, which its specification does not reach: no argument of it has a dtype to raise."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device).double() / head_dim
+    angle = positions.double()[:, None] * theta**-exponent
+    return angle.cos(), angle.sin()
+
+
 def liger(case: Case) -> tuple[Way, ...]:
     """Liger's kernel for this op, if it has one. It gets contiguous halves and a bias of zeros ready made."""
     make = LIGER.get(case.op.name)
@@ -126,6 +133,57 @@ def flash(case: Case) -> tuple[Way, ...]:
     return tuple(map(way, flash_attention.usable(qkv.device)))
 
 
+class _Cudnn(torch.autograd.Function):
+    """PyTorch's packed cuDNN attention, which has no public name: q, k and v `[T, H, K]` of texts side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:  # pyright: ignore
+        bounds = (cu_seqlens, cu_seqlens, longest, longest)
+        found = torch.ops.aten._cudnn_attention_forward(q, k, v, None, *bounds, True, 0.0, False, False)
+        out, lse, seed, offset = found[0], found[1], found[6], found[7]
+        ctx.save_for_backward(q, k, v, out, lse, seed, offset, cu_seqlens)
+        ctx.longest = longest
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore
+        *saved, cu_seqlens = ctx.saved_tensors
+        bounds = (cu_seqlens, cu_seqlens, ctx.longest, ctx.longest)
+        # No bias is an undefined tensor here, which None stands for.
+        gradients = torch.ops.aten._cudnn_attention_backward(dout, *saved, None, *bounds, 0.0, False)
+        return *gradients, None, None
+
+
+def cudnn(case: Case) -> tuple[Way, ...]:
+    """cuDNN's attention over packed texts, for layers without a window."""
+    qkv = case.args[0]
+    if not qkv.is_cuda or qkv.element_size() != 2 or case.kwargs["window"] is not None:
+        return ()
+
+    def call(qkv: Tensor, cu_seqlens: Tensor, longest: int, *, rope: Any, window: int | None) -> Tensor:
+        return _Cudnn.apply(*ops.rotary(qkv, *rope).unbind(1), cu_seqlens, longest)
+
+    return (Way("cuDNN, packed", call, "rotated before"),)
+
+
+def flex(case: Case, count: int) -> tuple[Way, ...]:
+    """FlexAttention under torch.compile over texts of one length; a window is a mask by blocks."""
+    qkv, _, length = case.args
+    if not qkv.is_cuda:
+        return ()
+    package, window = import_module("torch.nn.attention.flex_attention"), case.kwargs["window"]
+    torch._dynamo.reset()
+    attend = torch.compile(package.flex_attention, dynamic=False)
+    near = lambda batch, head, query, key: (query - key).abs() <= window  # noqa: E731
+    blocks = None if window is None else package.create_block_mask(near, None, None, length, length, qkv.device)
+
+    def call(qkv: Tensor, cu_seqlens: Tensor, longest: int, *, rope: Any, window: int | None) -> Tensor:
+        q, k, v = ops.rotary(qkv, *rope).unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)
+        return attend(q, k, v, block_mask=blocks).transpose(1, 2).flatten(0, 1)
+
+    return (Way("FlexAttention", call, "rotated before, torch.compile"),)
+
+
 def sdpa(case: Case, count: int) -> tuple[Way, ...]:
     """PyTorch's attention over texts of one length, which need no padding; a window is a mask of all pairs."""
     qkv, _, length = case.args
@@ -178,4 +236,22 @@ def maxsims(queries: int, documents: int) -> tuple[Way, ...]:
             return package.maxsim(q.unflatten(0, (queries, -1)), d.unflatten(0, (documents, -1)))
 
         ways += [Way("late-interaction-kernels, packed", packed), Way("late-interaction-kernels, padded", padded)]
-    return tuple(ways)
+    return (*ways, *flash_maxsims(queries, documents))
+
+
+def flash_maxsims(queries: int, documents: int) -> tuple[Way, ...]:
+    """flash-maxsim, which computes in float16 whatever it gets: its batch, and for one query its packed documents."""
+    if not (find_spec("flash_maxsim") and find_spec("triton")):
+        return ()
+    package = import_module("flash_maxsim")
+
+    def padded(q: Tensor, cu_queries: Tensor, d: Tensor, cu_documents: Tensor) -> Tensor:
+        q, d = q.unflatten(0, (queries, -1)), d.unflatten(0, (documents, -1))
+        wanted = torch.is_grad_enabled() and q.requires_grad
+        return package.flash_maxsim_batched_train(q, d) if wanted else package.flash_maxsim_batched(q, d)
+
+    def packed(q: Tensor, cu_queries: Tensor, d: Tensor, cu_documents: Tensor) -> Tensor:
+        return package.flash_maxsim_packed(q, d, cu_documents, len(d) // documents)[None]
+
+    ways = (Way("flash-maxsim, padded", padded, "in float16"),)
+    return (*ways, Way("flash-maxsim, packed", packed, "in float16, no gradient")) if queries == 1 else ways

@@ -14,8 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,22 +66,18 @@ class CompileOnly:
         return torch.cuda
 
 
-def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Call the cases of these ops, forward and backward, as a GPU of this architecture would; a row for each kernel."""
+@contextmanager
+def compiling(arch: int, see: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, ops run as on a GPU of this architecture; in place of a launch, `see` gets the compiled kernel."""
     from triton.runtime import driver, jit
 
-    from benchmarks.kernels.cases import CASES
     from modernbert_kernels import launch
 
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    known: dict[str, Any] = {}
     run = jit.JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         binary: Any = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        # An op has its rows whether or not another one launches the same kernel.
-        if (known["op"], binary.hash) not in found:
-            found[known["op"], binary.hash] = known | resources(binary, arch)
+        see(binary)
         return binary
 
     driver.set_active(CompileOnly(arch))  # pyright: ignore  (it answers all that is asked)
@@ -88,6 +85,22 @@ def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[s
         mock.patch.object(launch, "arch", return_value=arch),
         mock.patch.object(jit.JITFunction, "run", compile_only),
     ):
+        yield
+
+
+def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Call the cases of these ops, forward and backward, as a GPU of this architecture would; a row for each kernel."""
+    from benchmarks.kernels.cases import CASES
+
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    known: dict[str, Any] = {}
+
+    def see(binary: Any) -> None:
+        # An op has its rows whether or not another one launches the same kernel.
+        if (known["op"], binary.hash) not in found:
+            found[known["op"], binary.hash] = known | resources(binary, arch)
+
+    with compiling(arch, see):
         for name in names:
             for case in CASES[name](dtype, "cpu", TOKENS):
                 known = {"op": name, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
@@ -211,10 +224,13 @@ def main() -> None:
 
     from benchmarks.kernels.cases import CASES
 
-    rows = compile_all(arguments.jobs, arguments.only or list(CASES))
+    names = arguments.only or list(CASES)
+    rows = compile_all(arguments.jobs, names)
     if arguments.update:
-        write_beside(TABLE, "".join(json.dumps(row) + "\n" for row in [{"triton": triton.__version__}, *rows]))
-        write_beside(README, with_table(README.read_text("utf-8"), rows))
+        others = [row for row in read_table()[1] if row["op"] not in names] if arguments.only else []
+        table = sorted([*others, *rows], key=identity)
+        write_beside(TABLE, "".join(json.dumps(row) + "\n" for row in [{"triton": triton.__version__}, *table]))
+        write_beside(README, with_table(README.read_text("utf-8"), table))
     for row in rows if arguments.only else ():
         print(json.dumps(row))
     version, committed = ("", []) if arguments.update else read_table()

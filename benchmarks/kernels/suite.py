@@ -13,20 +13,27 @@ from benchmarks.gpu import Loop, Machine, Rates
 from benchmarks.harness import Contender, Measured, Result, Sample, WrongOutput, interleave
 from benchmarks.kernels.calls import Error, Task, Way, call_of, check, copied, peak_mb, truth_and_yardstick
 from benchmarks.kernels.tasks import TASKS
+from benchmarks.model_work import Datasheet, datasheet
 from benchmarks.rows import Row, row
 
 RATES = "rates"
-WORKLOADS = tuple(TASKS)
+WORKLOADS = {
+    "attention": "local and global by length, 128 to 8192: ours, every FlashAttention, cuDNN, FlexAttention, sdpa",
+    "cross-entropy": "time and peak memory of the loss of masked language modelling, beside F.cross_entropy and Liger",
+    "maxsim": "128 queries and documents of 32 and 300 tokens, and one query against 1000, beside two libraries",
+    "questions": "where the residual sum belongs, chunks that stay in the cache, full waves of tiles, gaps in a graph",
+    "elementwise": "norms, GeGLU, rotary and its tables, projection, pooling: their share of a copy's rate; Liger",
+}
 """In the order of what is decided by them. `rates`, the yardstick of all, is measured before them in every run."""
 
 ON_CPU = ("attention", "elementwise")
 """Tried on a CPU by `--quick`."""
 
 MINUTES = 8.5
-"""After these nothing new is begun, so that the whole suite fits into a call of ten minutes."""
+"""After these nothing new is begun where no other limit is set, so that the suite fits into a call of ten minutes."""
 
 ROUNDS = 9
-FIGURES = ("gb_per_s", "tflop_per_s", "percent_of_copy", "percent_of_matmul")
+FIGURES = ("gb_per_s", "tflop_per_s", "percent_of_copy", "percent_of_matmul", "percent_of_datasheet")
 
 
 class Timed(NamedTuple):
@@ -37,25 +44,30 @@ class Timed(NamedTuple):
     error: Error
 
 
-def run(*, quick: bool, only: Sequence[str], machine: Machine | None = None) -> Iterator[Result]:
+def run(
+    *, quick: bool, only: Sequence[str], minutes: float | None = None, machine: Machine | None = None
+) -> Iterator[Result]:
     """Measure the workloads named in `only` (all if empty); a `Result` for each table, as it is done.
+
+    After `minutes`, by default `MINUTES`, nothing new is begun.
 
     A CPU takes `--quick` only, with a few tasks: it tries the path of the figures, which are no results.
     """
     machine = machine or gpu.this_machine()
     if not machine.is_gpu and not quick:
         raise SystemExit("the suite `kernels` needs a GPU, and there is none here (--quick tries it on the CPU)")
-    workloads = only or (WORKLOADS if machine.is_gpu else ON_CPU)
+    workloads = only or (tuple(WORKLOADS) if machine.is_gpu else ON_CPU)
     if not machine.is_gpu and not set(workloads) <= set(ON_CPU):
         raise SystemExit(f"without a GPU there is only {' and '.join(ON_CPU)}")
-    until = time.monotonic() + 60 * MINUTES
+    minutes = MINUTES if minutes is None else minutes
+    until = time.monotonic() + 60 * minutes
     samples, state = gpu.rates(machine, quick=quick)
     yield Result(RATES, rates_rows(samples, machine, state), {})
     rates = gpu.median_rates(samples)
     for workload in workloads:
         for task in TASKS[workload](machine.device, quick):
             if time.monotonic() > until:
-                late = f"was not reached within {MINUTES:g} minutes: ask for it with --only {workload}"
+                late = f"was not reached within {minutes:g} minutes: ask for it with --only {workload}"
                 yield Result(workload, [], {"the rest": late})
                 break
             for backward in task.passes:
@@ -80,7 +92,7 @@ def measure(workload: str, task: Task, backward: bool, machine: Machine, rates: 
         samples = tuple(Sample(seconds / made, foreign) for seconds, foreign in taken[contender.implementation])
         measured.append(Measured(contender, one.error.found, made, samples))
     rows = [
-        time_row(workload, what, task, backward, one, timed, measured, rates)
+        time_row(workload, what, task, backward, one, timed, measured, rates, machine)
         for one, timed in zip(measured, ready, strict=True)
     ]
     rows += [memory_row(workload, what, one, peaks) for one in ready if peaks]
@@ -125,6 +137,7 @@ def time_row(
     timed: Timed,
     all_measured: Sequence[Measured],
     rates: Rates,
+    machine: Machine,
 ) -> Row:
     """Microseconds of a call, and how much of what this machine can do it reaches."""
     way, loop, error = timed
@@ -133,6 +146,7 @@ def time_row(
     bytes_rate, flops_rate = (None if amount is None else amount / one.median for amount in amounts)
     # The rate of bfloat16 is no yardstick for float32.
     of_matmul = flops_rate if task.dtype.itemsize == 2 else None
+    sheet = datasheet(gpu_state.identity(machine.device)["gpu"])
     # Ways that do different amounts of work are no rivals.
     rivals = [other for other in all_measured if other is not one] if way.work is None else []
     return row(
@@ -153,7 +167,17 @@ def time_row(
         "tflop_per_s": figure(flops_rate, 1e-12),
         "percent_of_copy": figure(bytes_rate, 100 / rates.copy),
         "percent_of_matmul": figure(of_matmul, 100 / rates.matmul),
+        "percent_of_datasheet": sheet and of_datasheet(sheet, task.dtype, bytes_rate, flops_rate),
     }
+
+
+def of_datasheet(
+    sheet: Datasheet, dtype: torch.dtype, bytes_rate: float | None, flops_rate: float | None
+) -> float | None:
+    """The share of what bounds the call, its bytes or its operations, by the datasheet."""
+    peak = sheet.float32 if dtype is torch.float32 else sheet.bfloat16
+    shares = [rate / most for rate, most in ((bytes_rate, sheet.bytes), (flops_rate, peak)) if rate is not None]
+    return figure(max(shares), 100) if shares else None
 
 
 def memory_row(workload: str, what: str, timed: Timed, peaks: dict[str, list[float]]) -> Row:

@@ -25,6 +25,7 @@ ELEMENTWISE = {
     "add_layer_norm": ("256", "768", "768 float32 stream", "1024"),
     "geglu": ("384 gelu", "1152 gelu", "1152 silu", "2624 gelu"),
     "rotary": ("12 x 64", "12 x 64, in place"),
+    "rotary_table": ("64, theta 160,000",),
     "layer_norm": ("768",),
     "embed_layer_norm": ("768",),
     "project_normalize": ("256 to 48", "256 to 128, half of the rows"),
@@ -51,6 +52,7 @@ def of_op(case: Case, what: str, more: tuple[Way, ...] = (), *, compiled: bool =
     if compiled:
         ways.append(Way("torch.compile", peers.compiled(case.op.reference), "of the reference"))
     inplace = case.kwargs.get("inplace", False)
+    table = case.op is ops.rotary_table
     return Task(
         what,
         case.args,
@@ -58,9 +60,10 @@ def of_op(case: Case, what: str, more: tuple[Way, ...] = (), *, compiled: bool =
         peers.plain(case.op.reference),
         (*ways, *more),
         work(case),
-        # What is overwritten can have no gradient.
-        passes=(False,) if inplace else (False, True),
+        # What is overwritten can have no gradient, and positions have none.
+        passes=(False,) if inplace or table else (False, True),
         memory=memory,
+        truth=peers.exact_rotary_table if table else None,
     )
 
 
@@ -91,7 +94,8 @@ def elementwise(device: torch.device, quick: bool) -> Tasks:
             chosen = names if dtype is torch.bfloat16 else tuple(name for name in names if name in IN_FLOAT32)
             chosen = chosen if gpu else chosen[: dtype is torch.bfloat16 or op == "add_layer_norm"]
             for case in named(op, chosen, dtype, str(device), tokens) if chosen else ():
-                what = f"{op} {case.name}, {kind}, {tokens:,} tokens"
+                made = "float32" if op == "rotary_table" else kind
+                what = f"{op} {case.name}, {made}, {tokens:,} tokens"
                 # Compiling takes seconds for each, and on a CPU a C++ compiler.
                 yield of_op(case, what, peers.liger(case), compiled=gpu and dtype is torch.bfloat16)
     for mode in ("cls", "mean", "max"):
@@ -121,8 +125,9 @@ def attention(device: torch.device, quick: bool) -> Tasks:
             case = Case(ops.attention, "", (qkv, offsets(count, length, device), length), options)
             how = "global" if window is None else f"window {window}"
             what = f"attention {heads} x {width}, {how}, {count} times {length:,} tokens"
-            ways = (*peers.rotations(case), *peers.flash(case), *peers.sdpa(case, count))
-            # Under torch.compile at one length only: it takes seconds each, and has masks of all pairs.
+            ways = (*peers.rotations(case), *peers.flash(case), *peers.cudnn(case), *peers.sdpa(case, count))
+            # What has to be compiled only here and there: it takes seconds each. The reference has masks of all pairs.
+            ways += peers.flex(case, count) if length in (512, LENGTHS[-1]) else ()
             yield of_op(case, what, ways, compiled=gpu and length == 512)
 
 

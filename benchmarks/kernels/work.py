@@ -63,6 +63,11 @@ def _rotary(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: bool =
     return Work(moved, moved)
 
 
+def _rotary_table(positions_T: Tensor, *, theta: float, head_dim: int) -> Work:
+    """Two tables of float32."""
+    return Work(positions_T.nbytes + 4 * len(positions_T) * head_dim, None)
+
+
 def _pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str, *, normalize: bool = False) -> Work:
     """One row of each text is read, or all of them; the gradient has all rows, zeros too."""
     vectors = (len(cu_seqlens) - 1) * x_TD.shape[1] * x_TD.element_size()
@@ -130,6 +135,7 @@ WORK: dict[str, Callable[..., Work]] = {
     "add_layer_norm": _add_layer_norm,
     "embed_layer_norm": _embed_layer_norm,
     "rotary": _rotary,
+    "rotary_table": _rotary_table,
     "pool": _pool,
     "project_normalize": _project_normalize,
     "attention": _attention,

@@ -54,6 +54,11 @@ class Op(Generic[P, R]):
         return f"<op {self.name}: {', '.join(self.backends)}>"
 
 
+def forced() -> str | None:
+    """The name that `backend` has set, None outside of it."""
+    return _forced
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run every op that has the named implementation with it, and the others with their reference.

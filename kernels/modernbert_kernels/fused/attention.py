@@ -1,8 +1,8 @@
-"""Attention over packed tokens in Triton: the tiles for each GPU, the operators, and the gradient around them."""
+"""Attention over packed tokens in Triton: the operators, and the gradient around them."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -10,44 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash_attention import LONG, empty_outputs
-from ..launch import DTYPES, newest, operator, precision, supported
+from ..launch import DTYPES, operator, precision, supported
 from ..reference import attention
 from .attention_kernels import FAR, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
 from .norms import contiguous
 from .rotary import fits, rotary_copy
+from .tiles import chosen
 
 WIDTHS = (32, 64, 128)
 LOG2_E = 1.4426950408889634  # the softmax is computed with powers of two
-
-
-class Tile(NamedTuple):
-    """Rows that a program owns, rows that it visits at a time, and how it is compiled."""
-
-    own: int
-    visit: int
-    num_warps: int
-    num_stages: int
-
-
-class Tiles(NamedTuple):
-    forward: Tile
-    dq: Tile
-    dkv: Tile
-
-
-# By head width and bytes of an element. The largest tiles without spills and with two programs on an SM where that is
-# possible, found by compiling; not yet timed.
-AMPERE = {
-    (32, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (64, 2): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (128, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 1)),
-    (32, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
-    (128, 4): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-}
-ADA = AMPERE | {(64, 2): AMPERE[64, 2]._replace(dkv=Tile(64, 32, 4, 2))}
-HOPPER = ADA | {(64, 2): ADA[64, 2]._replace(forward=Tile(64, 64, 4, 2))}
-TILES = {80: AMPERE, 89: ADA, 90: HOPPER, 120: AMPERE}
 
 
 @operator(
@@ -113,7 +84,7 @@ def _launch(
     tokens, _, heads, width = qkv_T3HK.shape
     if not tokens:
         return
-    tile: Tile = getattr(newest(TILES, qkv_T3HK.device)[width, qkv_T3HK.element_size()], part)
+    tile = chosen(qkv_T3HK.device, f"attention {part}", width, qkv_T3HK.element_size())
     cu_seqlens = sequences[0]
     kernel[(triton.cdiv(tokens, tile.own), heads)](
         qkv_T3HK,

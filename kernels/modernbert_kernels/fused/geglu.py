@@ -15,12 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from ..launch import operator, supported
 from ..reference import geglu
+from .tiles import chosen
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_TAU = tl.constexpr(2.5066282746310002)
-
-TILE = 2048
-"""Elements of a program; with 4 warps 16 for each thread, loaded 8 at a time."""
 
 
 @triton.jit
@@ -59,13 +57,15 @@ def geglu_backward_kernel(h, dy, dh, T, F: tl.constexpr, SILU: tl.constexpr, ROW
     tl.store(dh + rows * (2 * F) + F + columns, grad * active, mask=inside)
 
 
-def _launch(kernel: Any, T: int, F: int, activation: str, *tensors: Tensor) -> None:
+def _launch(kernel: Any, part: str, activation: str, h_T2F: Tensor, *tensors: Tensor) -> None:
+    T, F = h_T2F.shape[0], h_T2F.shape[1] // 2
+    tile = chosen(h_T2F.device, f"geglu {part}")
     # The widest power of two that divides F leaves no lane idle.
-    columns = max(64, min(F & -F, 512))
-    rows = TILE // columns
+    columns = max(64, min(F & -F, tile.visit))
+    rows = max(1, tile.own // columns)
     if T:
         grid = (triton.cdiv(T, rows), triton.cdiv(F, columns))
-        kernel[grid](*tensors, T, F, activation == "silu", rows, columns, num_warps=4)
+        kernel[grid](h_T2F, *tensors, T, F, activation == "silu", rows, columns, num_warps=tile.num_warps)
 
 
 def _like_output(h_T2F: Tensor, activation: str) -> Tensor:
@@ -75,7 +75,7 @@ def _like_output(h_T2F: Tensor, activation: str) -> Tensor:
 @operator("geglu_forward(Tensor h, str activation) -> Tensor", fake=_like_output)
 def geglu_forward(h_T2F: Tensor, activation: str) -> Tensor:
     y_TF = _like_output(h_T2F, activation)
-    _launch(geglu_forward_kernel, *y_TF.shape, activation, h_T2F, y_TF)
+    _launch(geglu_forward_kernel, "forward", activation, h_T2F, y_TF)
     return y_TF
 
 
@@ -86,7 +86,7 @@ def _like_input(h_T2F: Tensor, dy_TF: Tensor, activation: str) -> Tensor:
 @operator("geglu_backward(Tensor h, Tensor dy, str activation) -> Tensor", fake=_like_input)
 def geglu_backward(h_T2F: Tensor, dy_TF: Tensor, activation: str) -> Tensor:
     dh_T2F = _like_input(h_T2F, dy_TF, activation)
-    _launch(geglu_backward_kernel, *dy_TF.shape, activation, h_T2F, dy_TF, dh_T2F)
+    _launch(geglu_backward_kernel, "backward", activation, h_T2F, dy_TF, dh_T2F)
     return dh_T2F
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import newest, operator, owners, precision
+from ..launch import operator, owners, precision
+from .tiles import chosen
 
 KEPT = 1 << 28
 """Bytes of places; 1,448 queries of 64 tokens with as many documents."""
@@ -24,12 +25,9 @@ LONGEST = (1 << 16) - 1
 PROGRAMS = 4096
 """From this many on, a program takes several documents: enough for every GPU, and its query rows are read once."""
 
-COLUMNS = {80: 64, 89: 32, 90: 64, 100: 32}
-"""Document tokens at a time beside many rows: by compute capability, so that two programs fit in the shared memory."""
-
 
 class Tile(NamedTuple):
-    """What a program works on; chosen by registers and occupancy (offline compile), not yet timed.
+    """What a program works on.
 
     Attributes:
         columns: document tokens at a time. chunk: of the width, at a time; the query rows of one chunk stay loaded.
@@ -48,16 +46,18 @@ def padded(width: int) -> int:
 
 
 def tile(x_QE: Tensor, rows: int) -> Tile:
-    """For vectors like these; `rows` are all there are of queries."""
+    """For vectors like these; `rows` are all there are of queries.
+
+    Vectors in float32, and wide ones, are rare: their tiles are the same on every GPU, and not yet timed.
+    """
     width = padded(x_QE.shape[1])
     rows = min(128, max(32, triton.next_power_of_2(rows)))
     if x_QE.dtype is torch.float32:  # multiplied without tensor cores: whatever is loaded lies in registers
         return Tile(min(rows, 64), 32, 16, 4, 2)
     if width > 128:
         return Tile(min(rows, 64), 32, width, 4, 2)
-    if rows > 64:
-        return Tile(rows, newest(COLUMNS, x_QE.device), width, 8, 2)
-    return Tile(rows, 64, width, 4, 2)
+    known = chosen(x_QE.device, "maxsim", rows)
+    return Tile(rows, known.visit, width, known.num_warps, known.num_stages)
 
 
 @triton.jit
@@ -179,9 +179,9 @@ def maxsim_paired_kernel(
 
 def options(x_QE: Tensor, rows: int) -> dict[str, Any]:
     """What every kernel that compares vectors is told: their width, the tile, the precision, the warps."""
-    width, chosen = x_QE.shape[1], tile(x_QE, rows)
-    names = {"E": width, "K": padded(width), "PRECISION": precision(x_QE), "num_warps": chosen.warps}
-    return names | {"ROWS": chosen.rows, "COLUMNS": chosen.columns, "CHUNK": chosen.chunk, "STAGES": chosen.stages}
+    width, taken = x_QE.shape[1], tile(x_QE, rows)
+    names = {"E": width, "K": padded(width), "PRECISION": precision(x_QE), "num_warps": taken.warps}
+    return names | {"ROWS": taken.rows, "COLUMNS": taken.columns, "CHUNK": taken.chunk, "STAGES": taken.stages}
 
 
 def keeps(rows: int, documents: int, paired: bool) -> bool:

@@ -1,9 +1,9 @@
 """The tables of the rotary embedding in one kernel: frequencies, angles, cosines and sines.
 
-A float32 frequency is off by 6e-8 of itself, which at position 32,768 is an angle of 0.002, and the sine and cosine of
-the hardware are off by 5e-7 and by more the larger the angle is. So the angle is computed and reduced to an eighth of a
-turn in float64, and what is left goes through the polynomials of Cephes (Moshier, sinf and cosf) in float32. That
-is five operations of float64 for each angle; the frequencies are computed once for the rows of a program.
+Frequencies and angles are rounded to float32 where the specification rounds them: at position 32,768 that is an angle of
+0.002, and a checkpoint was trained with it. The sine and cosine of the hardware are off by 5e-7, and by more the larger
+the angle is, so the angle is reduced to an eighth of a turn in float64, and what is left goes through the polynomials
+of Cephes (Moshier, sinf and cosf) in float32. The frequencies are computed once for the rows of a program.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def _float64(value: tl.constexpr):
 def rotary_table_kernel(
     positions, cos, sin, T, STEP: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """`STEP` is the logarithm to base 2 of the ratio of two neighbouring frequencies."""
+    """`STEP` is the logarithm to base 2 of theta, over R."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]
     position = tl.load(positions + rows, mask=rows < T, other=0)
-    frequency = tl.exp2(columns.to(tl.float64) * _float64(STEP))
-    angle = position.to(tl.float64)[:, None] * frequency
+    power = tl.exp2(columns.to(tl.float64) * _float64(STEP)).to(tl.float32)
+    frequency = (1.0 / power.to(tl.float64)).to(tl.float32)
+    angle = (position.to(tl.float32)[:, None] * frequency).to(tl.float64)
     quarters = tl.floor(angle * _float64(TWO_OVER_PI) + 0.5)
     x = (angle - quarters * _float64(HALF_PI)).to(tl.float32)
     quarter = quarters.to(tl.int64) & 3
@@ -72,7 +73,7 @@ def rotary_table_forward(positions_T: Tensor, theta: float, head_dim: int) -> tu
     columns = triton.next_power_of_2(R)
     rows = max(1, TILE // columns)
     if T:
-        step = -math.log2(theta) / R
+        step = math.log2(theta) / R
         rotary_table_kernel[(triton.cdiv(T, rows),)](
             positions_T, cos_TR, sin_TR, T, step, R, rows, columns, num_warps=4
         )
@@ -86,5 +87,5 @@ def _accepts(positions_T: Tensor, theta: float, head_dim: int) -> bool:
 
 @rotary_table.register("triton", when=_accepts)
 def rotary_table_triton(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """`rotary_table`, with angles that are right to float32 at every position; same arguments and result."""
+    """`rotary_table`, of float32 angles, right to the last bits at every position; same arguments and result."""
     return rotary_table_forward(positions_T.contiguous(), theta, head_dim)

@@ -1,0 +1,25 @@
+"""Other tiles than the present ones give the same answers: `benchmarks.tune` tries them on the real kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_calls import TRITON
+
+pytest.importorskip("triton", reason="needs Triton, which has no wheel for this platform")
+
+from benchmarks import gpu, tune
+from benchmarks.gpu import Machine
+from benchmarks.harness import Reading
+
+
+@TRITON
+@pytest.mark.parametrize("op", ["attention", "maxsim", "geglu"])
+def test_another_tile_is_right(op: str) -> None:
+    machine = gpu.this_machine()
+    if not machine.is_gpu:
+        # Calls of the interpreter take so long that they would not be timed.
+        machine = Machine(torch.device("cpu"), lambda work: (work(), Reading(1e-3, 0.0))[1], 0.0, 3)
+    ((outcome, tried),) = tune.run(machine, [op], quick=True)
+    assert tried == 1
+    assert not outcome.refused, outcome.refused

@@ -1,0 +1,119 @@
+"""The operations and bytes of a model are counted right: against torch's own counter and the published ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.model_work import DATASHEETS, datasheet, flops, kernels, least_seconds
+from modernbert import Encoder
+from modernbert.config import PRESETS, EncoderConfig
+from modernbert.packing import pack
+from modernbert_kernels import backend
+
+SMALL = EncoderConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, local_attention=8
+)
+
+
+def counted(config: EncoderConfig, lengths: list[int], *, backward: bool) -> int:
+    """What torch counts in a pass of the specification."""
+    encoder = Encoder.from_config(config)
+    batch = pack([[1] * length for length in lengths])
+    with backend("reference"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        out_TD = encoder(batch)
+        if backward:
+            out_TD.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("lengths", [[7], [16, 16, 16]])
+def test_a_model_without_windows_has_the_operations_that_torch_counts(lengths: list[int]) -> None:
+    config = replace(SMALL, layer_pattern=("full_attention",))
+    assert flops(config, lengths) == counted(config, lengths, backward=False)
+
+
+def test_backward_every_linear_layer_counts_three_times_and_attention_three_and_a_half() -> None:
+    config, length = replace(SMALL, layer_pattern=("full_attention",)), 16
+    attention = config.num_hidden_layers * 4 * length**2 * config.hidden_size
+    products = flops(config, [length]) - attention
+    assert flops(config, [length], backward=True) == 3 * products + 7 * attention // 2
+    # Torch keeps the probabilities, so its attention counts three times.
+    assert counted(config, [length], backward=True) == 3 * (products + attention)
+
+
+@pytest.mark.parametrize("length", [1, 3, 5, 6, 40])
+def test_a_window_counts_the_pairs_that_see_each_other(length: int) -> None:
+    config = replace(SMALL, num_hidden_layers=1, layer_pattern=("sliding_attention",))
+    place = torch.arange(length)
+    pairs = int(((place[:, None] - place).abs() <= config.window).sum())
+    D, F = config.hidden_size, config.intermediate_size
+    assert flops(config, [length]) == 2 * length * (4 * D * D + 3 * D * F) + 4 * D * pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "millions"),
+    [
+        ("ettin-17m", 512, 9.9), ("ettin-32m", 512, 29.4), ("ettin-68m", 512, 95.2), ("modernbert-base", 512, 238.7),
+        ("modernbert-large", 512, 716.8), ("ettin-1b", 512, 1929), ("ettin-17m", 8192, 33.5),
+        ("modernbert-base", 8192, 427.5), ("modernbert-large", 8192, 1031), ("ettin-1b", 8192, 2479),
+    ],
+)  # fmt: skip
+def test_presets_have_the_published_operations_per_token(name: str, length: int, millions: float) -> None:
+    """Published with 129 keys for every local query; those near an end of their text see fewer."""
+    config = PRESETS[name]
+    local = sum(not config.is_global(layer) for layer in range(config.num_hidden_layers))
+    hidden = local * 4 * config.hidden_size * config.window * (config.window + 1) / length
+    assert flops(config, [length] * 2) / (2 * length) + hidden == pytest.approx(millions * 1e6, rel=0.005)
+    assert hidden < 0.01 * millions * 1e6
+
+
+def test_texts_are_added_up_and_nothing_is_counted_for_none() -> None:
+    parts = [flops(SMALL, [length]) for length in (3, 20)]
+    assert flops(SMALL, [3, 20]) == sum(parts) < flops(SMALL, [23])
+    assert flops(SMALL, []) == flops(SMALL, [0]) == 0
+
+
+def test_a_forward_pass_has_the_kernels_of_the_encoder() -> None:
+    names = [kernel.name for kernel in kernels(PRESETS["modernbert-base"], [512], 2)]
+    # Seven a layer, the first without a norm; one before them, one after; a table for each of two thetas.
+    assert len(names) == 7 * 22 + 22 - 1 + 1 + 1 + 2
+    assert names.count("product") == 4 * 22
+    assert names.count("global attention") == 8
+    assert names.count("local attention") == 14
+    assert names.count("rotary_table") == 2
+    assert [kernel.name for kernel in kernels(PRESETS["ettin-17m"], [512], 2)].count("rotary_table") == 1
+
+
+def test_the_roofline_is_the_longer_of_operations_and_bytes_of_every_kernel() -> None:
+    config, lengths = PRESETS["ettin-17m"], [512] * 4
+    T, D, F, L = 2048, 256, 384, 7
+    weights = L * (4 * D * D + 3 * D * F)
+    # What a layer reads and writes: four products, attention, two norms (one of the first stands at the end), geglu.
+    layer = (4 + 2 + 1 + 1) * D + (2 + 1) * F + 4 * D + 2 * 4 * D + 3 * F
+    bytes_moved = 2 * (weights + T * (L * layer + 2 * D)) + 2 * 8 * T + (L + 1) * T * 64 * 4
+    assert least_seconds(config, lengths, 2, 1e30, 1e9) == pytest.approx(bytes_moved / 1e9)
+    assert least_seconds(config, lengths, 2, 1e9, 1e30) == pytest.approx(flops(config, lengths) / 1e9)
+    both = least_seconds(config, lengths, 2, 1e12, 1e9)
+    assert max(flops(config, lengths) / 1e12, bytes_moved / 1e9) <= both
+    assert both < flops(config, lengths) / 1e12 + bytes_moved / 1e9
+
+
+def test_more_work_takes_longer() -> None:
+    config, rates = PRESETS["modernbert-base"], (989e12, 4.8e12)
+    one = least_seconds(config, [32], 2, *rates)
+    assert one < least_seconds(config, [32] * 2, 2, *rates) < 1.2 * one  # the weights are read once
+    assert least_seconds(config, [32], 4, *rates) == pytest.approx(2 * one, rel=0.02)
+    assert 2 * one < least_seconds(config, [512] * 2, 2, *rates, backward=True)
+
+
+def test_datasheets_are_dense_and_of_known_cards_alone() -> None:
+    assert datasheet("NVIDIA H200") == (989.4e12, 66.9e12, 4.8e12)
+    assert datasheet("NVIDIA GeForce RTX 4090") == (165.2e12, 82.6e12, 1008e9)
+    assert datasheet(None) is None
+    assert datasheet("NVIDIA GeForce GTX 1080") is None
+    assert all(sheet.bfloat16 > sheet.float32 > 1e12 < sheet.bytes * 10 for sheet in DATASHEETS.values())
