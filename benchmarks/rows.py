@@ -22,7 +22,7 @@ import torch
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "onnxruntime", "sentence-transformers", "maxsim-cpu", "numpy")
+PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "maxsim-cpu", "numpy")
 
 
 def row(
@@ -99,7 +99,7 @@ def circumstances() -> dict[str, Any]:
 
 def without_folders(arguments: list[str]) -> list[str]:
     """The arguments that decide what is measured; where rows and stores went are paths of somebody's machine."""
-    kept, folders = [], ("--output", "--work")
+    kept, folders = [], ("--output", "--work", "--data")
     following = iter(arguments)
     for one in following:
         if one in folders:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import rows
-from benchmarks.cpu import contenders
+from benchmarks.cpu import contenders, exported, int8, int8_retrieval, workloads
 from benchmarks.cpu import suite as cpu
 from benchmarks.harness import (
     FOREIGN_LIMIT,
@@ -29,9 +29,11 @@ from benchmarks.harness import (
     take,
 )
 from benchmarks.inputs import batched, paper_lengths, random_ids, real_rows
-from benchmarks.report import tables as report
+from benchmarks.report import reading, readme, tables
 from benchmarks.retrieval import figures, process, search, stores, synthetic
 from benchmarks.retrieval import suite as retrieval
+from modernbert import ColBERT, Encoder, EncoderConfig, pack
+from modernbert.encoder import Linear
 from modernbert.retrieval import Store
 
 RIGHT = torch.tensor([1.0, 2.0])
@@ -181,6 +183,136 @@ def test_every_way_of_running_a_model_returns_the_same_rows(tmp_path, monkeypatc
         check(one, expected, cpu.TOLERANCE)
 
 
+def test_exported_models_return_the_same_rows_and_int8_ones_nearly(tmp_path, monkeypatch):
+    """The legacy exporter only, because the other takes half a minute."""
+    for package in ("transformers", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    monkeypatch.setitem(contenders.SHAPES, "tiny", (128, 3, 2, 128, 160_000.0))
+    monkeypatch.setattr(exported, "exporters", lambda: ("legacy",))
+    contenders.save_seeded("tiny", tmp_path)
+    sequences = random_ids([70, 70, 140])
+    expected, batches = cpu.alone(tmp_path, sequences), batched(sequences, 2, by_length=True)
+    ways = [*exported.onnx_runtime(tmp_path, batches, "", 1), *exported.openvino(tmp_path, batches, "", 1)]
+    padded = [*exported.openvino(tmp_path, batched(sequences, 3), "", 1)]
+    assert (len(ways), len(padded)) == (5, 1)  # several batches: for latency and for throughput; padded: from ONNX
+    for one in [*ways, *padded]:
+        check(one, expected, cpu.TOLERANCE)
+    inexact = [*exported.onnx_runtime(tmp_path, batches, "", 1, int8=True)]
+    inexact += exported.openvino(tmp_path, batches[:1], "", 1, int8=True, sources=("onnx",))
+    for one in [*inexact, int8.ours(tmp_path, sequences)]:
+        assert one.implementation.endswith(", int8")
+        output = one.result(one.run())
+        cosine = torch.cosine_similarity(output, expected[: len(output)], dim=-1)
+        assert 0.98 < cosine.min() < 0.99999, one
+        with pytest.raises(WrongOutput):
+            check(one, expected[: len(output)], cpu.TOLERANCE)
+
+
+def test_a_graph_that_compiles_returns_the_same_rows(tmp_path, monkeypatch):
+    """Not compiled here: torch.compile is only looked at, and its failure becomes a reason."""
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(contenders.SHAPES, "tiny", (32, 3, 2, 48, 160_000.0))
+    contenders.save_seeded("tiny", tmp_path)
+    sequences = random_ids([9])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not [*contenders.transformers_compiled(tmp_path, batched(sequences, 1))]
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    (one,) = contenders.transformers_compiled(tmp_path, batched(sequences, 1))
+    check(one, cpu.alone(tmp_path, sequences), cpu.TOLERANCE)
+
+    def fails(**inputs):
+        raise torch._dynamo.exc.TorchDynamoException("no such header")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: fails)
+    (one,) = contenders.transformers_compiled(tmp_path, batched(sequences, 1))
+    with pytest.raises(WrongOutput, match="does not compile: no such header"):
+        one.run()
+
+
+def test_int8_ranks_nobody_who_is_exact_and_exact_ones_keep_their_tolerance(monkeypatch):
+    """An int8 row is slower or faster than all; a float32 row only than float32 rows. Errors stand in the rows."""
+    near = torch.tensor([[1.0, 2.1]])
+    right = torch.tensor([[1.0, 2.0]])
+    contenders_ = [
+        workloads.exact(contender("modernbert, float32", right), right),
+        workloads.exact(contender("another", near), right),
+        contender("modernbert, int8", near),
+        contender("ONNX Runtime, int8", right * torch.nan),
+    ]
+    workload = workloads.Workload("in words", contenders_, right, tolerance=None)
+    monkeypatch.setattr(cpu, "measure", lambda *given, **settings: measure(*given, **settings, read=Clocks()))
+    result = cpu.timed("int8-short-32", workload, quick=True)
+    rows_ = {row["implementation"]: row for row in result.rows}
+    assert set(rows_) == {"modernbert, float32", "modernbert, int8"}
+    assert rows_["modernbert, float32"]["times_better_than"] == {}
+    assert rows_["modernbert, float32"]["dtype"] == "float32"
+    assert rows_["modernbert, float32"]["tolerance"] == cpu.TOLERANCE
+    mine = rows_["modernbert, int8"]
+    assert mine["times_better_than"] == {"modernbert, float32": 1.0}
+    assert (mine["dtype"], mine["tolerance"], mine["max_error"]) == ("int8", None, 0.1)
+    assert mine["cosine"] == mine["worst_cosine"] == pytest.approx(0.9998, abs=1e-4)
+    assert "cosine" in mine["settings"]
+    assert "0.1" in result.refused["another"]
+    assert "nan" in result.refused["ONNX Runtime, int8"]
+
+
+def test_int8_linears_replace_all_of_an_encoder_and_leave_the_original():
+    encoder = Encoder.from_config(EncoderConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)).eval()
+    with torch.no_grad():
+        encoder.layers[0].mlp.Wi.weight[3] = 0.0  # an output that has died has no scale
+    small = int8.with_int8(encoder)
+    assert sum(isinstance(module, int8.Int8Linear) for module in small.modules()) == 8
+    assert not any(isinstance(module, Linear) for module in small.modules())
+    assert sum(isinstance(module, Linear) for module in encoder.modules()) == 8
+    with torch.inference_mode():
+        batch = pack([[5, 6, 7], [8]])
+        assert torch.cosine_similarity(small(batch), encoder(batch), dim=-1).min() > 0.99
+
+
+def test_the_cost_of_int8_is_measured_on_judged_queries_and_on_the_demo(tmp_path, monkeypatch):
+    pytest.importorskip("ir_measures")
+    folder = tmp_path / "tiny"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {f"d{i}": text for i, text in enumerate(["red fox", "blue whale", "green tea", "old oak"] * 4)}
+    documents = [{"_id": name, "title": "A", "text": text} for name, text in texts.items()]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    asked = [{"_id": f"q{i}", "text": text} for i, text in enumerate(["fox", "whale", "nobody judged this"])]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td9\t1\n")
+    assert int8_retrieval.folders(tmp_path) == int8_retrieval.folders(folder) == [folder]
+    one = int8_retrieval.read(folder)
+    assert (one.documents["d1"], [*one.queries]) == ("A blue whale", ["q0", "q1"])
+    model = ColBERT.default()
+    ways = {workloads.FLOAT32: model, "modernbert, int8": int8_retrieval.with_encoder(model, model.encoder)}
+    found = int8_retrieval.measured(one, ways)
+    assert [(row["unit"], row["dtype"]) for row in found] == [
+        ("nDCG@10", "float32"),
+        ("recall@10 of float32's", "float32"),
+        ("nDCG@10", "int8"),
+        ("recall@10 of float32's", "int8"),
+    ]
+    ndcg = {row["implementation"]: row["median"] for row in found if row["unit"] == "nDCG@10"}
+    # Of four equal documents the first comes first: the one for the fox, and the one for the whale is third.
+    assert ndcg == pytest.approx({workloads.FLOAT32: 0.75, "modernbert, int8": 0.75})
+    assert all(row["median"] == 1 for row in found if row["unit"] != "nDCG@10")
+    halves = [{"a": 1.0, "b": 0.5}, {"c": 1.0, "d": 0.5}]
+    assert int8_retrieval.agreement([{"a": 1.0, "x": 0.5}, {"y": 1.0, "z": 0.5}], halves) == [0.5, 0.0]
+    with pytest.raises(FileNotFoundError, match="holds no set"):
+        int8_retrieval.folders(tmp_path / "tiny" / "qrels")
+    assert int8_retrieval.demo(passages=7).qrels is None
+
+
+def test_nothing_is_begun_after_the_minutes():
+    results = [*cpu.run(quick=True, only=["variable", "maxsim-48"], minutes=-1)]
+    assert [result.workload for result in results] == ["variable"]
+    assert "was not reached within -1 minutes" in results[0].refused["the rest"]
+
+
+def test_every_workload_of_the_cpu_is_explained():
+    assert set(cpu.WORKLOADS) == {*workloads.BUILDERS, cpu.MEMORY, cpu.RETRIEVAL}
+
+
 def test_every_way_of_scoring_returns_the_same_scores():
     torch.manual_seed(0)
     query = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
@@ -273,12 +405,12 @@ def test_the_newest_run_of_a_workload_replaces_the_older_as_a_whole():
     newer = [make_row("modernbert", 11.0, date="2025-03-03", factors={})]
     other_machine = [make_row("modernbert", 12.0, cpu="Another CPU")]
     other_workload = [make_row("modernbert", 13.0, workload="fixed-512")]
-    kept = report.latest([*newer, *RUN, *other_machine, *other_workload])
+    kept = reading.latest([*newer, *RUN, *other_machine, *other_workload])
     assert sorted(row["median"] for row in kept) == [11.0, 12.0, 13.0]
 
 
 def test_the_readme_line_names_the_fastest_transformers_and_marks_unclean_rows():
-    table = report.readme_table(RUN)
+    table = readme.readme_table(RUN)
     line = next(line for line in table.splitlines() if "short-16 in words" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:] == [
@@ -289,11 +421,11 @@ def test_the_readme_line_names_the_fastest_transformers_and_marks_unclean_rows()
         "`python -m benchmarks cpu --only short-16`",
     ]
     slower = [row | {"clean": False} for row in RUN]
-    assert "**10 ms †**" in report.readme_table(slower)
+    assert "**10 ms †**" in readme.readme_table(slower)
 
 
 def test_the_full_table_has_every_row_with_factor_and_goal():
-    text = report.markdown(RUN)
+    text = tables.markdown(RUN)
     assert "## Test CPU, 2 threads, Linux x" in text
     assert re.search(r"\| transformers, one by one \| 20 ms \| .* \| 2\.00x \(goal 1\.5x\) \|", text)
     assert "| transformers, as they come | 30 ms † |" in text
@@ -508,7 +640,7 @@ def test_the_tables_of_retrieval_show_figures_with_their_bars(tmp_path):
         make_figure(tmp_path, values=[31.0], way="pre-filter", at_most=30),
         make_figure(tmp_path, "recall@10 of exact search", [0.9951], way="pre-filter", at_least=0.99),
     ]
-    table = report.retrieval_table(run)
+    table = readme.retrieval_table(run)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:4]]
     command = "`python -m benchmarks retrieval --only search-10k`"
     assert lines == [
@@ -519,30 +651,16 @@ def test_the_tables_of_retrieval_show_figures_with_their_bars(tmp_path):
             command,
         ],
     ]
-    text = report.markdown(run)
+    text = tables.markdown(run)
     assert "| 10 passages | exact | p50 | 80 ms | <= 90: met |" in text
     assert "| 10 passages | pre-filter | p50 | 31 ms | <= 30: missed |" in text
-    assert report.rich_table(run).row_count == 4
+    assert tables.rich_table(run).row_count == 4
 
 
-@pytest.mark.parametrize("suite", report.README_TABLES)
+@pytest.mark.parametrize("suite", readme.README_TABLES)
 def test_only_the_text_between_the_markers_is_replaced(suite):
-    start, end = report.markers(suite)
+    start, end = readme.markers(suite)
     text = f"before\n{start}\nold \\1\n{end}\nafter"
-    assert report.replace_between(text, "new \\g<0>", suite) == f"before\n{start}\nnew \\g<0>\n{end}\nafter"
+    assert readme.replace_between(text, "new \\g<0>", suite) == f"before\n{start}\nnew \\g<0>\n{end}\nafter"
     with pytest.raises(ValueError, match=f"{start} and {end} once each"):
-        report.replace_between("no markers", "new", suite)
-
-
-@pytest.mark.parametrize("suite", report.README_TABLES)
-def test_the_committed_tables_are_those_of_the_committed_rows(suite):
-    """Whoever adds rows runs `python -m benchmarks report`, and nobody edits a figure by hand."""
-    committed = report.latest(report.rows_of(suite))
-    readme = report.README.read_text("utf-8")
-    if not committed:
-        start, end = report.markers(suite)
-        table = readme.partition(start)[2].partition(end)[0]
-        assert not table.strip(), "README.md shows figures, but no row is committed"
-        return
-    assert readme == report.replace_between(readme, report.README_TABLES[suite](committed), suite)
-    assert Path(report.RESULTS / suite / "README.md").read_text("utf-8") == report.markdown(committed)
+        readme.replace_between("no markers", "new", suite)

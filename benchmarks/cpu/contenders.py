@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
@@ -15,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender
+from benchmarks.harness import Contender, WrongOutput
 from benchmarks.inputs import Batch, Ids, batched, real_rows
 
 OURS = "modernbert"
-TRANSFORMERS, ONNX_RUNTIME = "transformers", "ONNX Runtime"
+TRANSFORMERS, ONNX_RUNTIME, OPENVINO = "transformers", "ONNX Runtime", "OpenVINO"
+COMPILED = f"{TRANSFORMERS}, compiled"
 AS_THEY_COME, LENGTH_SORTED, ONE_BY_ONE = (
     f"{TRANSFORMERS}, {how}" for how in ("as they come", "length-sorted", "one by one")
 )
@@ -62,7 +62,7 @@ def save_seeded(shape: str, folder: Path) -> None:
 def ours(folder: Path, sequences: Ids) -> Contender:
     from modernbert import pack
 
-    encoder = _our_encoder(folder)
+    encoder = our_encoder(folder)
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -73,7 +73,7 @@ def ours(folder: Path, sequences: Ids) -> Contender:
 
 def transformers_sdpa(folder: Path, batches: list[Batch], settings: str, name: str = TRANSFORMERS) -> Contender:
     """Tokenised, padded batches are ready before the clock starts."""
-    model = _transformers_model(folder)
+    model = transformers_model(folder)
 
     def run() -> list[Tensor]:
         with torch.inference_mode():
@@ -92,83 +92,46 @@ def transformers_batchings(folder: Path, sequences: Ids, *, sizes: Sequence[int]
     yield transformers_sdpa(folder, batched(sequences, 1), "sdpa", ONE_BY_ONE)
 
 
-def onnx_runtime(folder: Path, batches: list[Batch], settings: str, threads: int) -> Iterator[Contender]:
-    """Exported both ways that torch has, as neither is the faster one everywhere; none where not installed.
+def transformers_compiled(folder: Path, batches: list[Batch]) -> Iterator[Contender]:
+    """Compiled for every shape by itself with the weights as constants; none where no C++ compiler is found.
 
-    Idle threads do not spin: they would slow whatever runs next in this process.
+    Compiling takes 15 to 30 seconds a shape, before the clock starts.
     """
-    if not find_spec("onnxruntime"):
+    if not shutil.which("g++"):
         return
-    feeds = [
-        {"input_ids": ids.numpy(), "attention_mask": (torch.ones_like(ids) if mask is None else mask).numpy()}
-        for ids, mask, _ in batches
-    ]
-    for exporter in ("dynamo", "legacy") if find_spec("onnxscript") else ("legacy",):
-        session = _onnx_session(folder, exporter, threads)
-        yield Contender(
-            ONNX_RUNTIME,
-            f"{exporter} export, {settings}, no spinning",
-            lambda session=session: [session.run(None, feed)[0] for feed in feeds],
-            lambda outputs: real_rows([torch.from_numpy(output) for output in outputs], batches),
-        )
+    from torch._dynamo.exc import TorchDynamoException
+
+    model = torch.compile(transformers_model(folder), dynamic=False, options={"freezing": True})
+
+    def run() -> list[Tensor]:
+        try:
+            with torch.inference_mode():
+                return [model(input_ids=ids, attention_mask=mask).last_hidden_state for ids, mask, _ in batches]
+        except TorchDynamoException as error:
+            raise WrongOutput(f"does not compile: {str(error)[:300]}") from error
+
+    yield Contender(COMPILED, "sdpa, torch.compile, freezing", run, lambda outputs: real_rows(outputs, batches))
 
 
 @cache
-def _our_encoder(folder: Path) -> torch.nn.Module:
+def our_encoder(folder: Path) -> torch.nn.Module:
     from modernbert import Encoder
 
     return Encoder.from_pretrained(folder).eval()
 
 
 @cache
-def _transformers_model(folder: Path) -> torch.nn.Module:
+def transformers_model(folder: Path) -> torch.nn.Module:
     from transformers import AutoModel
 
     return AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
-
-
-@cache
-def _onnx_session(folder: Path, exporter: str, threads: int) -> Any:
-    onnxruntime = import_module("onnxruntime")
-    file = folder / f"{exporter}.onnx"
-    if not file.exists():
-        _export(_transformers_model(folder), file, exporter)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def _export(model: torch.nn.Module, file: Path, exporter: str) -> None:
-    class LastHiddenState(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-    ids, mask = torch.full((2, 70), 100), torch.ones(2, 70, dtype=torch.int64)
-    mask[1, 40:] = 0
-    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
-    if exporter == "dynamo":
-        axes = {0: torch.export.Dim("batch", min=1, max=512), 1: torch.export.Dim("length", min=1, max=8192)}
-        options = {"dynamo": True, "dynamic_shapes": (axes, axes), "verbose": False}
-    else:
-        axes = {name: {0: "batch", 1: "length"} for name in names["input_names"]}
-        options = {"dynamo": False, "dynamic_axes": axes}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about tracing; the output is compared before anything is timed
-        torch.onnx.export(LastHiddenState(), (ids, mask), file, **names, **options)
 
 
 def ours_from_text(folder: Path, texts: list[str]) -> tuple[Contender, int]:
     """The contender, and how many real tokens the texts have."""
     from modernbert import Tokenizer
 
-    encoder, tokenizer = _our_encoder(folder), Tokenizer.from_pretrained(folder)
+    encoder, tokenizer = our_encoder(folder), Tokenizer.from_pretrained(folder)
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -184,7 +147,7 @@ def mean_alone(folder: Path, texts: list[str]) -> Tensor:
     """The reference: the mean of transformers' hidden states in float32, `[B, D]`, every text by itself."""
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), _transformers_model(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), transformers_model(folder)
     with torch.inference_mode():
         tokenized = [tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt") for text in texts]
         return torch.cat([model(input_ids=one["input_ids"]).last_hidden_state.mean(1) for one in tokenized])

@@ -73,10 +73,18 @@ MUTATIONS = [
     Mutation("rotary_table.py", "(quarter == 1) | (quarter == 2)", "(quarter == 1) | (quarter == 3)", TABLE),
     Mutation("rotary_table.py", "quarter >= 2, -result", "quarter >= 3, -result", TABLE),
     Mutation("rotary_table.py", "1.0 - 0.5 * square", "1.0 - square", TABLE),
-    Mutation("rotary_table.py", "tl.exp2(columns.to(tl.float64) * _float64(STEP)).to(tl.float32)",
-             "tl.exp2(columns.to(tl.float32) * STEP)", f"{TABLE} -k last_bits"),  # fmt: skip
-    Mutation("rotary_table.py", "(position.to(tl.float32)[:, None] * frequency).to(tl.float64)",
-             "position.to(tl.float64)[:, None] * frequency", f"{TABLE} -k last_bits"),  # fmt: skip
+    Mutation(
+        "rotary_table.py",
+        "tl.exp2(columns.to(tl.float64) * _float64(STEP)).to(tl.float32)",
+        "tl.exp2(columns.to(tl.float32) * STEP)",
+        f"{TABLE} -k last_bits",
+    ),
+    Mutation(
+        "rotary_table.py",
+        "(position.to(tl.float32)[:, None] * frequency).to(tl.float64)",
+        "position.to(tl.float64)[:, None] * frequency",
+        f"{TABLE} -k last_bits",
+    ),
     Mutation("rotary_table.py", "_float64(TWO_OVER_PI) + 0.5", "_float64(TWO_OVER_PI)", f"{TABLE} -k last_bits"),
     Mutation("cross_entropy.py", 'tl.where(start + columns < V, x, float("-inf"))', "x", f"{CROSS} backend"),
     Mutation("cross_entropy.py", "slope - tl.where(", "slope + tl.where(", f"{CROSS} backend"),

@@ -1,9 +1,9 @@
 """The tables of the rotary embedding in one kernel: frequencies, angles, cosines and sines.
 
-Frequencies and angles are rounded to float32 where the specification rounds them: at position 32,768 that is an angle of
-0.002, and a checkpoint was trained with it. The sine and cosine of the hardware are off by 5e-7, and by more the larger
-the angle is, so the angle is reduced to an eighth of a turn in float64, and what is left goes through the polynomials
-of Cephes (Moshier, sinf and cosf) in float32. The frequencies are computed once for the rows of a program.
+Frequencies and angles are rounded to float32 where the specification rounds them: at position 32,768 that is an angle
+of 0.002, and a checkpoint was trained with it. The sine and cosine of the hardware are off by 5e-7, and by more the
+larger the angle is, so the angle is reduced to an eighth of a turn in float64, and what is left goes through the
+polynomials of Cephes (Moshier, sinf and cosf) in float32. The frequencies are computed once for the rows of a program.
 """
 
 from __future__ import annotations
