@@ -158,17 +158,24 @@ def measure(
             errors[contender] = check(contender, expected, tolerance)
         except WrongOutput as reason:
             refused[contender.implementation] = str(reason)
-    best: dict[str, tuple[Reading, Contender]] = {}
+    best: dict[str, tuple[float, Contender]] = {}
     rivals = Counter(contender.implementation for contender in errors)
     for contender in errors:
         name = contender.implementation
-        quickest = min(read(contender.run) for _ in range(2 if rivals[name] > 1 else 1))
+        quickest = typical(contender.run, window / 2 if rivals[name] > 1 else None, read)
         if name not in best or quickest < best[name][0]:
             best[name] = quickest, contender
-    calls = {name: max(1, math.ceil(window / quickest.seconds)) for name, (quickest, _) in best.items()}
+    calls = {name: max(1, math.ceil(window / quickest)) for name, (quickest, _) in best.items()}
     taken = interleave([chosen for _, chosen in best.values()], calls, rounds, retries, read)
     measured = [Measured(chosen, errors[chosen], calls[name], tuple(taken[name])) for name, (_, chosen) in best.items()]
     return measured, {name: reason for name, reason in refused.items() if name not in best}
+
+
+def typical(run: Callable[[], Any], window: float | None, read: Callable[[Callable[[], Any]], Reading]) -> float:
+    """The median call of about `window` seconds, of two calls at least; of a single one without a window."""
+    seconds = [read(run).seconds]
+    more = 0 if window is None else min(100, max(1, int(window / max(seconds[0], 1e-9))))
+    return statistics.median_low([*seconds, *(read(run).seconds for _ in range(more))])
 
 
 def interleave(

@@ -71,6 +71,22 @@ def ours(folder: Path, sequences: Ids) -> Contender:
     return Contender(OURS, "packed; packing is timed", run, lambda x_TD: x_TD)
 
 
+def ours_first_tokens(folder: Path, sequences: Ids) -> Iterator[Contender]:
+    """[CLS] of every text: the last layer computes these rows alone, or all of them."""
+    from modernbert import pack
+
+    encoder = our_encoder(folder)
+
+    def run(chosen: bool) -> Tensor:
+        with torch.inference_mode():
+            batch = pack(sequences)
+            first_B = batch.cu_seqlens[:-1]
+            return encoder(batch, rows=first_B) if chosen else encoder(batch)[first_B]
+
+    yield Contender(OURS, "rows=cu_seqlens[:-1]", partial(run, True), lambda x_BD: x_BD)
+    yield Contender(f"{OURS}, all rows", "indexed afterwards", partial(run, False), lambda x_BD: x_BD)
+
+
 def transformers_sdpa(folder: Path, batches: list[Batch], settings: str, name: str = TRANSFORMERS) -> Contender:
     """Tokenised, padded batches are ready before the clock starts."""
     model = transformers_model(folder)

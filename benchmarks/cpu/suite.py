@@ -26,6 +26,7 @@ WORKLOADS = {
     "short-32": "latency of one text of 32 tokens, the length of a query",
     "fixed-512": "16 texts of 512 tokens",
     "variable": "32 texts of the lengths of the ModernBERT paper, N(256, 64) clipped to [32, 512]",
+    "first-token": "[CLS] of the same texts: what it saves to compute only the rows that are read",
     "from-text": "64 Wikipedia passages from string to mean-pooled vector, tokenising timed",
     "maxsim-48": "one query of 32 tokens against 1000 documents of 16 to 300 tokens, width 48",
     "maxsim-128": "the same in width 128",

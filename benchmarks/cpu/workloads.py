@@ -112,6 +112,24 @@ def variable(folder: Path, *, quick: bool) -> Workload:
     )
 
 
+def first_token(folder: Path, *, quick: bool) -> Workload:
+    """What is saved where only one row of each text is read."""
+    lengths = paper_lengths(32)
+    sequences = random_ids(lengths)
+    first_B = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+
+    def of_first(one: Contender) -> Contender:
+        return replace(one, result=lambda outputs: one.result(outputs)[first_B])
+
+    peers = contenders.transformers_batchings(folder, sequences, sizes=(8,) if quick else (2, 4, 8))
+    return Workload(
+        f"Ettin-17m, [CLS] of 32 texts of the paper's variable lengths (mean {sum(lengths) / 32:.0f})",
+        [*contenders.ours_first_tokens(folder, sequences), *map(of_first, peers)],
+        alone(folder, sequences)[first_B],
+        tokens=sum(lengths),
+    )
+
+
 def long(folder: Path) -> Workload:
     """Without ONNX Runtime: it takes more than 6 GB here."""
     sequences = random_ids([8192])
@@ -243,6 +261,7 @@ BUILDERS: dict[str, tuple[str | None, Callable[..., Workload]]] = {
     "short-32": ("ettin-17m", lambda folder, quick: short(folder, 32, quick=quick)),
     "fixed-512": ("ettin-17m", fixed),
     "variable": ("ettin-17m", variable),
+    "first-token": ("ettin-17m", first_token),
     "from-text": ("ettin-17m", from_text),
     "maxsim-48": (None, lambda folder, quick: maxsim(48, quick=quick)),
     "maxsim-128": (None, lambda folder, quick: maxsim(128, quick=quick)),

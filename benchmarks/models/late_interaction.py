@@ -23,6 +23,7 @@ from benchmarks.models.batches import Batch, way
 from benchmarks.models.case import Build, Case, Place, Way
 from benchmarks.models.learning import OURS, loaded, projection
 from modernbert import ColBERT, pack
+from modernbert.graphs import Graphed
 from modernbert.heads.colbert import Dense
 from modernbert.packing import Packed
 
@@ -74,14 +75,10 @@ def vectors(place: Place, who: str, width: int) -> Build:
 
 def graphed_ways(case: Case, place: Place, encoder: Any, weight_ED: Tensor) -> Iterator[Way]:
     """Graphs take batches from the host: packing is not timed where the others' batches lie on the device."""
-    replay = encoder.graphed(max_tokens=max(1024, sum(case.lengths)))
+    replay = Graphed(Projected(encoder, weight_ED).eval(), max(1024, sum(case.lengths)))
     places = list(range(len(case.lengths)))
     batch = pack([texts.ids(one, case.lengths[one]).tolist() for one in places])
-
-    def forward(batch: Packed) -> Tensor:
-        return ops.project_normalize(replay(batch), weight_ED)
-
-    yield way("packed, CUDA graphs", case, encoder, [Batch(places, batch)], forward)
+    yield way("packed, CUDA graphs", case, encoder, [Batch(places, batch)], replay)
 
 
 def sentence_transformers(place: Place, width: int) -> Build:
