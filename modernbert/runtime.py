@@ -138,7 +138,9 @@ def _encode(model: Any, parts: Iterable[Any], batch_tokens: int | None, advance:
     device = next(model.parameters()).device
     budget = batch_tokens or token_budget(device, model.encoder.config.hidden_size)
     was_training = model.training
-    model.eval()
+    # Only where it changes something: layers forget what they have prepared when they are told their mode.
+    if any(module.training for module in model.modules()):
+        model.eval()
     try:
         with torch.inference_mode():
             for tokens in parts:
@@ -152,7 +154,8 @@ def _encode(model: Any, parts: Iterable[Any], batch_tokens: int | None, advance:
             while underway:
                 finish()
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     return matrices
 
 

@@ -11,6 +11,7 @@ import torch
 from hf_twin import TINY, random_ids, twins
 from torch import Tensor
 
+import modernbert_kernels as ops
 from modernbert import ColBERT, Packed, pack, runtime
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERTConfig
@@ -119,6 +120,14 @@ def test_rows_are_ordinary_float32(colbert: ColBERT) -> None:
         colbert.float()
     for empty in (colbert.encode_queries([]), colbert.encode_documents([], devices=["cpu"])):
         assert (len(empty), empty.values.shape) == (0, (0, 24))
+
+
+def test_encoding_forgets_no_weight_that_is_prepared(colbert: ColBERT) -> None:
+    """Each query prepared all weights anew, which took eight times as long as the query."""
+    colbert.eval()
+    before = ops.cpu.linear.forgotten()
+    colbert.encode_queries(TEXTS[:1])
+    assert ops.cpu.linear.forgotten() == before
 
 
 def test_training_mode_is_left_and_taken_up_again(colbert: ColBERT) -> None:
