@@ -306,7 +306,9 @@ def test_factors_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = captured(monkeypatch, report_plots, "factors")
     committed = measured(latest(rows_of("cpu")))
     plots(committed)[0].draw()
-    ours = [row for row in committed if row["implementation"] == "modernbert"]
+    # Where ours is int8, float32 ranks among the others; errors and retrieval cost have no factors.
+    named = [row for row in committed if row["implementation"] in ("modernbert", "modernbert, int8")]
+    ours = [row for row in named if row["times_better_than"]]
     assert calls[0][0], "no workload is shown"
     assert {what: {one.peer: one.factor for one in found} for what, found in calls[0][0]} == {
         row["what"]: row["times_better_than"] for row in ours
