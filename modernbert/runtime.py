@@ -94,7 +94,7 @@ def encode_texts(
     parts = [texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS)]
     tokenized: Callable[[list[str]], Any] = partial(getattr(model, tokenize), spans=False)
     # While a GPU encodes one part, the CPU tokenises the next; on a CPU they would only share its cores.
-    in_turn = map if next(model.parameters()).is_cpu else one_ahead
+    in_turn = one_ahead if next(model.parameters()).is_cuda else map
     with _bar(len(texts), progress) as advance:
         matrices = _encode(model, in_turn(tokenized, parts), batch_tokens, advance)
     # Joined outside of inference mode: an ordinary tensor, which may meet autograd later.
@@ -149,7 +149,7 @@ def _encode(model: Any, parts: Iterable[Any], batch_tokens: int | None, advance:
                 for indices in plan(tokens.batch.lengths, budget):
                     part = tokens.select(indices)
                     underway.append(([first + i for i in indices], *_begin(model, part, device)))
-                    if device.type == "cpu" or len(underway) > 1:
+                    if device.type != "cuda" or len(underway) > 1:
                         finish()
             while underway:
                 finish()
@@ -162,8 +162,9 @@ def _encode(model: Any, parts: Iterable[Any], batch_tokens: int | None, advance:
 def _begin(model: Any, part: Any, device: torch.device) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
     """Scored rows, float32 on the CPU, their offsets, and what to wait for before the rows are read."""
     rows, offsets = part.rows, part.offsets
-    if device.type == "cpu":
-        return model(part.batch, rows=rows).float(), offsets, None
+    if device.type != "cuda":
+        x_QE = model(part.batch.to(device), rows=None if rows is None else rows.to(device))
+        return x_QE.float().cpu(), offsets, None
     if model.graphs is not None and model.graphs.bucket(part.batch) is not None:
         x_QE = model.graphs(part.batch, rows=rows)
     else:
@@ -177,8 +178,8 @@ def _begin(model: Any, part: Any, device: torch.device) -> tuple[Tensor, Tensor,
 
 def token_budget(device: torch.device, width: int) -> int:
     """Tokens of a batch: on a GPU the most up to `GPU_TOKENS` of which every product's tiles fill all processors."""
-    if device.type == "cpu":
-        return CPU_TOKENS
+    if device.type != "cuda":
+        return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     wave = full_wave(torch.cuda.get_device_properties(device).multi_processor_count, width)
     return max(1, GPU_TOKENS // wave) * wave
 

@@ -609,12 +609,6 @@ def test_chunks_of_layers_are_the_layers() -> None:
         check(way, one, False, *known)
 
 
-@pytest.mark.parametrize(("processors", "rows"), [(132, 2816), (128, 8192), (114, 2432), (6, 128)])
-def test_full_waves(processors: int, rows: int) -> None:
-    assert questions.full_wave(processors, 768) == rows
-    assert (rows // 128) * 6 % processors == 0
-
-
 def test_waves_are_compared_by_what_they_compute() -> None:
     one = questions.waves(CPU)
     assert [way.settings for way in one.ways if way.implementation in ("2,816 tokens", "5,632 tokens")] == [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +13,7 @@ from benchmarks.kernels.calls import Task, Way
 from benchmarks.kernels.cases import randn
 from benchmarks.kernels.peers import plain
 from benchmarks.kernels.work import Work
+from modernbert.runtime import full_wave
 
 EPS = 1e-5
 
@@ -104,12 +104,6 @@ def waves(device: torch.device) -> Task:
     # So many copies that the fewest rows find nothing in the cache either.
     touched = 2 * min(sizes) * 768
     return Task(what, (x, weight), {}, first(0), ways, passes=(False,), touched=touched)
-
-
-def full_wave(processors: int, width: int, tile: int = 128) -> int:
-    """The fewest rows of an output of this width whose square tiles fill every processor alike."""
-    across = width // tile
-    return tile * processors // math.gcd(across, processors)
 
 
 def gap(device: torch.device, kernels: int = 200) -> Task:
