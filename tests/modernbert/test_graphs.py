@@ -187,6 +187,16 @@ def test_free_places_share_what_is_left_over(lengths: list[int]) -> None:
     assert int(fillers.max()) - int(fillers.min()) <= 1
 
 
+def test_what_fills_up_sees_itself_alone() -> None:
+    """Key lengths that an earlier batch left there would reach beyond the last token."""
+    bucket = Bucket(32, 32, True)
+    row = torch.full((2 * 32 + 5 + 4,), 30, dtype=torch.int32)
+    batch = expanded([9, 4])
+    fill(row, batch, bucket)
+    assert row[69:71].tolist() == batch.key_lengths.tolist()
+    assert row[71:].tolist() == row[64:69].diff()[2:].tolist()
+
+
 def test_a_colbert_encodes_texts_through_its_graphs() -> None:
     model = ColBERT.default()
     model.graphs = Graphed(model, 256, capture=stand_in([]))
