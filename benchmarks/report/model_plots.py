@@ -73,7 +73,7 @@ def _named(rows: Sequence[Row]) -> tuple[str, str, str]:
     better = "less" if less_is_better(one) else "more"
     if one["x"]:
         shown = f"{shown} by {ABSCISSAS.get(one['x']['name'], [one['x']['name']])[0]}"
-    elif one["suite"] not in (PROJECTED, shown.lower()):
+    elif one["suite"] != PROJECTED and not shown.lower().startswith(one["suite"]):
         shown = f"{one['suite'].replace('-', ' ').capitalize()}, {shown[0].lower()}{shown[1:]}"
     model = MODEL_NAMES.get(one["model"], one["model"].replace("ettin-", "Ettin-"))
     unit = one["unit"].replace("us", "µs")
