@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modernbert_kernels.flash_attention import LONG
 
-from .packing import Packed
+from .packing import Packed, check_rows
 
 MAX_TOKENS = 16_384
 """Above these even the smallest model keeps a large GPU busy between launches (about 12,000 by estimate)."""
@@ -77,7 +77,9 @@ class Graphed:
         self._capture = capture or partial(_captured, weight.device, torch.cuda.graph_pool_handle())
         self._sizes = bucket_sizes(max_tokens)
         self._graphs: dict[Bucket, Graph] = {}
-        self._address = weight.data_ptr()
+        # Held, so that a graph never reads memory that was freed when somebody replaced a parameter.
+        self._parameters = list(model.parameters())
+        self._addresses = list(map(Tensor.data_ptr, self._parameters))
         self._warned = False
 
     @torch.no_grad()
@@ -87,14 +89,18 @@ class Graphed:
         They are the graph's own memory: THE NEXT CALL OVERWRITES THEM (not where `rows` are given). Clone what is kept.
 
         Raises:
-            ValueError: the batch is not on the CPU, or the model is in training mode.
-            RuntimeError: the weights have moved since (`to`, `half`, `load_state_dict(assign=True)`).
+            ValueError: the batch is not on the CPU, rows out of range, training mode, or autocast.
+            RuntimeError: the weights have moved since (`to`, `half`). Parameters that are replaced are not seen.
         """
         if self.model.training:
             raise ValueError("graphs hold the forward pass of evaluation, and the model is in training mode: eval()")
         if not batch.input_ids.is_cpu:
             raise ValueError("the batch is on a GPU: leave it on the CPU, from where one copy brings it over")
-        if next(self.model.parameters()).data_ptr() != self._address:
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError("graphs compute in the dtype of the model: leave autocast, and load it in the other dtype")
+        if rows is not None:
+            check_rows(rows, batch.num_tokens)
+        if list(map(Tensor.data_ptr, self._parameters)) != self._addresses:
             raise RuntimeError("the model's weights have moved since its graphs were made: make them again")
         bucket = self.bucket(batch)
         if bucket is None:
@@ -122,8 +128,9 @@ class Graphed:
         longest = max(LONG, 1 << (batch.max_seqlen - 1).bit_length())
         for size in self._sizes:
             bucket = Bucket(size, min(size, longest), keys)
-            # What is left over needs a place.
-            if batch.num_tokens <= size and len(batch) + (batch.num_tokens < size) <= bucket.places:
+            # What is left over needs places, and may not be longer than the longest.
+            left, free = size - batch.num_tokens, bucket.places - len(batch)
+            if 0 <= left <= free * bucket.longest and free >= 0:
                 return bucket
         return None
 
@@ -190,6 +197,7 @@ def _captured(device: torch.device, pool: Any, run: Callable[[], Tensor]) -> tup
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # Other threads, such as one that pins memory, may go on.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             output = run()
         return graph.replay, output

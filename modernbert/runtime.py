@@ -131,6 +131,7 @@ def _encode(model: Any, parts: Iterable[Any], batch_tokens: int | None, advance:
         places, rows, offsets, done = underway.popleft()
         if done is not None:
             done.synchronize()
+            rows = rows.clone()  # pinned memory is scarce: two batches share it in turns
         for place, matrix in zip(places, Ragged(rows, offsets), strict=True):
             matrices[place] = matrix
         advance(len(places))
@@ -217,9 +218,13 @@ def _encode_in_processes(
         _bar(len(texts), progress) as advance,
     ):
         jobs = [pool.submit(_encode_in_worker, tokenize, part, batch_tokens) for part in parts]
-        for job, part in zip(jobs, parts, strict=True):
-            matrices += Ragged(*map(torch.from_numpy, job.result()))
-            advance(len(part))
+        try:
+            for job, part in zip(jobs, parts, strict=True):
+                matrices += Ragged(*map(torch.from_numpy, job.result()))
+                advance(len(part))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # an error is shown now, not after all other parts
+            raise
     return Ragged.from_list(matrices) if matrices else encode_texts(model, tokenize, [], None, False, None)
 
 

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 
 import modernbert_kernels as ops
@@ -38,7 +40,7 @@ ORDINARY = (
 )
 """Where the classes of an encoder's modules are defined. A subclass from elsewhere may compute something else."""
 
-VALUES = ("window", "eps", "activation")
+VALUES = ("window", "eps", "activation", "heads", "head_dim")
 """Attributes of modules that change what they compute."""
 
 _plans: WeakKeyDictionary[Encoder, Plan] = WeakKeyDictionary()
@@ -47,6 +49,8 @@ _plans: WeakKeyDictionary[Encoder, Plan] = WeakKeyDictionary()
 def forward(encoder: Encoder, batch: Packed, rows_Q: Tensor | None) -> Tensor | None:
     """`encoder(batch, rows=rows_Q)`, `[T, D]` or `[Q, D]`, or None if this way is not for them."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._get_tracing_state():
+        return None
+    if _functorch.peek_interpreter_stack() is not None:  # vmap knows no operation that overwrites
         return None
     if not 0 < batch.num_tokens <= LONGEST or len(batch.lengths) != 1:
         return None
@@ -65,20 +69,26 @@ class Plan:
 
     def __init__(self, encoder: Encoder) -> None:
         children = list(_descendants(encoder))
-        modules = [module for *_, module in children]
-        parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+        modules = [module for *_, module in children if module is not None]
+        # What is None now, a bias or the first norm, may come.
+        parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
         values = [(m.__dict__, name, m.__dict__[name]) for m in modules for name in VALUES if name in m.__dict__]
         values += [(encoder.__dict__, "thetas", encoder.thetas)]
         values += [(m.__dict__, "training", m.training) for m in modules if hasattr(m, "dropout_p")]
         values += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in modules]  # where some put their own
         self.owners, self.names, self.members = zip(*children, *parameters, *values, strict=True)
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.parameters, self.forgotten = [p for *_, p in parameters], linear.forgotten()
+        self.parameters, self.forgotten = [p for *_, p in parameters if p is not None], linear.forgotten()
         self.hooked = list(map(len, self.hooks))
+        self.modules, self.types = modules, list(map(type, modules))
+        layers = cast("list[Layer]", list(encoder.layers))
+        self.heads, self.width = encoder.config.num_attention_heads, encoder.config.head_dim
         self.ordinary = (
             not any(self.hooked)
             and not any(value for _, name, value in values if name in ("training", "forward"))
             and all(type(module).__module__ in ORDINARY for module in (encoder, *modules))
+            and [layer.attn_norm is None for layer in layers] == [True] + [False] * (len(layers) - 1)
+            and all((layer.attn.heads, layer.attn.head_dim) == (self.heads, self.width) for layer in layers)
             and all(type(p) is nn.Parameter and p.is_cpu and not p.is_inference() for p in self.parameters)
             and all(p.dtype is torch.float32 for p in self.parameters)
         )
@@ -86,9 +96,8 @@ class Plan:
             return
         self.versions = [p._version for p in self.parameters]
         self.addresses = [p.data_ptr() for p in self.parameters]
-        self.heads, self.width = encoder.config.num_attention_heads, encoder.config.head_dim
+        self.storages = [StorageWeakRef(p.untyped_storage()) for p in self.parameters]
         self.table_VD, self.norm = encoder.embeddings.tok_embeddings.weight, _norm(encoder.embeddings.norm)
-        layers = cast("list[Layer]", list(encoder.layers))
         norms = [*(layer.attn_norm for layer in layers[1:]), encoder.final_norm]
         self.layers = [
             (
@@ -114,6 +123,7 @@ class Plan:
         return (
             self.forgotten == linear.forgotten()
             and list(map(len, self.hooks)) == self.hooked
+            and list(map(type, self.modules)) == self.types
             and all(map(is_, map(dict.get, self.owners, self.names), self.members))
             and (not self.ordinary or self._same_values())
         )
@@ -121,6 +131,7 @@ class Plan:
     def _same_values(self) -> bool:
         return (
             list(map(Tensor.data_ptr, self.parameters)) == self.addresses
+            and not any(map(StorageWeakRef.expired, self.storages))  # an address may come again
             and list(map(attrgetter("_version"), self.parameters)) == self.versions
         )
 
@@ -148,11 +159,11 @@ class Plan:
         return h_TD if rows_Q is None else h_TD.index_select(0, rows_Q)
 
 
-def _descendants(parent: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
-    """Every module below: the dictionary that holds it, its name there, and itself."""
-    for name, module in parent._modules.items():
+def _descendants(parent: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Module | None]]:
+    """Every module below, or None in its place: the dictionary that holds it, its name there, and itself."""
+    for name, module in parent.__dict__["_modules"].items():
+        yield parent.__dict__["_modules"], name, module
         if module is not None:
-            yield parent._modules, name, module
             yield from _descendants(module)
 
 
@@ -166,9 +177,11 @@ def _linear(module: nn.Linear) -> tuple[Any, ...]:
 
 def _qkv(attn: Attention) -> tuple[Any, ...]:
     """Wqkv for complex rotary: the rows of a pair side by side, in q and in k, and the scale of the scores in q."""
-    rows = torch.arange(3 * attn.heads * attn.head_dim).unflatten(0, (3, attn.heads, 2, attn.head_dim // 2))
+    rows = torch.arange(3 * attn.heads * attn.head_dim, device="cpu").unflatten(
+        0, (3, attn.heads, 2, attn.head_dim // 2)
+    )
     rows[:2] = rows[:2].transpose(2, 3).reshape(2, *rows.shape[1:])
-    scale_3 = torch.tensor([attn.head_dim**-0.5, 1.0, 1.0]).repeat_interleave(len(rows[0].flatten()))
+    scale_3 = attn.Wqkv.weight.new_tensor([attn.head_dim**-0.5, 1.0, 1.0]).repeat_interleave(len(rows[0].flatten()))
     weight, bias = attn.Wqkv.weight, attn.Wqkv.bias
     arranged = weight[rows.flatten()] * scale_3[:, None]
     return linear.reordered(arranged), None if bias is None else bias[rows.flatten()] * scale_3, *linear.PLAIN
@@ -178,4 +191,4 @@ def _qkv(attn: Attention) -> tuple[Any, ...]:
 def _rope(positions: tuple[int, ...], theta: float, width: int) -> Tensor:
     """`[T, 1, 1, R]`: the rotation of every position as complex numbers."""
     with torch.inference_mode(False):
-        return torch.complex(*ops.rotary_table(torch.tensor(positions), theta, width))[:, None, None]
+        return torch.complex(*ops.rotary_table(torch.tensor(positions, device="cpu"), theta, width))[:, None, None]

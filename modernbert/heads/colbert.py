@@ -300,7 +300,7 @@ class ColBERT(nn.Module):
                 continue
             shift = (prompt + text).find(clean) - len(prompt)
             rows: list[Span] = [
-                (start + shift, end + shift) if end > start and end + shift > 0 else None
+                (max(0, start + shift), end + shift) if end > start and end + shift > 0 else None
                 for start, end in encoding.offsets
             ]
             spans.append([*rows[:1], *[None] * len(inserted), *rows[1:]])

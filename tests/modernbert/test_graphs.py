@@ -146,6 +146,10 @@ def test_what_cannot_be_replayed_is_refused(encoder: Encoder) -> None:
     graphed = Graphed(encoder, capture=stand_in([]))
     with pytest.raises(ValueError, match="leave it on the CPU"):
         graphed(batch_of([5]).to("meta"))
+    with pytest.raises(ValueError, match="leave autocast"), torch.autocast("cpu", torch.bfloat16):
+        graphed(batch_of([5]))
+    with pytest.raises(ValueError, match="less than the 5 tokens"):
+        graphed(batch_of([5]), rows=torch.tensor([5]))
     encoder.train()
     with pytest.raises(ValueError, match=r"training mode: eval\(\)"):
         graphed(batch_of([5]))
@@ -173,6 +177,8 @@ def test_a_bucket_has_room_for_tokens_and_texts_and_knows_long_ones(encoder: Enc
     assert graphed.bucket(batch_of([LONG + 1, 5000])) == Bucket(6144, 6144, False)
     assert graphed.bucket(batch_of([LONG + 1] * 5)) == Bucket(6144, 2048, False)
     assert graphed.bucket(batch_of([8193])) is None
+    # One free place of 5,120 // 8 would have to take 3,203 tokens.
+    assert graphed.bucket(batch_of([3] * 639)) == Bucket(6144, LONG, False)
 
 
 @pytest.mark.parametrize("lengths", [[], [3], [10, 20], [32], [1, 1, 1], [0, 5, 0]])

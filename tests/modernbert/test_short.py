@@ -343,3 +343,101 @@ def test_plans_keep_no_encoder_alive(taken: list[int]) -> None:
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
     assert taken == [5]
+
+
+# What a reader found: modules that were changed in ways that nobody had thought of
+
+
+def drop_the_first_layer(encoder: Encoder) -> None:
+    encoder.layers, encoder.thetas = encoder.layers[1:], encoder.thetas[1:]
+
+
+def add_a_bias(encoder: Encoder) -> None:
+    layer = encoder.layers[1]
+    assert isinstance(layer, Layer)
+    layer.mlp.Wo.bias = nn.Parameter(torch.randn(TINY.hidden_size))
+
+
+def add_a_bias_to_a_norm(encoder: Encoder) -> None:
+    encoder.final_norm.bias = nn.Parameter(torch.ones(TINY.hidden_size))
+
+
+def add_the_first_norm(encoder: Encoder) -> None:
+    first, second = encoder.layers[0], encoder.layers[1]
+    assert isinstance(first, Layer)
+    assert isinstance(second, Layer)
+    first.attn_norm = second.attn_norm
+
+
+class Negative(nn.Module):
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return -x_TD
+
+
+def exchange_a_class(encoder: Encoder) -> None:
+    layer = encoder.layers[1]
+    assert isinstance(layer, Layer)
+    layer.mlp.__class__ = Negative  # pyright: ignore
+
+
+def prune_heads(encoder: Encoder) -> None:
+    layer = encoder.layers[1]
+    assert isinstance(layer, Layer)
+    width, head = TINY.hidden_size, layer.attn.head_dim
+    layer.attn.heads = 1
+    layer.attn.Wqkv, layer.attn.Wo = (
+        type(layer.attn.Wo)(*shape, bias=False) for shape in ((width, 3 * head), (head, width))
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [drop_the_first_layer, add_a_bias, add_a_bias_to_a_norm, add_the_first_norm, exchange_a_class, prune_heads],
+)
+@pytest.mark.parametrize("used_before", [True, False])
+def test_changed_modules_are_seen(change: Callable[[Encoder], None], used_before: bool) -> None:
+    encoder = loud()
+    if used_before:
+        compare(encoder, text(5))
+    change(encoder)
+    encoder.eval().requires_grad_(False)
+    compare(encoder, text(5))
+
+
+def test_new_memory_at_an_old_address_is_seen() -> None:
+    """As when weights are offloaded and brought back: no version counts that."""
+    encoder, other = loud(), loud("wide window")
+    for _ in range(3):
+        compare(encoder, text(5))
+        values = [p.detach().clone() for p in other.parameters()]
+        for parameter in encoder.parameters():
+            parameter.data = torch.empty(0)
+        for parameter, value in zip(encoder.parameters(), values, strict=True):
+            parameter.data = value.clone() * torch.rand(())
+        compare(encoder, text(5))
+
+
+def test_defaults_of_the_process_are_no_matter(taken: list[int]) -> None:
+    encoder, batch = loud(), text(7)
+    with torch.inference_mode():
+        wanted = encoder(batch)
+    for fresh in (copy.deepcopy(encoder), copy.deepcopy(encoder)):
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.inference_mode(), torch.device("meta"):
+                got = fresh(batch)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(got, wanted)
+    assert taken == [7] * 3
+
+
+def test_vmap_takes_the_modules(taken: list[int]) -> None:
+    encoder, batch = loud(), text(5)
+    ids = torch.stack([batch.input_ids, batch.input_ids.flip(0)])
+    with torch.no_grad(), ops.backend("reference"):
+        wanted = torch.stack([encoder(replace(batch, input_ids=row)) for row in ids])
+    with torch.no_grad():
+        got = torch.func.vmap(lambda row: encoder(replace(batch, input_ids=row)))(ids)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+    assert not taken

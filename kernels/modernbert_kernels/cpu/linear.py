@@ -13,6 +13,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..reference import linear
 
@@ -27,8 +28,8 @@ PLAIN = ("none", [], "")
 
 _forgotten = 0
 
-# Prepared copies by the id of their parameter: (weak reference to it, its version, its address, the copy).
-_prepared: dict[int, tuple[weakref.ref[nn.Parameter], int, int, Tensor]] = {}
+# By the id of a parameter: weak references to it and to its memory, its version and address, the prepared copy.
+_prepared: dict[int, tuple[weakref.ref[nn.Parameter], StorageWeakRef, tuple[int, int], Tensor]] = {}
 
 
 def forget(weight_FD: Tensor) -> None:
@@ -53,11 +54,12 @@ def prepare(weight_FD: Tensor) -> Tensor:
     if type(weight_FD) is not nn.Parameter or weight_FD.is_inference():
         return weight_FD
     known = _prepared.get(id(weight_FD))
-    version, address = weight_FD._version, weight_FD.data_ptr()
-    if known is None or known[0]() is not weight_FD or known[1:3] != (version, address):
+    state = weight_FD._version, weight_FD.data_ptr()
+    # An address may come again, when the memory that was there before is gone.
+    if known is None or known[0]() is not weight_FD or known[1].expired() or known[2] != state:
         key = id(weight_FD)
         owner = weakref.ref(weight_FD, lambda _: _prepared.pop(key, None))
-        known = _prepared[key] = owner, version, address, reordered(weight_FD)
+        known = _prepared[key] = owner, StorageWeakRef(weight_FD.untyped_storage()), state, reordered(weight_FD)
     return known[3]
 
 
