@@ -2,9 +2,9 @@
 
 Through the modules, the products of 16 tokens are 40 % of the time; the rest is Python, dispatch and small operations,
 slow because the weights drive them out of the cache. So the parameters are taken out of the modules once, and `forward`
-calls what oneDNN and PyTorch offer directly, on prepared weights (Wqkv once more than `linear` keeps it). It answers None
-wherever the modules could do anything else. Not seen are methods patched into a class, and writes through `.data` in
-evaluation, which `train()` or `eval()` makes known.
+calls what oneDNN and PyTorch offer directly, on prepared weights (Wqkv once more than `linear` keeps it). It answers
+None wherever the modules could do anything else. Not seen are methods patched into a class, and writes through `.data`
+in evaluation, which `train()` or `eval()` makes known.
 """
 
 from __future__ import annotations
