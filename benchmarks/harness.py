@@ -7,8 +7,9 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -65,6 +66,10 @@ class Result(NamedTuple):
 
 class WrongOutput(ValueError):
     """The contender does not compute what the reference computes, so its speed means nothing."""
+
+
+class Failed(RuntimeError):
+    """A contender has no answer, and this is why."""
 
 
 @dataclass(frozen=True)
@@ -187,21 +192,43 @@ def interleave(
 ) -> dict[str, list[Sample]]:
     """Samples per implementation, taken in turns: A B C, B C A, C A B, ...
 
-    A drift of the machine (clock rate, temperature, neighbours) then falls on all alike. A sample from a busy
-    machine is repeated while the implementation has retries left, and the quietest attempt is kept.
+    A drift of the machine (clock rate, temperature, neighbours) then falls on all alike.
     """
-    taken: dict[str, list[Sample]] = {contender.implementation: [] for contender in contenders}
-    left = dict.fromkeys(taken, retries)
+    asks = {one.implementation: partial(take, one.run, calls[one.implementation], read) for one in contenders}
+    return in_turns(asks, rounds, retries=retries)[0]
+
+
+def in_turns(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    until: float = math.inf,
+    retries: int = 3,
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Answers of each contender, taken A B C, B C A, C A B, and why some have none.
+
+    A `Sample` from a busy machine is repeated while its contender has retries left, and the quietest is kept. Who
+    `Failed` leaves; the others go on. After `until` (of time.monotonic) no third round is begun.
+    """
+    taken: dict[str, list[Any]] = {name: [] for name in contenders}
+    failed: dict[str, str] = {}
+    left = dict.fromkeys(contenders, retries)
     for turn in range(rounds):
-        start = turn % len(contenders) if contenders else 0
-        for contender in [*contenders[start:], *contenders[:start]]:
-            name = contender.implementation
-            sample = take(contender.run, calls[name], read)
-            while not sample.clean and left[name] > 0:
-                left[name] -= 1
-                sample = min(sample, take(contender.run, calls[name], read), key=lambda attempt: attempt.foreign)
-            taken[name].append(sample)
-    return taken
+        if turn >= 2 and time.monotonic() > until:
+            break
+        names = list(taken)
+        start = turn % max(1, len(names))
+        for name in [*names[start:], *names[:start]]:
+            try:
+                one = contenders[name]()
+                while isinstance(one, Sample) and not one.clean and left[name] > 0:
+                    left[name] -= 1
+                    one = min(one, contenders[name](), key=lambda attempt: attempt.foreign)
+                taken[name].append(one)
+            except Failed as reason:
+                failed[name] = str(reason)
+                del taken[name]
+    return taken, failed
 
 
 def take(run: Callable[[], Any], calls: int, read: Callable[[Callable[[], Any]], Reading]) -> Sample:

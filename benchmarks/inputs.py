@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"
 
 Ids = list[list[int]]
 Batch = tuple[Tensor, Tensor | None, list[int]]  # ids [B, S], attention mask [B, S] or None, each row's place
@@ -27,21 +32,25 @@ def random_ids(lengths: Sequence[int]) -> Ids:
     return [torch.randint(100, 16_000, (length,), generator=generator).tolist() for length in lengths]
 
 
+def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:
+    """Places in batches of `size`, as they come or length-sorted."""
+    places = list(range(len(lengths)))
+    if by_length:
+        places.sort(key=lambda place: lengths[place])
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Ids and attention mask `[B, S]` of a right-padded batch; no mask where nothing is padded."""
+    ids_BS = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    mask_BS = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
+    return ids_BS, None if bool(mask_BS.all()) else mask_BS
+
+
 def batched(sequences: Ids, size: int, *, by_length: bool = False) -> list[Batch]:
     """Right-padded batches of `size` sequences; those in which nothing is padded have no mask."""
-    places = list(range(len(sequences)))
-    if by_length:
-        places.sort(key=lambda place: len(sequences[place]))
-    batches: list[Batch] = []
-    for start in range(0, len(places), size):
-        rows = places[start : start + size]
-        ids = torch.zeros(len(rows), max(len(sequences[row]) for row in rows), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for at, row in enumerate(rows):
-            ids[at, : len(sequences[row])] = torch.tensor(sequences[row])
-            mask[at, : len(sequences[row])] = 1
-        batches.append((ids, None if bool(mask.all()) else mask, rows))
-    return batches
+    batches = groups(list(map(len, sequences)), size, by_length=by_length)
+    return [(*padded([torch.tensor(sequences[row]) for row in rows]), rows) for rows in batches]
 
 
 def real_rows(outputs: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
@@ -52,3 +61,10 @@ def real_rows(outputs: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
         for at, row in enumerate(rows):
             pieces[row] = output[at, : lengths[at]]
     return torch.cat([pieces[row] for row in sorted(pieces)])
+
+
+def demo_passages(count: int) -> list[str]:
+    """The first paragraphs of the demo corpus, again from the start where it has no more; blanks are stripped."""
+    with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
+        known = [json.loads(line)["text"].strip() for line in lines]
+    return [known[at % len(known)] for at in range(count)]

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,16 @@ from benchmarks.inputs import batched, paper_lengths, random_ids, real_rows
 from benchmarks.report import reading, readme, tables
 from benchmarks.retrieval import figures, process, search, stores, synthetic
 from benchmarks.retrieval import suite as retrieval
+from benchmarks.seeded import save_seeded
 from modernbert import ColBERT, Encoder, EncoderConfig, pack
 from modernbert.encoder import Linear
 from modernbert.retrieval import Store
 
 RIGHT = torch.tensor([1.0, 2.0])
+# The weights that whole models are compared with.
+TINY_SHAPE = replace(
+    EncoderConfig.preset("ettin-17m"), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48
+)
 
 
 class Clocks:
@@ -180,8 +186,7 @@ def test_real_rows_undo_batching_and_sorting(size, by_length):
 
 def test_every_way_of_running_a_model_returns_the_same_rows(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setitem(contenders.SHAPES, "tiny", (32, 3, 2, 48, 160_000.0))
-    contenders.save_seeded("tiny", tmp_path)
+    save_seeded(TINY_SHAPE, tmp_path)
     sequences = random_ids([70, 3, 140, 3, 1])
     expected = cpu.alone(tmp_path, sequences)
     assert expected.shape == (217, 32)
@@ -195,9 +200,8 @@ def test_exported_models_return_the_same_rows_and_int8_ones_nearly(tmp_path, mon
     """The legacy exporter only, because the other takes half a minute."""
     for package in ("transformers", "onnxruntime", "openvino"):
         pytest.importorskip(package)
-    monkeypatch.setitem(contenders.SHAPES, "tiny", (128, 3, 2, 128, 160_000.0))
     monkeypatch.setattr(exported, "exporters", lambda: ("legacy",))
-    contenders.save_seeded("tiny", tmp_path)
+    save_seeded(replace(TINY_SHAPE, hidden_size=128, intermediate_size=128), tmp_path)
     sequences = random_ids([70, 70, 140])
     expected, batches = cpu.alone(tmp_path, sequences), batched(sequences, 2, by_length=True)
     ways = [*exported.onnx_runtime(tmp_path, batches, "", 1), *exported.openvino(tmp_path, batches, "", 1)]
@@ -220,8 +224,7 @@ def test_exported_models_return_the_same_rows_and_int8_ones_nearly(tmp_path, mon
 def test_a_graph_that_compiles_returns_the_same_rows(tmp_path, monkeypatch):
     """Not compiled here: torch.compile is only looked at, and its failure becomes a reason."""
     pytest.importorskip("transformers")
-    monkeypatch.setitem(contenders.SHAPES, "tiny", (32, 3, 2, 48, 160_000.0))
-    contenders.save_seeded("tiny", tmp_path)
+    save_seeded(TINY_SHAPE, tmp_path)
     sequences = random_ids([9])
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not [*contenders.transformers_compiled(tmp_path, batched(sequences, 1))]

@@ -18,15 +18,15 @@ from pretended_models import LENGTHS
 from torch import Tensor
 
 from benchmarks import model_work
-from benchmarks.harness import FOREIGN_LIMIT, Sample, WrongOutput
+from benchmarks.harness import FOREIGN_LIMIT, Failed, Sample, WrongOutput, in_turns
 from benchmarks.models import batches, flash, latency, memory, ours, padding, paper_table, peers, texts, throughput
 from benchmarks.models.case import Case, Order, Place, Way, some_places
-from benchmarks.models.comparison import ABSOLUTE, Taken, error, in_turns, largest_batch
+from benchmarks.models.comparison import ABSOLUTE, Taken, error, largest_batch
 from benchmarks.models.implementations import IMPLEMENTATIONS, OURS, SDPA, Implementation, taking_part
 from benchmarks.models.measure import Table, bench
 from benchmarks.models.rows import SHARES, Rates, shares
-from benchmarks.models.seeded import save_seeded
-from benchmarks.models.workers import Failed, Worker
+from benchmarks.models.workers import Worker
+from benchmarks.seeded import save_seeded
 from modernbert.config import EncoderConfig
 
 ROOT = Path(__file__).parents[1]

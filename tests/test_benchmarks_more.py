@@ -19,7 +19,7 @@ from benchmarks.models.comparison import rms
 from benchmarks.models.implementations import OURS, SDPA, Implementation
 from benchmarks.models.measure import Bench, bench
 from benchmarks.models.rows import Rates, shares
-from benchmarks.models.seeded import save_seeded
+from benchmarks.seeded import save_seeded
 from modernbert.config import EncoderConfig
 
 pytest.importorskip("transformers")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -27,36 +26,6 @@ SENTENCE_TRANSFORMERS = "sentence-transformers"
 PADDED_EINSUM, PADDED_TUNED, MAXSIM_CPU = "padded einsum, as PyLate", "padded, tuned by hand", "maxsim-cpu"
 
 MAX_LENGTH = 512  # where the workload from text cuts
-
-# hidden, layers, heads, MLP width, theta of the local layers
-SHAPES = {
-    "ettin-17m": (256, 7, 4, 384, 160_000.0),
-    "modernbert-base": (768, 22, 12, 1152, 10_000.0),
-}
-
-
-def save_seeded(shape: str, folder: Path) -> None:
-    """A transformers ModernBertModel of a published shape in `folder`, with seeded random weights.
-
-    The weights are larger than those of an initialisation, so that attention is not uniform and errors show.
-    """
-    from transformers import ModernBertConfig, ModernBertModel
-
-    hidden, layers, heads, mlp, local_theta = SHAPES[shape]
-    config = ModernBertConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp
-    )
-    assert config.rope_parameters is not None
-    config.rope_parameters["sliding_attention"]["rope_theta"] = local_theta
-    torch.manual_seed(0)
-    model = ModernBertModel(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.7, 1.3)
-            else:
-                weight.normal_(0, 1.0 if "tok_embeddings" in name else 1.2 / math.sqrt(weight.shape[1]))
-    model.save_pretrained(folder)
 
 
 def ours(folder: Path, sequences: Ids) -> Contender:

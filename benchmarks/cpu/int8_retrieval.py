@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.cpu import exported, int8
 from benchmarks.cpu.contenders import OURS
-from benchmarks.cpu.workloads import ASSETS, FLOAT32, THREADS
+from benchmarks.cpu.workloads import FLOAT32, THREADS
 from benchmarks.harness import Contender, Result
-from benchmarks.inputs import Batch, batched
+from benchmarks.inputs import ASSETS, Batch, batched
 from benchmarks.retrieval import synthetic
 from benchmarks.rows import Row, row
 from modernbert import ColBERT, EncoderConfig, maxsim

@@ -1,7 +1,6 @@
 """How much memory one call takes beyond the loaded model.
 
-Every figure comes from a process of its own, because an allocator keeps what it once had. Linux only: the
-high-water mark of the process is reset after loading, which no other system offers.
+Every figure comes from a process of its own, because an allocator keeps what it once had.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from torch import Tensor
 from benchmarks.cpu import contenders
 from benchmarks.harness import Contender
 from benchmarks.inputs import Ids, batched, random_ids
-
-CLEAR = Path("/proc/self/clear_refs")
+from benchmarks.process_memory import peak_beyond
 
 
 def in_fresh_process(implementation: str, folder: Path, length: int, threads: int) -> tuple[float, Tensor]:
@@ -39,23 +37,14 @@ def contender(implementation: str, folder: Path, sequences: Ids) -> Contender:
     return contenders.transformers_sdpa(folder, batched(sequences, 1), "sdpa")
 
 
-def _memory(field: str) -> float:
-    """A line of /proc/self/status in MB."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) / 1024
-
-
 def main(implementation: str, folder: str, length: str, threads: str, output: str) -> None:
     torch.set_num_threads(int(threads))
     contender(implementation, Path(folder), random_ids([16])).run()  # thread pools, lazy imports
     one_text = contender(implementation, Path(folder), random_ids([int(length)]))
     gc.collect()
-    before = _memory("VmRSS")
-    CLEAR.write_text("5")
-    returned = one_text.run()
-    peak = _memory("VmHWM")
+    peak, returned = peak_beyond(one_text.run)
     torch.save(one_text.result(returned).clone(), output)
-    print(json.dumps(peak - before))
+    print(json.dumps(peak / 2**20))
 
 
 if __name__ == "__main__":

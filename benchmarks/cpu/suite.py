@@ -17,7 +17,9 @@ from benchmarks.cpu import contenders, int8_retrieval, peak_memory
 from benchmarks.cpu.workloads import BUILDERS, THREADS, TOLERANCE, Workload, alone
 from benchmarks.harness import Measured, Result, measure
 from benchmarks.inputs import random_ids
+from benchmarks.process_memory import CLEAR
 from benchmarks.rows import Row, row
+from benchmarks.seeded import save_seeded
 
 MEMORY, RETRIEVAL = "long-8192-memory", "int8-retrieval"
 WORKLOADS = {
@@ -69,7 +71,7 @@ def run(
             shape, build = BUILDERS.get(name, ("ettin-17m", None))
             folder = Path(scratch) / (shape or "")
             if shape and not folder.exists():
-                contenders.save_seeded(shape, folder)
+                save_seeded(shape, folder)
             yield (
                 memory(folder, quick=quick) if build is None else timed(name, build(folder, quick=quick), quick=quick)
             )
@@ -124,7 +126,7 @@ def _int8_fields(workload: Workload, one: Measured) -> Row:
 
 def memory(folder: Path, *, quick: bool) -> Result:
     """Extra peak memory of one text of 8192 tokens. Other programs do not change it: every row is clean."""
-    if not peak_memory.CLEAR.exists():
+    if not CLEAR.exists():
         reason = "cannot be measured: only Linux resets the high-water mark of a process"
         return Result(MEMORY, [], {"every implementation": reason})
     expected = alone(folder, random_ids([8192]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,13 +13,12 @@ from torch import Tensor
 
 from benchmarks.cpu import contenders, exported, int8
 from benchmarks.harness import Contender, check
-from benchmarks.inputs import Ids, batched, normal_lengths, paper_lengths, random_ids
+from benchmarks.inputs import ASSETS, Ids, batched, demo_passages, normal_lengths, paper_lengths, random_ids
 
 THREADS = 2
 TOLERANCE = 1e-4
 TORCH = ("torch",)
 FLOAT32 = f"{contenders.OURS}, float32"
-ASSETS = Path(__file__).parents[2] / "modernbert" / "assets"
 
 
 @dataclass(frozen=True)
@@ -154,8 +151,7 @@ def from_text(folder: Path, *, quick: bool) -> Workload:
     """
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / "default" / file, folder)
-    with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as corpus:
-        texts = [json.loads(next(corpus))["text"].lower() for _ in range(64)]
+    texts = [text.lower() for text in demo_passages(64)]
     sizes = (8, 32) if quick else (1, 4, 8, 16, 32)
     mine, tokens = contenders.ours_from_text(folder, texts)
     return Workload(

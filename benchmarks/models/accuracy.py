@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.cpu import int8, int8_retrieval
 from benchmarks.gpu_state import identity
-from benchmarks.harness import Result
+from benchmarks.harness import Failed, Result
 from benchmarks.models.case import Case, some_places
 from benchmarks.models.comparison import RELATIVE, Error, Taken, rms
 from benchmarks.models.implementations import (
@@ -27,7 +27,7 @@ from benchmarks.models.implementations import (
 )
 from benchmarks.models.measure import LOADING, Bench, Table, Team, bench
 from benchmarks.models.rows import model_row
-from benchmarks.models.workers import Failed, Worker
+from benchmarks.models.workers import Worker
 from modernbert import ColBERT
 
 DTYPES = ("bfloat16", "float32", "float16")

@@ -46,9 +46,9 @@ def measure(team: Team, case: Case, *, rounds: int) -> tuple[list[Taken], dict[s
     """Seconds of each, in turns, and why one has none. The vector is compared with the reference."""
     import torch
 
-    from benchmarks.harness import WrongOutput
+    from benchmarks.harness import WrongOutput, in_turns
     from benchmarks.models import texts
-    from benchmarks.models.comparison import Taken, in_turns
+    from benchmarks.models.comparison import Taken
     from benchmarks.models.workers import Failed
 
     refused = team.start()

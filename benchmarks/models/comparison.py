@@ -1,18 +1,16 @@
-"""Who is right enough to be measured, in which order samples are taken, and what they say of each other."""
+"""Who is right enough to be measured, and what samples say of each other."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Sample, WrongOutput
-from benchmarks.models.workers import Failed
+from benchmarks.harness import WrongOutput
 
 ABSOLUTE = 1e-4
 """Of float32 on a CPU: the largest difference anywhere, as in the `cpu` suite."""
@@ -86,39 +84,6 @@ class Taken:
     def times_better_than(self, other: Taken) -> float:
         """Median over rounds: only samples of one round are compared."""
         return statistics.median(theirs / mine for mine, theirs in zip(self.costs, other.costs, strict=True))
-
-
-def in_turns(
-    contenders: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    *,
-    until: float = float("inf"),
-    retries: int = 3,
-) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Answers of each contender, taken A B C, B C A, C A B, and why some have none.
-
-    A `Sample` from a busy machine is repeated while its contender has retries left, and the quietest is kept. Who
-    `Failed` leaves; the others go on. After `until` no third round is begun.
-    """
-    taken: dict[str, list[Any]] = {name: [] for name in contenders}
-    failed: dict[str, str] = {}
-    left = dict.fromkeys(contenders, retries)
-    for turn in range(rounds):
-        if turn >= 2 and time.monotonic() > until:
-            break
-        names = list(taken)
-        start = turn % max(1, len(names))
-        for name in [*names[start:], *names[:start]]:
-            try:
-                one = contenders[name]()
-                while isinstance(one, Sample) and not one.clean and left[name] > 0:
-                    left[name] -= 1
-                    one = min(one, contenders[name](), key=lambda attempt: attempt.foreign)
-                taken[name].append(one)
-            except Failed as reason:
-                failed[name] = str(reason)
-                del taken[name]
-    return taken, failed
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modernbert_kernels as ops
+from benchmarks.inputs import demo_passages
 from benchmarks.models import ours, peers, texts
 from benchmarks.models.batches import Batch, way
 from benchmarks.models.case import Build, Case, Place, Way
@@ -26,8 +25,6 @@ from modernbert import ColBERT, pack
 from modernbert.graphs import Graphed
 from modernbert.heads.colbert import Dense
 from modernbert.packing import Packed
-
-ASSETS = Path(__file__).parents[2] / "modernbert" / "assets"
 
 
 class Projected(nn.Module):
@@ -163,13 +160,6 @@ def from_text(place: Place, who: str) -> Build:
             yield Way(settings, partial(encode, passages, size), answer)
 
     return ways
-
-
-def demo_passages(count: int) -> list[str]:
-    """The first paragraphs of the demo corpus, again from the start where it has no more; blanks are stripped."""
-    with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
-        known = [json.loads(line)["text"].strip() for line in lines]
-    return [known[at % len(known)] for at in range(count)]
 
 
 def maxsim(place: Place, who: str, width: int) -> Build:

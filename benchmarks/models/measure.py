@@ -36,10 +36,10 @@ from benchmarks.harness import Result
 from benchmarks.models.case import Order, Place
 from benchmarks.models.implementations import REFERENCE, Implementation, taking_part
 from benchmarks.models.rows import Rates
-from benchmarks.models.seeded import save_seeded
 from benchmarks.models.table import Table
 from benchmarks.models.team import LOADING, Team
 from benchmarks.models.workers import Worker
+from benchmarks.seeded import save_seeded
 from modernbert.config import EncoderConfig
 
 __all__ = ["COMPILING", "LOADING", "Bench", "Table", "Team", "bench"]

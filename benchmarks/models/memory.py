@@ -9,8 +9,8 @@ from benchmarks.models.case import Case, some_places
 from benchmarks.models.comparison import Taken
 from benchmarks.models.implementations import EAGER, FLASH, IMPLEMENTATIONS, OURS, SDPA
 from benchmarks.models.measure import Bench, Table, bench
-from benchmarks.models.worker import CLEAR
 from benchmarks.models.workers import Failed
+from benchmarks.process_memory import CLEAR
 
 WORKLOADS = {
     "forward": "of inference: 4,096 to 65,536 tokens in texts of 512, and 1 and 4 texts of 8192",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.inputs import groups
 from benchmarks.models import texts
 from benchmarks.models.batches import Batch, cotangent, way
 from benchmarks.models.case import Build, Case, Place, Way
@@ -31,7 +32,7 @@ def packed(place: Place) -> Build:
     encoder = load(place)
 
     def ways(case: Case) -> Iterator[Way]:
-        whole = texts.groups(case.lengths, case.batch or len(case.lengths))
+        whole = groups(case.lengths, case.batch or len(case.lengths))
         yield packed_way("packed", case, place, encoder, whole)
         budget = token_budget(torch.device(place.device), encoder.config.hidden_size)
         if case.batch is None and place.is_gpu and sum(case.lengths) > budget:

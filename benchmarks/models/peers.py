@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inputs import ASSETS, groups
 from benchmarks.models import flash, texts
 from benchmarks.models.batches import Batch, cotangent, way
 from benchmarks.models.case import Build, Case, Place, Way
 
-TOKENIZER = Path(__file__).parents[2] / "modernbert" / "assets" / "default"
 Inputs = dict[str, Any]
 Forward = Callable[..., Tensor]
 
@@ -95,7 +94,7 @@ def sentence_transformers(place: Place) -> Build:
     flattens = place.is_gpu and place.dtype != "float32"
     attention = flash.register() if flattens else "sdpa"
     for file in ("tokenizer.json", "tokenizer_config.json"):  # asked for, and not used
-        shutil.copy(TOKENIZER / file, place.folder)
+        shutil.copy(ASSETS / "default" / file, place.folder)
     module = import_module("sentence_transformers.sentence_transformer.modules").Transformer
     body = module(place.folder, model_kwargs={"attn_implementation": attention, "dtype": place.torch_dtype})
     body = body.to(place.device).eval()
@@ -148,7 +147,7 @@ def batchings(
 ) -> Iterator[Way]:
     """Padded ways, one for each of `sizes` or of those that are chosen."""
     for size, by_length in sizes(case, place) if chosen is None else chosen:
-        places = texts.groups(case.lengths, size, by_length=by_length)
+        places = groups(case.lengths, size, by_length=by_length)
         note = ", length-sorted" if by_length else ""
         yield padded_way(f"{settings}, batches of {size}{note}", case, place, model, places, forward)
 
@@ -187,7 +186,7 @@ def padded_way(
 def flattened_way(settings: str, case: Case, place: Place, model: nn.Module, forward: Forward) -> Way:
     """All texts of a batch in one row, with positions that restart, as sentence-transformers makes them."""
     batches = []
-    for places in texts.groups(case.lengths, case.batch or len(case.lengths)):
+    for places in groups(case.lengths, case.batch or len(case.lengths)):
         lengths = [case.lengths[one] for one in places]
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         inputs = {

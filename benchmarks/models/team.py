@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.harness import Result, Sample, WrongOutput
+from benchmarks.harness import Failed, Result, Sample, WrongOutput, in_turns
 from benchmarks.models.case import Case, Order, Place
-from benchmarks.models.comparison import Error, Taken, error, in_turns
+from benchmarks.models.comparison import Error, Taken, error
 from benchmarks.models.implementations import Implementation
 from benchmarks.models.rows import model_row
 from benchmarks.models.table import Table
-from benchmarks.models.workers import Failed, Worker
+from benchmarks.models.workers import Worker
 from benchmarks.rows import Row
 
 if TYPE_CHECKING:

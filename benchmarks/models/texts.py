@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks import inputs
+
 DOCUMENTS = 8192
 """Of each set of the paper."""
 
@@ -49,23 +51,9 @@ def cotangent(place: int, length: int, width: int) -> Tensor:
     return drawn.bfloat16().float()
 
 
-def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:
-    """Places in batches of `size`, as they come or length-sorted."""
-    places = list(range(len(lengths)))
-    if by_length:
-        places.sort(key=lambda place: lengths[place])
-    return [places[start : start + size] for start in range(0, len(places), size)]
-
-
 def padded(lengths: Sequence[int], places: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Ids and attention mask `[B, S]` of a right-padded batch; no mask where nothing is padded."""
-    longest = max(lengths[place] for place in places)
-    ids_BS = torch.zeros(len(places), longest, dtype=torch.int64)
-    mask_BS = torch.zeros_like(ids_BS)
-    for row, place in enumerate(places):
-        ids_BS[row, : lengths[place]] = ids(place, lengths[place])
-        mask_BS[row, : lengths[place]] = 1
-    return ids_BS, None if bool(mask_BS.all()) else mask_BS
+    """Ids and attention mask `[B, S]` of these texts, right-padded; no mask where nothing is padded."""
+    return inputs.padded([ids(place, lengths[place]) for place in places])
 
 
 def in_set(name: str, count: int, *, short: bool = False) -> tuple[int, ...]:

@@ -24,12 +24,10 @@ from benchmarks import gpu_state
 from benchmarks.harness import Reading, read_clocks
 from benchmarks.models.case import Build, Case, Order, Way
 from benchmarks.models.rates import rates
+from benchmarks.process_memory import peak_beyond
 
 SLOW = 2.0
 """Seconds of a call on a CPU from which on it needs no other before it."""
-
-CLEAR = Path("/proc/self/clear_refs")
-"""Resets the high-water mark of a process; Linux only."""
 
 
 @dataclass
@@ -223,18 +221,9 @@ def peak(desk: Desk, case: Case, warm: Case) -> dict[str, Any]:
         torch.cuda.synchronize()
         found = torch.cuda.max_memory_allocated() - before
     else:
-        before = own_memory("VmRSS")
-        CLEAR.write_text("5")
-        way.run()
-        found = own_memory("VmHWM") - before
+        found, _ = peak_beyond(way.run)
     desk.way = way
     return {"bytes": found, "settings": way.settings}
-
-
-def own_memory(field_of_status: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field_of_status].split()[0]) * 1024
 
 
 def answer(desk: Desk, file: str, case: Case | None = None) -> None:

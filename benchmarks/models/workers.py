@@ -9,12 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import Failed
 from benchmarks.models.case import Order
 from benchmarks.models.worker import serve
-
-
-class Failed(RuntimeError):
-    """The process has no answer, and this is why."""
 
 
 class Worker:

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.inputs import ASSETS
 from modernbert import ColBERT, EncoderConfig
 from modernbert.heads.colbert import Dense
 from modernbert.packing import Packed
 
-DEMO = Path(__file__).parents[2] / "modernbert" / "assets" / "demo" / "corpus.jsonl.gz"
+DEMO = ASSETS / "demo" / "corpus.jsonl.gz"
 
 HELD_OUT = 8
 """Every so many paragraphs of the corpus one is kept for queries: what is asked stands in no passage."""
