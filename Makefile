@@ -4,7 +4,7 @@ VENV ?= .venv
 INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable
 
 # Triton's interpreter is chosen when a kernel is defined, so its tests have a process of their own.
-INTERPRETED = tests/kernels tests/modernbert/test_encoder_triton.py
+INTERPRETED = tests/kernels tests/encoder/test_encoder_triton.py
 
 .PHONY: demo test check format bench
 

@@ -12,19 +12,21 @@ if TYPE_CHECKING:
     from modernbert.config import EncoderConfig
     from modernbert.encoder import Encoder
     from modernbert.heads.colbert import ColBERT
+    from modernbert.inference.session import Session
+    from modernbert.late_interaction import maxsim
     from modernbert.packing import Packed, pack, unpack
-    from modernbert.scoring import maxsim
     from modernbert.tokenizer import Tokenizer
 
-__all__ = ["ColBERT", "Encoder", "EncoderConfig", "Packed", "Tokenizer", "maxsim", "pack", "unpack"]
+__all__ = ["ColBERT", "Encoder", "EncoderConfig", "Packed", "Session", "Tokenizer", "maxsim", "pack", "unpack"]
 
 _HOME = {
     "ColBERT": "modernbert.heads.colbert",
     "Encoder": "modernbert.encoder",
     "EncoderConfig": "modernbert.config",
     "Packed": "modernbert.packing",
+    "Session": "modernbert.inference.session",
     "Tokenizer": "modernbert.tokenizer",
-    "maxsim": "modernbert.scoring",
+    "maxsim": "modernbert.late_interaction",
     "pack": "modernbert.packing",
     "unpack": "modernbert.packing",
 }

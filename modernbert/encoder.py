@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 import modernbert_kernels as ops
 
 from . import checkpoint as files
-from . import short
 from .config import EncoderConfig
-from .graphs import MAX_TOKENS, Graphed
+from .inference import short
+from .inference.encode import micro_batches, split_rows
+from .inference.graphs import MAX_TOKENS, Graphed
 from .packing import Packed, check_rows, pack, pack_static, unpack, unpack_static
-from .runtime import micro_batches, split_rows
 
 Rope = tuple[Tensor, Tensor]
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .late_interaction import Ragged
+
+Span = tuple[int, int] | None
+"""Characters `start` to `stop` of a text; None for a token without text of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +87,40 @@ class Packed:
         shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
         rows = torch.arange(int(length.sum())) + torch.repeat_interleave(shift, length)
         return rows.to(self.input_ids.device)
+
+
+class Tokens(NamedTuple):
+    """Tokenised queries or documents.
+
+    Attributes:
+        batch: what the encoder sees.
+        keep: `[T]` bool, the rows that are scored.
+        spans: per text and row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK]; empty where
+            they were not asked for.
+    """
+
+    batch: Packed
+    keep: Tensor
+    spans: list[list[Span]]
+
+    @property
+    def rows(self) -> Tensor | None:
+        """`[Q]` int64, the rows that are scored, as the model takes them; None: all."""
+        return None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1)
+
+    @property
+    def offsets(self) -> Tensor:
+        """`[N + 1]` int64: the scored rows of text i are `offsets[i]` to `offsets[i + 1]` of all scored rows."""
+        return F.pad(self.keep.cumsum(0), (1, 0))[self.batch.cu_seqlens]
+
+    def select(self, indices: Sequence[int]) -> Tokens:
+        """The texts named by `indices`, in that order."""
+        rows = self.batch.rows_of(indices)
+        return Tokens(self.batch.select(indices), self.keep[rows], [self.spans[i] for i in indices if self.spans])
+
+    def ragged(self, x_TE: Tensor) -> Ragged:
+        """The scored rows of the model's output for all of `batch`. Differentiable."""
+        return Ragged(x_TE[self.keep.to(x_TE.device)], self.offsets)
 
 
 def pack(
@@ -268,44 +307,3 @@ def check_rows(rows: Tensor, num_tokens: int) -> None:
         return
     if bool((rows.diff() <= 0).any()) or int(rows[0]) < 0 or int(rows[-1]) >= num_tokens:
         raise ValueError(f"rows must be increasing, from 0 to less than the {num_tokens} tokens of the batch")
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged:
-    """One matrix per text, stored as one tensor: iterating gives a `[n_i, E]` view per text.
-
-    Attributes:
-        values: `[n, E]`, the rows of all texts one after another.
-        offsets: `[N + 1]` int64 on the CPU; text i owns rows `offsets[i]` to `offsets[i + 1]`.
-    """
-
-    values: Tensor
-    offsets: Tensor
-
-    @classmethod
-    def from_list(cls, matrices: Sequence[Tensor]) -> Ragged:
-        """Join `[n_i, E]` tensors; an empty list needs no width and gives `[0, 0]`."""
-        lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)])
-        return cls(torch.cat(list(matrices)) if matrices else torch.zeros(0, 0), lengths.cumsum(0))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.values.split(self.offsets.diff().tolist()))
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Ragged: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Ragged:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step != 1:
-                raise ValueError("a Ragged takes contiguous slices only: build a new one with Ragged.from_list")
-            offsets = self.offsets[start : max(start, stop) + 1]
-            return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
-        index %= len(self)
-        return self.values[self.offsets[index] : self.offsets[index + 1]]

@@ -159,7 +159,7 @@ def sentence_transformers(folder: Path, texts: list[str], *, sizes: Sequence[int
 
 def ours_maxsim(query_QE: Tensor, documents: Sequence[Tensor]) -> Contender:
     from modernbert import maxsim
-    from modernbert.packing import Ragged
+    from modernbert.late_interaction import Ragged
 
     queries, corpus = Ragged.from_list([query_QE]), Ragged.from_list(documents)
 

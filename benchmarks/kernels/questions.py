@@ -13,7 +13,7 @@ from benchmarks.kernels.calls import Task, Way
 from benchmarks.kernels.cases import randn
 from benchmarks.kernels.peers import plain
 from benchmarks.kernels.work import Work
-from modernbert.runtime import full_wave
+from modernbert.inference.encode import full_wave
 
 EPS = 1e-5
 

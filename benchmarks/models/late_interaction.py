@@ -22,8 +22,8 @@ from benchmarks.models.batches import Batch, way
 from benchmarks.models.case import Build, Case, Place, Way
 from benchmarks.models.learning import OURS, loaded, projection
 from modernbert import ColBERT, pack
-from modernbert.graphs import Graphed
-from modernbert.heads.colbert import Dense
+from modernbert.heads.dense import Dense
+from modernbert.inference.graphs import Graphed
 from modernbert.packing import Packed
 
 

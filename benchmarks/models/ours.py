@@ -13,8 +13,8 @@ from benchmarks.models import texts
 from benchmarks.models.batches import Batch, cotangent, way
 from benchmarks.models.case import Build, Case, Place, Way
 from modernbert import Encoder, pack
+from modernbert.inference.encode import plan, token_budget
 from modernbert.packing import Packed
-from modernbert.runtime import plan, token_budget
 
 GRAPH_TOKENS = 16_384
 """The largest batch that is a graph."""

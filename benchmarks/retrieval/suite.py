@@ -35,7 +35,7 @@ from benchmarks.retrieval.search import search_exact, search_prefilter, search_s
 from benchmarks.retrieval.stores import FULL, QUICK, TOKENS, Bench, described
 from benchmarks.rows import Row
 from modernbert.retrieval import Store, index
-from modernbert.retrieval.corpus import read_file
+from modernbert.retrieval.documents.find import read_file
 
 FP16 = 2.0**-11  # half a step of float16 below 1, the tolerance of a stored vector
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.inputs import ASSETS
 from modernbert import ColBERT, EncoderConfig
-from modernbert.heads.colbert import Dense
+from modernbert.heads.dense import Dense
 from modernbert.packing import Packed
 
 DEMO = ASSETS / "demo" / "corpus.jsonl.gz"

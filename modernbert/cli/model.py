@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..config import EncoderConfig
     from ..heads.colbert import ColBERT
-    from ..packing import Ragged
+    from ..late_interaction import Ragged
 
 DEFAULT = Path(__file__).parents[1] / "assets" / "default"
 
@@ -39,7 +39,7 @@ def encode(
     offset i to offset i + 1. In a safetensors file the ids are a JSON list in the metadata.
     """
     from ..heads.colbert import ColBERT
-    from ..retrieval.corpus import read_texts
+    from ..retrieval.documents.find import read_texts
 
     if output.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"--output is {output}, but its name must end in .npz or .safetensors")
@@ -126,7 +126,7 @@ def _write(output: Path, vectors: Ragged, ids: list[str]) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from ..retrieval.shards import replacing
+    from ..retrieval.store.format import replacing
 
     values, offsets = vectors.values.numpy(), vectors.offsets.numpy()
     with replacing(output) as beside:

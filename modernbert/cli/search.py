@@ -21,7 +21,7 @@ from .show import line, note, print_hits, print_matches, print_text
 if TYPE_CHECKING:
     from ..retrieval.engines import Engine
     from ..retrieval.explain import TokenMatch
-    from ..retrieval.store import Hit, Store
+    from ..retrieval.store.search import Hit, Store
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo" / "corpus.jsonl.gz"
 QUESTIONS = (
@@ -74,7 +74,7 @@ def search(
     with _open(index or "", model) as (store, title):
         if queries and run:
             from ..retrieval.evaluate import read_queries, write_run
-            from ..retrieval.store import Store
+            from ..retrieval.store.search import Store
 
             if not isinstance(store, Store):
                 raise ValueError(f"{index} gives no run: --index a store, which does")
@@ -118,7 +118,7 @@ class Asking:
 
     def filter(self, path: str | None, where: Sequence[str] | None, prefilter: bool) -> None:
         """Search only files like `path`, records like each FIELD=VALUE of `where`, and likely passages."""
-        from ..retrieval.store import Store
+        from ..retrieval.store.search import Store
 
         chosen = {"path": path, "where": _fields(where or ()), "prefilter": prefilter}
         filters = {name: value for name, value in chosen.items() if value}
@@ -201,8 +201,8 @@ COMMANDS = {
 def _open(index: str, model: str | None) -> Iterator[tuple[Store | Engine, str]]:
     """A store or an export, and what it is in words."""
     from ..retrieval.engines import Engine, is_target
-    from ..retrieval.shards import command, read_unfinished
-    from ..retrieval.store import Store
+    from ..retrieval.store.format import command, read_unfinished
+    from ..retrieval.store.search import Store
 
     if is_target(index):
         with Engine(index, model) as engine:
@@ -219,7 +219,7 @@ def _read(paths: Sequence[Path], model: str | None) -> Iterator[tuple[Store, flo
     """A store of files and folders that is gone afterwards, and the seconds that reading and encoding took."""
     from ..heads.colbert import ColBERT
     from ..retrieval.indexing import index
-    from ..retrieval.store import Store
+    from ..retrieval.store.search import Store
 
     colbert = ColBERT.default() if model is None else ColBERT.from_pretrained(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -241,8 +241,8 @@ def show_notes(notes: Sequence[str]) -> None:
 
 
 def _write_page(page: Path, query: str, hits: Sequence[Hit], explained: Sequence[list[TokenMatch]]) -> None:
-    from ..retrieval.explain_page import explain_page
-    from ..retrieval.shards import replacing
+    from ..retrieval.page import explain_page
+    from ..retrieval.store.format import replacing
 
     with replacing(page) as beside:
         beside.write_text(explain_page(query, list(zip(hits, explained, strict=True))), encoding="utf-8")

@@ -16,7 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ..retrieval.explain import TokenMatch
     from ..retrieval.passages import Passage
-    from ..retrieval.store import Hit
+    from ..retrieval.store.search import Hit
 
 WORDS = 80
 """Words of a passage that are shown: those around what matched."""

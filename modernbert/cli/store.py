@@ -69,9 +69,9 @@ def evaluate(
 ) -> None:
     """Measure how well a model finds the relevant documents of a BEIR data set, with 95 % intervals."""
     from .. import retrieval
-    from ..retrieval.decoding import file_name
+    from ..retrieval.documents.text import file_name
     from ..retrieval.evaluate import find_dataset, measure, read_qrels, read_queries, write_run
-    from ..retrieval.shards import replacing
+    from ..retrieval.store.format import replacing
 
     corpus, queries, qrels = find_dataset(dataset, split)
     judged = read_qrels(qrels)
@@ -107,7 +107,7 @@ def export(
 ) -> None:
     """Take a store to another engine, which `modernbert search --index TARGET` then searches."""
     from ..retrieval import engines
-    from ..retrieval.store import Store
+    from ..retrieval.store.search import Store
 
     with Store(store) as opened:
         count = engines.export(opened, target)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +17,15 @@ from torch import Tensor, nn
 import modernbert_kernels as ops
 
 from .. import checkpoint as files
-from ..encoder import Encoder, Linear
-from ..graphs import MAX_TOKENS, Graphed
-from ..packing import Packed, Ragged, pack
-from ..runtime import encode_texts
+from ..encoder import Encoder
+from ..inference.encode import encode_texts
+from ..inference.graphs import MAX_TOKENS, Graphed
+from ..late_interaction import Ragged, pool_tokens
+from ..packing import Packed, Span, Tokens, pack
 from ..tokenizer import Tokenizer
-from . import colbert_folder
-from .token_pooling import pool_tokens
+from . import colbert_files
+from .dense import Dense
 
-Span = tuple[int, int] | None
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -56,71 +55,6 @@ class ColBERTConfig:
     skiplist_words: tuple[str, ...] = tuple(string.punctuation)
     skip_unknown: bool = True
     strip: bool = True
-
-
-class Tokens(NamedTuple):
-    """Tokenised queries or documents.
-
-    Attributes:
-        batch: what the encoder sees.
-        keep: `[T]` bool, the rows that are scored.
-        spans: per text and row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK]; empty where
-            they were not asked for.
-    """
-
-    batch: Packed
-    keep: Tensor
-    spans: list[list[Span]]
-
-    @property
-    def rows(self) -> Tensor | None:
-        """`[Q]` int64, the rows that are scored, as the model takes them; None: all."""
-        return None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1)
-
-    @property
-    def offsets(self) -> Tensor:
-        """`[N + 1]` int64: the scored rows of text i are `offsets[i]` to `offsets[i + 1]` of all scored rows."""
-        return F.pad(self.keep.cumsum(0), (1, 0))[self.batch.cu_seqlens]
-
-    def select(self, indices: Sequence[int]) -> Tokens:
-        """The texts named by `indices`, in that order."""
-        rows = self.batch.rows_of(indices)
-        return Tokens(self.batch.select(indices), self.keep[rows], [self.spans[i] for i in indices if self.spans])
-
-    def ragged(self, x_TE: Tensor) -> Ragged:
-        """The scored rows of the model's output for all of `batch`. Differentiable."""
-        return Ragged(x_TE[self.keep.to(x_TE.device)], self.offsets)
-
-
-class Dense(nn.Module):
-    """One layer of the head: `activation(W x + b)`, plus `x` or `R x` if residual."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        activation: str = "Identity",
-        residual: bool = False,
-    ) -> None:
-        super().__init__()
-        self.use_residual = residual
-        self.linear = Linear(in_features, out_features, bias=bias)
-        self.residual = (
-            Linear(in_features, out_features, bias=False) if residual and in_features != out_features else None
-        )
-        self.activation: nn.Module = getattr(nn, activation)()
-
-    @property
-    def is_projection(self) -> bool:
-        """Whether it is `W x + b` and nothing else, of a matrix that nobody has replaced or wrapped."""
-        return type(self.linear) is Linear and type(self.activation) is nn.Identity and not self.use_residual
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TE = self.activation(self.linear(x_TD))
-        if self.residual is not None:
-            return y_TE + self.residual(x_TD)
-        return y_TE + x_TD if self.use_residual else y_TE
 
 
 class ColBERT(nn.Module):
@@ -185,7 +119,7 @@ class ColBERT(nn.Module):
         folder = files.locate(folder_or_hub_id, **access)
         encoder = Encoder.from_pretrained(folder, dtype=dtype, device=device)
         tokenizer = Tokenizer.from_pretrained(folder)
-        settings, layers = colbert_folder.read(folder, tokenizer, device or "cpu", dtype or torch.float32)
+        settings, layers = colbert_files.read(folder, tokenizer, device or "cpu", dtype or torch.float32)
         dense = []
         for arguments, state in layers:
             with torch.device("meta"):
@@ -193,7 +127,7 @@ class ColBERT(nn.Module):
             files.load_state_dict(layer, state, prefix="", ignore=())
             dense.append(layer)
         config = ColBERTConfig(**settings)
-        colbert_folder.check(folder, encoder.config, tokenizer, dense, config)
+        colbert_files.check(folder, encoder.config, tokenizer, dense, config)
         return cls(encoder, tokenizer, dense, config).eval()
 
     @classmethod
@@ -203,7 +137,7 @@ class ColBERT(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that PyLate and sentence-transformers read. Atomic."""
-        colbert_folder.write(folder, self)
+        colbert_files.write(folder, self)
 
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.

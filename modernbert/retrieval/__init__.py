@@ -1,6 +1,6 @@
 """Documents in, ranked passages out, with reasons: `index` makes a store on disk, `Store` searches it."""
 
 from .indexing import forget, index
-from .store import Hit, Store
+from .store.search import Hit, Store
 
 __all__ = ["Hit", "Store", "forget", "index"]

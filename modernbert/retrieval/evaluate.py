@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .shards import replacing
+from .store.format import replacing
 
 Run = dict[str, dict[str, float]]
 """Query id to document id to score. Of documents with equal scores, the one that comes first is ranked first."""

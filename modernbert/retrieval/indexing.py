@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..heads.colbert import ColBERT
-from . import shards as files
-from .corpus import Note, find_files, read_file
-from .decoding import file_name
-from .model import Model, absolute
+from .documents.find import Note, find_files, read_file
+from .documents.records import is_records
+from .documents.text import file_name
 from .passages import Document
-from .records import is_records
-from .update import Summary, Update, updating
+from .store import format as files
+from .store.identity import Model, absolute
+from .store.writer import Summary, Update, updating
 from .windows import windows
 
 Paths = Sequence[str | os.PathLike[str]]

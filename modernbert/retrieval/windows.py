@@ -19,7 +19,8 @@ from ..packing import pack
 from .passages import Document, Passage, cut, sections
 
 if TYPE_CHECKING:
-    from ..heads.colbert import ColBERT, Tokens
+    from ..heads.colbert import ColBERT
+    from ..packing import Tokens
 
 OVERLAP = 16
 """Tokens of context on either side of a passage. 0, 16 and 32 gave the same nDCG@10 within 0.006 (cranfield, cacm)."""
@@ -55,7 +56,7 @@ def windows(colbert: ColBERT, documents: Iterable[Document]) -> Iterator[Window]
 
 def batch(windows: Sequence[Window]) -> Tokens:
     """What `ColBERT` encodes: the tokens of these windows. Their spans stay behind."""
-    from ..heads.colbert import Tokens
+    from ..packing import Tokens
 
     keep = torch.from_numpy(np.concatenate([window.keep for window in windows]))
     return Tokens(pack([window.ids.tolist() for window in windows]), keep, [])

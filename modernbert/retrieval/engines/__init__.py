@@ -18,11 +18,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..explain import TokenMatch, explain
-from ..model import Model, load
-from ..store import Hit
+from ..store.identity import Model, load
+from ..store.search import Hit
 
 if TYPE_CHECKING:
-    from ..store import Store
+    from ..store.search import Store
 
 ENGINES = {"qdrant": ".qdrant", "lancedb": ".lancedb", "fast-plaid": ".fast_plaid"}
 

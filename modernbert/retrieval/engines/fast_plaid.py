@@ -20,12 +20,12 @@ import torch
 from fast_plaid.search import FastPlaid  # pyright: ignore[reportMissingImports] -- not with every torch
 from torch import Tensor
 
-from ...packing import Ragged
+from ...late_interaction import Ragged
 from ..passages import Passage
-from ..shards import replacing
+from ..store.format import replacing
 
 if TYPE_CHECKING:
-    from ..store import Store
+    from ..store.search import Store
 
 MANIFEST, TABLE, PREFIX = "modernbert.json", "passages.sqlite", "fast-plaid-"
 

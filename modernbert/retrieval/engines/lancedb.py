@@ -23,12 +23,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ...packing import Ragged
-from ...scoring import maxsim
+from ...late_interaction import Ragged, maxsim
 from ..passages import Passage
 
 if TYPE_CHECKING:
-    from ..store import Store
+    from ..store.search import Store
 
 TABLE = "passages"
 KEY = b"modernbert"

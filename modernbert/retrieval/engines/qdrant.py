@@ -19,11 +19,11 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 from torch import Tensor
 
-from ...packing import Ragged
+from ...late_interaction import Ragged
 from ..passages import Passage
 
 if TYPE_CHECKING:
-    from ..store import Store
+    from ..store.search import Store
 
 COLLECTION = "modernbert"
 """The collection in a folder, and on a server whose address names none; also our key in a collection's metadata."""

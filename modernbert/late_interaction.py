@@ -1,0 +1,168 @@
+"""Exact late-interaction scores of ragged queries and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+import modernbert_kernels as ops
+
+TOKENS = 1 << 20
+"""Document tokens scored before the running top-k is merged: memory of `top_k` grows with this, not the corpus."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """One matrix per text, stored as one tensor: iterating gives a `[n_i, E]` view per text.
+
+    Attributes:
+        values: `[n, E]`, the rows of all texts one after another.
+        offsets: `[N + 1]` int64 on the CPU; text i owns rows `offsets[i]` to `offsets[i + 1]`.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_list(cls, matrices: Sequence[Tensor]) -> Ragged:
+        """Join `[n_i, E]` tensors; an empty list needs no width and gives `[0, 0]`."""
+        lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)])
+        return cls(torch.cat(list(matrices)) if matrices else torch.zeros(0, 0), lengths.cumsum(0))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.values.split(self.offsets.diff().tolist()))
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Ragged: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Ragged:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError("a Ragged takes contiguous slices only: build a new one with Ragged.from_list")
+            offsets = self.offsets[start : max(start, stop) + 1]
+            return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        index %= len(self)
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+@overload
+def maxsim(
+    queries: Ragged | Sequence[Tensor],
+    documents: Ragged | Sequence[Tensor],
+    *,
+    paired: bool = ...,
+    top_k: None = None,
+) -> Tensor: ...
+@overload
+def maxsim(
+    queries: Ragged | Sequence[Tensor],
+    documents: Ragged | Sequence[Tensor],
+    *,
+    paired: Literal[False] = ...,
+    top_k: int,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def maxsim(
+    queries: Ragged | Sequence[Tensor],
+    documents: Ragged | Sequence[Tensor],
+    *,
+    paired: bool = False,
+    top_k: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sum over query tokens of the largest dot product with a document token (ColBERT, section 3.3).
+
+    Exact and without padding; differentiable in both arguments unless `top_k` is given. Scores are float32, or
+    float64 for float64 vectors. An empty document scores -inf, so it ranks last; an empty query scores 0.
+
+    Args:
+        queries, documents: `Ragged`, or lists of `[n_i, E]` tensors, of B queries and N documents.
+        paired: score query i with document i only.
+        top_k: return the best k documents of each query, in memory that does not grow with N times B.
+
+    Returns:
+        `[B, N]`; `[B]` if `paired`; `(scores [B, k], indices [B, k])` if `top_k`, best first, ties by lower index,
+        k at most N.
+
+    Raises:
+        ValueError: widths that disagree, a different number of queries and documents in `paired`, `top_k` below 1.
+    """
+    queries, documents = _ragged(queries), _ragged(documents)
+    if len(queries) and len(documents) and queries.values.shape[1:] != documents.values.shape[1:]:
+        raise ValueError(
+            f"queries have width {queries.values.shape[1]}, documents {documents.values.shape[1]}: were they encoded "
+            "by the same model?"
+        )
+    if paired and len(queries) != len(documents):
+        raise ValueError(f"paired scores need equal numbers, got {len(queries)} queries, {len(documents)} documents")
+    if top_k is not None:
+        if paired or top_k < 1:
+            raise ValueError(f"top_k must be at least 1 and without paired, got top_k={top_k}, paired={paired}")
+        return _top_k(queries, documents, top_k)
+    if not len(queries) or not len(documents):
+        return queries.values.new_zeros(0 if paired else (len(queries), len(documents)), dtype=torch.float32)
+    return ops.maxsim(queries.values, queries.offsets, documents.values, documents.offsets, paired=paired)
+
+
+@torch.no_grad()
+def _top_k(queries: Ragged, documents: Ragged, k: int) -> tuple[Tensor, Tensor]:
+    best = torch.zeros(len(queries), 0, device=queries.values.device)
+    index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.values.device)
+    first = 0
+    while first < len(documents):
+        budget = documents.offsets[first] + TOKENS
+        last = max(first + 1, int(torch.searchsorted(documents.offsets, budget, right=True)) - 1)
+        scores = maxsim(queries, documents[first:last])
+        places = torch.arange(first, last, device=scores.device).expand_as(scores)
+        best, index = torch.cat([best, scores], dim=1), torch.cat([index, places], dim=1)
+        # A stable sort keeps the lower index first among equal scores; topk promises no order.
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, index = best[:, :k], index.gather(1, order[:, :k])
+        first = last
+    return best, index
+
+
+def _ragged(vectors: Ragged | Sequence[Tensor]) -> Ragged:
+    return vectors if isinstance(vectors, Ragged) else Ragged.from_list(vectors)
+
+
+def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
+    """Cluster the rows of one document to about one in `factor` and average each cluster, as PyLate 1.6 does.
+
+    The first `protected` rows ([CLS]) stay as they are and stay in front. Ward linkage on cosine distances; means
+    are not normalised again.
+
+    Args:
+        x_NE: `[n, E]` float32 unit vectors on the CPU.
+
+    Raises:
+        ValueError: `factor` below 1. ModuleNotFoundError: scipy is missing.
+    """
+    if factor < 1:
+        raise ValueError(f"pool_factor must be at least 1, got {factor}")
+    try:
+        from scipy.cluster.hierarchy import fcluster, linkage
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('token pooling needs scipy: pip install "modernbert[retrieval]"') from error
+    kept, rest = x_NE[:protected], x_NE[protected:]
+    clusters = max(len(rest) // factor, 1)
+    if clusters >= len(rest):
+        return x_NE
+    distance = 1 - rest @ rest.T
+    upper = torch.triu_indices(len(rest), len(rest), offset=1)
+    tree = linkage(distance[upper[0], upper[1]].numpy(), method="ward")
+    labels = torch.from_numpy(fcluster(tree, t=clusters, criterion="maxclust")).long() - 1
+    count = torch.bincount(labels)
+    means = torch.zeros(len(count), x_NE.shape[1]).index_add_(0, labels, rest) / count[:, None]
+    return torch.cat([kept, means[count > 0]])

@@ -1,0 +1,235 @@
+"""A web page to markdown, so that its headings, lists and code are those of any other document."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Mapping
+
+from .text import Note, decode, marked_encoding, replaced
+
+
+def read_html(raw: bytes, note: Note) -> tuple[str, str]:
+    """The text of a page as markdown: headings, paragraphs, list items, rows of tables, code.
+
+    If a page marks its main part, that part is all of it. Left out are scripts, styles, navigation, page footers and
+    what is hidden, unless nothing else is there; links and emphasis leave their text. The title is that of the page
+    if it has not exactly one first-level heading, which says it better.
+    """
+    from lxml.etree import HTMLParser
+
+    encoding = marked_encoding(raw) or _declared_encoding(raw)
+    text, count = decode(raw, encoding)
+    if count:
+        note(replaced(count, encoding))
+    for noise in (_is_noise, _is_unseen):
+        # The parser hands on what it reads and builds no tree: no page is too long or too deeply nested for it.
+        writer = MarkdownWriter(noise)
+        parser = HTMLParser(target=writer, encoding="utf-8", huge_tree=True)
+        parser.feed(text.encode())
+        title, markdown = parser.close()
+        if markdown:
+            break
+    return title, markdown
+
+
+_DECLARED = re.compile(
+    rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w:.-]+)|<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w:.-]+)""", re.IGNORECASE
+)
+_WESTERN = "cp1252"
+_WIDER = {  # what browsers take in place of an encoding that is part of it; keys are Python's names
+    "ascii": _WESTERN,
+    "iso8859-1": _WESTERN,
+    "iso8859-9": "cp1254",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+}
+_FOR_TEXT = re.compile(r"utf-8|cp\d+|iso8859-\d+|koi8-\w|gb\w+|big5\w*|shift_jis\w*|euc_\w+|iso2022_jp|mac-\w+|tis-620")
+
+
+def _declared_encoding(raw: bytes) -> str:
+    """What a page says of itself; else UTF-8 if it is that, else what browsers take in the West."""
+    declared = _DECLARED.search(raw[:4096])
+    if declared:
+        try:
+            name = codecs.lookup((declared[1] or declared[2]).decode("ascii", "replace")).name
+        except LookupError:
+            name = ""
+        if _FOR_TEXT.fullmatch(_WIDER.get(name, name)):
+            return _WIDER.get(name, name)
+    try:
+        codecs.utf_8_decode(raw, "strict")
+    except UnicodeDecodeError:
+        return _WESTERN
+    return "utf-8"
+
+
+_UNSEEN_TAGS = "audio canvas embed iframe noscript object script style svg template video"
+_NOISY_TAGS = "button datalist footer nav select textarea"
+_BLOCK_TAGS = """
+    address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption figure form
+    head header hr html legend li listing main p pre section summary table tbody td tfoot th thead title tr
+"""
+_UNSEEN = frozenset(_UNSEEN_TAGS.split())
+_NOISE = _UNSEEN | frozenset(_NOISY_TAGS.split())
+_NUMBERS = frozenset({"lineno", "linenos"})  # classes of the numbers that Pygments puts before lines of code
+_ANCHORS = frozenset({"#", "§", "¶", "🔗"})  # all that is in a link from a heading to itself
+_DISPLAY_NONE = re.compile(r"display\s*:\s*none")
+
+_HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
+_LISTS = frozenset({"dir", "menu", "ol", "ul"})
+_BLOCKS = frozenset(_BLOCK_TAGS.split()) | _LISTS | _HEADINGS.keys()
+_SPACES = re.compile(r"[^\S ]\s*| \s+")
+_MARKUP = re.compile(r"#{1,6}( |$)|```|~~~|([-=])\2{2,}$")
+
+Attributes = Mapping[str, str]
+
+
+def _is_unseen(tag: str, attributes: Attributes) -> bool:
+    return tag in _UNSEEN
+
+
+def _is_noise(tag: str, attributes: Attributes) -> bool:
+    if tag in _NOISE:
+        return True
+    if not attributes:
+        return False
+    return (
+        "hidden" in attributes
+        or attributes.get("aria-hidden") == "true"
+        or attributes.get("role") == "navigation"
+        or not _NUMBERS.isdisjoint(attributes.get("class", "").split())
+        or bool(_DISPLAY_NONE.search(attributes.get("style", "")))
+    )
+
+
+class MarkdownWriter:
+    """Writes markdown from what a parser of lxml hands on: starts and ends of tags, and the text between them.
+
+    Args:
+        noise: says of a tag and its attributes whether it is left out, with all in it.
+    """
+
+    def __init__(self, noise: Callable[[str, Attributes], bool]) -> None:
+        self._noise, self._depth_of_noise = noise, 0
+        self._title = ""
+        self._depth_of_main = 0
+        self._parts: dict[bool, list[str]] = {True: [], False: []}  # of the markdown, in and outside of main parts
+        self._first_levels = {True: 0, False: 0}
+        self._words: list[str] = []  # of the block that is being read
+        self._link = 0  # where in it the last link began
+        self._prefix, self._gap = "", ""  # what goes in front of it, and before that
+        self._lists: list[int | None] = []  # the number of the item before in each open list; None: bullets
+        self._in_code = self._is_row_empty = False
+
+    def start(self, tag: str, attributes: Attributes) -> None:
+        """Begin a tag; the parser ends each one that it began."""
+        if self._depth_of_noise or self._noise(tag, attributes):
+            self._depth_of_noise += 1
+            return
+        if self._in_code:
+            self._new_line_of_code(tag)
+        elif tag == "br" and self._prefix in _HEADINGS.values():
+            self._words.append(" ")
+        elif tag in _BLOCKS:
+            self._end_block()
+            self._begin_block(tag, attributes)
+        elif tag == "img":
+            self._words.append(f" {attributes.get('alt', '')} ")
+        elif tag == "a":
+            self._link = len(self._words)
+        if self._depth_of_main or tag == "main" or attributes.get("role") == "main":
+            self._depth_of_main += 1
+
+    def end(self, tag: str) -> None:
+        """End a tag."""
+        if self._depth_of_noise:
+            self._depth_of_noise -= 1
+            return
+        if tag in ("pre", "listing"):
+            self._end_code()
+        elif self._in_code:
+            self._new_line_of_code(tag)
+        elif tag == "title":
+            self._title = self._title or _words("".join(self._words))
+            self._words.clear()
+        elif tag in _BLOCKS and tag != "br":
+            self._end_block()
+            self._prefix, self._gap = "", "\n\n"
+            if tag in _LISTS and self._lists:
+                self._lists.pop()
+        elif tag == "a" and "".join(self._words[self._link :]).strip() in _ANCHORS:
+            del self._words[self._link :]
+        if self._depth_of_main:
+            self._depth_of_main -= 1
+
+    def data(self, text: str) -> None:
+        """Take the text between two tags, or a part of it."""
+        if not self._depth_of_noise:
+            self._words.append(text)
+
+    def close(self) -> tuple[str, str]:
+        """Title and markdown."""
+        self._end_block()
+        main = bool(self._parts[True])
+        return self._title if self._first_levels[main] != 1 else "", "".join(self._parts[main])
+
+    def _begin_block(self, tag: str, attributes: Attributes) -> None:
+        if tag in _HEADINGS:
+            self._prefix, self._gap = _HEADINGS[tag], "\n\n"
+        elif tag in _LISTS:
+            begin = attributes.get("start", "")
+            self._lists.append((int(begin) if re.fullmatch(r"\d{1,9}", begin) else 1) - 1 if tag == "ol" else None)
+        elif tag == "li":
+            number = self._lists[-1] if self._lists else None
+            mark = "-" if number is None else f"{number + 1}."
+            if number is not None:
+                self._lists[-1] = number + 1
+            self._prefix, self._gap = "  " * (min(len(self._lists), 8) - 1) + mark + " ", "\n"
+        elif tag in ("br", "dd", "tr"):
+            self._gap, self._is_row_empty = "\n", tag == "tr"
+        elif tag in ("td", "th"):
+            self._gap = "\n" if self._is_row_empty else " | "
+        self._in_code = tag in ("pre", "listing")
+
+    def _end_block(self) -> None:
+        if self._in_code:
+            return self._end_code()
+        text = _words("".join(self._words))
+        self._words.clear()
+        self._link = 0
+        if not text:
+            return None
+        if self._prefix in _HEADINGS.values():
+            self._first_levels[self._depth_of_main > 0] += self._prefix == "# "
+            text += " #" if text.endswith("#") else ""  # else it would count as decoration, as in "# title #"
+        elif not self._prefix and _MARKUP.match(text):
+            text = "\\" + text
+        return self._write(self._prefix + text)
+
+    def _end_code(self) -> None:
+        self._in_code = False
+        code = "".join(self._words).rstrip().removeprefix("\n")
+        self._words.clear()
+        if code:
+            fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", code))])
+            self._gap = "\n\n"
+            self._write(f"{fence}\n{code}\n{fence}")
+
+    def _new_line_of_code(self, tag: str) -> None:
+        if tag in _BLOCKS and self._words and not self._words[-1].endswith("\n"):
+            self._words.append("\n")
+
+    def _write(self, block: str) -> None:
+        parts = self._parts[self._depth_of_main > 0]
+        parts += [self._gap if parts else "", block]
+        self._prefix, self._gap, self._is_row_empty = "", "\n\n", False
+
+
+def _words(text: str) -> str:
+    """On one line, with single spaces; touches only what is not so, as a text may be long."""
+    return _SPACES.sub(" ", text).strip()

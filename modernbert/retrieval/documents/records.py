@@ -1,0 +1,181 @@
+"""Files of records, many documents in one: JSON lines as BEIR defines them, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from ..passages import Document
+from .text import Note, decode, file_name, marked_encoding, replaced, storable
+
+JSON_LINES = (".jsonl", ".jsonl.gz")
+TABLES = {".csv": ",", ".tsv": "\t"}  # and what is between their cells
+
+LARGEST = 1 << 28
+"""Bytes of the largest document, or line of records, that is read: it is held in memory, more than once."""
+
+DEEPEST = 100
+"""Objects and lists in one another in a record: whoever handles its metadata may do so recursively."""
+
+
+def is_records(path: Path) -> bool:
+    """Whether a file holds records, by its name."""
+    return path.name.lower().endswith((*JSON_LINES, *TABLES))
+
+
+def read_records(path: Path, *, advance: Callable[[int], None], note: Note) -> Iterator[Document]:
+    """The records of a file, one at a time.
+
+    A record has a `text`, and may have a `title` and an `_id` or `id` (else it gets the number of its line); its
+    other fields are metadata, those in an object `metadata` included. In a CSV file the first row names them.
+
+    Raises:
+        ValueError: a broken record, or an `_id` for the second time; with the file and the line.
+    """
+    name, lines = file_name(path), read_lines(path, advance=advance, note=note)
+    delimiter = TABLES.get(path.suffix.lower())
+    documents = _json_lines(lines, name) if delimiter is None else _table(lines, name, delimiter)
+    # A temporary database moves from memory to disk as it grows, and is deleted when it is closed.
+    with closing(sqlite3.connect("", check_same_thread=False)) as seen:
+        seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+        for document in documents:
+            try:
+                seen.execute("INSERT INTO ids VALUES (?, ?)", (document.id, document.line))
+            except sqlite3.IntegrityError:
+                (first,) = seen.execute("SELECT line FROM ids WHERE id = ?", (document.id,)).fetchone()
+                raise ValueError(
+                    f'{name}: lines {first} and {document.line} both have the "_id" {document.id!r}; give each its own'
+                ) from None
+            except sqlite3.Error as error:
+                raise OSError(f"{name}: no room for a temporary list of its records ({error})") from error
+            yield document
+
+
+def read_lines(path: Path, *, advance: Callable[[int], None] = lambda size: None, note: Note) -> Iterator[str]:
+    """The lines of a text file, gzipped if its name ends in .gz, with their ends. Only a newline ends one.
+
+    `advance` is told how many bytes of the file were read for each.
+    """
+    name, count, done = file_name(path), 0, 0
+    with open(path, "rb") as file:
+        stream = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+        try:
+            encoding = marked_encoding(stream.peek(4)[:4]) or "utf-8-sig"
+            if not encoding.startswith("utf-8"):  # In UTF-16 and UTF-32 a byte 10 need not be a line's end.
+                stream = io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
+            while raw := stream.readline(LARGEST + 1):
+                if len(raw) > LARGEST:
+                    raise ValueError(f"{name}: a line of more than {LARGEST >> 20} MiB; cut it into several records")
+                line, bad = decode(raw) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
+                del raw  # It may be large, and the line is on its way for long.
+                count += bad
+                position = file.tell()
+                advance(position - done)
+                done = position
+                yield line
+            advance(file.tell() - done)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{name}: broken gzip file ({error}); fetch or compress it again") from error
+    if count:
+        note(f"{name}: {replaced(count, encoding)}")
+
+
+def json_record(line: str, name: str, number: int) -> Document:
+    """The document in a line of JSON, which is line `number` of the file `name`."""
+    where = f"{name}, line {number}"
+    try:
+        record = _storable(_JSON.decode(line))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); a corpus has one JSON object a line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f'{where}: expected an object with a string "text", got {line.strip()[:80]}')
+    return _document(record, name, number)
+
+
+def _finite(number: str) -> float | None:
+    return value if isfinite(value := float(number)) else None
+
+
+# Python's JSON has NaN and Infinity, JSON and SQLite do not: they are null. Control characters in strings are let pass.
+_JSON = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite, strict=False)
+
+
+def _json_lines(lines: Iterable[str], name: str) -> Iterator[Document]:
+    for number, line in enumerate(lines, start=1):
+        if line and not line.isspace():
+            yield json_record(line, name, number)
+
+
+def _table(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Document]:
+    rows = _rows(lines, name, delimiter)
+    _, header = next(rows, (1, None))
+    if header is None:
+        return
+    columns = [column.strip() for column in header]
+    named = [column for column in columns if column]
+    if "text" not in named or len(set(named)) < len(named):
+        found = ", ".join(map(repr, columns))
+        raise ValueError(f"{name}: the first row must name the columns, one of them 'text', none twice; got {found}")
+    for number, row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"{name}, line {number}: {len(row)} cells for {len(columns)} columns; are quotes missing?")
+        yield _document({column: cell for column, cell in zip(columns, row, strict=True) if column}, name, number)
+
+
+def _rows(lines: Iterable[str], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table that are not empty, each with the number of its first line."""
+    rows, number = csv.reader(lines, delimiter=delimiter, strict=True), 1
+    while True:
+        # The limit is the whole process's, so it is lifted for no longer than a row takes.
+        limit = csv.field_size_limit(LARGEST)
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(f"{name}, line {number}: broken table ({error})") from error
+        finally:
+            csv.field_size_limit(limit)
+        if row is None:
+            return
+        if row:
+            yield number, row
+        number = rows.line_num + 1
+
+
+def _document(record: Mapping[str, Any], name: str, number: int) -> Document:
+    """A document of the fields of a record, of which `text` is known to be a string."""
+    key = "_id" if "_id" in record else "id"
+    title, text, identity = record.get("title") or "", record["text"], record.get(key, number)
+    if not isinstance(title, str) or isinstance(identity, bool) or not isinstance(identity, (str, int)):
+        raise ValueError(f'{name}, line {number}: "title" and "{key}" must be strings, got {title!r} and {identity!r}')
+    metadata = {field: value for field, value in record.items() if field not in (key, "title", "text")}
+    if isinstance(inner := metadata.get("metadata") or {}, dict):
+        metadata.pop("metadata", None)
+        metadata = {**inner, **metadata}
+    # JSON has no raw line ends, so nothing that differs looks alike. The number of the line is left out: a record
+    # that has moved is the same.
+    digest = hashlib.sha256(json.dumps([title, metadata], sort_keys=True).encode())
+    digest.update(b"\n" + text.encode())
+    return Document(name, str(identity), title, text, number, metadata, digest.hexdigest())
+
+
+def _storable(value: Any, depth: int = 0) -> Any:
+    """A JSON value whose texts are storable."""
+    if depth > DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} deep")
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, list):
+        return [_storable(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {storable(key): _storable(item, depth + 1) for key, item in value.items()}
+    return value

@@ -1,0 +1,224 @@
+"""How batches reach the model: nothing lost, doubled or reordered, budgets hold, processes are one."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_twin import TINY, random_ids, twins
+from torch import Tensor
+
+import modernbert_kernels as ops
+from modernbert import ColBERT, Packed, pack
+from modernbert.encoder import Encoder
+from modernbert.heads.colbert import ColBERTConfig
+from modernbert.inference import encode as runtime
+from modernbert.inference.encode import micro_batches, plan
+from modernbert.tokenizer import Tokenizer
+
+BACKBONE = Path(__file__).parents[1] / "fixtures" / "colbert" / "backbone"
+LONG = "a longer text, of some more words than the others have " * 3
+TEXTS = ["one", "", LONG, "two words", "wal, rus!"] * 4
+
+
+@pytest.fixture(scope="module")
+def colbert() -> ColBERT:
+    torch.manual_seed(0)
+    encoder, tokenizer = Encoder.from_pretrained(BACKBONE), Tokenizer.from_pretrained(BACKBONE)
+    config = ColBERTConfig(query_length=16, document_length=40, do_query_expansion=True)
+    return ColBERT.from_encoder(encoder, tokenizer, dim=24, config=config).eval()
+
+
+# The planner
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [5], [0, 0, 0], [9, 1, 30, 7, 7, 100, 2, 0, 99, 3]])
+@pytest.mark.parametrize("tokens", [1, 30, 1000])
+def test_plan(lengths: list[int], tokens: int) -> None:
+    """Every text once, longest first, no batch over budget unless it is one text, none closed too early."""
+    batches = plan(lengths, tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    in_order = [lengths[i] for batch in batches for i in batch]
+    assert in_order == sorted(lengths, reverse=True)
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    for batch, size in zip(batches, sizes, strict=True):
+        assert size <= tokens or len(batch) == 1
+    for size, following in zip(sizes, batches[1:], strict=False):
+        assert size + lengths[following[0]] > tokens
+
+
+@pytest.mark.parametrize("lengths", [[3000], [5, 3000, 7], [900] * 5, [0, 2048, 0, 1, 0], [2048], [], [1] * 5000])
+def test_micro_batches_are_the_batch(lengths: list[int]) -> None:
+    """In order, whole sequences, within the budget unless it is one sequence alone."""
+    batch = pack(random_ids(lengths, 100))
+    parts = micro_batches(batch)
+    for name in ("input_ids", "positions"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert sum((part.lengths for part in parts), ()) == batch.lengths
+    for part in parts:
+        assert part.cu_seqlens.tolist() == pack([[0] * n for n in part.lengths]).cu_seqlens.tolist()
+        assert part.num_tokens <= runtime.CPU_TOKENS or sum(n > 0 for n in part.lengths) == 1
+    for part, following in pairwise(parts):
+        assert part.num_tokens + following.lengths[0] > runtime.CPU_TOKENS
+    assert len(parts) > 1 or sum(lengths) <= 2048 or len(lengths) == 1
+
+
+def test_the_encoder_gives_the_same_rows_in_parts() -> None:
+    """With and without gradients, hidden states, embeddings, and query-only rows."""
+    _, encoder = twins(TINY)
+    ids = torch.tensor(random_ids([100] * 30, 100))
+    keys = torch.arange(100) < torch.randint(1, 101, (30, 1))
+    batch = pack(ids, keys, query_mask=~keys)
+    assert len(micro_batches(batch)) == 2
+    whole = encoder(batch, output_hidden_states=True)
+    with torch.no_grad():
+        parts = encoder(batch, output_hidden_states=True)
+        embeds = encoder.embeddings.tok_embeddings(batch.input_ids)
+        torch.testing.assert_close(encoder(batch, inputs_embeds=embeds), parts[0], rtol=0, atol=2e-5)
+        assert encoder(ids, keys, query_mask=~keys).hidden_states is None
+    assert len(parts.hidden_states) == len(whole.hidden_states) == 5
+    for mine, yours in zip(parts.hidden_states, whole.hidden_states, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=2e-5)
+
+
+# Texts to rows
+
+
+def one_by_one(model: ColBERT, texts: list[str]) -> list[Tensor]:
+    return [model.encode_documents([text])[0] for text in texts]
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 1, 45, 10_000])
+def test_order_and_budget(colbert: ColBERT, batch_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come back in the order of the texts, whatever the batches were; tokenising goes in parts too."""
+    monkeypatch.setattr(runtime, "TEXTS", 7)
+    seen: list[Packed] = []
+    hook = colbert.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ragged = colbert.encode_documents(TEXTS, batch_tokens=batch_tokens)
+    hook.remove()
+    assert sum(len(batch) for batch in seen) == len(TEXTS)
+    for batch in seen:
+        assert batch.num_tokens <= (batch_tokens or runtime.CPU_TOKENS) or len(batch) == 1
+    wanted = one_by_one(colbert, TEXTS)
+    assert len(ragged) == len(wanted)
+    for mine, yours in zip(ragged, wanted, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=2e-6)
+
+
+def test_rows_are_ordinary_float32(colbert: ColBERT) -> None:
+    """They may meet autograd later, which inference tensors may not; for one text, and in bfloat16, too."""
+    for texts in (TEXTS[:1], TEXTS):
+        values = colbert.encode_queries(texts).values
+        assert not values.is_inference()
+        (values * torch.ones(24, requires_grad=True)).sum().backward()
+    twin = ColBERT.from_encoder(colbert.encoder, colbert.tokenizer, dim=24).bfloat16()
+    try:
+        assert twin.encode_queries(TEXTS).values.dtype == torch.float32
+    finally:
+        colbert.float()
+    for empty in (colbert.encode_queries([]), colbert.encode_documents([], devices=["cpu"])):
+        assert (len(empty), empty.values.shape) == (0, (0, 24))
+
+
+def test_encoding_forgets_no_weight_that_is_prepared(colbert: ColBERT) -> None:
+    """Each query prepared all weights anew, which took eight times as long as the query."""
+    colbert.eval()
+    before = ops.cpu.linear.forgotten()
+    colbert.encode_queries(TEXTS[:1])
+    assert ops.cpu.linear.forgotten() == before
+
+
+def test_training_mode_is_left_and_taken_up_again(colbert: ColBERT) -> None:
+    modes: list[bool] = []
+    hook = colbert.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    try:
+        colbert.train()
+        colbert.encode_queries(TEXTS[:2])
+        assert (modes, colbert.training, colbert.encoder.training) == ([False], True, True)
+        with pytest.raises(TypeError):
+            colbert.encode_queries([3])  # pyright: ignore
+        assert colbert.training
+    finally:
+        hook.remove()
+        colbert.eval()
+
+
+def test_two_processes_give_the_rows_of_one(colbert: ColBERT, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = colbert.encode_documents(TEXTS)
+    monkeypatch.setattr(runtime, "TEXTS", 3)  # several parts for each process
+    got = colbert.encode_documents(TEXTS, devices=["cpu", "cpu"])
+    assert torch.equal(got.offsets, wanted.offsets)
+    torch.testing.assert_close(got.values, wanted.values, rtol=0, atol=2e-6)
+    assert not got.values.is_shared(), "rows in /dev/shm fill it up"
+
+
+def test_progress_is_silent_unless_asked_for(
+    colbert: ColBERT, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal long work shows a bar; it never writes to stdout, where results go."""
+
+    def written(texts: int, terminal: bool, **options: Any) -> str:
+        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+        capsys.readouterr()
+        colbert.encode_queries(["a"] * texts, **options)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    monkeypatch.setattr(runtime, "PROGRESS_TEXTS", 20)
+    assert written(30, terminal=False) == ""
+    assert written(19, terminal=True) == ""
+    assert written(30, terminal=True, progress=False) == ""
+    assert "30/30" in written(30, terminal=True)
+    assert "2/2" in written(2, terminal=True, progress=True)
+
+
+def test_wrong_calls(colbert: ColBERT) -> None:
+    with pytest.raises(TypeError, match="got one str: put it in a list"):
+        colbert.encode_queries("a text")
+    with pytest.raises(ValueError, match="devices is empty"):
+        colbert.encode_queries(["a text"], devices=[])
+
+
+# Batches on their way
+
+
+def test_one_ahead_is_map_and_hands_on_what_is_raised() -> None:
+    begun: list[int] = []
+
+    def double(item: int) -> int:
+        begun.append(item)
+        if item == 5:
+            raise ValueError("five")
+        return 2 * item
+
+    assert list(runtime.one_ahead(double, [])) == []
+    taken = runtime.one_ahead(double, range(9))
+    assert [next(taken) for _ in range(4)] == [0, 2, 4, 6]
+    assert max(begun) <= 5  # no further ahead than one
+    assert next(taken) == 8
+    with pytest.raises(ValueError, match="five"):
+        next(taken)
+
+
+@pytest.mark.parametrize(
+    ("processors", "width", "rows"),
+    [(132, 768, 2816), (132, 256, 8448), (128, 768, 8192), (128, 1024, 2048), (3, 100, 384)],
+)
+def test_full_waves(processors: int, width: int, rows: int) -> None:
+    assert runtime.full_wave(processors, width) == rows
+    tiles = rows // 128 * -(-width // 128)
+    assert tiles % processors == 0
+
+
+def test_tokens_without_spans_are_the_same_tokens(colbert: ColBERT) -> None:
+    for tokenize in (colbert.tokenize_queries, colbert.tokenize_documents):
+        plain, full = tokenize(TEXTS, spans=False), tokenize(TEXTS)
+        assert plain.spans == []
+        assert len(full.spans) == len(TEXTS)
+        assert torch.equal(plain.batch.input_ids, full.batch.input_ids)
+        assert torch.equal(plain.keep, full.keep)
+        assert plain.select([3, 0]).spans == []
