@@ -10,14 +10,15 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.clock import installed
 
 Row = dict[str, Any]
 
@@ -27,57 +28,60 @@ PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transf
 
 def row(
     *,
+    suite: str,
     workload: str,
     what: str,
     implementation: str,
-    settings: str,
     unit: str,
     values: Sequence[float],
-    max_error: float | None,
-    tolerance: float | None,
+    settings: str = "",
+    dtype: str = "float32",
+    max_error: float | None = None,
+    tolerance: float | None = None,
     foreign_percent: float | None = None,
     clean: bool = True,
     calls: int = 1,
-    times_better_than: dict[str, float] | None = None,
-    goals: dict[str, float] | None = None,
+    times_better_than: Mapping[str, float] | None = None,
+    goals: Mapping[str, float] | None = None,
 ) -> Row:
     """One measured row.
 
     Args:
         values: one per sample, in `unit`.
         max_error: the largest difference from the reference; None if there is nothing to compare.
-        foreign_percent: CPU use by others in the busiest kept sample, in percent of one core; None if not a
-            time.
+        foreign_percent: CPU use by others during the busiest kept sample, in percent of one core; None where it does
+            not matter.
         calls: in one sample, which is then their median.
         times_better_than: factor over each peer, the median of the factors within each round.
-        goals: the factors that we mean to reach.
+        goals: the factors that we want to reach.
     """
     return {
         "kind": "measured",
-        "suite": "cpu",
+        "suite": suite,
         "workload": workload,
         "what": what,
         "implementation": implementation,
         "settings": settings,
         "unit": unit,
-        "median": _round(statistics.median(values)),
-        "min": _round(min(values)),
-        "max": _round(max(values)),
+        "median": rounded(statistics.median(values)),
+        "min": rounded(min(values)),
+        "max": rounded(max(values)),
         "samples": len(values),
         "calls_per_sample": calls,
         "clean": clean,
         "foreign_percent": None if foreign_percent is None else round(foreign_percent, 1),
         "max_error": None if max_error is None else float(f"{max_error:.2g}"),
-        "tolerance": tolerance,
-        "times_better_than": {name: _round(factor) for name, factor in (times_better_than or {}).items()},
-        "goals": goals or {},
-        "dtype": "float32",
+        "tolerance": None if tolerance is None else float(f"{tolerance:.2g}"),
+        "times_better_than": {name: rounded(factor) for name, factor in (times_better_than or {}).items()},
+        "goals": dict(goals or {}),
+        "dtype": dtype,
         **circumstances(),
     }
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")
+def rounded(value: float | None, scale: float = 1.0) -> Any:
+    """To four digits; None stays."""
+    return None if value is None else float(f"{value * scale:.4g}")
 
 
 @cache
@@ -85,21 +89,22 @@ def circumstances() -> dict[str, Any]:
     """The machine, the versions, the commit, the date and the command of this run."""
     return {
         "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # such as AVX512
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        # Results and the tables made from them do not change what was measured.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
+        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+        "commit": commit_of(ROOT),
+        # Results and the pages made from them do not change what was measured.
+        "dirty": bool(_git(ROOT, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m benchmarks " + shlex.join(without_folders(sys.argv[1:])),
     }
 
 
-def without_folders(arguments: list[str]) -> list[str]:
-    """The arguments that decide what is measured; where rows and stores went are paths of somebody's machine."""
-    kept, folders = [], ("--output", "--work", "--data")
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """The arguments that decide what is measured, without the paths of this machine."""
+    kept, folders = [], ("--output", "--work", "--data", "--against")
     following = iter(arguments)
     for one in following:
         if one in folders:
@@ -122,17 +127,14 @@ def _cpu() -> str:
     return f"{name} ({widest})" if widest else name
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def commit_of(checkout: Path) -> str:
+    return _git(checkout, "rev-parse", "HEAD")
 
 
-def _git(*arguments: str) -> str:
+def _git(checkout: Path, *arguments: str) -> str:
     if not shutil.which("git"):
         return "unknown"
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
