@@ -559,3 +559,31 @@ def latency(workers: Workers, table: Table, *, count: int, figures: Sequence[str
 def p99(seconds: Sequence[float]) -> float:
     """Of 200 calls the third slowest."""
     return sorted(seconds)[min(len(seconds) - 1, int(0.99 * (len(seconds) - 1)))]
+
+
+NO, BETTER, MUST = "needs no GPU", "made for a GPU; on a CPU it measures a small model", "needs a GPU"
+
+
+class Suite(NamedTuple):
+    """A suite.
+
+    Attributes:
+        what: is measured. workloads: what `--only` takes, with a line each. against: who takes part beside ours.
+        measure: takes a `Run`, the names of workloads and the suite's options; yields results as they are done.
+        gpu: `NO`, `BETTER` or `MUST`, of which only --quick runs without one.
+        minutes: how long it takes, in words.
+        weight: its part of the time of `all`; 0 leaves it out there.
+    """
+
+    what: str
+    workloads: Mapping[str, str]
+    against: str
+    measure: Callable[..., Iterator[Result]]
+    gpu: str = NO
+    minutes: str = "until everything is done, or as long as --minutes allows"
+    weight: int = 0
+
+
+def of_tables(make: Callable[[Run, Sequence[str]], Iterable[Table]]) -> Callable[..., Iterator[Result]]:
+    """The `measure` of a suite that is nothing but tables."""
+    return lambda here, names: measure(here, make(here, names))
