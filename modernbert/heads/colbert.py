@@ -6,8 +6,9 @@ import copy
 import os
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ import modernbert_kernels as ops
 
 from .. import checkpoint as files
 from ..encoder import Encoder
-from ..inference.encode import encode_texts
-from ..inference.graphs import MAX_TOKENS, Graphed
-from ..late_interaction import Ragged, pool_tokens
+from ..inference.devices import encode_in_processes
+from ..inference.encode import Modules, encode_texts, list_of_texts
+from ..late_interaction import Ragged, pool_documents
 from ..packing import Packed, Span, Tokens, pack
 from ..tokenizer import Tokenizer
 from . import colbert_files
@@ -62,7 +63,6 @@ class ColBERT(nn.Module):
 
     Attributes:
         encoder, tokenizer, config: the parts. dense: the layers of the head. dim: width E of the vectors.
-        graphs: what `graphed` returned, to make `encode_*` replay CUDA graphs; None launches every kernel by itself.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig) -> None:
@@ -70,7 +70,6 @@ class ColBERT(nn.Module):
         self.encoder, self.tokenizer, self.config = encoder, tokenizer, config
         self.dense = nn.ModuleList(dense)
         self.dim = dense[-1].linear.out_features
-        self.graphs: Graphed | None = None
         self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
@@ -84,7 +83,7 @@ class ColBERT(nn.Module):
     ) -> ColBERT:
         """A new, untrained head on an encoder: prefix tokens added, embeddings grown, one projection to `dim`.
 
-        The encoder is taken over and changed in place; the tokenizer is copied.
+        The encoder is taken over and changed in place, and the head gets its mode; the tokenizer is copied.
         """
         config = config or ColBERTConfig()
         tokenizer = copy.deepcopy(tokenizer)
@@ -94,7 +93,10 @@ class ColBERT(nn.Module):
         head = Dense(encoder.config.hidden_size, dim)
         nn.init.trunc_normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5)
         weight = encoder.embeddings.tok_embeddings.weight
-        return cls(encoder, tokenizer, [head.to(weight.device, weight.dtype)], config)
+        colbert = cls(encoder, tokenizer, [head.to(weight.device, weight.dtype)], config)
+        colbert.training = encoder.training
+        colbert.dense.train(encoder.training)
+        return colbert
 
     @classmethod
     def from_pretrained(
@@ -152,10 +154,6 @@ class ColBERT(nn.Module):
             return ops.project_normalize(x_TD, last.linear.weight, last.linear.bias)
         return F.normalize(last(x_TD), dim=-1)
 
-    def graphed(self, max_tokens: int = MAX_TOKENS) -> Graphed:
-        """A callable in the place of this model that replays CUDA graphs; see `Encoder.graphed`."""
-        return Graphed(self, max_tokens)
-
     def encode_queries(
         self,
         texts: Sequence[str],
@@ -171,7 +169,7 @@ class ColBERT(nn.Module):
             progress: show a bar on stderr; None: for long work on a terminal.
             devices: encode in one process for each, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`; None: here.
         """
-        return encode_texts(self, "tokenize_queries", texts, batch_tokens, progress, devices)
+        return self._encode(ColBERT.tokenize_queries, texts, batch_tokens, progress, devices)
 
     def encode_documents(
         self,
@@ -188,8 +186,21 @@ class ColBERT(nn.Module):
             pool_factor: keep about one row in `pool_factor`, by hierarchical clustering (arXiv 2409.14683); needs
                 the `retrieval` extra.
         """
-        ragged = encode_texts(self, "tokenize_documents", texts, batch_tokens, progress, devices)
-        return ragged if pool_factor == 1 else Ragged.from_list([pool_tokens(x, pool_factor) for x in ragged])
+        ragged = self._encode(ColBERT.tokenize_documents, texts, batch_tokens, progress, devices)
+        return pool_documents(ragged, pool_factor)
+
+    def _encode(
+        self,
+        tokenize: Callable[..., Tokens],
+        texts: Sequence[str],
+        batch_tokens: int | None,
+        progress: bool | None,
+        devices: Sequence[str] | None,
+    ) -> Ragged:
+        options = {"dim": self.dim, "batch_tokens": batch_tokens, "progress": progress}
+        if devices is not None:
+            return encode_in_processes(self, tokenize, list_of_texts(texts), devices=devices, **options)
+        return encode_texts(Modules(self), partial(tokenize, self), list_of_texts(texts), **options)
 
     def tokenize_queries(self, texts: Sequence[str], *, spans: bool = True) -> Tokens:
         """What `encode_queries` feeds the encoder: `[CLS] prefix text [SEP]`, and [MASK] rows with expansion.
