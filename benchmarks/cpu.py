@@ -1,62 +1,214 @@
-"""The `cpu` suite: encoding, MaxSim and search on two threads, in float32 and in int8, next to what people use today."""
+"""Suite `cpu`: encoding, MaxSim and search on two threads, in float32 and in int8, next to what people use today."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import time
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks import harness, inputs, peers
-from benchmarks.harness import Result, Run, Table, latency, speed
-from benchmarks.peers import INT8, ONNX_RUNTIME, OPENVINO, ORDERS, OURS, PEERS, REFERENCE, SDPA, SESSION, those
+from benchmarks import accuracy, encoder, harness, inputs, peers, texts
+from benchmarks.harness import Result, Run, Suite, Table, latency
+from benchmarks.late_interaction import maxsim_table
+from benchmarks.peers import (
+    FIRST_ROWS,
+    INT8,
+    ONNX_RUNTIME,
+    OPENVINO,
+    ORDERS,
+    OURS,
+    REFERENCE,
+    SDPA,
+    SDPA_COMPILED,
+    SENTENCE_TRANSFORMERS,
+    SESSION,
+    those,
+)
 from benchmarks.worker import Build, Job, Peer, Setup, Variant
-from modernbert import ColBERT
+from modernbert import ColBERT, Tokenizer
 
 THREADS = 2
 BEFORE = "modernbert, the other checkout"
 PASSAGES, QUERIES, TOP = 10_000, 100, 10
+MAX_LENGTH = 512  # of a text in `from-text`
 
-SHORT = ("short-16", "short-24", "short-32")
-AGAINST = (*SHORT, "documents", "documents-short", "search-10k")
-WORKLOADS = {
-    **{name: f"latency of one text of {name[6:]} tokens" for name in SHORT},
-    "documents": "`encode_documents` of 256 texts of the paper's lengths: plain modules, and a Session",
-    "documents-short": "the same of 1,024 texts of 3 to 32 tokens",
-    "search-10k": "p50 of exact search of 10,000 passages, default model",
-}
+Make = Callable[[Run, str, Mapping[str, str]], Table]
 
 
-def run(
-    *, quick: bool, only: Sequence[str], minutes: float | None = None, against: Path | None = None
+def measure(
+    here: Run, names: Sequence[str], *, data: Path | None = None, against: Path | None = None
 ) -> Iterator[Result]:
-    """Measure the workloads named in `only`, by default all.
+    """Measure these workloads.
 
     Args:
+        data: folders in BEIR's layout for `int8-retrieval`; None: the demo corpus, which has no judgements.
         against: another checkout of this project. Only it, the plain modules and a `Session` take part then, each in
             its own process, in the workloads `AGAINST`.
     """
     torch.set_num_threads(THREADS)
-    with harness.run("cpu", quick=quick, minutes=minutes, device="cpu") as here:
-        other = {} if against is None else {"checkout": str(against.resolve())}
-        names = only or (WORKLOADS if against is None else AGAINST)
-        yield from harness.measure(here, (table for name in names for table in tables(here, name, other)))
+    here = replace(here, device="cpu")
+    other = {} if against is None else {"checkout": str(against.resolve())}
+    if against is not None and set(names) == set(WORKLOADS):
+        names = AGAINST
+    yield from harness.measure(here, (MAKE[name](here, name, other) for name in names if name in MAKE))
+    if "int8-retrieval" in names and not here.late():
+        yield accuracy.int8_retrieval(here, data)
 
 
-def tables(here: Run, name: str, other: Mapping[str, str]) -> Iterator[Table]:
-    if name in SHORT:
-        yield short(here, int(name[6:]), other)
-    elif name.startswith("documents"):
-        yield documents(here, name, other)
-    elif name == "search-10k":
-        yield search(here, other)
+def ettin(here: Run, workload: str, what: str, lengths: Sequence[int], found: Mapping[str, Peer], **more: Any) -> Table:
+    """A table of Ettin-17m in which every text is compared, by default in tokens per second."""
+    job = Job(tuple(lengths), tuple(range(len(lengths))), options=more.pop("options", {}))
+    known = {"model": "ettin-17m", "dtype": "float32", "reference": REFERENCE, "rounds": 9} | more
+    return Table(workload, f"Ettin-17m{what}", job=job, peers=found, **known)
+
+
+MS: dict[str, Any] = {"figure": "time", "unit": "ms", "value": lambda seconds: 1e3 * seconds}
+
+
+def short(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    length = int(workload[6:])
+    others = {} if other else those(SDPA, SDPA_COMPILED, ONNX_RUNTIME, OPENVINO)
+    goals = {SDPA: 1.8 if length == 32 else 2.0, ONNX_RUNTIME: 1.0, BEFORE: 0.97}
+    what = f", one text of {length} tokens"
+    return ettin(here, workload, what, [length], ours(other, peers.packed) | others, goals={SESSION: goals}, **MS)
+
+
+def fixed(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    found = those(OURS, SESSION, SDPA, ONNX_RUNTIME, OPENVINO)
+    return ettin(here, workload, ", 16 texts of 512 tokens", [512] * 16, found, goals={OURS: {SDPA: 1.2}})
+
+
+def variable(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    factors = dict(zip((*ORDERS, ONNX_RUNTIME), (1.6, 1.3, 1.3, 1.2), strict=True))
+    found = those(OURS, SESSION, *ORDERS, ONNX_RUNTIME, OPENVINO)
+    lengths = paper_lengths()
+    return ettin(here, workload, f", {words(lengths)}", lengths, found, goals={OURS: factors})
+
+
+def paper_lengths(count: int = 32) -> tuple[int, ...]:
+    return inputs.in_set("variable short", count)
+
+
+def words(lengths: Sequence[int]) -> str:
+    return f"{len(lengths)} texts of the paper's variable lengths (mean {sum(lengths) / len(lengths):.0f})"
+
+
+def first_token(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    """What is saved where only one row of each text is read."""
+    lengths, found = paper_lengths(), those(FIRST_ROWS, OURS, *ORDERS)
+    return ettin(here, workload, f", [CLS] of {words(lengths)}", lengths, found, options={"first": True})
+
+
+def long(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    """Without ONNX Runtime, which needs more than 6 GB here."""
+    what, goals = ", one text of 8192 tokens", {OURS: {SDPA: 2.3}}
+    return ettin(here, workload, what, [8192], those(OURS, SDPA), goals=goals, rounds=4)
+
+
+def long_memory(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    made = encoder.memory_table(here, "forward", "ettin-17m", those(OURS, SDPA), 1, 8192)
+    what = "Ettin-17m, one text of 8192 tokens: peak memory beyond the loaded model"
+    return replace(made, workload=workload, what=what, x=None, goals={OURS: {SDPA: 8.0}})
+
+
+def base(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    lengths = paper_lengths(4 if here.quick else 8)
+    found = those(OURS, SESSION, *ORDERS, OPENVINO)
+    made = ettin(here, workload, "", lengths, found, rounds=4)
+    goals = {OURS: dict.fromkeys(ORDERS[1:], 1.15)}
+    return replace(made, what=f"ModernBERT-base, {words(lengths)}", model="modernbert-base", goals=goals)
+
+
+def int8(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    found = those(OURS, INT8, f"{ONNX_RUNTIME}, int8", f"{OPENVINO}, int8")
+    if workload == "int8-variable":
+        return ettin(here, workload, f" with int8 products, {words(paper_lengths())}", paper_lengths(), found)
+    return ettin(here, workload, " with int8 products, one text of 32 tokens", [32], found, **MS)
+
+
+def maxsim(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    return maxsim_table(workload, 1, 1000, int(workload[7:]), cpu=True)
+
+
+# From a string to a mean-pooled vector, with the tokenizer of the default model, whose ids fit the seeded weights.
+
+
+def from_text(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    folder = Path(here.setup("ettin-17m", "float32").folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(texts.ASSETS / "default" / file, folder)
+    batch = Tokenizer.from_pretrained(folder)(passages(4 if here.quick else 64), max_length=MAX_LENGTH)
+    found = {OURS: Peer(pooled, {}), SENTENCE_TRANSFORMERS: Peer(pooled_theirs, package="sentence_transformers")}
+    what = f", {len(batch)} Wikipedia passages ({batch.num_tokens:,} tokens), text to pooled vectors, tokenising timed"
+    reference = Peer(pooled_alone, package="transformers")
+    return ettin(here, workload, what, batch.lengths, found, reference=reference, model_pass=False)
+
+
+def passages(count: int) -> list[str]:
+    """Lower-cased: the tokenizer.json of the default model leaves it to the caller, and transformers does not do it."""
+    return [text.lower() for text in texts.paragraphs(count)]
+
+
+def pooled(setup: Setup) -> Build:
+    model, tokenizer = peers.load_ours(setup), Tokenizer.from_pretrained(setup.folder)
+
+    def variants(job: Job) -> Iterator[Variant]:
+        read = passages(len(job.lengths))
+
+        def run() -> Tensor:
+            with torch.inference_mode():
+                batch = tokenizer(read, max_length=MAX_LENGTH)
+                return torch.segment_reduce(model(batch), "mean", lengths=torch.tensor(batch.lengths))
+
+        yield Variant("Tokenizer, Encoder, mean", run, run)
+
+    return variants
+
+
+def pooled_theirs(setup: Setup) -> Build:
+    """Through `encode`, which sorts by length."""
+    modules = import_module("sentence_transformers.sentence_transformer.modules")
+    body = modules.Transformer(setup.folder, model_kwargs={"attn_implementation": "sdpa"}, max_seq_length=MAX_LENGTH)
+    pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode="mean")
+    model = import_module("sentence_transformers").SentenceTransformer(modules=[body, pooling], device="cpu")
+
+    def variants(job: Job) -> Iterator[Variant]:
+        for size in (8, 32) if setup.quick else (1, 4, 8, 16, 32):
+            known = {"batch_size": size, "show_progress_bar": False, "convert_to_tensor": True}
+            run = partial(model.encode, passages(len(job.lengths)), **known)
+            yield Variant(f"sdpa, batch_size={size}", run, run)
+
+    return variants
+
+
+def pooled_alone(setup: Setup) -> Build:
+    """The reference: the mean of transformers' hidden states, every text alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(setup.folder), peers.load_theirs(setup, "sdpa")
+
+    def variants(job: Job) -> Iterator[Variant]:
+        def answer() -> Tensor:
+            known = {"truncation": True, "max_length": MAX_LENGTH, "return_tensors": "pt"}
+            ids = [tokenizer(text, **known)["input_ids"] for text in passages(len(job.lengths))]
+            with torch.inference_mode():
+                return torch.cat([model(input_ids=one).last_hidden_state.mean(1) for one in ids])
+
+        yield Variant("every text alone", answer, answer)
+
+    return variants
+
+
+# A Session next to the plain modules, and this checkout next to another one.
 
 
 def ours(other: Mapping[str, str], builder: Callable[..., Build]) -> dict[str, Peer]:
@@ -65,49 +217,27 @@ def ours(other: Mapping[str, str], builder: Callable[..., Build]) -> dict[str, P
     return found | ({BEFORE: Peer(builder, {"session": False}, **other)} if other else {})
 
 
-def short(here: Run, length: int, other: Mapping[str, str]) -> Table:
-    others = {} if other else those(SDPA, peers.SDPA_COMPILED, ONNX_RUNTIME, OPENVINO)
-    return Table(
-        f"short-{length}",
-        f"Ettin-17m, one text of {length} tokens",
-        "ettin-17m",
-        "float32",
-        Job((length,), (0,)),
-        ours(other, peers.packed) | others,
-        REFERENCE,
-        figure="time",
-        unit="ms",
-        value=lambda seconds: 1e3 * seconds,
-        goals={SESSION: {SDPA: 1.8 if length == 32 else 2.0, ONNX_RUNTIME: 1.0, BEFORE: 0.97}},
-        rounds=9,
-    )
-
-
-def documents(here: Run, name: str, other: Mapping[str, str]) -> Table:
+def documents(here: Run, workload: str, other: Mapping[str, str]) -> Table:
     """Texts to vectors, tokenising timed."""
-    if name == "documents":
-        lengths, words = inputs.variable(8 if here.quick else 256, mean=256, longest=512), "the paper's lengths"
+    if workload == "documents":
+        lengths, said = paper_lengths(8 if here.quick else 256), "the paper's lengths"
     else:
         count = 16 if here.quick else 1024
-        lengths, words = tuple(3 + 29 * index // (count - 1) for index in range(count)), "3 to 32 tokens"
-        # In an order that does not help.
-        lengths = tuple(lengths[index * 389 % count] for index in range(count))
-    setup = here.setup("ettin-17m", "float32")
-    folder = Path(setup.folder) / "colbert"
-    if not folder.exists():
-        inputs.save_colbert(setup.folder, folder, width=128, longest=512)
-    return Table(
-        name,
-        f"Ettin-17m, encode_documents of {len(lengths):,} texts of {words}",
-        "ettin-17m",
-        "float32",
-        Job(lengths, here.checked(lengths)),
+        # From 3 to 32 in an order that does not help.
+        lengths, said = tuple(3 + 29 * (at * 389 % count) // (count - 1) for at in range(count)), "3 to 32 tokens"
+    folder = here.setup("ettin-17m", "float32").folder
+    texts.save_colbert(folder, Path(folder) / "colbert", width=128, longest=512)
+    made = ettin(
+        here,
+        workload,
+        f", encode_documents of {len(lengths):,} texts of {said}",
+        lengths,
         ours(other, encode),
-        Peer(encode_alone, package="transformers"),
+        reference=Peer(encode_alone, package="transformers"),
         model_pass=False,
         goals={SESSION: {BEFORE: 1.12}, OURS: {BEFORE: 0.9}},
-        rounds=9,
     )
+    return replace(made, job=replace(made.job, checked=here.checked(lengths)))
 
 
 def encode(setup: Setup, *, session: bool) -> Build:
@@ -115,8 +245,8 @@ def encode(setup: Setup, *, session: bool) -> Build:
     encoding = peers.session_of(model) if session else model
 
     def variants(job: Job) -> Iterator[Variant]:
-        texts = inputs.texts_of(job.lengths)
-        call = partial(encoding.encode_documents, texts, progress=False)
+        read = texts.of_lengths(job.lengths)
+        call = partial(encoding.encode_documents, read, progress=False)
         yield Variant("encode_documents, tokenising timed", call, lambda: chosen(call(), job.checked))
 
     return variants
@@ -139,28 +269,31 @@ def encode_alone(setup: Setup) -> Build:
             return torch.nn.functional.normalize(hidden_SD @ weight_ED.T, dim=-1)
 
     def variants(job: Job) -> Iterator[Variant]:
-        texts = inputs.texts_of(job.lengths)
+        read = texts.of_lengths(job.lengths)
 
         def answer() -> Tensor:
-            return torch.cat([of_text(texts[index]) for index in job.checked])
+            return torch.cat([of_text(read[index]) for index in job.checked])
 
         yield Variant("every text alone", answer, answer)
 
     return variants
 
 
-def search(here: Run, other: Mapping[str, str]) -> Table:
-    """One question after another; the passages are of 100 tokens, and every checkout indexes them itself."""
+def search(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+    """One question after another; the passages have 100 tokens, and every checkout indexes them."""
     count = 200 if here.quick else PASSAGES
+    found = {OURS: Peer(store, {"name": "this"})} | (
+        {BEFORE: Peer(store, {"name": "before"}, **other)} if other else {}
+    )
+    folder = Path(here.setup("ettin-17m", "float32").folder)  # holds the stores
+    texts.write_corpus(folder / "corpus.jsonl", count, 100)
     return Table(
-        "search-10k",
+        workload,
         f"exact search of {count:,} passages of 100 tokens, default model: p50 of {QUERIES} queries of 32 tokens",
-        "ettin-17m",  # not loaded: the folder is for the stores
+        "ettin-17m",
         "float32",
-        Job((100,) * count, tuple(range(2))),
-        {BEFORE: Peer(store, {"name": "before"}, **other)} | {OURS: Peer(store, {"name": "this"})}
-        if other
-        else {OURS: Peer(store, {"name": "this"})},
+        Job((100,) * count, (0, 1)),
+        found,
         Peer(brute_force),
         "fixed 100",
         "p50",
@@ -173,25 +306,17 @@ def search(here: Run, other: Mapping[str, str]) -> Table:
     )
 
 
-def queries() -> list[str]:
-    """The beginnings of paragraphs."""
-    return [" ".join(text.split()[:16]) for text in inputs.demo_passages(QUERIES)]
-
-
 def store(setup: Setup, *, name: str) -> Build:
     from modernbert.retrieval import Store, index
 
     def variants(job: Job) -> Iterator[Variant]:
-        folder, corpus = Path(setup.folder) / f"store-{name}", Path(setup.folder) / "corpus.jsonl"
+        folder, asked = Path(setup.folder) / f"store-{name}", texts.queries(QUERIES, 32)
         if not folder.exists():
-            texts = inputs.texts_of(job.lengths)
-            records = ({"_id": str(at), "text": text} for at, text in enumerate(texts))
-            corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
-            index([corpus], folder, ColBERT.default(), progress=False)
-        opened, following = Store(folder, ColBERT.default()), itertools.cycle(queries())
+            index([folder.with_name("corpus.jsonl")], folder, ColBERT.default(), progress=False)
+        opened, following = Store(folder, ColBERT.default()), itertools.cycle(asked)
 
         def answer() -> Tensor:
-            found = opened.search(queries()[: len(job.checked)], top_k=TOP)
+            found = opened.search(asked[: len(job.checked)], top_k=TOP)
             return torch.tensor([[hit.score for hit in hits] for hits in found])
 
         yield Variant("Store.search", lambda: opened.search([next(following)], top_k=TOP), answer)
@@ -203,8 +328,9 @@ def brute_force(setup: Setup) -> Build:
     """The reference: the best scores over all vectors, rounded to float16 as a store keeps them, in float64."""
 
     def variants(job: Job) -> Iterator[Variant]:
-        model = ColBERT.default()
-        vectors = model.encode_documents(inputs.texts_of(job.lengths), progress=False)
+        model, corpus = ColBERT.default(), Path(setup.folder) / "corpus.jsonl"
+        records = map(json.loads, corpus.read_text("utf-8").splitlines())
+        vectors = model.encode_documents([f"{one['title']} {one['text']}" for one in records], progress=False)
         values_NE, lengths = vectors.values.half().double(), vectors.offsets.diff()
 
         def best(query_QE: Tensor) -> Tensor:
@@ -212,9 +338,59 @@ def brute_force(setup: Setup) -> Build:
             return most.sum(1).topk(TOP).values
 
         def answer() -> Tensor:
-            asked = model.encode_queries(queries()[: len(job.checked)], progress=False)
+            asked = model.encode_queries(texts.queries(QUERIES, 32)[: len(job.checked)], progress=False)
             return torch.stack([best(query_QE) for query_QE in asked])
 
         yield Variant("brute force", answer, answer)
 
     return variants
+
+
+SHORT = ("short-16", "short-24", "short-32")
+AGAINST = (*SHORT, "documents", "documents-short", "search-10k")
+MAKE: dict[str, Make] = {
+    **dict.fromkeys(SHORT, short),
+    "fixed-512": fixed,
+    "variable": variable,
+    "first-token": first_token,
+    "from-text": from_text,
+    "documents": documents,
+    "documents-short": documents,
+    "maxsim-48": maxsim,
+    "maxsim-128": maxsim,
+    "search-10k": search,
+    "long-8192": long,
+    "long-8192-memory": long_memory,
+    "base-variable": base,
+    "int8-short-32": int8,
+    "int8-variable": int8,
+}
+WORKLOADS = {
+    **{name: f"latency of one text of {name[6:]} tokens" for name in SHORT},
+    "fixed-512": "16 texts of 512 tokens",
+    "variable": "32 texts of the lengths of the ModernBERT paper, N(256, 64) clipped to [32, 512]",
+    "first-token": "[CLS] of the same texts: what it saves to compute only the rows that are read",
+    "from-text": "64 Wikipedia passages from string to mean-pooled vector, tokenising timed",
+    "documents": "`encode_documents` of 256 texts of the paper's lengths: plain modules, and a Session",
+    "documents-short": "the same of 1,024 texts of 3 to 32 tokens",
+    "maxsim-48": "one query of 32 tokens against 1000 documents of 16 to 300 tokens, width 48",
+    "maxsim-128": "the same in width 128",
+    "search-10k": "p50 of exact search of 10,000 passages, default model",
+    "long-8192": "one text of 8192 tokens",
+    "long-8192-memory": "its peak memory beyond the loaded model, a fresh process for each sample",
+    "base-variable": "ModernBERT-base, 8 texts of the paper's lengths",
+    "int8-short-32": "int8 products, one text of 32 tokens, next to our float32; the error is in the row",
+    "int8-variable": "int8 products, 32 texts of the paper's lengths, next to our float32",
+    "int8-retrieval": "what int8 costs the default model: nDCG@10 on the sets of --data, recall of float32's top 10",
+}
+
+SUITES = {
+    "cpu": Suite(
+        "encoding, MaxSim and search on two threads of a CPU, in float32 and in int8, next to what people use today",
+        WORKLOADS,
+        "transformers (and under torch.compile), sentence-transformers, ONNX Runtime, OpenVINO, maxsim-cpu",
+        measure,
+        minutes="about half an hour",
+        weight=10,
+    )
+}

@@ -26,7 +26,6 @@ from benchmarks.peers import (
     FLASH_COMPILED,
     OURS,
     PACKED_ENCODERS,
-    PEERS,
     REFERENCE,
     SDPA,
     SDPA_COMPILED,
@@ -144,7 +143,11 @@ def latency(here: Run, names: Sequence[str]) -> Iterator[Table]:
 
 def lengths_between(low: int, high: int, count: int) -> tuple[int, ...]:
     """Evenly, the longest first; a single text has the mean."""
-    return ((low + high) // 2,) if count == 1 else tuple(round(high - (high - low) * n / (count - 1)) for n in range(count))
+    return (
+        ((low + high) // 2,)
+        if count == 1
+        else tuple(round(high - (high - low) * n / (count - 1)) for n in range(count))
+    )
 
 
 COLD = {
@@ -170,7 +173,9 @@ def cold_start(workers: Workers, table: Table) -> Result:
 
     def start(name: str) -> float:
         ids = inputs.ids(0, table.job.lengths[0]).tolist()
-        code = f"import json, time, torch\nfolder, dtype, device = {setup.folder!r}, torch.{setup.dtype}, {setup.device!r}"
+        code = (
+            f"import json, time, torch\nfolder, dtype, device = {setup.folder!r}, torch.{setup.dtype}, {setup.device!r}"
+        )
         code += f"\nids = {ids}\n{COLD[name]}\nwith torch.inference_mode(): vector = run().float().tolist()"
         code += "\nprint(json.dumps([time.perf_counter(), vector]))"
         began = time.perf_counter()

@@ -502,10 +502,7 @@ class Workers:
         rates = self.here.rates(self.setup.dtype)
         backward, itemsize = "backward" in table.passes, self.setup.torch_dtype.itemsize
         of_pass = (self.here.config(table.model), table.job.lengths, itemsize, backward)
-        reached = {
-            "copy_gb_per_s": rounded(rates.copy, 1e-9),
-            "matmul_tflop_per_s": rounded(rates.matmul, 1e-12),
-        }
+        reached = {"copy_gb_per_s": rounded(rates.copy, 1e-9), "matmul_tflop_per_s": rounded(rates.matmul, 1e-12)}
         return shares(of_pass, one.median, rates, self.setup.dtype, gpu) | {"rates": reached}
 
     def reasons(self, table: Table, refused: Mapping[str, str]) -> dict[str, str]:

@@ -1,24 +1,17 @@
-"""What is encoded: the lengths of the ModernBERT paper, token ids, texts, and checkpoints of seeded weights."""
+"""What is encoded: the lengths of the ModernBERT paper, token ids, and checkpoints of seeded weights."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modernbert import ColBERT, Encoder, EncoderConfig
-
-ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"
-DEMO = ASSETS / "demo" / "corpus.jsonl.gz"
+from modernbert import Encoder, EncoderConfig
 
 DOCUMENTS = 8192
 """Of each set of the paper."""
@@ -73,11 +66,10 @@ def cotangent(index: int, length: int, width: int) -> Tensor:
     return torch.randn(length, width, generator=torch.Generator().manual_seed(index)).bfloat16().float()
 
 
-def padded(lengths: Sequence[int], indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Ids and attention mask `[B, S]` of these texts, right-padded; no mask where nothing is padded."""
-    texts = [ids(index, lengths[index]) for index in indices]
+def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Ids and attention mask `[B, S]` of these texts' ids, right-padded; no mask where nothing is padded."""
     mask_BS = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    return nn.utils.rnn.pad_sequence(texts, batch_first=True), None if bool(mask_BS.all()) else mask_BS
+    return nn.utils.rnn.pad_sequence([*texts], batch_first=True), None if bool(mask_BS.all()) else mask_BS
 
 
 def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:
@@ -99,17 +91,6 @@ def within(lengths: Sequence[int], tokens: int) -> list[list[int]]:
         batches[-1].append(index)
         left -= length
     return batches
-
-
-def demo_records() -> list[dict[str, str]]:
-    with gzip.open(DEMO, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def demo_passages(count: int) -> list[str]:
-    """The first paragraphs of the demo corpus, from the start again where it has no more, without outer blanks."""
-    known = [record["text"].strip() for record in demo_records()]
-    return [known[index % len(known)] for index in range(count)]
 
 
 def save_seeded(config: EncoderConfig, folder: Path) -> None:
@@ -135,36 +116,3 @@ def save_seeded(config: EncoderConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def projection(width: int, to: int) -> Tensor:
-    """A seeded matrix `[to, width]`."""
-    return torch.randn(to, width, generator=torch.Generator().manual_seed(2)) / math.sqrt(width)
-
-
-def save_colbert(model: str, folder: Path, *, width: int, longest: int) -> None:
-    """A checkpoint with a projection to `width` and the default model's tokenizer, for PyLate, sentence-transformers
-    and us; documents are cut to `longest` tokens.
-    """
-    from modernbert.heads.dense import Dense  # in this checkout only
-
-    encoder, template = Encoder.from_pretrained(model), ColBERT.default()
-    head = Dense(encoder.config.hidden_size, width)
-    with torch.no_grad():
-        head.linear.weight.copy_(projection(encoder.config.hidden_size, width))
-    config = replace(template.config, document_length=longest)
-    ColBERT(encoder, template.tokenizer, [head], config).save_pretrained(folder)
-
-
-@cache
-def known_words() -> list[str]:
-    """Words of the demo corpus that are one token each for the default model, whatever their neighbours are."""
-    words = sorted({word for record in demo_records() for word in record["text"].split() if word.isalpha()})
-    lengths = ColBERT.default().tokenize_documents(["", *words]).batch.lengths
-    return [word for word, length in zip(words, lengths[1:], strict=True) if length == lengths[0] + 1]
-
-
-def texts_of(lengths: Sequence[int]) -> list[str]:
-    """Texts that the default model's tokenizer reads as documents of exactly these lengths, special tokens included."""
-    draw, special = random.Random(0), len(ColBERT.default().tokenize_documents([""]).keep)
-    return [" ".join(draw.choices(known_words(), k=length - special)) for length in lengths]

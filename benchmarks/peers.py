@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 import modernbert
 from benchmarks import exported, inputs
-from benchmarks.inputs import ASSETS, groups
+from benchmarks.inputs import groups
+from benchmarks.texts import ASSETS
 from benchmarks.worker import Build, Job, Peer, Setup, Variant
 from modernbert import Encoder, pack
 
 Inputs = dict[str, Any]
 Forward = Callable[[Any], Tensor]
+
+GRAPHS = 16_384
+"""Tokens above which a `Session` has no CUDA graphs."""
 
 GRADIENT = "layers.0.attn.Wo.weight"
 """The gradient that is compared after a backward pass: it depends on all layers, and has one name everywhere."""
@@ -108,6 +112,11 @@ def of_batches(
     return Variant(settings, run, answer, (lambda: step(largest)) if len(batches) > 4 else None, clear)
 
 
+def ids_of(job: Job, index: int) -> Tensor:
+    """The token ids of a text: those that the job brings, or seeded ones."""
+    return job.options["ids"][index] if "ids" in job.options else inputs.ids(index, job.lengths[index])
+
+
 def rows_of(hidden: Tensor, indices: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
     """The hidden states of each text, `[n, D]`."""
     if hidden.dim() == 2:
@@ -152,13 +161,17 @@ def packed(setup: Setup, *, session: bool = False, first: bool = False, int8: bo
     encoder = load_ours(setup)
     model: Any = session_of(encoder) if session else with_int8(encoder) if int8 else encoder
     name = "Session" if session else "int8, scales per channel" if int8 else "plain modules"
+    budget = GRAPHS if session else BUDGET
 
     def variants(job: Job) -> Iterator[Variant]:
         whole = groups(job.lengths, job.batch or len(job.lengths))
-        yield packed_variant(name, job, setup, model, encoder, whole, first=first)
-        if job.batch is None and setup.is_gpu and sum(job.lengths) > BUDGET:
-            cut = inputs.within(job.lengths, BUDGET)
-            yield packed_variant(f"{name}, at most {BUDGET:,} tokens at a time", job, setup, model, encoder, cut)
+        known = {"on_host": session, "first": first}
+        yield packed_variant(name, job, setup, model, encoder, whole, **known)
+        if job.batch is None and setup.is_gpu and sum(job.lengths) > budget:
+            cut = inputs.within(job.lengths, budget)
+            yield packed_variant(
+                f"{name}, at most {budget:,} tokens at a time", job, setup, model, encoder, cut, **known
+            )
 
     return variants
 
@@ -171,24 +184,29 @@ def packed_variant(
     encoder: Any,
     batches: Sequence[Sequence[int]],
     *,
+    on_host: bool = False,
     first: bool = False,
 ) -> Variant:
-    """`model` on packed batches; those of a GPU are on it already, unless the job brings them from the host."""
-    ready = setup.is_gpu and not job.from_host
+    """`model` on packed batches. On a CPU, and where the job brings ids from the host, packing is timed.
+
+    Args:
+        on_host: batches of a GPU are copied to it by `model`, as a `Session` does.
+    """
+    packs = not setup.is_gpu or job.from_host
+    device = "cpu" if on_host else setup.device
     made = []
     for indices in batches:
-        ids = [inputs.ids(index, job.lengths[index]).tolist() for index in indices]
+        ids = [ids_of(job, index).tolist() for index in indices]
         gradient = cotangent(job, setup, indices, encoder.config.hidden_size, padded=False)
-        made.append(Batch(list(indices), pack(ids).to(setup.device) if ready else ids, gradient))
+        made.append(Batch(list(indices), ids if packs else pack(ids).to(device), gradient))
 
     def forward(one: Any) -> Tensor:
-        batch = one if ready else pack(one).to(setup.device) if setup.is_gpu else pack(one)
-        found = model(batch, rows=batch.cu_seqlens[:-1]) if first else model(batch)
-        # The next replay of a graph overwrites it.
-        return found if len(batches) == 1 or not setup.is_gpu or job.backward else found.clone()
+        batch = pack(one) if packs else one
+        batch = batch.to(device) if packs and setup.is_gpu else batch
+        return model(batch, rows=batch.cu_seqlens[:-1]) if first else model(batch)
 
     lengths = [1] * len(job.lengths) if first else None
-    settings = f"{name}{', rows=cu_seqlens[:-1]' if first else ''}{'' if ready else '; packing is timed'}"
+    settings = f"{name}{', rows=cu_seqlens[:-1]' if first else ''}{'; packing is timed' if packs else ''}"
     return of_batches(settings, job, made, forward, model=encoder, lengths=lengths)
 
 
@@ -385,7 +403,7 @@ def padded_variant(
     """Right-padded batches, ready on the device, or in pinned memory of the host."""
     made = []
     for indices in batches:
-        ids_BS, mask_BS = inputs.padded(job.lengths, indices)
+        ids_BS, mask_BS = inputs.padded([ids_of(job, index) for index in indices])
         given = ready({"input_ids": ids_BS, "attention_mask": mask_BS}, job, setup)
         made.append(Batch(list(indices), given, cotangent(job, setup, indices, model.config.hidden_size, padded=True)))
     return of_batches(settings, job, made, forward, model=model)
@@ -398,7 +416,7 @@ def flattened_variant(settings: str, job: Job, setup: Setup, model: Any, forward
         lengths = [job.lengths[index] for index in indices]
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         given = {
-            "input_ids": torch.cat([inputs.ids(index, job.lengths[index]) for index in indices])[None],
+            "input_ids": torch.cat([ids_of(job, index) for index in indices])[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
             **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
@@ -538,7 +556,7 @@ def fed(
     for size, words in batchings:
         made = []
         for indices in groups(job.lengths, size, by_length=True):
-            ids_BS, mask_BS = inputs.padded(job.lengths, indices)
+            ids_BS, mask_BS = inputs.padded([ids_of(job, index) for index in indices])
             mask_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
             made.append(Batch(indices, {"input_ids": ids_BS.numpy(), "attention_mask": mask_BS.numpy()}))
         yield of_batches(f"{settings}, {words}", job, made, run, together=together)

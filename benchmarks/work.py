@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-
 from benchmarks.clock import Rates
 from benchmarks.rows import rounded
 from modernbert import EncoderConfig

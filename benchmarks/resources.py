@@ -1,7 +1,7 @@
 """What every Triton kernel takes of every GPU, found without one: registers, spills, shared memory, occupancy.
 
-    python -m benchmarks.kernels.resources            compile everything, compare with the committed table
-    python -m benchmarks.kernels.resources --update   write it, and the one in kernels/README.md
+    python -m benchmarks.resources            compile everything, compare with the committed table
+    python -m benchmarks.resources --update   write it, and the one in kernels/README.md
 
 Ops are called as on a GPU; in place of a launch the kernel is compiled for an architecture, and its binary is read.
 """
@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
+from modernbert.files import replacing
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from benchmarks.kernels.cases import Case
+from benchmarks.cases import CASES, Case
+from benchmarks.rows import ROOT
 
-TABLE = Path(__file__).parents[2] / "kernels" / "resources.jsonl"
+TABLE = ROOT / "kernels" / "resources.jsonl"
 README = TABLE.with_name("README.md")
 ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -38,9 +38,11 @@ SHARED_PER_SM = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
 TOKENS = 384
 
+Kernel = dict[str, Any]
+
 
 class CompileOnly:
-    """A driver of Triton that answers which GPU there is, and nothing else."""
+    """A driver of Triton that knows which GPU there is, and nothing else."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -80,20 +82,15 @@ def compiling(arch: int, see: Callable[[Any], None]) -> Iterator[None]:
         see(binary)
         return binary
 
-    driver.set_active(CompileOnly(arch))  # pyright: ignore  (it answers all that is asked)
-    with (
-        mock.patch.object(launch, "arch", return_value=arch),
-        mock.patch.object(jit.JITFunction, "run", compile_only),
-    ):
+    driver.set_active(CompileOnly(arch))  # pyright: ignore  (it has all that is used)
+    with mock.patch.object(launch, "arch", return_value=arch), mock.patch.object(jit.JITFunction, "run", compile_only):
         yield
 
 
-def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[dict[str, Any]]:
+def compiled(arch: int, dtype: torch.dtype, names: Sequence[str]) -> list[Kernel]:
     """Call the cases of these ops, forward and backward, as a GPU of this architecture would; a row for each kernel."""
-    from benchmarks.kernels.cases import CASES
-
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    known: dict[str, Any] = {}
+    found: dict[tuple[str, str], Kernel] = {}
+    known: Kernel = {}
 
     def see(binary: Any) -> None:
         # An op has its rows whether or not another one launches the same kernel.
@@ -120,7 +117,7 @@ def call(case: Case) -> None:
         torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
 
 
-def resources(kernel: Any, arch: int) -> dict[str, Any]:
+def resources(kernel: Any, arch: int) -> Kernel:
     """Registers of a thread, bytes it spills, shared memory of a program, and how many programs an SM holds."""
     from triton.knobs import nvidia
 
@@ -146,16 +143,15 @@ def resources(kernel: Any, arch: int) -> dict[str, Any]:
     }
 
 
-def compile_all(jobs: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of all kernels for every architecture, in bfloat16 and float32 (float16 has the tiles of bfloat16)."""
-    targets = [(arch, dtype) for dtype in (torch.bfloat16, torch.float32) for arch in ARCHS]
+def compile_all(jobs: int, names: Sequence[str], archs: Sequence[int] = ARCHS) -> list[Kernel]:
+    """Rows of all kernels for these architectures, in bfloat16 and float32 (float16 has the tiles of bfloat16)."""
+    targets = [(arch, dtype) for dtype in (torch.bfloat16, torch.float32) for arch in archs]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         tasks = [pool.submit(compiled, *target, names) for target in targets]
-        rows = [row for task in tasks for row in task.result()]
-    return sorted(rows, key=identity)
+        return sorted((row for task in tasks for row in task.result()), key=identity)
 
 
-def faults(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
+def faults(rows: Sequence[Kernel], committed: Sequence[Kernel]) -> list[str]:
     """What is wrong with these rows: spills, too much shared memory, or a tenth more than the committed ones."""
     known = {identity(row): row for row in committed}
     found = []
@@ -176,17 +172,17 @@ def faults(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) 
     return found
 
 
-def identity(row: dict[str, Any]) -> tuple[str, ...]:
+def identity(row: Kernel) -> tuple[str, ...]:
     return row["op"], row["kernel"], row["case"], str(row.get("variant", 0)), row["dtype"], str(row["arch"])
 
 
-def read_table() -> tuple[str, list[dict[str, Any]]]:
+def read_table() -> tuple[str, list[Kernel]]:
     """The version of Triton that the committed rows were compiled with, and the rows."""
     header, *rows = map(json.loads, TABLE.read_text().splitlines())
     return header["triton"], rows
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[Kernel]) -> str:
     """The table of kernels/README.md: for each kernel its most demanding case in bfloat16."""
     lines = ["| op | kernel | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " |", "| --- " * (2 + len(ARCHS)) + "|"]
     for op, kernel in dict.fromkeys((row["op"], row["kernel"]) for row in rows):
@@ -201,17 +197,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, rows: Sequence[dict[str, Any]]) -> str:
+def with_table(readme: str, rows: Sequence[Kernel]) -> str:
     """The text of kernels/README.md with this table between its markers."""
     start, end = "<!-- resources -->", "<!-- /resources -->"
     before, _, rest = readme.partition(start)
     return f"{before}{start}\n{markdown(rows)}\n{end}{rest.partition(end)[2]}"
-
-
-def write_beside(path: Path, text: str) -> None:
-    beside = path.with_suffix(".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def main() -> None:
@@ -222,15 +212,15 @@ def main() -> None:
     arguments = parser.parse_args()
     import triton
 
-    from benchmarks.kernels.cases import CASES
-
     names = arguments.only or list(CASES)
     rows = compile_all(arguments.jobs, names)
     if arguments.update:
         others = [row for row in read_table()[1] if row["op"] not in names] if arguments.only else []
         table = sorted([*others, *rows], key=identity)
-        write_beside(TABLE, "".join(json.dumps(row) + "\n" for row in [{"triton": triton.__version__}, *table]))
-        write_beside(README, with_table(README.read_text("utf-8"), table))
+        lines = "".join(json.dumps(row) + "\n" for row in [{"triton": triton.__version__}, *table])
+        for path, text in ((TABLE, lines), (README, with_table(README.read_text("utf-8"), table))):
+            with replacing(path) as beside:
+                beside.write_text(text, encoding="utf-8")
     for row in rows if arguments.only else ():
         print(json.dumps(row))
     version, committed = ("", []) if arguments.update else read_table()
