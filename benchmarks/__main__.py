@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, cpu, encoder, harness, late_interaction, ops, report, retrieval, roofline, training
+from benchmarks import cpu, encoder, harness, late_interaction, ops, report, retrieval, training, work
 from benchmarks.harness import MUST, Result, Suite
 from benchmarks.rows import ROOT, Row, append, circumstances
 
@@ -26,7 +26,6 @@ SUITES: dict[str, Suite] = {
     **training.SUITES,
     **late_interaction.SUITES,
     **cpu.SUITES,
-    **accuracy.SUITES,
     **retrieval.SUITES,
 }
 FOLDERS = {
@@ -37,7 +36,7 @@ FOLDERS = {
 """Options of one suite each."""
 
 RESERVE, LEAST, OVERSTAY = 15.0, 15.0, 1.5
-"""Of `all`: seconds for the report; seconds below which nothing is begun; the part of its time after which a suite ends."""
+"""Of `all`: seconds for the report; least seconds of a suite; the part of its time at which one ends."""
 
 
 def main() -> None:
@@ -62,8 +61,8 @@ def main() -> None:
     command.add_argument(
         "--check", action="store_true", help="write nothing, and fail if a page is not that of the rows"
     )
-    command = commands.add_parser("roofline", help="project a GPU from its datasheet and the compiled kernels")
-    command.add_argument("--gpu", default="NVIDIA GeForce RTX 4090", choices=roofline.CARDS, metavar="NAME")
+    command = commands.add_parser("roofline", help="project a GPU from its datasheet")
+    command.add_argument("--gpu", default="NVIDIA GeForce RTX 4090", choices=work.DATASHEETS, metavar="NAME")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n\n".join(described(name, suite) for name, suite in SUITES.items()))
@@ -72,7 +71,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
         run_all(arguments.output.resolve(), arguments.minutes, quick=arguments.quick)
     elif arguments.command == "roofline":
-        roofline.show(arguments.gpu)
+        work.show_roofline(arguments.gpu)
     elif arguments.command == "report" and arguments.check:
         sys.exit("\n".join(f"{file} is not what the rows say" for file in report.stale()))
     elif arguments.command == "report":

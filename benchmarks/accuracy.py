@@ -1,4 +1,4 @@
-"""Suite `accuracy`: how far everything is from float64 in each dtype, and what a search notices of it; int8 as well."""
+"""What half precision and int8 cost a search: nDCG@10, and how much of float32's top 10 it finds."""
 
 from __future__ import annotations
 
@@ -6,111 +6,22 @@ import copy
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, peers, texts, worker
-from benchmarks.clock import identity
-from benchmarks.harness import (
-    BETTER,
-    LOADING,
-    RELATIVE,
-    Difference,
-    Failed,
-    Measured,
-    Result,
-    Run,
-    Suite,
-    Table,
-    Workers,
-    rms,
-)
-from benchmarks.peers import ONNX_RUNTIME, OPENVINO, OURS, REFERENCE, those
-from benchmarks.rows import Row, row
+from benchmarks import harness, peers, texts
+from benchmarks.harness import Result, Run
+from benchmarks.peers import INT8, ONNX_RUNTIME, OPENVINO, OURS, PEERS
+from benchmarks.rows import row
 from benchmarks.worker import Build, Job, Setup
 from modernbert import ColBERT, EncoderConfig, Packed, maxsim
 from modernbert.retrieval import evaluate
 
-DTYPES = ("bfloat16", "float32", "float16")
-SETS = {512: "fixed 512", 8192: "fixed 8192"}
-TOP = "top-10"
-LEAST = 1e-12
-"""Errors below it say nothing beyond those of float64."""
-
-
-def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
-    if here.tries:  # one length: the other takes the same path
-        names = [name for name in names if not name.endswith("-8192")]
-    yield from harness.measure(here, (one for name in names if name != TOP for one in tables(here, name)))
-    if TOP in names and not here.late():
-        yield top_of_dtypes(here)
-
-
-def tables(here: Run, workload: str) -> Iterator[Table]:
-    dtype, _, length = workload.rpartition("-")
-    names = (peers.OURS, peers.SESSION, peers.SDPA, peers.FLASH)
-    if not here.quick:
-        names += (peers.EAGER, peers.SENTENCE_TRANSFORMERS, peers.PACKED_ENCODERS)
-    for model in ("modernbert-base", "ettin-17m")[: 1 if here.quick else 2] if here.is_gpu else ("ettin-17m",):
-        cut = int(length) // (16 if here.tries else 1)
-        count = 8 if here.is_gpu and length == "512" else 2 if length == "512" else 1
-        what = f"{model}, {dtype}, {count} texts of {cut} tokens, compared with transformers in float64"
-        job = Job((cut,) * count, tuple(range(count)))
-        yield Table(
-            workload,
-            what,
-            model,
-            dtype,
-            job,
-            those(*names),
-            REFERENCE,
-            SETS[int(length)],
-            "rms error",
-            "",
-            lambda cost: cost,
-            model_pass=False,
-            measure=drift,
-        )
-
-
-def drift(workers: Workers, table: Table) -> Result:
-    """Two rows for everything that runs at all: no implementation is refused for an error, which is the figure."""
-    refused, dtype = workers.start(), workers.setup.dtype
-    try:
-        exact, plain = (
-            workers.judge(one).ask(worker.answer, timeout=LOADING, job=table.job) for one in ("float64", dtype)
-        )
-    except Failed as reason:
-        return Result(table.workload, [], {"every implementation": f"has no reference: {reason}"})
-    done, far = [], []
-    for name in workers.peers:
-        try:
-            told = workers.worker(name).ask(worker.prepare, timeout=LOADING, job=table.job, window=0.0, seconds=0.0)
-        except Failed as reason:
-            refused[name] = str(reason)
-            continue
-        got = told["answer"]
-        if got.shape != exact.shape or not bool(got.isfinite().all()):
-            refused[name] = f"returns {tuple(got.shape)}, or numbers that are not finite"
-            continue
-        allowed = RELATIVE if dtype == "float32" else 2 * rms(plain, exact) + torch.finfo(torch.bfloat16).eps
-        error = max(LEAST, rms(got, exact))
-        cosine = F.cosine_similarity(got.double(), exact.double(), dim=-1).min().item()
-        done.append(Measured(name, told["settings"], Difference(error, allowed), costs=[error]))
-        far.append(replace(done[-1], costs=[max(LEAST, 1 - cosine)]))
-    worst = replace(table, figure="cosine", value=lambda cost: 1 - cost)
-    rows = workers.rows(table, done) + workers.rows(worst, far)
-    return Result(table.workload, rows, workers.reasons(table, refused))
-
-
-# What a search notices.
+WORKLOAD = "int8-retrieval"
 
 
 class Collection(NamedTuple):
@@ -123,11 +34,14 @@ class Collection(NamedTuple):
 
 
 def demo(*, passages: int) -> Collection:
-    """Paragraphs of the demo corpus, and the beginnings of those that are kept out, without judgements."""
-    records = texts.records()
-    kept = [record for at, record in enumerate(records) if at % texts.HELD_OUT][:passages]
-    documents = {str(at): f"{record['title']} {record['text']}" for at, record in enumerate(kept)}
-    return Collection("demo corpus", documents, {str(at): text for at, text in enumerate(texts.queries(100, 32))}, None)
+    """Paragraphs of the demo corpus, and the beginnings of those that are held out, without judgements."""
+    kept = [record for index, record in enumerate(texts.records()) if index % texts.HELD_OUT][:passages]
+    documents = {str(index): f"{record['title']} {record['text']}" for index, record in enumerate(kept)}
+    return Collection("demo corpus", documents, dict(enumerate_text(texts.queries(100, 32))), None)
+
+
+def enumerate_text(found: Sequence[str]) -> Iterator[tuple[str, str]]:
+    return ((str(index), text) for index, text in enumerate(found))
 
 
 def collections(data: Path) -> list[Collection]:
@@ -173,42 +87,6 @@ def ndcg(tops: Sequence[dict[str, float]], one: Collection) -> float:
     return next(metric.mean for metric in metrics if metric.name == "nDCG@10")
 
 
-def top_of_dtypes(here: Run) -> Result:
-    """How much of what the default model's float32 finds first is found by the same model in another dtype."""
-    one = demo(passages=100 if here.quick else 2_000)
-    exact = ColBERT.default().to(here.device)
-    models: dict[str, ColBERT] = {"float32": exact}
-    models |= {dtype: copy.deepcopy(exact).to(getattr(torch, dtype)) for dtype in ("bfloat16", "float16")}
-    if not here.is_gpu:
-        models["int8"] = with_encoder(exact, peers.with_int8(copy.deepcopy(exact.encoder)))
-    wanted = top_ten(exact, one)
-    vectors = exact.encode_documents([*one.documents.values()], progress=False).values
-    what = f"the default model, {len(one.documents):,} passages and {len(one.queries)} queries of the demo corpus"
-    rows = []
-    for dtype, model in models.items():
-        got = model.encode_documents([*one.documents.values()], progress=False).values
-        rows.append(
-            row(
-                suite=here.suite,
-                workload=TOP,
-                what=f"{what}, {dtype}: the part of float32's top 10 that is found",
-                implementation=OURS,
-                settings=f"{dtype}, exact search",
-                unit="",
-                values=[agreement(top_ten(model, one), wanted)],
-                dtype=dtype,
-                max_error=rms(got, vectors),
-            )
-            | {"figure": "recall@10", "model": "default", "pass": "forward", "x": None}
-            | {name: identity(torch.device(here.device))[name] for name in ("gpu", "driver", "capability")}
-        )
-    return Result(TOP, rows, {})
-
-
-def with_encoder(model: ColBERT, encoder: Any) -> ColBERT:
-    return ColBERT(encoder, model.tokenizer, [*model.dense], model.config).eval()  # pyright: ignore[reportArgumentType]
-
-
 class Exported(nn.Module):
     """An exported model in place of an `Encoder`: packed tokens to `[T, D]` or these rows, each text alone."""
 
@@ -217,61 +95,40 @@ class Exported(nn.Module):
         self.build, self.config = build, config
 
     def forward(self, batch: Packed, rows: Tensor | None = None) -> Tensor:
-        texts = batch.input_ids.split(batch.lengths)
-        job = Job(tuple(batch.lengths), tuple(range(len(texts))), options={"ids": texts})
+        job = Job(tuple(batch.lengths), tuple(range(len(batch))), options={"ids": batch.input_ids.split(batch.lengths)})
         x_TD = next(iter(self.build(job))).answer()
         return x_TD if rows is None else x_TD[rows]
 
 
-def int8_retrieval(here: Run, data: Path | None) -> Result:
-    """What int8 products cost the default model: nDCG@10 on the sets of `data`, and recall of float32's top 10."""
-    folder, model = here.scratch / "default", ColBERT.default()
-    if not folder.exists():
-        shutil.copytree(texts.ASSETS / "default", folder)  # exported models are written to it
+def models(here: Run) -> Iterator[tuple[str, ColBERT]]:
+    """The default model in every dtype, and with the int8 products of ours and of others."""
+    model, folder = texts.default(), here.scratch / "default"
+    yield OURS, model
+    for dtype in (torch.bfloat16, torch.float16):
+        yield f"{OURS}, {dtype}".replace("torch.", ""), copy.deepcopy(model).to(dtype)
+    shutil.copytree(texts.ASSETS / "default", folder, dirs_exist_ok=True)  # exported models are written to it
     setup = Setup(str(folder), "float32", "cpu", torch.get_num_threads(), True)
-    makes: dict[str, Callable[[], Any]] = {
-        f"{OURS}, int8": lambda: peers.with_int8(copy.deepcopy(model.encoder)),
-        f"{ONNX_RUNTIME}, int8": lambda: Exported(peers.onnx_runtime(setup, int8=True), model.encoder.config),
-        f"{OPENVINO}, int8": lambda: Exported(peers.openvino(setup, int8=True), model.encoder.config),
-    }
-    rows: list[Row] = []
+    encoders: dict[str, Any] = {INT8: peers.with_int8(copy.deepcopy(model.encoder))}
+    for name in (f"{ONNX_RUNTIME}, int8", f"{OPENVINO}, int8"):
+        if harness.find_spec(PEERS[name].package or ""):
+            encoders[name] = Exported(PEERS[name].builder(setup, int8=True), model.encoder.config)
+    for name, encoder in encoders.items():
+        yield name, ColBERT(encoder, model.tokenizer, [*model.dense], model.config).eval()
+
+
+def retrieval(here: Run, data: Path | None) -> Result:
+    """Exact search of the sets of `data`, or of the demo corpus, by all of `models`."""
+    rows, known = [], dict(models(here))
     for one in collections(data) if data else [demo(passages=200 if here.quick else 2_000)]:
-        wanted = top_ten(model, one)
-        tops = {OURS: wanted} | {
-            name: top_ten(with_encoder(model, make()), one)
-            for name, make in makes.items()
-            if (package := peers.PEERS[name].package) is None or harness.find_spec(package)
-        }
-        made = partial(
-            row,
-            suite=here.suite,
-            workload="int8-retrieval",
-            what="What int8 products cost the default model: nDCG@10, and how much of float32's top 10 is found",
-            settings=f"{one.name}: {len(one.documents):,} documents, {len(one.queries):,} queries",
-        )
+        tops = {name: top_ten(model, one) for name, model in known.items()}
         for name, top in tops.items():
-            dtype = "int8" if name.endswith("int8") else "float32"
-            if one.qrels is not None:
-                rows.append(made(implementation=name, unit="nDCG@10", values=[ndcg(top, one)], dtype=dtype))
-            recall = [agreement(top, wanted)]
-            rows.append(made(implementation=name, unit="recall@10 of float32's", values=recall, dtype=dtype))
-    return Result("int8-retrieval", rows, {})
-
-
-SUITES = {
-    "accuracy": Suite(
-        "how far everything is from float64 in float32, bfloat16 and float16, and what a search notices of it",
-        {
-            **{
-                f"{dtype}-{length}": f"hidden states of texts of {length} tokens in {dtype}: relative error, worst cosine"
-                for length in SETS
-                for dtype in DTYPES
-            },
-            TOP: "the default model on the demo corpus: how much of float32's top 10 each dtype finds",
-        },
-        "transformers (eager, sdpa, FlashAttention), sentence-transformers, packed-encoders",
-        measure,
-        BETTER,
-        weight=6,
-    )
-}
+            figures = {} if one.qrels is None else {"nDCG@10": ndcg(top, one)}
+            figures["recall@10 of float32's"] = agreement(top, tops[OURS])
+            said = {"suite": here.suite, "workload": WORKLOAD, "implementation": name}
+            said["what"] = (
+                "What int8 products cost the default model: nDCG@10, and how much of float32's top 10 is found"
+            )
+            said["settings"] = f"{one.name}: {len(one.documents):,} documents, {len(one.queries):,} queries"
+            said["dtype"] = "float32" if name == OURS else name.rpartition(", ")[2]
+            rows += [row([value], unit=unit, **said) for unit, value in figures.items()]
+    return Result(WORKLOAD, rows, {})

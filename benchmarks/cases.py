@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     op: ops.Op[..., Any]
     name: str
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}
+    kwargs: Mapping[str, Any] = {}
 
 
 Make = Callable[[torch.dtype, str, int], Iterator[Case]]
@@ -95,8 +95,11 @@ def _rotate_back(dtype: torch.dtype, device: str, tokens: int) -> Iterator[Case]
     for heads, width in ((12, 64), (12, 32), (8, 128)):
         angle = randn(tokens, width // 2, dtype=torch.float32, device=device)
         # By name, because a gradient has no gradient here.
-        gradients = zip(("dq_THK", "dk_THK", "dv_THK"), randn(3, tokens, heads, width, dtype=dtype, device=device))
-        named = dict(gradients) | {"cos_TR": angle.cos(), "sin_TR": angle.sin()}
+        of_qkv = randn(3, tokens, heads, width, dtype=dtype, device=device)
+        named = dict(zip(("dq_THK", "dk_THK", "dv_THK"), of_qkv, strict=True)) | {
+            "cos_TR": angle.cos(),
+            "sin_TR": angle.sin(),
+        }
         yield Case(rotate_back, f"{heads} x {width}", (), named)
 
 
@@ -238,7 +241,7 @@ def _work_of_maxsim(q: Tensor, cu_queries: Tensor, d: Tensor, cu_documents: Tens
 
 
 def _work_of_loss(x: Tensor, weight: Tensor, bias: object, targets: Tensor) -> Work:
-    """Of the tokens with a target. Bytes are not stated: an implementation that keeps logits moves a hundred times more."""
+    """Of the tokens with a target. Bytes are not stated: keeping logits moves a hundred times more."""
     product = 2 * int((targets >= 0).sum()) * weight.numel()
     return Work(None, None, product, 2 * product)
 

@@ -1,8 +1,4 @@
-"""Clocks: wall time with the CPU that others used meanwhile, time on a GPU, and what a machine is and reaches.
-
-A loop on a GPU is replays of a graph between two events, on memory that no cache holds. A CPU takes the same path with
-a wall clock, so that everything around the clock runs everywhere.
-"""
+"""Clocks: wall time with the CPU that others used meanwhile, time on a GPU, and what a machine is and reaches."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -28,13 +23,14 @@ WINDOW = 0.004
 """Least seconds of a sample on a GPU: the start of the first graph is then well below 1 % of it."""
 
 SLOWEST = 0.25
-"""Seconds of a call above which a kernel is not timed: a specification that loops over pairs would take the whole run."""
+"""Seconds of a call above which a kernel is not timed."""
 
-PACKAGES = (
-    *("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim"),
-    *("packed-encoders", "flash-attn", "flash-attn-3", "flash-attn-4"),
-)
+GPU_PACKAGES = ("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim", "packed-encoders", "flash-attn")
 SENSORS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
+
+
+class Refused(RuntimeError):
+    """An implementation gets no row; the message is the reason."""
 
 
 class Reading(NamedTuple):
@@ -45,11 +41,7 @@ class Reading(NamedTuple):
 
 
 def read_clocks(work: Call) -> Reading:
-    """Do `work`; its wall time, and how busy the rest of the machine was.
-
-    The rest is all CPU time that was not idle (the first line of /proc/stat, so time that a hypervisor stole counts)
-    minus that of this process.
-    """
+    """Wall time of `work`, and all CPU time that was not idle (also what a hypervisor stole) but this process's own."""
     idle, own, start = _idle_seconds(), time.process_time(), time.perf_counter()
     work()
     seconds = time.perf_counter() - start
@@ -94,14 +86,8 @@ def peak_bytes(run: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where the calls of kernels run, and which clock times them.
-
-    Attributes:
-        window: least seconds of a sample.
-        patience: most runs until a time is stable.
-    """
+class Machine(NamedTuple):
+    """Where kernels run: the clock, the least seconds of a sample, and the most runs until a time is stable."""
 
     device: torch.device
     read: Callable[[Call], Reading]
@@ -114,24 +100,18 @@ class Machine:
 
     @property
     def cache(self) -> int:
-        """Bytes of the last cache; 0 for a CPU, whose figures of kernels are not results."""
+        """Bytes of the last cache of a GPU."""
         return torch.cuda.get_device_properties(self.device).L2_cache_size if self.is_gpu else 0
 
 
 def this_machine() -> Machine:
-    """The current GPU, or the CPU if there is none.
-
-    From here on the process works on a stream that is not the default one: the default one cannot be captured, and a
-    capture breaks if a backward pass meets anything that was made on another stream.
+    """The GPU, or the CPU if there is none. The process then works on another stream than the default one, which cannot
+    be captured; a capture breaks if a backward pass meets what was made on another stream.
     """
     if torch.cuda.is_available():
         torch.cuda.set_stream(torch.cuda.Stream())
         return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW, 20)
     return Machine(torch.device("cpu"), read_clocks, 0.0, 3)
-
-
-class TooSlow(RuntimeError):
-    """One call takes longer than all samples of it should."""
 
 
 class Loop(NamedTuple):
@@ -142,25 +122,18 @@ class Loop(NamedTuple):
     how: str
 
 
-def loop(calls: Sequence[Call], machine: Machine, *, graph: bool = True) -> Loop:
+def loop(calls: Sequence[Call], machine: Machine) -> Loop:
     """A loop that lasts `machine.window`, as replays of a CUDA graph where one can be captured.
 
-    Args:
-        calls: the same call, each on memory of its own, so that no call finds its data in a cache.
-        graph: False keeps the gaps between launches.
-
-    Raises:
-        TooSlow: a call takes more than `SLOWEST`.
+    `calls` are the same call, each on memory of its own, so that none finds its data in a cache.
     """
     calls[0]()  # compiles, loads and allocates
-    seconds = machine.read(calls[0]).seconds
-    if seconds > SLOWEST:
-        raise TooSlow(f"takes {seconds:.2g} s a call, and what takes more than {SLOWEST:g} s is not timed")
-    for call in calls:
-        call()
+    if (seconds := machine.read(calls[0]).seconds) > SLOWEST:
+        raise Refused(f"takes {seconds:.2g} s a call, and what takes more than {SLOWEST:g} s is not timed")
+    repeat(1, *calls)
     seconds = min(machine.read(call).seconds for call in calls)
     turns = repeats_for(machine.window, seconds * len(calls))
-    if not (graph and machine.is_gpu and never_waits(calls[0])):
+    if not (machine.is_gpu and never_waits(calls[0])):
         return Loop(partial(repeat, turns, *calls), turns * len(calls), "single calls")
     turns = min(turns, max(1, 32 // len(calls)))  # more than 32 calls only take longer to capture
     captured, held = capture(calls, turns), turns * len(calls)
@@ -176,14 +149,11 @@ def repeat(times: int, *calls: Call) -> None:
 
 
 def repeats_for(window: float, seconds: float) -> int:
-    """How often something that takes `seconds` fits into the window, rounded up."""
     return max(1, math.ceil(window / max(seconds, 1e-9)))
 
 
 def never_waits(call: Call) -> bool:
-    """Whether the CPU does not wait for the GPU in it: a graph can hold only such calls, and a capture that fails leaves
-    the allocator in the middle of one.
-    """
+    """Whether the CPU does not wait for the GPU in it: a graph can hold only such calls."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -197,16 +167,18 @@ def never_waits(call: Call) -> bool:
 
 
 def capture(calls: Sequence[Call], turns: int) -> torch.cuda.CUDAGraph:
-    """All calls, `turns` times over. The results of a call keep their memory until its next turn, so that results do not
-    stay in a cache either.
-    """
+    """All calls, `turns` times over. Results keep their memory until their next turn, and so do not stay in a cache."""
     graph, results, stream = torch.cuda.CUDAGraph(), {}, torch.cuda.current_stream()
     # The outer context restores the stream if a capture fails.
     with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-        for _ in range(turns):
-            for index, call in enumerate(calls):
-                results[index] = call()
+        for index, call in [*enumerate(calls)] * turns:
+            results[index] = call()
     return graph
+
+
+def copies_beyond_cache(nbytes: int, cache: int) -> int:
+    """How many copies of `nbytes`, used in turn, evict each other from a cache: three times what it holds."""
+    return min(32, max(2, math.ceil(3 * cache / max(nbytes, 1))))
 
 
 def settle(run: Call, machine: Machine, *, spread: float = 0.02) -> int:
@@ -219,53 +191,41 @@ def settle(run: Call, machine: Machine, *, spread: float = 0.02) -> int:
     return machine.patience
 
 
-def copies_beyond_cache(nbytes: int, cache: int) -> int:
-    """How many copies of `nbytes`, used in turn, evict each other from a cache: three times what it holds."""
-    return min(32, max(2, math.ceil(3 * cache / max(nbytes, 1))))
-
-
 class Rates(NamedTuple):
     """What this machine reached in this run: bytes copied (read and written) and operations, per second."""
 
     copy: float
     matmul: float
 
-    @classmethod
-    def of(cls, samples: dict[str, list[float]]) -> Rates:
-        return cls(*(statistics.median(samples[name]) for name in cls._fields))
 
-
-def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> dict[str, list[float]]:
-    """Samples of a copy and of a product of square matrices, of random data: zeros are multiplied faster."""
+def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
+    """A copy and a product of square matrices, of random data: zeros are multiplied faster."""
     is_gpu = device.type == "cuda"
     machine = Machine(device, read_gpu if is_gpu else read_clocks, 0.0, 20 if is_gpu else 3)
-    rows, width, samples = (1 << 16, 8192, 9) if is_gpu else (1 << 12, 1024, 7)
-    if quick:
-        rows, width, samples = rows // 8, width // 4, 3
+    rows, width = ((1 << 16, 8192) if is_gpu else (1 << 12, 1024)) if not quick else (1 << 9, 256)
     x = torch.randn(rows, 4096, device=device, dtype=dtype)
     a, b = torch.randn(2, width, width, device=device, dtype=dtype)
     y, weight = torch.empty_like(x), torch.nn.Parameter(b, requires_grad=False)
 
-    def of(call: Call, amount: int) -> list[float]:
+    def rate(call: Call, amount: int) -> float:
         several = partial(repeat, 4, call)  # the start of the first then counts for little
         settle(several, machine)
-        return [4 * amount / machine.read(several).seconds for _ in range(samples)]
+        return 4 * amount / statistics.median(machine.read(several).seconds for _ in range(7))
 
     # On some processors oneDNN, which our layers use, multiplies twice as fast as what `@` calls.
     products: list[Call] = [lambda: a @ b] if is_gpu else [lambda: a @ b, lambda: linear(a, weight)]
-    copies = of(lambda: y.copy_(x), 2 * x.nbytes)
-    return {"copy": copies, "matmul": max((of(one, 2 * width**3) for one in products), key=statistics.median)}
+    return Rates(rate(lambda: y.copy_(x), 2 * x.nbytes), max(rate(one, 2 * width**3) for one in products))
 
 
 @lru_cache
 def identity(device: torch.device) -> dict[str, Any]:
     """What a row says about the GPU and its driver; for a CPU only versions."""
-    found = {package: installed(package) for package in PACKAGES}
+    found: dict[str, Any] = {package: installed(package) for package in GPU_PACKAGES}
     known: dict[str, Any] = {"gpu": None, "driver": None, "capability": None, "versions": found}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         known["gpu"], known["capability"] = properties.name, f"{properties.major}.{properties.minor}"
-        known["driver"] = (query(device, ("driver_version",)) or [None])[0]
+        known["driver"] = (query(device, ("driver_version",), lambda: None) or [None])[0]
         found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return known
 
@@ -277,34 +237,24 @@ def installed(package: str) -> str | None:
         return None
 
 
-def sensors(device: torch.device, run: Call) -> dict[str, float | None]:
-    """Clocks, power and temperature while `run` is repeated: those of an idle GPU say nothing about it."""
-    values = query(device, tuple(SENSORS), run) if device.type == "cuda" else None
-    return dict(zip(SENSORS.values(), map(number, values or [""] * len(SENSORS)), strict=True))
+def sensors(device: torch.device, run: Call) -> dict[str, float]:
+    """Clocks, power and temperature of a GPU while `run` is repeated, as far as they are known."""
+    values = query(device, tuple(SENSORS), run) if device.type == "cuda" else []
+    return {name: float(text) for name, text in zip(SENSORS.values(), values, strict=False) if "N/A" not in text}
 
 
-def query(device: torch.device, fields: Sequence[str], run: Call = lambda: None) -> list[str] | None:
-    """The answer of nvidia-smi for this GPU while `run` is repeated; None if there is none."""
+def query(device: torch.device, fields: Sequence[str], run: Call) -> list[str]:
+    """The answer of nvidia-smi for this GPU while `run` is repeated; empty if there is none."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    chosen = [f"--id=GPU-{uuid}"] if uuid else []
-    command = ["nvidia-smi", *chosen, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", *([f"--id=GPU-{uuid}"] if uuid else []), f"--query-gpu={','.join(fields)}"]
     try:
-        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        asked = subprocess.Popen([*command, "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
     except FileNotFoundError:
-        return None
+        return []
     until = time.monotonic() + 10
     while asked.poll() is None and time.monotonic() < until:
         run()
         torch.cuda.synchronize(device)
-    if asked.poll() is None:
-        asked.kill()
+    asked.kill()
     values = [value.strip() for value in asked.communicate()[0].strip().split(",")]
-    return values if asked.returncode == 0 and len(values) == len(fields) else None
-
-
-def number(text: str) -> float | None:
-    """A figure of nvidia-smi; None for `[N/A]`."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    return values if asked.returncode == 0 and len(values) == len(fields) else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,22 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import accuracy, encoder, harness, inputs, peers, texts
-from benchmarks.harness import Result, Run, Suite, Table, latency
-from benchmarks.late_interaction import maxsim_table
-from benchmarks.peers import (
-    FIRST_ROWS,
-    INT8,
-    ONNX_RUNTIME,
-    OPENVINO,
-    ORDERS,
-    OURS,
-    REFERENCE,
-    SDPA,
-    SDPA_COMPILED,
-    SENTENCE_TRANSFORMERS,
-    SESSION,
-    those,
-)
+from benchmarks.encoder import of_texts
+from benchmarks.harness import MS, Result, Run, Suite, Table
+from benchmarks.late_interaction import ON_CPU, maxsim_table
+from benchmarks.peers import FIRST_ROWS, INT8, ONNX_RUNTIME, OPENVINO, ORDERS, OURS, SDPA, SESSION, those
 from benchmarks.worker import Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT, Tokenizer
 
@@ -41,7 +28,8 @@ BEFORE = "modernbert, the other checkout"
 PASSAGES, QUERIES, TOP = 10_000, 100, 10
 MAX_LENGTH = 512  # of a text in `from-text`
 
-Make = Callable[[Run, str, Mapping[str, str]], Table]
+Other = str | None
+"""The folder of the other checkout."""
 
 
 def measure(
@@ -56,42 +44,39 @@ def measure(
     """
     torch.set_num_threads(THREADS)
     here = replace(here, device="cpu")
-    other = {} if against is None else {"checkout": str(against.resolve())}
-    if against is not None and set(names) == set(WORKLOADS):
-        names = AGAINST
+    other = None if against is None else str(against.resolve())
+    names = [name for name in names if against is None or name in AGAINST]
     yield from harness.measure(here, (MAKE[name](here, name, other) for name in names if name in MAKE))
-    if "int8-retrieval" in names and not here.late():
-        yield accuracy.int8_retrieval(here, data)
+    if accuracy.WORKLOAD in names and here.left() > 0:
+        yield accuracy.retrieval(here, data)
 
 
 def ettin(here: Run, workload: str, what: str, lengths: Sequence[int], found: Mapping[str, Peer], **more: Any) -> Table:
-    """A table of Ettin-17m in which every text is compared, by default in tokens per second."""
-    job = Job(tuple(lengths), tuple(range(len(lengths))), options=more.pop("options", {}))
-    known = {"model": "ettin-17m", "dtype": "float32", "reference": REFERENCE, "rounds": 9} | more
-    return Table(workload, f"Ettin-17m{what}", job=job, peers=found, **known)
+    """A table of Ettin-17m in float32 in which every text is compared."""
+    known = {"dtype": "float32", "checked": tuple(range(len(lengths))), "rounds": 9} | more
+    return of_texts(here, workload, "ettin-17m", f"Ettin-17m, {what}", lengths, found, **known)
 
 
-MS: dict[str, Any] = {"figure": "time", "unit": "ms", "value": lambda seconds: 1e3 * seconds}
+def ours(other: Other, builder: Callable[..., Build]) -> dict[str, Peer]:
+    """A Session, the plain modules, and those of another checkout."""
+    found = {SESSION: Peer(builder, {"session": True}), OURS: Peer(builder, {"session": False})}
+    return found | ({BEFORE: Peer(builder, {"session": False}, checkout=other)} if other else {})
 
 
-def short(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+def short(here: Run, workload: str, other: Other) -> Table:
+    others = {} if other else those(SDPA, peers.SDPA_COMPILED, ONNX_RUNTIME, OPENVINO)
     length = int(workload[6:])
-    others = {} if other else those(SDPA, SDPA_COMPILED, ONNX_RUNTIME, OPENVINO)
-    goals = {SDPA: 1.8 if length == 32 else 2.0, ONNX_RUNTIME: 1.0, BEFORE: 0.97}
-    what = f", one text of {length} tokens"
-    return ettin(here, workload, what, [length], ours(other, peers.packed) | others, goals={SESSION: goals}, **MS)
+    return ettin(here, workload, f"one text of {length} tokens", [length], ours(other, peers.packed) | others, **MS)
 
 
-def fixed(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+def fixed(here: Run, workload: str, other: Other) -> Table:
     found = those(OURS, SESSION, SDPA, ONNX_RUNTIME, OPENVINO)
-    return ettin(here, workload, ", 16 texts of 512 tokens", [512] * 16, found, goals={OURS: {SDPA: 1.2}})
+    return ettin(here, workload, "16 texts of 512 tokens", [512] * 16, found)
 
 
-def variable(here: Run, workload: str, other: Mapping[str, str]) -> Table:
-    factors = dict(zip((*ORDERS, ONNX_RUNTIME), (1.6, 1.3, 1.3, 1.2), strict=True))
-    found = those(OURS, SESSION, *ORDERS, ONNX_RUNTIME, OPENVINO)
-    lengths = paper_lengths()
-    return ettin(here, workload, f", {words(lengths)}", lengths, found, goals={OURS: factors})
+def variable(here: Run, workload: str, other: Other) -> Table:
+    found, lengths = those(OURS, SESSION, *ORDERS, ONNX_RUNTIME, OPENVINO), paper_lengths()
+    return ettin(here, workload, words(lengths), lengths, found)
 
 
 def paper_lengths(count: int = 32) -> tuple[int, ...]:
@@ -102,55 +87,50 @@ def words(lengths: Sequence[int]) -> str:
     return f"{len(lengths)} texts of the paper's variable lengths (mean {sum(lengths) / len(lengths):.0f})"
 
 
-def first_token(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+def first_token(here: Run, workload: str, other: Other) -> Table:
     """What is saved where only one row of each text is read."""
     lengths, found = paper_lengths(), those(FIRST_ROWS, OURS, *ORDERS)
-    return ettin(here, workload, f", [CLS] of {words(lengths)}", lengths, found, options={"first": True})
+    return ettin(here, workload, f"[CLS] of {words(lengths)}", lengths, found, options={"first": True})
 
 
-def long(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+def long(here: Run, workload: str, other: Other) -> Table:
     """Without ONNX Runtime, which needs more than 6 GB here."""
-    what, goals = ", one text of 8192 tokens", {OURS: {SDPA: 2.3}}
-    return ettin(here, workload, what, [8192], those(OURS, SDPA), goals=goals, rounds=4)
+    return ettin(here, workload, "one text of 8192 tokens", [8192], those(OURS, SDPA), rounds=4)
 
 
-def long_memory(here: Run, workload: str, other: Mapping[str, str]) -> Table:
-    made = encoder.memory_table(here, "forward", "ettin-17m", those(OURS, SDPA), 1, 8192)
-    what = "Ettin-17m, one text of 8192 tokens: peak memory beyond the loaded model"
-    return replace(made, workload=workload, what=what, x=None, goals={OURS: {SDPA: 8.0}})
+def long_memory(here: Run, workload: str, other: Other) -> Table:
+    what, found = "Ettin-17m, one text of 8192 tokens: peak memory beyond the loaded model", those(OURS, SDPA)
+    return encoder.memory_table(here, workload, "ettin-17m", what, 1, 8192, found, dtype="float32", x=None)
 
 
-def base(here: Run, workload: str, other: Mapping[str, str]) -> Table:
-    lengths = paper_lengths(4 if here.quick else 8)
-    found = those(OURS, SESSION, *ORDERS, OPENVINO)
+def base(here: Run, workload: str, other: Other) -> Table:
+    lengths, found = paper_lengths(4 if here.quick else 8), those(OURS, SESSION, *ORDERS, OPENVINO)
     made = ettin(here, workload, "", lengths, found, rounds=4)
-    goals = {OURS: dict.fromkeys(ORDERS[1:], 1.15)}
-    return replace(made, what=f"ModernBERT-base, {words(lengths)}", model="modernbert-base", goals=goals)
+    return replace(made, what=f"ModernBERT-base, {words(lengths)}", model="modernbert-base")
 
 
-def int8(here: Run, workload: str, other: Mapping[str, str]) -> Table:
-    found = those(OURS, INT8, f"{ONNX_RUNTIME}, int8", f"{OPENVINO}, int8")
-    if workload == "int8-variable":
-        return ettin(here, workload, f" with int8 products, {words(paper_lengths())}", paper_lengths(), found)
-    return ettin(here, workload, " with int8 products, one text of 32 tokens", [32], found, **MS)
+def int8(here: Run, workload: str, other: Other) -> Table:
+    found, one = those(OURS, INT8, f"{ONNX_RUNTIME}, int8", f"{OPENVINO}, int8"), workload == "int8-short-32"
+    lengths = [32] if one else paper_lengths()
+    what = f"int8 products, {'one text of 32 tokens' if one else words(lengths)}"
+    return ettin(here, workload, what, lengths, found, **MS if one else {})
 
 
-def maxsim(here: Run, workload: str, other: Mapping[str, str]) -> Table:
-    return maxsim_table(workload, 1, 1000, int(workload[7:]), cpu=True)
+def maxsim(here: Run, workload: str, other: Other) -> Table:
+    return maxsim_table(here, workload, 1, 1000, ON_CPU, dtype="float32", rounds=9, **MS)
 
 
 # From a string to a mean-pooled vector, with the tokenizer of the default model, whose ids fit the seeded weights.
 
 
-def from_text(here: Run, workload: str, other: Mapping[str, str]) -> Table:
-    folder = Path(here.setup("ettin-17m", "float32").folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(texts.ASSETS / "default" / file, folder)
+def from_text(here: Run, workload: str, other: Other) -> Table:
+    folder = here.setup("ettin-17m", "float32").folder
+    texts.add_tokenizer(folder)
     batch = Tokenizer.from_pretrained(folder)(passages(4 if here.quick else 64), max_length=MAX_LENGTH)
-    found = {OURS: Peer(pooled, {}), SENTENCE_TRANSFORMERS: Peer(pooled_theirs, package="sentence_transformers")}
-    what = f", {len(batch)} Wikipedia passages ({batch.num_tokens:,} tokens), text to pooled vectors, tokenising timed"
-    reference = Peer(pooled_alone, package="transformers")
-    return ettin(here, workload, what, batch.lengths, found, reference=reference, model_pass=False)
+    found = {OURS: Peer(pooled), peers.SENTENCE_TRANSFORMERS: Peer(pooled_theirs, package="sentence_transformers")}
+    what = f"{len(batch)} Wikipedia passages ({batch.num_tokens:,} tokens), text to pooled vectors, tokenising timed"
+    known = {"reference": Peer(pooled_alone, package="transformers"), "model_pass": False}
+    return ettin(here, workload, what, batch.lengths, found, **known)
 
 
 def passages(count: int) -> list[str]:
@@ -211,33 +191,19 @@ def pooled_alone(setup: Setup) -> Build:
 # A Session next to the plain modules, and this checkout next to another one.
 
 
-def ours(other: Mapping[str, str], builder: Callable[..., Build]) -> dict[str, Peer]:
-    """A Session, the plain modules, and those of another checkout."""
-    found = {SESSION: Peer(builder, {"session": True}), OURS: Peer(builder, {"session": False})}
-    return found | ({BEFORE: Peer(builder, {"session": False}, **other)} if other else {})
-
-
-def documents(here: Run, workload: str, other: Mapping[str, str]) -> Table:
+def documents(here: Run, workload: str, other: Other) -> Table:
     """Texts to vectors, tokenising timed."""
-    if workload == "documents":
-        lengths, said = paper_lengths(8 if here.quick else 256), "the paper's lengths"
-    else:
+    lengths, said = paper_lengths(8 if here.quick else 256), "the paper's lengths"
+    if workload == "documents-short":
         count = 16 if here.quick else 1024
         # From 3 to 32 in an order that does not help.
         lengths, said = tuple(3 + 29 * (at * 389 % count) // (count - 1) for at in range(count)), "3 to 32 tokens"
     folder = here.setup("ettin-17m", "float32").folder
     texts.save_colbert(folder, Path(folder) / "colbert", width=128, longest=512)
-    made = ettin(
-        here,
-        workload,
-        f", encode_documents of {len(lengths):,} texts of {said}",
-        lengths,
-        ours(other, encode),
-        reference=Peer(encode_alone, package="transformers"),
-        model_pass=False,
-        goals={SESSION: {BEFORE: 1.12}, OURS: {BEFORE: 0.9}},
-    )
-    return replace(made, job=replace(made.job, checked=here.checked(lengths)))
+    known = {"reference": Peer(encode_alone, package="transformers"), "model_pass": False}
+    known["checked"] = here.checked(lengths)
+    what = f"encode_documents of {len(lengths):,} texts of {said}"
+    return ettin(here, workload, what, lengths, ours(other, encode), **known)
 
 
 def encode(setup: Setup, *, session: bool) -> Build:
@@ -252,7 +218,7 @@ def encode(setup: Setup, *, session: bool) -> Build:
     return variants
 
 
-def chosen(vectors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+def chosen(vectors: Any, indices: Sequence[int]) -> Tensor:
     return torch.cat([vectors[index].float().cpu() for index in indices])
 
 
@@ -279,31 +245,17 @@ def encode_alone(setup: Setup) -> Build:
     return variants
 
 
-def search(here: Run, workload: str, other: Mapping[str, str]) -> Table:
-    """One question after another; the passages have 100 tokens, and every checkout indexes them."""
+def search(here: Run, workload: str, other: Other) -> Table:
+    """One question after another; every checkout indexes the passages."""
     count = 200 if here.quick else PASSAGES
     found = {OURS: Peer(store, {"name": "this"})} | (
         {BEFORE: Peer(store, {"name": "before"}, **other)} if other else {}
     )
-    folder = Path(here.setup("ettin-17m", "float32").folder)  # holds the stores
-    texts.write_corpus(folder / "corpus.jsonl", count, 100)
-    return Table(
-        workload,
-        f"exact search of {count:,} passages of 100 tokens, default model: p50 of {QUERIES} queries of 32 tokens",
-        "ettin-17m",
-        "float32",
-        Job((100,) * count, (0, 1)),
-        found,
-        Peer(brute_force),
-        "fixed 100",
-        "p50",
-        "ms",
-        lambda seconds: 1e3 * seconds,
-        model_pass=False,
-        goals={OURS: {BEFORE: 0.97}},
-        rounds=9,
-        measure=partial(latency, count=20 if here.quick else QUERIES, figures=("p50",)),
-    )
+    texts.write_corpus(Path(here.setup("ettin-17m", "float32").folder) / "corpus.jsonl", count, 100)
+    what = f"exact search of {count:,} passages of 100 tokens, default model: p50 of {QUERIES} queries of 32 tokens"
+    timed = partial(harness.latency, count=20 if here.quick else QUERIES, figures=("p50",))
+    known = {"reference": Peer(brute_force), "model_pass": False, "checked": (0, 1), "measure": timed} | MS
+    return replace(ettin(here, workload, "", (100,) * count, found, **known), what=what)
 
 
 def store(setup: Setup, *, name: str) -> Build:
@@ -348,7 +300,7 @@ def brute_force(setup: Setup) -> Build:
 
 SHORT = ("short-16", "short-24", "short-32")
 AGAINST = (*SHORT, "documents", "documents-short", "search-10k")
-MAKE: dict[str, Make] = {
+MAKE: dict[str, Callable[[Run, str, Other], Table]] = {
     **dict.fromkeys(SHORT, short),
     "fixed-512": fixed,
     "variable": variable,

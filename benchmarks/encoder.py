@@ -1,4 +1,4 @@
-"""Suites of whole encoders: throughput, latency, memory, padding, and the table of the ModernBERT paper.
+"""Suites of whole encoders: throughput, latency, memory, padding, accuracy, and the table of the ModernBERT paper.
 
 A model is one more name in a tuple of models, a peer one more row of `peers.PEERS` and its name below.
 """
@@ -11,58 +11,60 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks import harness, inputs, worker
-from benchmarks.harness import BETTER, Failed, Measured, Result, Run, Suite, Table, Workers, WrongOutput, in_turns
+from benchmarks.clock import Refused
+from benchmarks.harness import BETTER, LOADING, MS, Difference, Measured, Result, Run, Suite, Table, Workers, rms
 from benchmarks.inputs import LENGTHS, MEAN, WORDS
 from benchmarks.peers import (
+    COMPILED,
     EAGER,
     FLASH,
-    FLASH_COMPILED,
     OURS,
     PACKED_ENCODERS,
     REFERENCE,
     SDPA,
-    SDPA_COMPILED,
     SENTENCE_TRANSFORMERS,
     SESSION,
     those,
 )
-from benchmarks.worker import ROOT, Job, Peer
+from benchmarks.rows import ROOT
+from benchmarks.worker import Job, Peer
 
-TRANSFORMERS = "transformers (eager, sdpa, FlashAttention)"
-COMPILED = f"{TRANSFORMERS}, the latter two under torch.compile too"
+TRANSFORMERS = "transformers (eager, sdpa, FlashAttention, under torch.compile)"
+
+
+def of_texts(
+    here: Run, workload: str, model: str, what: str, lengths: Sequence[int], peers: Mapping[str, Peer], **more: Any
+) -> Table:
+    """A table of texts, by default in tokens per second, in the dtype of the run, next to transformers one by one.
+
+    Args:
+        more: of the `Job` and of the `Table`.
+    """
+    of_job = {name: more.pop(name) for name in ("batch", "from_host", "backward", "options") if name in more}
+    job = Job(tuple(lengths), more.pop("checked", None) or here.checked(lengths), **of_job)
+    return Table(
+        workload, what, model, **{"dtype": here.dtype, "job": job, "peers": peers, "reference": REFERENCE} | more
+    )
 
 
 def models(here: Run, *names: str) -> Sequence[str]:
-    """These on a GPU; on a CPU, and in a try-out, a small one."""
+    """These on a GPU; on a CPU a small one."""
     return (names if not here.quick else names[:1]) if here.is_gpu else ("ettin-17m",)
 
 
-# Throughput.
-
 SETS = {name.replace(" ", "-"): name for name in LENGTHS}
-TOKENS = 65_536
-"""Of a call on a GPU: enough to fill it."""
-
-ON_CPU = {"fixed 512": 8, "variable short": 16, "fixed 8192": 1, "variable long": 2}
-QUICK = {"fixed 512": 2, "variable short": 4, "fixed 8192": 1, "variable long": 1}
-
-FACTORS = {"fixed": {SDPA: 2.0, EAGER: 2.0, SDPA_COMPILED: 1.1, FLASH_COMPILED: 1.1, FLASH: 1.1, PACKED_ENCODERS: 1.05}}
-FACTORS["variable"] = FACTORS["fixed"] | {SDPA: 3.0, EAGER: 3.0, SDPA_COMPILED: 1.3, FLASH_COMPILED: 1.3, FLASH: 1.3}
-GOALS = {
-    ("modernbert-base", "fixed 512"): 2.0e6,
-    ("modernbert-base", "variable short"): 2.0e6,
-    ("modernbert-base", "fixed 8192"): 1.0e6,
-    ("modernbert-base", "variable long"): 1.3e6,
-    ("ettin-17m", "fixed 512"): 20e6,
-}
-"""Tokens per second that we want to reach on an H200 in bfloat16."""
+COUNTS = {"fixed 512": (8, 2), "variable short": (16, 4), "fixed 8192": (1, 1), "variable long": (2, 1)}
+"""Texts on a CPU, and in a try-out. On a GPU about 65,536 tokens fill it."""
 
 
 def throughput(here: Run, names: Sequence[str]) -> Iterator[Table]:
@@ -72,82 +74,39 @@ def throughput(here: Run, names: Sequence[str]) -> Iterator[Table]:
         peers = those(OURS, SESSION, SDPA, FLASH)
         if not here.quick:
             peers |= those(EAGER, SENTENCE_TRANSFORMERS, PACKED_ENCODERS)
-            peers |= those(SDPA_COMPILED, FLASH_COMPILED) if here.is_gpu and model == every[0] else {}
+            peers |= those(*COMPILED) if here.is_gpu and model == every[0] else {}
         for workload in names:
             name = SETS[workload]
-            count = QUICK[name] if here.quick else TOKENS // MEAN[name] if here.is_gpu else ON_CPU[name]
-            lengths, goal = inputs.in_set(name, count, short=here.tries), GOALS.get((model, name))
-            yield Table(
-                workload,
-                f"{model}, {count} texts of {inputs.words(name, short=here.tries)}",
-                model,
-                here.dtype,
-                Job(lengths, here.checked(lengths)),
-                peers,
-                REFERENCE,
-                name,
-                goals={OURS: FACTORS[name.split()[0]]} if here.is_gpu and model == "modernbert-base" else {},
-                goal={OURS: goal, SESSION: goal},
-            )
-
-
-# Latency.
-
-ON_DEVICE = {"ettin-17m": 150.0, "modernbert-base": 450.0}
-"""Microseconds on an H200 in bfloat16 that a query of 32 tokens may take with graphs."""
+            count = COUNTS[name][here.quick] if here.quick or not here.is_gpu else 65_536 // MEAN[name]
+            what = f"{model}, {count} texts of {inputs.words(name, short=here.tries)}"
+            yield of_texts(here, workload, model, what, inputs.in_set(name, count, short=here.tries), peers)
 
 
 def latency(here: Run, names: Sequence[str]) -> Iterator[Table]:
     """From ids on the host to vectors on the device."""
-    peers = those(OURS, SESSION, SDPA, SDPA_COMPILED, PACKED_ENCODERS)
+    peers = those(OURS, SESSION, SDPA, COMPILED[0], PACKED_ENCODERS)
     counts = {"query-32": (1,), "batches": (1, 8) if here.tries else (1, 8, 32, 2, 4)}
+    known: dict[str, Any] = {"unit": "us", "value": lambda seconds: 1e6 * seconds, "from_host": True}
+    known["measure"] = partial(harness.latency, count=20 if here.quick else 200)
     for model in models(here, "ettin-17m", "modernbert-base"):
         for workload in names:
             for count in counts.get(workload, ()):
                 query = workload == "query-32"
                 lengths = (32,) if query else lengths_between(8, 32, count)
                 words = "one query of 32 tokens" if query else f"{count} queries of 8 to 32 tokens"
-                yield Table(
-                    workload,
-                    f"{model}, {words}, ids on the host to vectors on the device",
-                    model,
-                    here.dtype,
-                    Job(lengths, tuple(range(count)), from_host=True),
-                    peers,
-                    REFERENCE,
-                    words,
-                    unit="us",
-                    value=lambda seconds: 1e6 * seconds,
-                    x=None if query else ("batch", count),
-                    goals={SESSION: {SDPA: 5.0}} if query and here.is_gpu else {},
-                    goal={SESSION: ON_DEVICE.get(model)} if query else {},
-                    measure=partial(harness.latency, count=20 if here.quick else 200),
-                )
+                what = f"{model}, {words}, ids on the host to vectors on the device"
+                x = None if query else ("batch", count)
+                yield of_texts(here, workload, model, what, lengths, peers, x=x, checked=tuple(range(count)), **known)
             if workload == "cold-start":
-                yield Table(
-                    workload,
-                    f"{model}, from the start of a process to the first vector of a text of 32 tokens",
-                    model,
-                    here.dtype,
-                    Job((32,), (0,)),
-                    {},
-                    REFERENCE,
-                    "one query of 32 tokens",
-                    "cold start",
-                    "ms",
-                    lambda seconds: 1e3 * seconds,
-                    model_pass=False,
-                    measure=cold_start,
-                )
+                what = f"{model}, from the start of a process to the first vector of a text of 32 tokens"
+                yield of_texts(here, workload, model, what, (32,), {}, model_pass=False, measure=cold_start, **MS)
 
 
 def lengths_between(low: int, high: int, count: int) -> tuple[int, ...]:
     """Evenly, the longest first; a single text has the mean."""
-    return (
-        ((low + high) // 2,)
-        if count == 1
-        else tuple(round(high - (high - low) * n / (count - 1)) for n in range(count))
-    )
+    if count == 1:
+        return ((low + high) // 2,)
+    return tuple(round(high - (high - low) * index / (count - 1)) for index in range(count))
 
 
 COLD = {
@@ -158,99 +117,78 @@ COLD = {
     "model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()\n"
     "run = lambda: model(torch.tensor([ids], device=device)).last_hidden_state[0, 0]",
 }
-"""A process as a user starts it. The clock counts from the start of the system, so that both processes read the same."""
+"""A process as a user starts it. The clock counts from the start of the system, so both processes read the same."""
 
 
 def cold_start(workers: Workers, table: Table) -> Result:
     """Import, load, encode one text: a new process each time, in turns, its vector compared with the reference."""
-    here, setup = workers.here, workers.setup
+    here, setup, vectors = workers.here, workers.setup, {}
     refused = workers.start()
     try:
-        exact, plain = (None if one is None else one[0] for one in workers.expected(table.job))
-    except Failed as reason:
-        return Result(table.workload, [], {"every implementation": f"cannot be judged: the reference {reason}"})
-    vectors: dict[str, torch.Tensor] = {}
+        exact, plain = workers.expected(table.job)
+    except Refused as reason:
+        return workers.result(table, [], {"every implementation": str(reason)})
 
     def start(name: str) -> float:
-        ids = inputs.ids(0, table.job.lengths[0]).tolist()
+        known = f"folder, dtype, device = {setup.folder!r}, torch.{setup.dtype}, {setup.device!r}"
         code = (
-            f"import json, time, torch\nfolder, dtype, device = {setup.folder!r}, torch.{setup.dtype}, {setup.device!r}"
+            f"import json, time, torch\n{known}\nids = {inputs.ids(0, table.job.lengths[0]).tolist()}\n{COLD[name]}\n"
         )
-        code += f"\nids = {ids}\n{COLD[name]}\nwith torch.inference_mode(): vector = run().float().tolist()"
-        code += "\nprint(json.dumps([time.perf_counter(), vector]))"
-        began = time.perf_counter()
-        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-        known = {"capture_output": True, "text": True, "timeout": 600, "env": os.environ | {"PYTHONPATH": path}}
-        done = subprocess.run([sys.executable, "-c", code], **known)
+        code += "with torch.inference_mode(): vector = run().float().tolist()\n"
+        code += "print(json.dumps([time.perf_counter(), vector]))"
+        began, path = time.perf_counter(), os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        options = {"capture_output": True, "text": True, "timeout": 600, "env": os.environ | {"PYTHONPATH": path}}
+        done = subprocess.run([sys.executable, "-c", code], **options)
         if done.returncode:
-            raise Failed(f"fails: {done.stderr.strip().splitlines()[-1:]}")
+            raise Refused(f"fails: {done.stderr.strip().splitlines()[-1:]}")
         until, vector = json.loads(done.stdout.splitlines()[-1])
         vectors[name] = torch.tensor(vector)
         return until - began
 
-    rounds = 2 if here.quick else 5
-    taken, failed = in_turns({name: partial(start, name) for name in COLD}, rounds, until=here.until)
+    asks = {name: partial(start, name) for name in COLD}
+    taken, failed = harness.in_turns(asks, 2 if here.quick else table.rounds, until=here.until)
     done = []
     for name, seconds in taken.items():
         try:
-            assert exact is not None
-            error = workers.judged(name, vectors[name], exact, plain, table.job)
+            error = workers.judged(name, vectors[name], exact[0], None if plain is None else plain[0], table.job)
             done.append(Measured(name, "import, load, encode; in a new process", error, costs=seconds))
-        except WrongOutput as reason:
+        except Refused as reason:
             failed[name] = str(reason)
-    return Result(table.workload, workers.rows(table, done), workers.reasons(table, refused | failed))
-
-
-# Memory.
+    return workers.result(table, done, refused | failed)
 
 
 def memory(here: Run, names: Sequence[str]) -> Iterator[Table]:
-    """Beyond the loaded model and its inputs."""
     on_gpu, on_cpu = ((32, 512), (8, 512), (128, 512), (1, 8192), (4, 8192)), ((8, 512), (2, 512), (1, 4096))
-    peers = those(OURS, SDPA, FLASH) if here.quick else those(OURS, SDPA, FLASH, EAGER)
+    peers, model = those(OURS, SDPA, FLASH, *(() if here.quick else (EAGER,))), models(here, "modernbert-base")[0]
     for count, length in ((1, 64), (2, 64)) if here.tries else on_gpu if here.is_gpu else on_cpu:
         for workload in names:
-            yield memory_table(here, workload, models(here, "modernbert-base")[0], peers, count, length)
+            what = f"{model}, {count} texts of {length} tokens in one batch: peak memory, {workload}"
+            yield memory_table(here, workload, model, what, count, length, peers, backward=workload == "backward")
 
 
-def memory_table(here: Run, workload: str, model: str, peers: dict[str, Peer], count: int, length: int) -> Table:
-    backward = workload == "backward"
-    passes = "forward + backward" if backward else "forward"
-    lengths = (length,) * count
-    return Table(
-        workload,
-        f"{model}, {count} texts of {length} tokens in one batch: peak memory of {passes}",
-        model,
-        here.dtype,
-        Job(lengths, here.checked(lengths), batch=count, backward=backward),
-        peers,
-        REFERENCE,
-        f"fixed {length}",
-        "peak memory",
-        "MB",
-        lambda nbytes: nbytes / 1e6,
-        model_pass=False,
-        passes=passes,
-        x=("tokens", count * length),
-        goals={OURS: {SDPA: 2.0}} if backward else {},
-        measure=peaks,
-    )
+def memory_table(
+    here: Run, workload: str, model: str, what: str, count: int, length: int, peers: Mapping[str, Peer], **more: Any
+) -> Table:
+    known: dict[str, Any] = {"figure": "peak memory", "unit": "MB", "value": lambda nbytes: nbytes / 1e6}
+    known |= {"model_pass": False, "x": ("tokens", count * length), "measure": peaks, "batch": count}
+    return of_texts(here, workload, model, what, (length,) * count, peers, **known | more)
 
 
 def peaks(workers: Workers, table: Table) -> Result:
-    """Bytes at the peak of a call. On a CPU an allocator keeps what it once had, so a process gives one sample."""
-    here = workers.here
+    """Bytes at the peak of a call beyond the loaded model and its inputs. On a CPU a process gives one sample."""
+    here, taken, refused = workers.here, {}, {}
     if not here.is_gpu and not worker.CLEAR.exists():
-        reason = "cannot be measured: only Linux resets the high-water mark of a process"
-        return Result(table.workload, [], {"every implementation": reason})
+        return workers.result(table, [], {"every implementation": "only Linux resets the peak memory of a process"})
     warm = Job((16, 8), (0,), batch=2, backward=table.job.backward)
-    taken: dict[str, Measured] = {}
-    refused: dict[str, str] = {}
     for _ in range(1 if here.is_gpu or here.quick else 3):
-        fresh = Workers(here, table)
-        try:
+        with harness.workers_of(here, table) as fresh:
             refused |= fresh.start()
-            exact, plain = fresh.expected(table.job)
+            workers.identity = fresh.identity
+            try:
+                exact, plain = fresh.expected(table.job)
+            except Refused as reason:
+                refused["every implementation"] = str(reason)
+                break
             fresh.dismiss_judges()
             told, failed = fresh.turns(fresh.peers, worker.peak, 3 if here.is_gpu else 1, job=table.job, warm=warm)
             refused |= failed
@@ -259,40 +197,21 @@ def peaks(workers: Workers, table: Table) -> Result:
                     error = fresh.judged(name, found[0]["answer"], exact, plain, table.job)
                     one = taken.setdefault(name, Measured(name, found[0]["settings"], error))
                     one.costs += [each["bytes"] for each in found]
-                except WrongOutput as reason:
+                except Refused as reason:
                     refused[name] = str(reason)
-        except Failed as reason:
-            refused["every implementation"] = f"cannot be judged: the reference {reason}"
-            break
-        finally:
-            workers.identity = fresh.identity
-            fresh.close()
-    done = [one for name, one in taken.items() if name not in refused]
-    return Result(table.workload, workers.rows(table, done), workers.reasons(table, refused))
-
-
-# Padding.
+    return workers.result(table, [one for name, one in taken.items() if name not in refused], refused)
 
 
 def padding(here: Run, names: Sequence[str]) -> Iterator[Table]:
     """transformers pads here, as its users do; sentence-transformers flattens where it can."""
-    peers = those(OURS, SDPA, FLASH) if here.quick else those(OURS, SDPA, FLASH, SENTENCE_TRANSFORMERS)
+    peers = those(OURS, SDPA, FLASH, *(() if here.quick else (SENTENCE_TRANSFORMERS,)))
     count, longest = (64, 512) if here.is_gpu else (8, 64) if here.quick else (16, 512)
     for model in models(here, "modernbert-base", "ettin-17m"):
         for fill in (0.25, 1.0, 0.5, 0.75, 0.1):
             lengths = lengths_of_fill(fill, count, longest)
-            yield Table(
-                "fill",
-                f"{model}, one batch of {count} texts, the longest of {longest} tokens, {fill:.0%} of it real",
-                model,
-                here.dtype,
-                Job(lengths, here.checked(lengths), batch=count, options={"padded": True}),
-                peers,
-                REFERENCE,
-                f"fill {fill:g}",
-                x=("fill", round(sum(lengths) / (count * longest), 3)),
-                goals={OURS: {SDPA: 3.0}} if here.is_gpu and fill == 0.5 else {},
-            )
+            what = f"{model}, one batch of {count} texts, the longest of {longest} tokens, {fill:.0%} of it real"
+            x, options = ("fill", round(sum(lengths) / (count * longest), 3)), {"padded": True}
+            yield of_texts(here, "fill", model, what, lengths, peers, batch=count, options=options, x=x)
 
 
 def lengths_of_fill(fill: float, count: int, longest: int) -> tuple[int, ...]:
@@ -306,16 +225,12 @@ def lengths_of_fill(fill: float, count: int, longest: int) -> tuple[int, ...]:
 
 # The table of the paper.
 
-BATCH = {512: 512, 8192: 32}
 PUBLISHED = {
     "modernbert-base": {"fixed 512": 148.1, "variable short": 147.3, "fixed 8192": 123.7, "variable long": 133.8},
     "modernbert-large": {"fixed 512": 52.3, "variable short": 52.9, "fixed 8192": 46.8, "variable long": 49.8},
 }
 """Table 2 of the paper, thousand tokens per second of its own implementation on one RTX 4090, in float32 except for
 attention. It is part of `what`, never a row."""
-
-LIMIT = {512: 8192, 8192: 512}
-"""Texts of a batch above which the largest is not searched for."""
 
 
 def paper_table(here: Run, names: Sequence[str]) -> Iterator[Table]:
@@ -324,84 +239,58 @@ def paper_table(here: Run, names: Sequence[str]) -> Iterator[Table]:
             dtype = workload.rpartition("-")[2]
             if workload.startswith("largest"):
                 if here.is_gpu or here.quick:
-                    for length in (512,) if here.tries else (512, 8192):
-                        yield largest_table(here, model, workload, dtype, length)
+                    lengths = {512: 8192, 8192: 512} if here.is_gpu else {32: 3}
+                    yield from (largest_table(here, model, workload, dtype, *one) for one in lengths.items())
                 continue
             # What compiles takes minutes for each set.
             slow = dtype == "bfloat16" and model == "modernbert-base"
-            peers = those(OURS, SDPA, FLASH, *((SDPA_COMPILED, FLASH_COMPILED) if slow else ()))
+            peers = those(OURS, SDPA, FLASH, *(COMPILED if slow else ()))
             # bfloat16 is slow where a CPU has none, and one set shows that it works.
             for name in ("variable short",) if here.tries and dtype == "bfloat16" else LENGTHS:
-                yield paper_row(here, model, dtype, name, peers)
-
-
-def paper_row(here: Run, model: str, dtype: str, name: str, peers: dict[str, Peer]) -> Table:
-    count, batch = paper_documents(here, name, dtype), BATCH[8192 if inputs.is_long(name) else 512]
-    lengths = inputs.in_set(name, count, short=here.tries)
-    parts = [f"{model}, {dtype}: {inputs.words(name, short=here.tries)}"]
-    parts.append(f"{count:,} of the paper's {inputs.DOCUMENTS:,} documents, batches of {batch}")
-    if model in PUBLISHED:
-        parts.append(f"published: {PUBLISHED[model][name]:g} thousand tokens/s on an RTX 4090")
-    job = Job(lengths, here.checked(lengths), batch=batch)
-    return Table(dtype, "; ".join(parts), model, dtype, job, peers, REFERENCE, name, rounds=3)
+                count, batch = paper_documents(here, name, dtype), 32 if inputs.is_long(name) else 512
+                parts = [f"{model}, {dtype}: {inputs.words(name, short=here.tries)}"]
+                parts.append(f"{count:,} of the paper's {inputs.DOCUMENTS:,} documents, batches of {batch}")
+                if model in PUBLISHED:
+                    parts.append(f"published: {PUBLISHED[model][name]:g} thousand tokens/s on an RTX 4090")
+                lengths, known = inputs.in_set(name, count, short=here.tries), {"dtype": dtype, "batch": batch}
+                yield of_texts(here, workload, model, "; ".join(parts), lengths, peers, rounds=3, **known)
 
 
 def paper_documents(here: Run, name: str, dtype: str) -> int:
     """As many of a set as the time allows: all short ones and 512 long ones in a long run, in bfloat16."""
     if not here.is_gpu:
-        return (1 if here.quick else 2) if inputs.is_long(name) else (2 if here.quick else 32)
-    whole = inputs.DOCUMENTS // 16 if inputs.is_long(name) else inputs.DOCUMENTS
-    if here.quick:
-        return whole // 64
-    short = here.minutes is not None and here.minutes < 15
-    return whole // (8 if short else 1) // (4 if dtype == "float32" else 1)
+        return (2, 1)[here.quick] if inputs.is_long(name) else (32, 2)[here.quick]
+    whole = inputs.DOCUMENTS // (16 if inputs.is_long(name) else 1) // (4 if dtype == "float32" else 1)
+    return whole // (64 if here.quick else 8 if here.minutes is not None and here.minutes < 15 else 1)
 
 
-def largest_table(here: Run, model: str, workload: str, dtype: str, length: int) -> Table:
+def largest_table(here: Run, model: str, workload: str, dtype: str, tokens: int, limit: int) -> Table:
     """Costs are shares of a batch, because less of them is better."""
-    limit, tokens = (LIMIT[length], length) if here.is_gpu else (3, 32)
-    return Table(
-        workload,
-        f"{model}, {dtype}: the largest batch of texts of {tokens} tokens, up to {limit:,}",
-        model,
-        dtype,
-        Job((tokens,) * 2, (0,), batch=2),
-        those(OURS, SDPA, FLASH),
-        REFERENCE,
-        f"fixed {tokens}",
-        "largest batch",
-        "sequences",
-        lambda cost: 1 / cost,
-        model_pass=False,
-        measure=partial(largest, limit=limit),
-    )
+    what = f"{model}, {dtype}: the largest batch of texts of {tokens} tokens, up to {limit:,}"
+    known: dict[str, Any] = {"figure": "largest batch", "unit": "sequences", "value": lambda cost: 1 / cost}
+    known |= {"model_pass": False, "measure": partial(largest, limit=limit), "dtype": dtype, "batch": 2}
+    return of_texts(here, workload, model, what, (tokens,) * 2, those(OURS, SDPA, FLASH), checked=(0,), **known)
 
 
 def largest(workers: Workers, table: Table, *, limit: int) -> Result:
     """Each implementation has the GPU for itself."""
     done, refused = [], {}
     for name, peer in table.peers.items():
-        if workers.here.late():
+        if workers.here.left() <= 0:
             refused[name] = f"was not reached within {workers.here.minutes:g} minutes"
             continue
-        only = Workers(workers.here, replace(table, peers={name: peer}))
-        try:
+        with harness.workers_of(workers.here, replace(table, peers={name: peer})) as only:
             ready, reasons = only.prepared(table.job)
+            workers.identity = only.identity
             only.dismiss_judges()
             refused |= reasons
             for one in ready.values():
-                most = largest_batch(partial(fits, only, name, table.job.lengths[0]), limit)
-                one.costs = [1 / most] if most else []
-                if most:
+                try:
+                    one.costs = [1 / largest_batch(partial(fits, only, name, table.job.lengths[0]), limit)]
                     done.append(one)
-                else:
-                    refused[name] = "has no memory for a single text"
-        except Failed as reason:
-            refused[name] = str(reason)
-        finally:
-            workers.identity = only.identity
-            only.close()
-    return Result(table.workload, workers.rows(table, done), workers.reasons(table, refused))
+                except Refused as reason:
+                    refused[name] = str(reason)
+    return workers.result(table, done, refused)
 
 
 def fits(workers: Workers, name: str, tokens: int, count: int) -> bool:
@@ -409,7 +298,7 @@ def fits(workers: Workers, name: str, tokens: int, count: int) -> bool:
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest batch that fits, up to `limit`, within 1.5 %: doubled, then halved steps; 0 if not even one fits."""
+    """The largest batch that fits, up to `limit`, within 1.5 %: doubled, then halved steps."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high
@@ -420,60 +309,95 @@ def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    if not low:
+        raise Refused("has no memory for a single text")
     return low
 
 
+# Accuracy.
+
+
+def accuracy(here: Run, names: Sequence[str]) -> Iterator[Table]:
+    more = () if here.quick else (EAGER, SENTENCE_TRANSFORMERS, PACKED_ENCODERS)
+    for workload in names:
+        dtype, _, length = workload.rpartition("-")
+        cut, count = int(length) // (16 if here.tries else 1), 1 if length == "8192" else 8 if here.is_gpu else 2
+        for model in models(here, "modernbert-base", "ettin-17m"):
+            what = f"{model}, {dtype}, {count} texts of {cut} tokens, compared with transformers in float64"
+            known: dict[str, Any] = {"figure": "rms error", "unit": "", "value": lambda cost: cost, "model_pass": False}
+            known |= {"dtype": dtype, "checked": tuple(range(count)), "measure": drift}
+            yield of_texts(
+                here, workload, model, what, (cut,) * count, those(OURS, SESSION, SDPA, FLASH, *more), **known
+            )
+
+
+def drift(workers: Workers, table: Table) -> Result:
+    """The error of everything that runs at all, and its worst cosine: no implementation is refused for an error."""
+    refused, dtypes, done = workers.start(), ("float64", workers.setup.dtype), []
+    try:
+        exact, plain = (workers.judge(one).ask(worker.answer, timeout=LOADING, job=table.job) for one in dtypes)
+    except Refused as reason:
+        return workers.result(table, [], {"every implementation": f"has no reference: {reason}"})
+    for name in workers.peers:
+        try:
+            got: Tensor = workers.worker(name).ask(worker.answer, timeout=LOADING, job=table.job)
+        except Refused as reason:
+            refused[name] = str(reason)
+            continue
+        if got.shape != exact.shape or not bool(got.isfinite().all()):
+            refused[name] = f"returns {tuple(got.shape)}, or numbers that are not finite"
+            continue
+        cosine = F.cosine_similarity(got.double(), exact.double(), dim=-1).min().item()
+        error = Difference(max(1e-12, rms(got, exact)), 2 * rms(plain, exact) + torch.finfo(torch.bfloat16).eps)
+        done.append(Measured(name, "", error, costs=[error.found], more={"worst_cosine": cosine}))
+    return workers.result(table, done, refused)
+
+
+PAPER = {
+    "bfloat16": "the four sets in bfloat16, 512 short or 32 long documents a batch",
+    "float32": "the same in float32 without TF32, as published",
+    "largest-batch-bfloat16": "the most texts of 512 and of 8192 tokens that fit into the GPU at once, in bfloat16",
+    "largest-batch-float32": "the same in float32",
+}
+LATENCY = {
+    "query-32": "one query of 32 tokens",
+    "batches": "1, 2, 4, 8 and 32 queries of 8 to 32 tokens in a call",
+    "cold-start": "from the start of a process to its first vector, the checkpoint in the cache of the disk",
+}
+MEMORY = {
+    "forward": "inference: 4,096 to 65,536 tokens in texts of 512, and 1 and 4 texts of 8192",
+    "backward": "a forward and a backward pass over the same",
+}
+ACCURACY = {f"{dtype}-{n}": f"texts of {n} tokens" for n in (512, 8192) for dtype in ("bfloat16", "float32", "float16")}
+
+
+def suite(what: str, workloads: Mapping[str, str], against: str, make: Callable[..., Any], weight: int) -> Suite:
+    return Suite(what, workloads, against, harness.of_tables(make), BETTER, weight=weight)
+
+
 SUITES = {
-    "throughput": Suite(
-        "tokens per second of whole encoders, forward, by model and by the four sets of lengths of the ModernBERT paper",
+    "throughput": suite(
+        "tokens per second of whole encoders, forward, by model and by the four sets of lengths of the paper",
         {workload: f"texts of {WORDS[name]}" for workload, name in SETS.items()},
-        f"{COMPILED}, sentence-transformers, packed-encoders",
-        harness.of_tables(throughput),
-        BETTER,
-        weight=20,
+        f"{TRANSFORMERS}, sentence-transformers, packed-encoders",
+        throughput,
+        20,
     ),
-    "latency": Suite(
-        "latency of queries, from ids on the host to vectors on the device: p50, p99 and the device; and the cold start",
-        {
-            "query-32": "one query of 32 tokens",
-            "batches": "1, 2, 4, 8 and 32 queries of 8 to 32 tokens in a call",
-            "cold-start": "from the start of a process to its first vector, the checkpoint in the cache of the disk",
-        },
+    "latency": suite(
+        "latency of queries, ids on the host to vectors on the device: p50, p99 and the device; and the cold start",
+        LATENCY,
         "transformers (sdpa, and under torch.compile), packed-encoders",
-        harness.of_tables(latency),
-        BETTER,
-        weight=10,
+        latency,
+        10,
     ),
-    "memory": Suite(
-        "peak memory beyond the loaded model and its inputs, by tokens of a call",
-        {
-            "forward": "inference: 4,096 to 65,536 tokens in texts of 512, and 1 and 4 texts of 8192",
-            "backward": "a forward and a backward pass over the same",
-        },
-        TRANSFORMERS,
-        harness.of_tables(memory),
-        BETTER,
-        weight=6,
-    ),
-    "padding": Suite(
+    "memory": suite("peak memory beyond the model and its inputs, by tokens", MEMORY, TRANSFORMERS, memory, 6),
+    "padding": suite(
         "real tokens per second of 64 texts, the longest of 512, by the share of the batch that is not padding",
         {"fill": "one batch by the share of it that is real tokens, 1.0 to 0.1"},
-        "transformers (sdpa, FlashAttention), sentence-transformers",
-        harness.of_tables(padding),
-        BETTER,
-        weight=8,
+        f"{TRANSFORMERS}, sentence-transformers",
+        padding,
+        8,
     ),
-    "paper-table": Suite(
-        "the efficiency protocol of the ModernBERT paper: tokens per second of its four sets, and the largest batch",
-        {
-            "bfloat16": "the four sets in bfloat16, 512 short or 32 long documents a batch",
-            "float32": "the same in float32 without TF32, as published",
-            "largest-batch-bfloat16": "the most texts of 512 and of 8192 tokens that fit into the GPU at once, in bfloat16",
-            "largest-batch-float32": "the same in float32",
-        },
-        COMPILED,
-        harness.of_tables(paper_table),
-        BETTER,
-        weight=14,
-    ),
+    "paper-table": suite("the efficiency protocol of the ModernBERT paper", PAPER, TRANSFORMERS, paper_table, 14),
+    "accuracy": suite("how far hidden states are from float64, by dtype", ACCURACY, TRANSFORMERS, accuracy, 6),
 }

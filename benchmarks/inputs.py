@@ -66,10 +66,11 @@ def cotangent(index: int, length: int, width: int) -> Tensor:
     return torch.randn(length, width, generator=torch.Generator().manual_seed(index)).bfloat16().float()
 
 
-def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Ids and attention mask `[B, S]` of these texts' ids, right-padded; no mask where nothing is padded."""
+def padded(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Input ids and attention mask `[B, S]` of these texts' ids, right-padded; no mask where nothing is padded."""
+    ids_BS = nn.utils.rnn.pad_sequence([*texts], batch_first=True)
     mask_BS = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    return nn.utils.rnn.pad_sequence([*texts], batch_first=True), None if bool(mask_BS.all()) else mask_BS
+    return {"input_ids": ids_BS} | ({} if bool(mask_BS.all()) else {"attention_mask": mask_BS})
 
 
 def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Suite `kernels`: every op on one GPU, all ways to compute it in turns, forward and with its backward pass.
 
-Time is that of replays of a graph of many calls, each on memory that no cache holds. Outputs and gradients must be those
-of the reference in float32 (float64 for float32), within what the tests of the kernels allow. Rates of a copy and of a
-product are measured first, and each row has its share of them.
+Time is that of replays of a graph of many calls, each on memory that no cache holds. Outputs and gradients must be
+those of the reference in float32 (float64 for float32), within what the tests of the kernels allow. Rates of a copy and
+of a product are measured first, and each row has its share of them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_map_only
 import modernbert_kernels as ops
 from benchmarks import clock
 from benchmarks.cases import Case, named, offsets, randn, work
-from benchmarks.clock import Loop, Machine, Rates
-from benchmarks.harness import MUST, Difference, Measured, Result, Run, Sample, Suite, WrongOutput, in_turns
-from benchmarks.rows import Row, circumstances, rounded, row
+from benchmarks.clock import Loop, Machine, Rates, Refused
+from benchmarks.harness import MUST, Difference, Measured, Result, Run, Sample, Suite, in_turns
+from benchmarks.rows import rounded
 from benchmarks.work import DATASHEETS
 
 CHOSEN = "what the op chooses"
@@ -34,7 +34,6 @@ TOKENS, FEW = 16_384, 2_048
 MINUTES, ROUNDS = 8.5, 9
 """After these minutes nothing new is begun where no other limit is set, so that the suite fits into ten minutes."""
 
-SHARES = ("gb_per_s", "tflop_per_s", "percent_of_copy", "percent_of_matmul", "percent_of_datasheet")
 Args = tuple[Any, ...]
 
 
@@ -132,10 +131,10 @@ def truth_of(task: Task, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: Sequence[Tensor]) -> Difference:
-    """The worst error of outputs and gradients, or `WrongOutput`.
+    """The worst error of outputs and gradients, or `Refused`.
 
-    Twice the error of the reference in the same dtype and one rounding step of the coarsest argument are allowed. Errors
-    are root mean squares over a tensor, as shares of the truth.
+    Allowed are twice the error of the reference in the same dtype and one rounding step of the coarsest argument, as
+    root mean squares over a tensor and shares of the truth.
     """
     got = call_of(way, *copied(task.case, backward), backward)()
     outputs = len(truth) - (len(real(task.case.args)) if backward else 0)
@@ -143,11 +142,11 @@ def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: 
     worst = Difference(0.0, step)
     for mine, exact, yardstick in zip([*got[:outputs], *way.restore(got[outputs:])], truth, plain, strict=True):
         if mine.shape != exact.shape:
-            raise WrongOutput(f"returned shape {tuple(mine.shape)}, the reference has {tuple(exact.shape)}")
+            raise Refused(f"returned shape {tuple(mine.shape)}, the reference has {tuple(exact.shape)}")
         size = rms(exact) or 1.0  # something of size zero is compared absolutely
         found, allowed = rms(mine - exact) / size, 2 * rms(yardstick - exact) / size + step
         if not found <= allowed:  # NaN is refused too
-            raise WrongOutput(f"differs from the reference by {found:.2g} of it, allowed are {allowed:.2g}")
+            raise Refused(f"differs from the reference by {found:.2g} of it, allowed are {allowed:.2g}")
         worst = max(worst, Difference(found, allowed), key=lambda one: one.found / (one.allowed or step))
     return worst
 
@@ -168,10 +167,10 @@ def measure(here: Run, names: Sequence[str], *, machine: Machine | None = None) 
         names = [name for name in names if name in ("attention", "elementwise")]
     if here.minutes is None:
         here = replace(here, minutes=MINUTES, until=here.until if here.quick else clock.time.monotonic() + 60 * MINUTES)
-    rates = Rates.of(clock.rates(machine.device, torch.bfloat16, quick=here.quick))
+    rates = clock.rates(machine.device, torch.bfloat16, quick=here.quick)
     for name in names:
         for task in TASKS[name](machine.device, FEW if here.quick else TOKENS):
-            if here.late():
+            if here.left() <= 0:
                 yield here.rest(name)
                 return
             for backward in task.passes:
@@ -191,20 +190,19 @@ def timed(workload: str, task: Task, backward: bool, machine: Machine, rates: Ra
         measured.costs = [sample.seconds / loop.calls for sample in taken[name]]
         done.append(measured)
         if not machine.is_gpu:
-            measured.keep(taken[name])
+            measured.quiet(taken[name])
     state = clock.sensors(machine.device, next(iter(ready.values()))[1].run) if ready else {}
     gpu, least = clock.identity(machine.device), work(task.case)
-    versions = {"versions": circumstances()["versions"] | gpu["versions"]}
-    known = gpu | versions | {"pass": "forward + backward" if backward else "forward", "state": state}
-    known |= dict.fromkeys(SHARES) | {"dtype": str(task.dtype).removeprefix("torch.")}
+    known = gpu | {"pass": "forward + backward" if backward else "forward", "state": state, "suite": "kernels"}
+    known |= {"workload": workload, "dtype": str(task.dtype).removeprefix("torch.")}
     moved, computed = least.of(backward) if least else (None, None)
-    rows = [
-        row_of(workload, what, one, done, "us", 1e6) | known | shares(task, one, moved, computed, rates, gpu["gpu"])
-        for one in done
-    ]
+    rows = []
+    for one in done:
+        found = shares(task, one, moved, computed, rates, gpu["gpu"])
+        rows.append(one.row(done, lambda seconds: 1e6 * seconds, what=what, unit="us", **known, **found))
     if task.memory and machine.is_gpu:
-        peaks = [replace(one, costs=one.more["peaks"]) for one in done]
-        rows += [row_of(workload, f"{what}, peak memory", one, peaks, "MB", 1.0) | known for one in peaks]
+        peaks = [replace(one, costs=one.more.pop("peaks")) for one in done]
+        rows += [one.row(peaks, float, what=f"{what}, peak memory", unit="MB", **known) for one in peaks]
     return Result(workload, rows, {f"{what}: {name}": reason for name, reason in refused.items()})
 
 
@@ -226,30 +224,12 @@ def prepared(task: Task, backward: bool, machine: Machine) -> tuple[dict[str, tu
             loop = clock.loop(calls, machine)
             settings = ", ".join(filter(None, (way.settings, loop.how)))
             ready[way.name] = Measured(way.name, settings, error, loop.calls, more=more), loop
-        except (WrongOutput, clock.TooSlow) as reason:
+        except Refused as reason:
             refused[way.name] = str(reason)
         except Exception as error:
             # Whatever other packages raise, and too little memory, costs no other way its row.
             refused[way.name] = f"fails: {type(error).__name__}: {str(error)[:300]}"
     return ready, refused
-
-
-def row_of(workload: str, what: str, one: Measured, done: Sequence[Measured], unit: str, scale: float) -> Row:
-    return row(
-        suite="kernels",
-        workload=workload,
-        what=what,
-        implementation=one.name,
-        settings=one.settings,
-        unit=unit,
-        values=[scale * cost for cost in one.costs],
-        max_error=one.error.found,
-        tolerance=one.error.allowed,
-        foreign_percent=one.foreign,
-        clean=one.clean,
-        calls=one.calls,
-        times_better_than={other.name: one.times_better_than(other) for other in done if other is not one},
-    )
 
 
 def shares(
@@ -259,15 +239,16 @@ def shares(
     half, sheet = task.dtype.itemsize == 2, DATASHEETS.get(gpu or "")
     bytes_per_s, flops_per_s = (None if amount is None else amount / one.median for amount in (moved, computed))
     bounds = ((bytes_per_s, sheet.bytes), (flops_per_s, sheet.bfloat16 if half else sheet.float32)) if sheet else ()
-    found = (
-        rounded(bytes_per_s, 1e-9),
-        rounded(flops_per_s, 1e-12),
-        rounded(bytes_per_s, 100 / rates.copy),
+    return {
+        "gb_per_s": rounded(bytes_per_s, 1e-9),
+        "tflop_per_s": rounded(flops_per_s, 1e-12),
+        "percent_of_copy": rounded(bytes_per_s, 100 / rates.copy),
         # The rate of bfloat16 is not a yardstick for float32.
-        rounded(flops_per_s, 100 / rates.matmul) if half else None,
-        rounded(max((rate / most for rate, most in bounds if rate is not None), default=None), 100),
-    )
-    return dict(zip(SHARES, found, strict=True))
+        "percent_of_matmul": rounded(flops_per_s, 100 / rates.matmul) if half else None,
+        "percent_of_datasheet": rounded(
+            max((rate / most for rate, most in bounds if rate is not None), default=None), 100
+        ),
+    }
 
 
 # The ways.
@@ -290,7 +271,7 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def task_of(case: Case, what: str, more: Sequence[Way] = (), *, compile: bool = False, memory: bool = False) -> Task:
-    """A case with every backend of its op that takes it, the reference, the compiled reference if wanted, and `more`."""
+    """A case with every backend of its op that takes it, the reference, `compile`d too if wanted, and `more`."""
     names = [name for name, when, _ in case.op._choices if when(*case.args, **case.kwargs)]
     ways = [Way(name, case.op.backends[name], CHOSEN if name == names[0] else "") for name in names]
     ways.append(Way("reference", plain(case.op.reference), "" if names else CHOSEN))
@@ -352,7 +333,7 @@ def plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) 
 
 
 def attentions(case: Case, count: int, *, flex: bool) -> Iterator[Way]:
-    """Ours rotated on load and before, every FlashAttention, cuDNN, PyTorch's sdpa and FlexAttention, texts of one length."""
+    """Ours rotated on load and before, every FlashAttention, cuDNN, PyTorch's sdpa and FlexAttention; one length."""
     qkv, _, length = case.args
     window, on_gpu = case.kwargs["window"], qkv.is_cuda
     if "triton" in case.op.backends and on_gpu:
@@ -391,10 +372,7 @@ def attentions(case: Case, count: int, *, flex: bool) -> Iterator[Way]:
         only = partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
         yield Way("sdpa, cuDNN", sdpa, "rotated before", around=only)
         if qkv.element_size() == 2:
-            packed = lambda qkv, cu, longest, *, rope, window: _Cudnn.apply(
-                *ops.rotary(qkv, *rope).unbind(1), cu, longest
-            )  # noqa: E731
-            yield Way("cuDNN, packed", packed, "rotated before")
+            yield Way("cuDNN, packed", packed_cudnn, "rotated before")
     if on_gpu and flex:
         package = import_module("torch.nn.attention.flex_attention")
         torch._dynamo.reset()
@@ -402,6 +380,10 @@ def attentions(case: Case, count: int, *, flex: bool) -> Iterator[Way]:
         near = lambda batch, head, query, key: (query - key).abs() <= window  # noqa: E731
         blocks = None if window is None else package.create_block_mask(near, None, None, length, length, qkv.device)
         yield Way("FlexAttention", batched(partial(attend, block_mask=blocks)), "rotated before, torch.compile")
+
+
+def packed_cudnn(qkv: Tensor, cu_seqlens: Tensor, longest: int, *, rope: Any, window: None) -> Tensor:
+    return _Cudnn.apply(*ops.rotary(qkv, *rope).unbind(1), cu_seqlens, longest)
 
 
 class _Cudnn(torch.autograd.Function):
@@ -434,7 +416,7 @@ def products(queries: int, documents: int, dtype: torch.dtype) -> Callable[..., 
 
 
 def maxsims(queries: int, documents: int) -> Iterator[Way]:
-    """Plain products, late-interaction-kernels and flash-maxsim, packed and padded, of sides that have one length each."""
+    """Plain products, late-interaction-kernels and flash-maxsim, packed and padded; sides have one length each."""
     yield Way("einsum, max and sum", products(queries, documents, torch.bfloat16), "padded")
     yield Way("einsum, max and sum in float32", products(queries, documents, torch.float32), "padded")
 
@@ -547,7 +529,7 @@ SUITES = {
             "attention": "local and global by length, 128 to 8192: ours, FlashAttention, cuDNN, FlexAttention, sdpa",
             "cross-entropy": "time and peak memory of the loss of masked tokens, F.cross_entropy and Liger",
             "maxsim": "128 queries and documents of 32 and 300 tokens, and one query against 1000; two libraries",
-            "elementwise": "norms, GeGLU, rotary and its tables, projection, pooling: their share of a copy's rate; Liger",
+            "elementwise": "norms, GeGLU, rotary, projection, pooling: their share of a copy's rate; Liger",
         },
         "every backend of an op, its reference under torch.compile, FlashAttention, Liger-Kernel, "
         "late-interaction-kernels, flash-maxsim",

@@ -2,14 +2,14 @@
 
 A builder loads a model in its worker and returns the variants of a job: several batchings, settings and exporters, of
 which the fastest is taken. Padded batches are ready before the clock starts; our packing is timed where ids start on
-the host.
+the host. With `width`, hidden states are projected and normalised, as for late interaction.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -18,36 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modernbert
-from benchmarks import exported, inputs
+import modernbert_kernels as ops
+from benchmarks import exported, inputs, texts
 from benchmarks.inputs import groups
-from benchmarks.texts import ASSETS
 from benchmarks.worker import Build, Job, Peer, Setup, Variant
-from modernbert import Encoder, pack
+from modernbert import Encoder, Packed, pack
 
 Inputs = dict[str, Any]
 Forward = Callable[[Any], Tensor]
 
-GRAPHS = 16_384
-"""Tokens above which a `Session` has no CUDA graphs."""
+GRAPHS, BUDGET = 16_384, 65_536
+"""Tokens above which a `Session` has no CUDA graphs, and of a packed batch on a GPU, offered beside all texts."""
 
 GRADIENT = "layers.0.attn.Wo.weight"
 """The gradient that is compared after a backward pass: it depends on all layers, and has one name everywhere."""
 
-BUDGET = 65_536
-"""Tokens of a packed batch on a GPU that is offered beside all texts at once."""
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts that run together.
+    """Texts that run together: their indices, what the model takes, and the gradient of its hidden states."""
 
-    Attributes:
-        indices: of the texts, in the order of `inputs`.
-        inputs: what the model takes.
-        cotangent: the gradient of its hidden states; None without a backward pass.
-    """
-
-    indices: list[int]
+    indices: Sequence[int]
     inputs: Any
     cotangent: Tensor | None = None
 
@@ -59,20 +50,24 @@ def of_batches(
     forward: Forward,
     *,
     model: nn.Module | None = None,
-    lengths: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
     together: Callable[[list[Any]], list[Tensor]] | None = None,
 ) -> Variant:
     """A variant that calls `forward` on each batch. What is timed and what is compared are the same calls.
 
-    With the option `first` of the job, the first row of each text is compared.
+    With the option `first` of the job, the first row of each text is compared; with `adamw`, weights are stepped.
 
     Args:
         forward: to hidden states, `[T, D]` of all texts in a row, or right-padded `[B, S, D]`.
         model: holds the parameters, under the names of the checkpoint; for a backward pass.
-        lengths: rows of each text in `[T, D]`, if they are not the tokens of the job.
+        rows: of each text in `[T, D]`, if they are not the tokens of the job.
         together: all batches at once, in place of `forward`.
     """
-    lengths = lengths or job.lengths
+    rows, trained = rows or job.lengths, model if job.backward else None
+    # It does all of its work and leaves the weights as they are, so that all calls do the same.
+    adamw = (
+        trained is not None and "adamw" in job.options and torch.optim.AdamW(trained.parameters(), lr=0.0, fused=True)
+    )
 
     def step(batch: Batch) -> Tensor:
         if batch.cotangent is None:
@@ -82,52 +77,49 @@ def of_batches(
         torch.autograd.backward(hidden, batch.cotangent)
         return hidden.detach()
 
-    def clear() -> None:
-        if model is not None and job.backward:
-            model.zero_grad(set_to_none=True)
-
     def run() -> None:
-        clear()
         if together is not None:
             together([batch.inputs for batch in batches])
             return
+        if trained is not None:
+            trained.zero_grad(set_to_none=True)
         for batch in batches:
             step(batch)
+        if adamw:
+            adamw.step()
 
     def answer() -> Tensor:
-        if job.backward:
+        if trained is not None:
             run()
-            assert model is not None
-            return gradient_of(model)
+            return gradient_of(trained)
         wanted = [batch for batch in batches if set(job.checked) & set(batch.indices)]
         outputs = map(step, wanted) if together is None else together([batch.inputs for batch in wanted])
         found: dict[int, Tensor] = {}
         for batch, hidden in zip(wanted, outputs, strict=True):
-            for index, rows in zip(batch.indices, rows_of(hidden, batch.indices, lengths), strict=True):
-                found[index] = (rows[:1] if job.options.get("first") else rows).float().cpu()
+            for index, of_text in zip(batch.indices, split(hidden, [rows[at] for at in batch.indices]), strict=True):
+                found[index] = (of_text[:1] if "first" in job.options else of_text).float().cpu()
         return torch.cat([found[index] for index in sorted(job.checked)])
 
     largest = max(batches, key=lambda batch: sum(job.lengths[index] for index in batch.indices))
     # Beside many batches one is enough to warm up.
-    return Variant(settings, run, answer, (lambda: step(largest)) if len(batches) > 4 else None, clear)
+    return Variant(settings, run, answer, (lambda: step(largest)) if len(batches) > 4 and not job.backward else None)
 
 
-def ids_of(job: Job, index: int) -> Tensor:
-    """The token ids of a text: those that the job brings, or seeded ones."""
-    return job.options["ids"][index] if "ids" in job.options else inputs.ids(index, job.lengths[index])
-
-
-def rows_of(hidden: Tensor, indices: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
+def split(hidden: Tensor, lengths: Sequence[int]) -> Iterable[Tensor]:
     """The hidden states of each text, `[n, D]`."""
-    if hidden.dim() == 2:
-        return list(hidden.split([lengths[index] for index in indices]))
-    return [hidden[row, : lengths[index]] for row, index in enumerate(indices)]
+    return hidden.split([*lengths]) if hidden.dim() == 2 else [x[:n] for x, n in zip(hidden, lengths, strict=True)]
 
 
 def gradient_of(model: nn.Module) -> Tensor:
     weight = next(weight for name, weight in model.named_parameters() if name.endswith(GRADIENT))
     assert weight.grad is not None
     return weight.grad.float().cpu()
+
+
+def ids_of(job: Job, indices: Iterable[int]) -> list[Tensor]:
+    """The token ids of these texts: those that the job brings, or seeded ones."""
+    known = job.options.get("ids")
+    return [known[index] if known else inputs.ids(index, job.lengths[index]) for index in indices]
 
 
 def cotangent(job: Job, setup: Setup, indices: Sequence[int], width: int, *, padded: bool) -> Tensor | None:
@@ -137,6 +129,13 @@ def cotangent(job: Job, setup: Setup, indices: Sequence[int], width: int, *, pad
     pieces = [inputs.cotangent(index, job.lengths[index], width) for index in indices]
     whole = nn.utils.rnn.pad_sequence(pieces, batch_first=True) if padded else torch.cat(pieces)
     return whole.to(setup.device, setup.torch_dtype)
+
+
+def with_autocast(model: Any, setup: Setup) -> Any:
+    """float32 weights, both passes under autocast to the dtype of the setup."""
+    if setup.dtype != "float32":
+        model.forward = torch.autocast(setup.device, setup.torch_dtype)(model.forward)
+    return model
 
 
 # Ours.
@@ -151,70 +150,70 @@ def session_of(model: Any) -> Any:
     return modernbert.Session(model) if hasattr(modernbert, "Session") else model
 
 
-def packed(setup: Setup, *, session: bool = False, first: bool = False, int8: bool = False) -> Build:
-    """Packed batches: the plain modules, or a `Session`, which has CUDA graphs on a GPU.
+class Projected(nn.Module):
+    """Our encoder, its rows projected to `width` and normalised."""
+
+    def __init__(self, encoder: Encoder, width: int) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+        weight = encoder.embeddings.tok_embeddings.weight
+        self.register_buffer("weight_ED", texts.projection(encoder.config.hidden_size, width).to(weight))
+        self.weight_ED: Tensor
+
+    def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
+        return ops.project_normalize(self.encoder(batch, rows=rows), self.weight_ED)
+
+
+def packed(
+    setup: Setup,
+    *,
+    session: bool = False,
+    first: bool = False,
+    int8: bool = False,
+    adamw: bool = False,
+    width: int | None = None,
+) -> Build:
+    """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has CUDA graphs there.
 
     Args:
         first: only the first row of each text is computed in the last layer.
-        int8: the products of `with_int8`.
+        int8: the products of `with_int8`. adamw: float32 weights under autocast.
     """
-    encoder = load_ours(setup)
-    model: Any = session_of(encoder) if session else with_int8(encoder) if int8 else encoder
-    name = "Session" if session else "int8, scales per channel" if int8 else "plain modules"
-    budget = GRAPHS if session else BUDGET
+    model: Any = load_ours(replace(setup, dtype="float32") if adamw else setup)
+    model = with_autocast(model, setup) if adamw else with_int8(model) if int8 else model
+    model = model if width is None else Projected(model, width).eval()
+    called, name = (session_of(model), "Session") if session else (model, "plain modules")
+    name, budget = "int8, scales per channel" if int8 else name, GRAPHS if session else BUDGET
 
     def variants(job: Job) -> Iterator[Variant]:
-        whole = groups(job.lengths, job.batch or len(job.lengths))
-        known = {"on_host": session, "first": first}
-        yield packed_variant(name, job, setup, model, encoder, whole, **known)
+        yield variant(name, job, groups(job.lengths, job.batch or len(job.lengths)))
         if job.batch is None and setup.is_gpu and sum(job.lengths) > budget:
-            cut = inputs.within(job.lengths, budget)
-            yield packed_variant(
-                f"{name}, at most {budget:,} tokens at a time", job, setup, model, encoder, cut, **known
-            )
+            yield variant(f"{name}, at most {budget:,} tokens at a time", job, inputs.within(job.lengths, budget))
+
+    def variant(settings: str, job: Job, batches: Sequence[Sequence[int]]) -> Variant:
+        packs, device = not setup.is_gpu or job.from_host, "cpu" if session else setup.device
+        made = []
+        for indices in batches:
+            ids = [text.tolist() for text in ids_of(job, indices)]
+            gradient = cotangent(job, setup, indices, model.config.hidden_size, padded=False)
+            made.append(Batch(indices, ids if packs else pack(ids).to(device), gradient))
+
+        def forward(one: Any) -> Tensor:
+            batch = pack(one) if packs else one
+            batch = batch.to(device) if setup.is_gpu else batch
+            return called(batch, rows=batch.cu_seqlens[:-1]) if first else called(batch)
+
+        settings += ", rows=cu_seqlens[:-1]" * first + "; packing is timed" * packs
+        return of_batches(settings, job, made, forward, model=model, rows=[1] * len(job.lengths) if first else None)
 
     return variants
-
-
-def packed_variant(
-    name: str,
-    job: Job,
-    setup: Setup,
-    model: Any,
-    encoder: Any,
-    batches: Sequence[Sequence[int]],
-    *,
-    on_host: bool = False,
-    first: bool = False,
-) -> Variant:
-    """`model` on packed batches. On a CPU, and where the job brings ids from the host, packing is timed.
-
-    Args:
-        on_host: batches of a GPU are copied to it by `model`, as a `Session` does.
-    """
-    packs = not setup.is_gpu or job.from_host
-    device = "cpu" if on_host else setup.device
-    made = []
-    for indices in batches:
-        ids = [ids_of(job, index).tolist() for index in indices]
-        gradient = cotangent(job, setup, indices, encoder.config.hidden_size, padded=False)
-        made.append(Batch(list(indices), ids if packs else pack(ids).to(device), gradient))
-
-    def forward(one: Any) -> Tensor:
-        batch = pack(one) if packs else one
-        batch = batch.to(device) if packs and setup.is_gpu else batch
-        return model(batch, rows=batch.cu_seqlens[:-1]) if first else model(batch)
-
-    lengths = [1] * len(job.lengths) if first else None
-    settings = f"{name}{', rows=cu_seqlens[:-1]' if first else ''}{'; packing is timed' if packs else ''}"
-    return of_batches(settings, job, made, forward, model=encoder, lengths=lengths)
 
 
 class Int8Linear(nn.Module):
     """A linear layer for inference on a CPU: int8 weights, inputs quantised dynamically. `[T, D]` to `[T, F]` float32.
 
-    Weights have a scale for each output, inputs one for each call. PyTorch's own module of this kind always leaves a bit
-    of the inputs unused, which only processors without VNNI need: their sums of products would overflow.
+    Weights have a scale for each output, inputs one for each call. PyTorch's own module always leaves a bit of the
+    inputs unused, which only processors without VNNI need: their sums of products would overflow.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -251,34 +250,45 @@ def load_theirs(setup: Setup, attention: str) -> Any:
     return model.to(setup.device).eval()
 
 
-def alone(setup: Setup) -> Build:
+def forward_of(model: Any, width: int | None = None) -> Forward:
+    """Inputs on any device to hidden states; flattened ones lose the dimension that they do not need."""
+    parameter = next(model.parameters())
+    weight_ED = None if width is None else texts.projection(model.config.hidden_size, width).to(parameter)
+
+    def forward(given: Inputs) -> Tensor:
+        hidden = model(**onto(given, parameter.device)).last_hidden_state
+        hidden = hidden[0] if "cu_seq_lens_q" in given else hidden
+        return hidden if weight_ED is None else F.normalize(F.linear(hidden, weight_ED), dim=-1)
+
+    return forward
+
+
+def alone(setup: Setup, *, width: int | None = None) -> Build:
     """The reference: sdpa, every text alone, so that nothing is padded. Forward only the checked texts run."""
     model = load_theirs(setup, "sdpa")
 
     def variants(job: Job) -> Iterator[Variant]:
-        wanted = range(len(job.lengths)) if job.backward else job.checked
-        yield padded_variant("every text alone", job, setup, model, [[one] for one in wanted], forward_of(model))
+        wanted = [[index] for index in (range(len(job.lengths)) if job.backward else job.checked)]
+        yield padded_variant("every text alone", job, setup, model, wanted, forward_of(model, width))
 
     return variants
 
 
-def transformers(setup: Setup, *, attention: str, order: str | None = None) -> Build:
-    """Padded batches of several sizes; `order` leaves only those "as they come", "length-sorted" or "one by one"."""
-    model = load_theirs(setup, attention)
-    return lambda job: batchings(attention, job, setup, model, forward_of(model), sizes(job, setup, order))
+def transformers(
+    setup: Setup, *, attention: str, order: str | None = None, width: int | None = None, adamw: bool = False
+) -> Build:
+    """Padded batches of several sizes, with FlashAttention all texts in one row too unless the job has `padded`.
 
-
-def transformers_flash(setup: Setup) -> Build:
-    """torch's FlashAttention: all texts in one row, the fastest that transformers can do, and padded; only padded if the
-    job has the option `padded`.
+    `order` leaves only batches "as they come", "length-sorted" or "one by one".
     """
-    model = load_theirs(setup, "flash")
-    forward = forward_of(model)
+    model = load_theirs(replace(setup, dtype="float32") if adamw else setup, attention)
+    model = with_autocast(model, setup) if adamw else model
 
     def variants(job: Job) -> Iterator[Variant]:
-        if not job.options.get("padded"):
+        forward = forward_of(model, width)
+        if attention == "flash" and "padded" not in job.options:
             yield flattened_variant("FlashAttention of torch, flattened", job, setup, model, forward)
-        yield from batchings("FlashAttention of torch", job, setup, model, forward)
+        yield from batchings(attention, job, setup, model, forward, sizes(job, setup, order))
 
     return variants
 
@@ -300,7 +310,7 @@ def compiled(setup: Setup, *, attention: str) -> Build:
         tuned = [] if varies(job) or setup.quick else ["max-autotune-no-cudagraphs"]
         for mode in ["reduce-overhead"] if job.from_host else ["default", *tuned]:
             forward = forward_of(torch.compile(model, mode=mode, dynamic=None if job.from_host else varies(job)))
-            settings = f"{'FlashAttention of torch' if attention == 'flash' else attention}, torch.compile, {mode}"
+            settings = f"{attention}, torch.compile, {mode}"
             if attention == "flash":
                 yield flattened_variant(f"{settings}, flattened", job, setup, model, forward)
             else:
@@ -319,17 +329,15 @@ def sentence_transformers(setup: Setup) -> Build:
     torch's kernel takes its place where a GPU computes in half precision. Otherwise batches are padded.
     """
     flattens = half_on_gpu(setup)
-    for file in ("tokenizer.json", "tokenizer_config.json"):  # required, and not used
-        shutil.copy(ASSETS / "default" / file, setup.folder)
+    texts.add_tokenizer(setup.folder)  # required, and not used
     module = import_module("sentence_transformers.sentence_transformer.modules").Transformer
-    attention = register_flash() if flattens else "sdpa"
-    body = module(setup.folder, model_kwargs={"attn_implementation": attention, "dtype": setup.torch_dtype})
-    body = body.to(setup.device).eval()
+    known = {"attn_implementation": register_flash() if flattens else "sdpa", "dtype": setup.torch_dtype}
+    body = module(setup.folder, model_kwargs=known).to(setup.device).eval()
     if body.model_forward_params is not None:  # as it does where it flattens
         body.model_forward_params |= {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
     def forward(given: Inputs) -> Tensor:
-        found = body({name: x for name, x in onto(given, setup).items() if x is not None})["token_embeddings"]
+        found = body(onto(given, setup.device))["token_embeddings"]
         return found[0] if "cu_seq_lens_q" in given else found
 
     def variants(job: Job) -> Iterator[Variant]:
@@ -348,18 +356,6 @@ def packed_encoders(setup: Setup) -> Build:
     model = load_theirs(setup, "sdpa")
     import_module("packed_encoders").pack(model, cuda_graph=True)
     return lambda job: batchings("packed_encoders.pack, cuda_graph=True", job, setup, model, forward_of(model))
-
-
-def forward_of(model: Any) -> Forward:
-    """Inputs on any device to hidden states; flattened ones lose the dimension that they do not need."""
-    device = next(model.parameters()).device
-
-    def forward(given: Inputs) -> Tensor:
-        moved = {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in given.items()}
-        hidden = model(**moved).last_hidden_state
-        return hidden[0] if "cu_seq_lens_q" in given else hidden
-
-    return forward
 
 
 def batchings(
@@ -403,9 +399,8 @@ def padded_variant(
     """Right-padded batches, ready on the device, or in pinned memory of the host."""
     made = []
     for indices in batches:
-        ids_BS, mask_BS = inputs.padded([ids_of(job, index) for index in indices])
-        given = ready({"input_ids": ids_BS, "attention_mask": mask_BS}, job, setup)
-        made.append(Batch(list(indices), given, cotangent(job, setup, indices, model.config.hidden_size, padded=True)))
+        given = ready(inputs.padded(ids_of(job, indices)), job, setup)
+        made.append(Batch(indices, given, cotangent(job, setup, indices, model.config.hidden_size, padded=True)))
     return of_batches(settings, job, made, forward, model=model)
 
 
@@ -414,27 +409,28 @@ def flattened_variant(settings: str, job: Job, setup: Setup, model: Any, forward
     made = []
     for indices in groups(job.lengths, job.batch or len(job.lengths)):
         lengths = [job.lengths[index] for index in indices]
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         given = {
-            "input_ids": torch.cat([ids_of(job, index) for index in indices])[None],
+            "input_ids": torch.cat(ids_of(job, indices))[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
-            **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
         }
+        given |= dict.fromkeys(
+            ("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        )
+        given |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
         gradient = cotangent(job, setup, indices, model.config.hidden_size, padded=False)
-        made.append(Batch(list(indices), ready(given, job, setup), gradient))
+        made.append(Batch(indices, ready(given, job, setup), gradient))
     return of_batches(settings, job, made, forward, model=model)
 
 
-def ready(given: Inputs, job: Job, setup: Setup) -> Inputs:
+def ready(given: Mapping[str, Any], job: Job, setup: Setup) -> Inputs:
     """Where the clock finds them."""
     if not job.from_host:
-        return onto(given, setup)
+        return onto(given, setup.device)
     return {name: x.pin_memory() if setup.is_gpu and isinstance(x, Tensor) else x for name, x in given.items()}
 
 
-def onto(given: Inputs, setup: Setup) -> Inputs:
-    return {name: x.to(setup.device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in given.items()}
+def onto(given: Mapping[str, Any], device: torch.device | str) -> Inputs:
+    return {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 # torch's FlashAttention behind transformers' attention interface, so that no package has to be built for it.
@@ -455,7 +451,7 @@ def flash_of_torch(
 def real_tokens(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, Tensor, int] | None:
     """The mask function: rows of the real tokens of a padded batch, flattened, their cumulative lengths, the longest.
 
-    It does once per forward pass what transformers' own FlashAttention does in every layer. None where nothing is padded.
+    Once per forward pass, not in every layer as in transformers' own FlashAttention. None where nothing is padded.
     """
     if attention_mask is None or bool(attention_mask.all()):
         return None
@@ -511,7 +507,7 @@ def register_flash(kernel: Callable[..., Tensor] = flash_of_torch) -> str:
 
 
 def onnx_runtime(setup: Setup, *, int8: bool = False) -> Build:
-    """Both exports that torch has, as neither is the fastest everywhere, with threads that spin between runs or sleep."""
+    """Both exports that torch has, as neither is always the fastest, with threads that spin between runs or sleep."""
 
     def variants(job: Job) -> Iterator[Variant]:
         for exporter in exported.EXPORTERS[:1] if setup.quick else exported.EXPORTERS:
@@ -550,15 +546,13 @@ def fed(
     may_pad: bool = True,
 ) -> Iterator[Variant]:
     """A compiled graph on each text alone, and on length-sorted batches of 4 where lengths vary."""
-    batchings = [(1, "one by one" if len(job.lengths) > 1 else "one text")]
-    if may_pad and varies(job) and not setup.quick:
-        batchings.append((4, "length-sorted batches of 4"))
-    for size, words in batchings:
+    for size in (1, 4) if may_pad and varies(job) and not setup.quick else (1,):
+        words = f"length-sorted batches of {size}" if size > 1 else "one by one" if len(job.lengths) > 1 else "one text"
         made = []
         for indices in groups(job.lengths, size, by_length=True):
-            ids_BS, mask_BS = inputs.padded([ids_of(job, index) for index in indices])
-            mask_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
-            made.append(Batch(indices, {"input_ids": ids_BS.numpy(), "attention_mask": mask_BS.numpy()}))
+            given = inputs.padded(ids_of(job, indices))
+            given = {"attention_mask": torch.ones_like(given["input_ids"])} | given
+            made.append(Batch(indices, {name: x.numpy() for name, x in given.items()}))
         yield of_batches(f"{settings}, {words}", job, made, run, together=together)
 
 
@@ -587,7 +581,7 @@ OURS, SESSION, INT8 = "modernbert", "modernbert, Session", "modernbert, int8"
 FIRST_ROWS = "modernbert, first rows"
 TRANSFORMERS = "transformers"
 SDPA, EAGER, FLASH = (f"{TRANSFORMERS}, {attention}" for attention in ("sdpa", "eager", "flash"))
-SDPA_COMPILED, FLASH_COMPILED = f"{SDPA}, compiled", f"{FLASH}, compiled"
+COMPILED = SDPA_COMPILED, FLASH_COMPILED = f"{SDPA}, compiled", f"{FLASH}, compiled"
 ORDERS = tuple(f"{TRANSFORMERS}, {order}" for order in ("as they come", "length-sorted", "one by one"))
 SENTENCE_TRANSFORMERS, PACKED_ENCODERS = "sentence-transformers", "packed-encoders"
 ONNX_RUNTIME, OPENVINO = "ONNX Runtime", "OpenVINO"
@@ -605,7 +599,7 @@ PEERS: dict[str, Peer] = {
         name: Peer(transformers, {"attention": "sdpa", "order": name.partition(", ")[2]}, package="transformers")
         for name in ORDERS
     },
-    FLASH: Peer(transformers_flash, {}, half_on_gpu, "transformers"),
+    FLASH: Peer(transformers, {"attention": "flash"}, half_on_gpu, "transformers"),
     SDPA_COMPILED: Peer(compiled, {"attention": "sdpa"}, can_compile, "transformers", slow=True),
     FLASH_COMPILED: Peer(compiled, {"attention": "flash"}, half_on_gpu, "transformers", slow=True),
     SENTENCE_TRANSFORMERS: Peer(sentence_transformers, package="sentence_transformers"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ MINE = (SESSION, OURS, INT8, "modernbert, graphs", "triton")
 
 UNCLEAN = f"† marks a figure taken while other programs used more than {FOREIGN_LIMIT:g} % of a core."
 NOTES = {
-    "cpu": f"Factors above 1 say that modernbert is ahead: the median over rounds of both times within a round. {UNCLEAN}",
+    "cpu": "Factors above 1 say that modernbert is ahead: the median over rounds of both times within a round. "
+    f"{UNCLEAN}",
     "retrieval": "Recall is that of the pre-filter against exact search. Synthetic vectors come from a seeded table in "
     f"place of the encoder, and their queries cost no encoding; all else is the code that everybody runs. {UNCLEAN}",
 }
@@ -195,7 +197,7 @@ def _cpu_parts(here: Sequence[Row]) -> Iterator[str]:
         others = [f"{name} {cell}" for name, cell in cells.items() if name not in theirs and name != ONNX_RUNTIME]
         ort, command = cells.get(ONNX_RUNTIME, "-"), f"`python -m benchmarks cpu --only {mine['workload']}`"
         lines.append([mine["what"], f"**{value(mine)}**", fastest, ort, "; ".join(others) or "-", command])
-    yield "\n\n".join(f"![{title}](../benchmarks/results/plots/{name})" for name, title, _ in cpu_plots(here))
+    yield "\n\n".join(f"![{title}](../benchmarks/results/plots/{name})" for name, title, _ in cpu_plot(here))
     yield table(("", "modernbert", "transformers, fastest of its ways", "ONNX Runtime", "others", "command"), lines)
     yield footer(here, NOTES["cpu"])
 
@@ -251,86 +253,67 @@ def gpu_table(rows: Sequence[Row]) -> str:
 Plot = tuple[str, str, Callable[[Any], None]]
 
 
-def plots(rows: Sequence[Row]) -> list[Plot]:
-    """Factors on a CPU, latencies of search, and for every other table its medians."""
-    found = []
-    for here in by_machine(rows):
-        found += [*cpu_plots(here), *search_plots(here), *median_plots(here)]
-    return found
-
-
 def file_of(here: Sequence[Row], name: str) -> str:
     """Such as amd-epyc-cpu-factors.svg."""
     words = re.sub(r"\(.*?\)|NVIDIA", "", here[0].get("gpu") or here[0]["cpu"])
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {name}".lower()).strip("-") + ".svg"
 
 
-def cpu_plots(here: Sequence[Row]) -> Iterator[Plot]:
-    factors = {}
+def plots(rows: Sequence[Row]) -> Iterator[Plot]:
+    """Factors on a CPU, latencies of search, and medians of other tables: curves where rows have an x, else bars."""
+    for here in by_machine(rows):
+        yield from cpu_plot(here)
+        groups: dict[str, list[Row]] = {}
+        for one in here:
+            if (
+                one["suite"] == "retrieval"
+                and one["workload"].startswith("search-")
+                and one["figure"] in ("p50", "p99")
+            ):
+                passages, _, vectors = one["corpus"].partition(" passages, ")
+                x, name = int(passages.replace(",", "")), f"{one['implementation']}, {vectors}, {one['figure']}"
+                found = one | {"x": {"name": "passages", "value": x}, "implementation": name}
+                groups.setdefault("retrieval search", []).append(found)
+            elif one["suite"] not in ("cpu", "retrieval"):
+                parts = (one["suite"], one.get("model"), one.get("figure"), one.get("pass"))
+                parts += (one["workload"] if one.get("x") else one["what"],)
+                groups.setdefault(" ".join(filter(None, parts))[:100], []).append(one)
+        for name, group in groups.items():
+            yield file_of(here, name), name, partial(draw_medians, group)
+
+
+def cpu_plot(here: Sequence[Row]) -> Iterator[Plot]:
+    factors: dict[str, float] = {}
     for group in tables_of(one for one in here if one["suite"] == "cpu"):
         if mine := ours(group):
             factors |= {f"{mine['what'][:70]}: {name}": found for name, found in mine["times_better_than"].items()}
 
     def draw(axes: Any) -> None:
         axes.figure.set_size_inches(10, 1 + 0.2 * len(factors))
-        colours = ["tab:blue" if found >= 1 else "tab:gray" for found in factors.values()]
-        axes.barh(list(factors), [found - 1 for found in factors.values()], left=1, color=colours)
+        axes.barh(list(factors), [found - 1 for found in factors.values()], left=1)
         axes.set_xscale("log")
         axes.axvline(1, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xlabel("right of 1: modernbert is ahead")
 
     if factors:
-        title = "On a CPU: how many times faster (or leaner) modernbert is"
-        yield file_of(here, "cpu factors"), title, draw
+        yield file_of(here, "cpu factors"), "On a CPU: how many times faster (or leaner) modernbert is", draw
 
 
-def search_plots(here: Sequence[Row]) -> Iterator[Plot]:
-    curves: dict[str, dict[int, float]] = {}
-    for one in here:
-        if one["suite"] == "retrieval" and one["workload"].startswith("search-") and one["figure"] in ("p50", "p99"):
-            passages, _, vectors = one["corpus"].partition(" passages, ")
-            curve = curves.setdefault(f"{one['implementation']}, {vectors}, {one['figure']}", {})
-            curve[int(passages.replace(",", ""))] = one["median"]
-
-    def draw(axes: Any) -> None:
-        for name, curve in curves.items():
-            axes.loglog(*zip(*sorted(curve.items()), strict=True), "o-" if name.endswith("p50") else "o:", label=name)
-        axes.set_xlabel("passages")
-        axes.set_ylabel("ms")
+def draw_medians(group: Sequence[Row], axes: Any) -> None:
+    for name in dict.fromkeys(one["implementation"] for one in group):
+        alike = [one for one in group if one["implementation"] == name]
+        if not alike[0].get("x"):
+            axes.barh([name], [alike[0]["median"]], color="tab:blue")
+            axes.set_xlabel(alike[0]["unit"])
+            continue
+        points = sorted((one["x"]["value"], one["median"]) for one in alike)
+        axes.loglog(*zip(*points, strict=True), "o-", label=name)
+        axes.set(xlabel=alike[0]["x"]["name"], ylabel=alike[0]["unit"])
         axes.legend(fontsize=7)
 
-    if curves:
-        yield file_of(here, "retrieval search"), "Search latency on a CPU, by passages in the store", draw
 
-
-def median_plots(here: Sequence[Row]) -> Iterator[Plot]:
-    """Bars of a table, or curves where its rows have an x."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for one in here:
-        if one["suite"] not in ("cpu", "retrieval"):
-            what = one["workload"] if one.get("x") else one["what"]
-            key = (one["suite"], one.get("model") or "", one.get("figure") or one["unit"], one.get("pass") or "", what)
-            groups.setdefault(key, []).append(one)
-    for key, group in groups.items():
-
-        def draw(axes: Any, group: Sequence[Row] = group) -> None:
-            for name in dict.fromkeys(one["implementation"] for one in group):
-                alike = [one for one in group if one["implementation"] == name]
-                if alike[0].get("x"):
-                    points = sorted((one["x"]["value"], one["median"]) for one in alike)
-                    axes.plot(*zip(*points, strict=True), "o-", label=name)
-                else:
-                    axes.barh([name], [alike[0]["median"]])
-            axes.set_xlabel(group[0]["x"]["name"] if group[0].get("x") else group[0]["unit"])
-            if group[0].get("x"):
-                axes.set_ylabel(group[0]["unit"])
-                axes.legend(fontsize=7)
-
-        yield file_of(here, " ".join(key)[:100]), ", ".join(filter(None, key)), draw
-
-
-def drawn(found: Sequence[Plot], folder: Path) -> list[Path]:
+def drawn(found: Iterable[Plot], folder: Path) -> list[Path]:
     """Draw the plots into a folder that has nothing else; the same rows and matplotlib give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -338,13 +321,15 @@ def drawn(found: Sequence[Plot], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.svg"):
         file.unlink()
+    files = []
     with matplotlib.rc_context({"svg.hashsalt": "rows", "svg.fonttype": "none", "font.size": 8}):
         for name, title, draw in found:
             figure = Figure(figsize=(8, 4), layout="constrained")
             draw(axes := figure.add_subplot(title=title))
             axes.grid(alpha=0.3)
             figure.savefig(folder / name, metadata={"Date": None})
-    return [folder / name for name, _, _ in found]
+            files.append(folder / name)
+    return files
 
 
 # Writing.

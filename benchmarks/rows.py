@@ -10,7 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -24,68 +24,30 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "maxsim-cpu", "numpy")
+FOLDERS = ("--output", "--work", "--data", "--against")
 
 
-def row(
-    *,
-    suite: str,
-    workload: str,
-    what: str,
-    implementation: str,
-    unit: str,
-    values: Sequence[float],
-    settings: str = "",
-    dtype: str = "float32",
-    max_error: float | None = None,
-    tolerance: float | None = None,
-    foreign_percent: float | None = None,
-    clean: bool = True,
-    calls: int = 1,
-    times_better_than: Mapping[str, float] | None = None,
-    goals: Mapping[str, float] | None = None,
-) -> Row:
+def row(values: Sequence[float], *, max_error: float | None = None, tolerance: float | None = None, **more: Any) -> Row:
     """One measured row.
 
     Args:
-        values: one per sample, in `unit`.
+        values: one per sample, in the row's `unit`.
         max_error: the largest difference from the reference; None if there is nothing to compare.
-        foreign_percent: CPU use by others during the busiest kept sample, in percent of one core; None where it does
-            not matter.
-        calls: in one sample, which is then their median.
-        times_better_than: factor over each peer, the median of the factors within each round.
-        goals: the factors that we want to reach.
+        more: suite, workload, what, implementation, unit, and what else is known of it.
     """
-    return {
-        "kind": "measured",
-        "suite": suite,
-        "workload": workload,
-        "what": what,
-        "implementation": implementation,
-        "settings": settings,
-        "unit": unit,
-        "median": rounded(statistics.median(values)),
-        "min": rounded(min(values)),
-        "max": rounded(max(values)),
-        "samples": len(values),
-        "calls_per_sample": calls,
-        "clean": clean,
-        "foreign_percent": None if foreign_percent is None else round(foreign_percent, 1),
-        "max_error": None if max_error is None else float(f"{max_error:.2g}"),
-        "tolerance": None if tolerance is None else float(f"{tolerance:.2g}"),
-        "times_better_than": {name: rounded(factor) for name, factor in (times_better_than or {}).items()},
-        "goals": dict(goals or {}),
-        "dtype": dtype,
-        **circumstances(),
-    }
+    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    usual = {"kind": "measured", "settings": "", "dtype": "float32", "clean": True, "foreign_percent": None}
+    usual |= {"calls_per_sample": 1, "times_better_than": {}, "samples": len(values)}
+    errors = {"max_error": rounded(max_error, digits=2), "tolerance": rounded(tolerance, digits=2)}
+    return usual | more | {name: rounded(x) for name, x in figures.items()} | errors | circumstances()
 
 
-def rounded(value: float | None, scale: float = 1.0) -> Any:
-    """To four digits; None stays."""
-    return None if value is None else float(f"{value * scale:.4g}")
+def rounded(value: float | None, scale: float = 1.0, *, digits: int = 4) -> Any:
+    return None if value is None else float(f"{value * scale:.{digits}g}")
 
 
 @cache
-def circumstances() -> dict[str, Any]:
+def circumstances() -> Row:
     """The machine, the versions, the commit, the date and the command of this run."""
     return {
         "cpu": _cpu(),
@@ -94,9 +56,9 @@ def circumstances() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
-        "commit": commit_of(ROOT),
+        "commit": git("rev-parse", "HEAD"),
         # Results and the pages made from them do not change what was measured.
-        "dirty": bool(_git(ROOT, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")),
+        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m benchmarks " + shlex.join(without_folders(sys.argv[1:])),
     }
@@ -104,12 +66,11 @@ def circumstances() -> dict[str, Any]:
 
 def without_folders(arguments: Sequence[str]) -> list[str]:
     """The arguments that decide what is measured, without the paths of this machine."""
-    kept, folders = [], ("--output", "--work", "--data", "--against")
-    following = iter(arguments)
+    kept, following = [], iter(arguments)
     for one in following:
-        if one in folders:
+        if one in FOLDERS:
             next(following, None)
-        elif not one.startswith(tuple(f"{folder}=" for folder in folders)):
+        elif not one.startswith(tuple(f"{folder}=" for folder in FOLDERS)):
             kept.append(one)
     return kept
 
@@ -121,21 +82,15 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     lines = (line.partition(":") for line in info.read_text().splitlines())
     fields = {name.strip(): text.strip() for name, _, text in lines}
-    flags = fields.get("flags", "").split()
-    widest = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), None)
-    name = fields.get("model name", platform.machine())
+    flags, name = fields.get("flags", "").split(), fields.get("model name", platform.machine())
+    widest = next((flag for flag in ("amx_tile", "avx512f", "avx2") if flag in flags), None)
     return f"{name} ({widest})" if widest else name
 
 
-def commit_of(checkout: Path) -> str:
-    return _git(checkout, "rev-parse", "HEAD")
-
-
-def _git(checkout: Path, *arguments: str) -> str:
+def git(*arguments: str, cwd: Path = ROOT) -> str:
     if not shutil.which("git"):
         return "unknown"
-    done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def append(rows: Sequence[Row], file: Path) -> None:

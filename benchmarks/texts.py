@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -130,8 +131,8 @@ def projection(width: int, to: int) -> Tensor:
 
 
 def save_colbert(checkpoint: str, folder: Path, *, width: int, longest: int | None = None) -> Path:
-    """A folder for PyLate, sentence-transformers and us, if it does not exist: a checkpoint with a projection to `width`
-    and the default model's tokenizer. Documents are cut to `longest` tokens.
+    """A folder for PyLate, sentence-transformers and us, if there is none: a checkpoint, a projection to `width` and
+    the default model's tokenizer. Documents are cut to `longest` tokens.
     """
     from modernbert.heads.dense import Dense  # not in every checkout that a worker may import
 
@@ -143,3 +144,9 @@ def save_colbert(checkpoint: str, folder: Path, *, width: int, longest: int | No
         config = replace(template.config, document_length=longest or template.config.document_length)
         ColBERT(encoder, template.tokenizer, [head], config).save_pretrained(folder)
     return folder
+
+
+def add_tokenizer(folder: str) -> None:
+    """Copy the tokenizer of the default model next to a checkpoint."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "default" / file, folder)

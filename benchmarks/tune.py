@@ -42,7 +42,7 @@ MINUTES = 8.5
 """After these no further entry is begun, so that a run fits into ten minutes."""
 
 NOISE = 1.02
-"""A candidate that is not faster than the present tile by more than this is dropped: two equal kernels differ as much."""
+"""A candidate must be faster than the present tile by more than this: two equal kernels differ as much."""
 
 TOKENS, FEW = 16_384, 16
 ROUNDS, DUEL = 5, 15

@@ -12,11 +12,15 @@ count.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from benchmarks.clock import Rates
-from benchmarks.rows import rounded
-from modernbert import EncoderConfig
+from benchmarks.inputs import LENGTHS, MEAN
+from benchmarks.rows import Row, rounded
+from benchmarks.worker import Job
+from modernbert.config import PRESETS, EncoderConfig
 
 
 class Datasheet(NamedTuple):
@@ -123,40 +127,55 @@ def _product(T: int, inner: int, outer: int, itemsize: int) -> Kernel:
     return Kernel("product", 2 * T * inner * outer, itemsize * (T * inner + T * outer + inner * outer))
 
 
-SHARES = (
-    *("tflop_per_s", "percent_of_matmul", "percent_of_datasheet"),
-    *("percent_of_roofline", "percent_of_datasheet_roofline"),
-)
-
-
-def shares(
-    of_pass: tuple[EncoderConfig, Sequence[int], int, bool] | None,
-    seconds: float = 1.0,
-    rates: Rates = Rates(1.0, 1.0),
-    dtype: str = "float32",
-    gpu: str | None = None,
-) -> dict[str, Any]:
-    """Operations per second, and their share of the rates of this run and of the datasheet; all None without a pass.
-
-    Args:
-        of_pass: config, lengths, itemsize, and whether it goes backward.
-    """
-    if of_pass is None:
-        return dict.fromkeys(SHARES)
-    config, lengths, itemsize, backward = of_pass
-    done = flops(config, lengths, backward=backward) / seconds
-    sheet = DATASHEETS.get(gpu or "")
-    peak = getattr(sheet, dtype, None)
+def shares(config: EncoderConfig, job: Job, seconds: float, rates: Rates, dtype: torch.dtype, gpu: str | None) -> Row:
+    """Operations per second of a pass, and their share of the rates of this run and of the datasheet."""
+    known = {"backward": job.backward}
+    done, sheet = flops(config, job.lengths, **known) / seconds, DATASHEETS.get(gpu or "")
+    peak = getattr(sheet, str(dtype).removeprefix("torch."), None)
 
     def of_roofline(flops_per_s: float, bytes_per_s: float) -> float:
-        least = least_seconds(config, lengths, itemsize, flops_per_s, bytes_per_s, backward=backward)
-        return rounded(least / seconds, 100)
+        return rounded(
+            least_seconds(config, job.lengths, dtype.itemsize, flops_per_s, bytes_per_s, **known) / seconds, 100
+        )
 
-    found = (
-        rounded(done, 1e-12),
-        rounded(done, 100 / rates.matmul),
-        None if peak is None else rounded(done, 100 / peak),
-        of_roofline(rates.matmul, rates.copy),
-        None if peak is None or sheet is None else of_roofline(peak, sheet.bytes),
+    return {
+        "rates": {"copy_gb_per_s": rounded(rates.copy, 1e-9), "matmul_tflop_per_s": rounded(rates.matmul, 1e-12)},
+        "tflop_per_s": rounded(done, 1e-12),
+        "percent_of_matmul": rounded(done, 100 / rates.matmul),
+        "percent_of_datasheet": rounded(done, 100 / peak) if peak else None,
+        "percent_of_roofline": of_roofline(rates.matmul, rates.copy),
+        "percent_of_datasheet_roofline": of_roofline(peak, sheet.bytes) if peak and sheet else None,
+    }
+
+
+PRODUCTS, COPY, ATTENTION, GAP = 0.80, 0.90, 0.50, 1e-6
+"""Assumed shares of the datasheet's rates: products and attention of the tensor cores', and copies of the memory's (on
+an H200 a large product reached 0.797, a copy 0.896; attention is a guess); seconds between two kernels in a graph."""
+
+
+def projected_seconds(config: EncoderConfig, lengths: Sequence[int], sheet: Datasheet) -> float:
+    """Of a forward pass in bfloat16 in a graph."""
+
+    def seconds(kernel: Kernel) -> float:
+        share = ATTENTION if kernel.name.endswith("attention") else PRODUCTS
+        return max(kernel.flops / sheet.bfloat16 / share, kernel.bytes / sheet.bytes / COPY) + GAP
+
+    return sum(map(seconds, kernels(config, lengths, itemsize=2)))
+
+
+def show_roofline(gpu: str) -> None:
+    """Thousand tokens a second of every preset and set of lengths: the bound of the datasheet, and a projection."""
+    sheet = DATASHEETS[gpu]
+    print(f"Projected, not measured: {gpu}, bfloat16, forward, thousand tokens/s (bound by the datasheet / projected).")
+    print(
+        f"Assumed: products {PRODUCTS:.0%} and attention {ATTENTION:.0%} of the tensor cores' rate, {COPY:.0%} of the"
     )
-    return dict(zip(SHARES, found, strict=True))
+    print(f"memory's, {1e6 * GAP:g} us between kernels.")
+    for model, config in PRESETS.items():
+        cells = []
+        for name, make in LENGTHS.items():
+            lengths = make(65_536 // MEAN[name])
+            bound = least_seconds(config, lengths, 2, sheet.bfloat16, sheet.bytes)
+            each = (sum(lengths) / seconds / 1e3 for seconds in (bound, projected_seconds(config, lengths, sheet)))
+            cells.append(f"{name} {' / '.join(f'{one:,.0f}' for one in each)} (projected)")
+        print(f"{model}: {'; '.join(cells)}")

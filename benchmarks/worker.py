@@ -1,6 +1,6 @@
 """One implementation in a process of its own: what it is started with, what it is asked, and the `Worker` that asks.
 
-A request is a function of this file with its arguments. What goes wrong in the process costs only its own rows.
+A request is a function of this kind with its arguments. What goes wrong in the process costs only its own rows.
 """
 
 from __future__ import annotations
@@ -25,22 +25,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import clock
-from benchmarks.clock import Reading
+from benchmarks.clock import Call, Rates, Reading, Refused
+from benchmarks.rows import ROOT
 
-ROOT = Path(__file__).parents[1]
 SLOW = 2.0
 """Seconds of a call on a CPU above which it is not repeated before its sample."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where an implementation loads its model from, and where it runs.
-
-    Attributes:
-        folder: a checkpoint that both transformers and we can read.
-        dtype: of weights and activations, such as "bfloat16". device: "cpu" or "cuda". threads: of torch.
-        quick: fewer variants are tried.
-    """
+    """The checkpoint, for transformers and for us; the dtype ("bfloat16"), device ("cuda") and threads of torch."""
 
     folder: str
     dtype: str
@@ -66,7 +60,6 @@ class Job:
         checked: indices of the texts whose hidden states are compared with the reference.
         batch: texts of a batch where a protocol fixes it; None leaves the choice to the implementation.
         from_host: the ids are on the host, and their copy to the device is timed.
-        backward: the call goes forward and backward, with the gradients of `inputs.cotangent`.
         options: further arguments for particular builders.
     """
 
@@ -78,23 +71,19 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A job that is ready to run, with one choice of settings.
 
     Attributes:
-        settings: what was chosen, in words.
         run: the timed call. It may return before a GPU is done.
         answer: the output to compare, computed as `run` computes it: float32 on the CPU.
         warm: what runs before a sample, untimed; by default `run`.
-        clear: drops what a run leaves, such as gradients.
     """
 
     settings: str
-    run: Callable[[], Any]
+    run: Call
     answer: Callable[[], Tensor]
-    warm: Callable[[], Any] | None = None
-    clear: Callable[[], Any] = lambda: None
+    warm: Call | None = None
 
 
 Build = Callable[[Job], Iterable[Variant]]
@@ -106,9 +95,7 @@ class Peer(NamedTuple):
 
     Attributes:
         builder: takes a `Setup` and the options, loads the model and returns a `Build`.
-        options: of the builder.
-        applies: whether it runs in such a setup at all.
-        package: must be installed.
+        applies: whether it runs in such a setup at all. package: must be installed.
         slow: compiles for minutes, and is left out where time is short.
         exact: is refused where it differs from the reference; int8 is not, and its rows have the error.
         checkout: the project's folder that `modernbert` is imported from, by default this one.
@@ -123,14 +110,9 @@ class Peer(NamedTuple):
     checkout: str | None = None
 
 
-class Failed(RuntimeError):
-    """An implementation has no answer; the message is the reason."""
-
-
 class Worker:
-    """A process that starts at once and loads its model at the first request.
-
-    `ask` is `send` and `receive`. Between the two, other processes can be asked.
+    """A process that loads its model at the first request. `ask` is `send` and `receive`, between which others can be
+    asked.
     """
 
     def __init__(self, setup: Setup, peer: Peer, scratch: Path) -> None:
@@ -141,30 +123,17 @@ class Worker:
         paths = [str(checkout), str(checkout / "kernels"), *(path for path in sys.path if path)]
         code = f"import sys; sys.path[0] = {str(ROOT)!r}; import benchmarks; sys.path[:] = {paths!r}; "
         code += f"from benchmarks.worker import serve; serve({theirs.fileno()})"
-        environment = os.environ | {
-            # What another process or an earlier run compiled is not found again.
-            "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=scratch),
-            # The tokenizers and maxsim-cpu read it when their thread pools start.
-            "RAYON_NUM_THREADS": str(setup.threads),
-        }
+        # What another process compiled is not found again. Thread pools of tokenizers read RAYON_NUM_THREADS.
+        known = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=scratch), "RAYON_NUM_THREADS": str(setup.threads)}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=environment,
-            )
+            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            command = [sys.executable, "-c", code]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | known, **pipes)
         theirs.close()  # so that its end is noticed here
         self._put((setup, peer.builder, peer.options))
 
     def ask(self, request: Callable[..., Any], *, timeout: float, **arguments: Any) -> Any:
-        """The answer to a request.
-
-        Raises:
-            Failed: it failed, its process died, or it took more than `timeout` seconds, after which it is ended.
-        """
+        """The answer to a request; `Refused` if it failed, its process died, or it took longer and was ended."""
         self.send(request, **arguments)
         return self.receive(timeout)
 
@@ -172,22 +141,21 @@ class Worker:
         self._put((request, arguments))
 
     def _put(self, message: Any) -> None:
-        # A process that has died is noticed when its answer is awaited.
-        with suppress(OSError):
+        with suppress(OSError):  # a process that has died is noticed when its answer is awaited
             self.connection.send_bytes(pickle.dumps(message))
 
     def receive(self, timeout: float) -> Any:
         try:
             if not self.connection.poll(max(0.0, timeout)):
                 self.close()
-                raise Failed(f"did not answer within {timeout:.0f} s")
+                raise Refused(f"did not answer within {timeout:.0f} s")
             worked, answer = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
-            code = self.process.wait(5)
             lines = self.log.read_text("utf-8", "replace").strip().splitlines()
-            raise Failed(": ".join([f"its process ended with exit code {code}", *lines[-1:]])[:300]) from error
+            reason = [f"its process ended with exit code {self.process.wait(5)}", *lines[-1:]]
+            raise Refused(": ".join(reason)[:300]) from error
         if not worked:
-            raise Failed(answer)
+            raise Refused(answer)
         return answer
 
     @property
@@ -205,11 +173,7 @@ class Worker:
 
 @dataclass
 class State:
-    """What a process holds.
-
-    Attributes:
-        variant: of the prepared job, the fastest. calls: in a sample. seconds: of a call.
-    """
+    """What a process holds: the prepared variant, the calls of a sample, and the seconds of a call."""
 
     setup: Setup
     build: Build
@@ -227,7 +191,7 @@ class State:
             raise RuntimeError("no job is prepared")
         return self.variant
 
-    def read(self, work: Callable[[], Any]) -> Reading:
+    def read(self, work: Call) -> Reading:
         return clock.read_wall(work) if self.setup.is_gpu else clock.read_clocks(work)
 
 
@@ -242,22 +206,16 @@ def serve(fd: int) -> None:
         except EOFError:
             return
         try:
-            state = state or opened(setup, builder, options)
+            if state is None:
+                torch.set_num_threads(setup.threads)
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+                state = State(setup, builder(setup, **options))
             answer = True, request(state, **arguments)
         except Exception as error:
             # Whatever other packages raise, and too little memory, becomes the reason of a missing row.
             answer = False, f"fails: {type(error).__name__}: {str(error)[:300]}"
-            if state is not None:
-                rest(state)
+            release()
         connection.send_bytes(pickle.dumps(answer))
-
-
-def opened(setup: Setup, builder: Callable[..., Build], options: Mapping[str, Any]) -> State:
-    """The model, loaded."""
-    torch.set_num_threads(setup.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    return State(setup, builder(setup, **options))
 
 
 # The requests. All take the state of the process first.
@@ -269,23 +227,13 @@ def hello(state: State) -> dict[str, Any]:
 
 
 def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, Any]:
-    """Try the variants of a job and keep the fastest.
-
-    Args:
-        window: least seconds of a sample.
-        seconds: after these no further variant is tried.
-
-    Returns:
-        Its answer and settings, and the calls of a sample.
-    """
+    """Try the variants of a job for so many seconds and keep the fastest, whose samples last `window` seconds."""
     rest(state)
-    until = time.monotonic() + seconds
-    best, quickest, failed = None, float("inf"), ""
+    until, best, quickest, failed = time.monotonic() + seconds, None, float("inf"), ""
     for variant in state.build(job):
         try:
             took = state.read(variant.warm or variant.run).seconds
-            # A first call compiles and allocates.
-            if took < SLOW or variant.warm or state.setup.is_gpu:
+            if took < SLOW or variant.warm or state.setup.is_gpu:  # a first call compiles and allocates
                 took = state.read(variant.run).seconds
             for _ in range(0 if took > 1.0 else min(20, int(window / max(took, 1e-3)) + 1)):
                 took = min(took, state.read(variant.run).seconds)
@@ -299,15 +247,14 @@ def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, 
             break
     if best is None:
         raise RuntimeError(failed or "there is no variant of this job")
-    state.variant, state.seconds = best, quickest
-    state.calls = max(1, -(-int(1e6 * window) // max(1, int(1e6 * quickest))))
+    state.variant, state.seconds, state.calls = best, quickest, clock.repeats_for(window, quickest)
     told = {"settings": best.settings, "calls": state.calls, "answer": best.answer()}
     release()
     return told
 
 
 def sample(state: State) -> tuple[float, float]:
-    """Seconds of a call, and the CPU that others used meanwhile in percent of a core.
+    """Seconds of a call, and the CPU that others used meanwhile.
 
     A GPU makes its calls without waiting between them; on a CPU it is the median of the calls. An untimed call comes
     first: it outlasts the threads of other processes that spin for a while after their last call.
@@ -329,36 +276,30 @@ def sample(state: State) -> tuple[float, float]:
 
 def latencies(state: State, count: int) -> dict[str, Any]:
     """Seconds of `count` calls, each waited for: on the host, and between two events on a GPU."""
-    variant = state.ready
-    for _ in range(3):
-        variant.run()
-    host: list[float] = []
+    run, host = state.ready.run, []
+    clock.repeat(3, run)
 
     def calls() -> None:
         for _ in range(count):
+            start = time.perf_counter()
+            run()
             if state.setup.is_gpu:
-                host.append(clock.read_wall(variant.run).seconds)
-            else:
-                start = time.perf_counter()
-                variant.run()
-                host.append(time.perf_counter() - start)
+                torch.cuda.synchronize()
+            host.append(time.perf_counter() - start)
 
     foreign = clock.read_clocks(calls).foreign
-    device = [clock.read_gpu(variant.run).seconds for _ in range(count)] if state.setup.is_gpu else []
+    device = [clock.read_gpu(run).seconds for _ in range(count)] if state.setup.is_gpu else []
     return {"host": host, "device": device, "foreign": 0.0 if state.setup.is_gpu else foreign}
 
 
 def peak(state: State, job: Job, warm: Job) -> dict[str, Any]:
-    """Bytes that a call takes at its peak beyond the loaded model and its inputs; its settings and its answer.
+    """Bytes at the peak of a call beyond the loaded model and its inputs; its settings and its answer.
 
     `warm` brings thread pools, workspaces and lazy imports. On a CPU only the first call of a process counts, because
     an allocator keeps what it once had.
     """
     rest(state)
-    warming = next(iter(state.build(warm)))
-    warming.run()
-    warming.clear()
-    del warming
+    next(iter(state.build(warm))).run()
     release()
     state.variant = variant = next(iter(state.build(job)))
     found = clock.peak_bytes(variant.run) if state.setup.is_gpu else host_peak(variant.run)
@@ -369,8 +310,7 @@ CLEAR = Path("/proc/self/clear_refs")
 """Resets the high-water mark of the memory of a process. Linux only."""
 
 
-def host_peak(run: Callable[[], Any]) -> int:
-    """Bytes at the peak of a call beyond what was there before it."""
+def host_peak(run: Call) -> int:
     before = memory("VmRSS")
     CLEAR.write_text("5")
     run()
@@ -388,9 +328,7 @@ def memory(field: str, pid: str | int = "self") -> int:
 
 def answer(state: State, job: Job) -> Tensor:
     """The answer of a job that is not timed."""
-    found = next(iter(state.build(job))).answer()
-    rest(state)
-    return found
+    return next(iter(state.build(job))).answer()
 
 
 def fits(state: State, job: Job) -> bool:
@@ -405,12 +343,12 @@ def fits(state: State, job: Job) -> bool:
     return True
 
 
-def sensors(state: State) -> dict[str, float | None]:
+def sensors(state: State) -> dict[str, float]:
     """Clocks, power and temperature while the prepared job runs."""
     return clock.sensors(state.device, state.ready.warm or state.ready.run)
 
 
-def rates(state: State) -> dict[str, list[float]]:
+def rates(state: State) -> Rates:
     """What this machine reaches in the dtype of the setup."""
     return clock.rates(state.device, state.setup.torch_dtype, quick=state.setup.quick)
 
@@ -423,9 +361,7 @@ def rest(state: State) -> None:
 
 def release(*, few: bool = False) -> None:
     """Give back what the allocator of a GPU keeps, because others need it; with `few`, only if it is much."""
-    if not torch.cuda.is_initialized():
-        gc.collect()
-    elif not few or torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1] / 40:
-        gc.collect()
+    gc.collect()
+    if torch.cuda.is_initialized() and (not few or torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1] / 40):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
