@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import attrgetter, is_
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -187,11 +188,12 @@ def _few(parameter: nn.Parameter, count: int = 4) -> Tensor:
     return flat[:: max(1, flat.numel() // count)][:count]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[Linear]:
     return type(module) is Linear and module.weight.is_cpu and module.weight.dtype is torch.float32
 
 
 def _pack_linear(module: nn.Module) -> nn.Module | None:
     """A linear layer with its weight packed for oneDNN, where that is faster at any number of rows."""
-    packs = linear.FASTER_THAN_MKL and linear.AVAILABLE and _is_plain(module)
-    return with_weight(module, linear.pack_weight(module.weight)) if packs else None
+    if linear.FASTER_THAN_MKL and linear.AVAILABLE and _is_plain(module):
+        return with_weight(module, linear.pack_weight(module.weight))
+    return None

@@ -74,7 +74,7 @@ class TransformersEncoder(nn.Module):
             if of is batch:  # another thread may be in the same layer
                 states.append(x_TD if delta_TD is None else x_TD + delta_TD)
 
-        layers = self.encoder.layers if output_hidden_states else ()
+        layers = list(self.encoder.layers) if output_hidden_states else []
         hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         try:
             x_TD = self.encoder(batch, inputs_embeds=embeds_TD)
