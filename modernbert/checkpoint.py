@@ -7,17 +7,13 @@ files are memory-mapped, and the module, built on the meta device, takes the ten
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import json
 import os
 import pickletools
 import re
 import shutil
-import sys
-import uuid
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -26,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .files import replacing_folder
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in the order they are looked for
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -281,30 +279,13 @@ def save(
     files are moved one by one, config.json last: a folder caught in between is refused, and not misread.
     Of tied tensors the first is written.
     """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; give a folder to save into")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fixed = os.path.ismount(target) or Path.cwd().is_relative_to(target)
-    inside = target.exists() and (fixed or not os.access(target.parent, os.W_OK))
-    new = (target if inside else target.parent) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
-    new.mkdir()
-    try:
+    with replacing_folder(Path(folder), last="config.json", stale=WEIGHTS) as new:
         for name, content in {**(files or {}), "config.json": config}.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"files: {name!r} lies outside of the folder to save")
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content if isinstance(content, bytes) else _json(content))
         _write_weights(new, state)
-        _flush(path for path in new.rglob("*") if path.is_file())
-        if not target.exists():
-            _flush(_folders(new))
-            new.rename(target)
-        elif inside or not _swap(new, target):
-            _move_into(new, target)
-        _flush([target.parent])
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _json(content: Any) -> bytes:
@@ -331,64 +312,3 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{SAFETENSORS}.index.json").write_bytes(_json(index))
-
-
-def _swap(new: Path, target: Path) -> bool:
-    """Exchange two folders in one step, `new` holding all that only `target` had; False if that cannot be."""
-    if sys.platform != "linux":
-        return False
-
-    try:
-        _carry_over(target, new)
-    except shutil.Error:  # a file system without hard links, or somebody else's file
-        return False
-    _flush(_folders(new))
-    at_fdcwd, rename_exchange = -100, 2  # of <fcntl.h> and <linux/fs.h>
-    rename = ctypes.CDLL(None, use_errno=True).renameat2
-    if rename(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(target), rename_exchange) == 0:
-        _carry_over(new, target)  # what others wrote into the old folder meanwhile
-        return True
-    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY):
-        return False
-    raise OSError(code, os.strerror(code), str(target))
-
-
-def _carry_over(old: Path, new: Path) -> None:
-    """Link into `new` what only `old` has, but for its weights."""
-
-    def ignored(folder: str, names: list[str]) -> list[str]:
-        here, there = new / Path(folder).relative_to(old), Path(folder)
-        folders = [n for n in names if (there / n).is_dir() and not (there / n).is_symlink()]
-        present = [n for n in names if os.path.lexists(here / n) and n not in folders]
-        return present + [n for n in names if here == new and WEIGHTS.fullmatch(n)]
-
-    shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=os.link, dirs_exist_ok=True)
-
-
-def _move_into(new: Path, target: Path) -> None:
-    (target / "config.json").unlink(missing_ok=True)
-    for path in target.iterdir():
-        if WEIGHTS.fullmatch(path.name):
-            path.unlink()
-    for path in sorted(new.rglob("*"), key=lambda path: path == new / "config.json"):
-        if path.is_file():
-            there = target / path.relative_to(new)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(there)
-    _flush(_folders(target))
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    return (Path(path) for path, _, _ in os.walk(folder))
-
-
-def _flush(paths: Iterable[Path]) -> None:
-    """Have the disk hold these files, and what these folders list."""
-    if os.name == "nt":
-        return  # which has no such call for folders, nor for files that are open to be read
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,8 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import filter_repo_objects
+
+from .files import replacing
 
 T = TypeVar("T")
 
@@ -187,15 +188,14 @@ def _patiently(ask: Callable[[], T]) -> T:
 
 
 def _name_commit(folder: Path, revision: str) -> None:
-    """Note in the cache, as its layout has it, the commit that a branch or tag is: offline it stands for that one."""
-    storage = folder.parents[1]
-    ref, new = storage / "refs" / revision, storage / f".ref-{uuid.uuid4().hex[:8]}"
+    """Note the commit of a branch or tag in the cache, in the cache's own layout, so that offline loads find it."""
+    ref = folder.parents[1] / "refs" / revision
     if revision == folder.name or (ref.is_file() and ref.read_text() == folder.name):
         return
-    with contextlib.suppress(OSError):  # a cache that can only be read serves as well
+    with contextlib.suppress(OSError):  # a read-only cache works as well
         ref.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(folder.name)
-        new.replace(ref)
+        with replacing(ref) as beside:
+            beside.write_text(folder.name)
 
 
 def _said(error: Exception) -> str:
