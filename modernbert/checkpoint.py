@@ -1,6 +1,6 @@
 """Checkpoint folders: from a path or a hub id to tensors in a module, and back to a folder.
 
-This file handles files and dicts, and no class of ours. Loading is strict both ways and never holds two copies of the
+Handles files and dicts, no class of ours. Loading is strict both ways and never holds two copies of the
 weights: files are memory-mapped, and the module, built on the meta device, takes the tensors without copying them.
 """
 
@@ -288,9 +288,8 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     )
     for shard, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
-        shutil.copymode(
-            folder / "config.json", folder / shard
-        )  # safetensors 0.8 makes files readable by the owner only
+        # safetensors 0.8 makes its files readable by their owner only.
+        shutil.copymode(folder / "config.json", folder / shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{SAFETENSORS}.index.json").write_bytes(_json(index))

@@ -76,7 +76,7 @@ class ColBERT(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> ColBERT:
         """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
