@@ -94,7 +94,7 @@ def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> o
     path = Path(folder) / name
     if not has_file(path):
         there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{path} is missing; beside it: {there}")
+        raise FileNotFoundError(f"{path} is missing; next to it: {there}")
     if (size := path.stat().st_size) > JSON_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; JSON files of at most {JSON_BYTES:,} bytes are read")
     try:
@@ -149,7 +149,7 @@ def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
         for key, shard in index["weight_map"].items():
             # `PureWindowsPath` understands both separators and drive letters, so this rejects all but plain file names.
             if not isinstance(shard, str) or shard in ("", "..") or PureWindowsPath(shard).name != shard:
-                raise ValueError(f"{path} points to {shard!r:.200}, which is not a file beside it")
+                raise ValueError(f"{path} points to {shard!r:.200}, which is not a file next to it")
             shards.setdefault(folder / shard, set()).add(key)
         if missing := [shard.name for shard in shards if not has_file(shard)]:
             raise FileNotFoundError(f"{path} points to {missing}, which are missing")

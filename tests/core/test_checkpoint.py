@@ -189,7 +189,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes('{"a": "é"}'.encode())
     assert read_json(tmp_path, "config.json") == {"a": "é"}
-    with pytest.raises(FileNotFoundError, match=r"modules\.json is missing; beside it: \['config\.json'\]"):
+    with pytest.raises(FileNotFoundError, match=r"modules\.json is missing; next to it: \['config\.json'\]"):
         read_json(tmp_path, "modules.json")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_json(tmp_path / "gone", "modules.json")
