@@ -243,7 +243,7 @@ class Encoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Encoder:
         """Load a Hugging Face checkpoint of the family, in evaluation mode; a head in the file is left out.

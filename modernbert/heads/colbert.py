@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import string
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import modernbert_kernels as ops
 
-from .. import checkpoint as files
+from .. import checkpoint
 from ..encoder import Encoder
 from ..inference.devices import encode_in_processes
 from ..inference.encode import Modules, encode_texts, list_of_texts
@@ -25,37 +24,10 @@ from ..late_interaction import Ragged, pool_documents
 from ..packing import Packed, Span, Tokens, pack
 from ..tokenizer import Tokenizer
 from . import colbert_files
+from .colbert_files import ColBERTConfig
 from .dense import Dense
 
 ASSETS = Path(__file__).parents[1] / "assets"
-
-
-@dataclass(frozen=True)
-class ColBERTConfig:
-    """How texts become rows; the names are PyLate's.
-
-    Attributes:
-        query_prefix, document_prefix: a token put behind [CLS], or "".
-        query_prompt, document_prompt: text put in front of every text, or "".
-        query_length, document_length: most rows of a text, special tokens and prefix included.
-        do_query_expansion: fill queries with [MASK] rows up to `query_length`; they take part in the score.
-        attend_to_expansion_tokens: whether real tokens see those rows.
-        skiplist_words: tokens whose rows documents drop (one id each, as PyLate: "." but not " .").
-        skip_unknown: a skiplist word outside the vocabulary stands for [UNK] (PyLate) instead of nothing.
-        strip: drop blanks around a text (PyLate).
-    """
-
-    query_prefix: str = "[Q] "
-    document_prefix: str = "[D] "
-    query_prompt: str = ""
-    document_prompt: str = ""
-    query_length: int = 32
-    document_length: int = 180
-    do_query_expansion: bool = False
-    attend_to_expansion_tokens: bool = False
-    skiplist_words: tuple[str, ...] = tuple(string.punctuation)
-    skip_unknown: bool = True
-    strip: bool = True
 
 
 class ColBERT(nn.Module):
@@ -73,7 +45,7 @@ class ColBERT(nn.Module):
         self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
-                raise ValueError(f"the prefix {prefix!r} is no token of the tokenizer: add it, or set the prefix to ''")
+                raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set the prefix to ''")
         if config.do_query_expansion and tokenizer.mask_token_id is None:
             raise ValueError("do_query_expansion needs a [MASK] token, and the tokenizer has none")
 
@@ -106,30 +78,23 @@ class ColBERT(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> ColBERT:
         """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
 
-        Arguments as of `Encoder.from_pretrained`. PyLate's and sentence-transformers' own ways with blanks, prompts
-        and the skiplist are kept (see `ColBERTConfig`), so that vectors equal those of the library that wrote it.
+        Arguments are those of `Encoder.from_pretrained`. Blanks, prompts and the skiplist are handled as in the library
+        that wrote the folder (see `ColBERTConfig`), so that vectors equal those of that library.
 
         Raises:
-            ValueError: no late-interaction head, modules or settings that are not supported, weights that do not match.
+            ValueError: no late-interaction head, unsupported modules or settings, or weights that do not match.
         """
-        access = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        folder = files.locate(folder_or_hub_id, **access)
+        folder = checkpoint.locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
         encoder = Encoder.from_pretrained(folder, dtype=dtype, device=device)
         tokenizer = Tokenizer.from_pretrained(folder)
-        settings, layers = colbert_files.read(folder, tokenizer, device or "cpu", dtype or torch.float32)
-        dense = []
-        for arguments, state in layers:
-            with torch.device("meta"):
-                layer = Dense(**arguments)
-            files.load_state_dict(layer, state, prefix="", ignore=())
-            dense.append(layer)
-        config = ColBERTConfig(**settings)
-        colbert_files.check(folder, encoder.config, tokenizer, dense, config)
+        config, dense = colbert_files.read(
+            folder, encoder.config, tokenizer, device=device or "cpu", dtype=dtype or torch.float32
+        )
         return cls(encoder, tokenizer, dense, config).eval()
 
     @classmethod
@@ -139,7 +104,7 @@ class ColBERT(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that PyLate and sentence-transformers read. Atomic."""
-        colbert_files.write(folder, self)
+        colbert_files.write(folder, self.encoder, self.tokenizer, self.dense, self.config)
 
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.

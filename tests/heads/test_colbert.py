@@ -227,6 +227,11 @@ def test_mistakes_are_named(plain_tokenizer: Tokenizer, tmp_path: Path) -> None:
     plain_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no late-interaction head|no modules\.json"):
         ColBERT.from_pretrained(tmp_path)
+    wrapped = make(plain_tokenizer)
+    wrapped.dense = torch.nn.ModuleList([torch.nn.Sequential(*wrapped.dense)])
+    with pytest.raises(TypeError, match="layer 1 of the head is a Sequential"):
+        wrapped.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_ragged_of_tokens_picks_the_scored_rows(plain_tokenizer: Tokenizer) -> None:
