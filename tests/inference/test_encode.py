@@ -155,21 +155,17 @@ def test_rows_are_ordinary_float32(colbert: ColBERT) -> None:
 
 def test_modes_are_never_changed(colbert: ColBERT) -> None:
     """A frozen backbone stays in evaluation mode, one part in training stays so; what is encoded is in evaluation."""
-    parts = {
-        "all": colbert,
-        "the head alone": colbert.dense,
-        "one layer": colbert.encoder.layers[1],
-        "none": nn.Module(),
-    }
-    for part in parts.values():
+    seen: list[bool] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(module.training)
+
+    for part in (colbert, colbert.dense, colbert.encoder.layers[1], nn.Module()):
         colbert.eval()
         part.train()
         before = {name: module.training for name, module in colbert.named_modules()}
-        seen: list[bool] = []
-        hooks = [
-            module.register_forward_pre_hook(lambda module, args: seen.append(module.training))
-            for module in colbert.modules()
-        ]
+        seen.clear()
+        hooks = [module.register_forward_pre_hook(note) for module in colbert.modules()]
         try:
             colbert.encode_queries(TEXTS[:2])
             with pytest.raises(TypeError):
