@@ -66,19 +66,7 @@ class Packed:
 
     def select(self, indices: Sequence[int]) -> Packed:
         """The sequences named by `indices`, in that order, as a batch of their own."""
-        return self._select(indices, self.rows_of(indices))
-
-    def _select(self, indices: Sequence[int], rows: Tensor) -> Packed:
-        lengths = tuple(self.lengths[i] for i in indices)
-        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-        return Packed(
-            input_ids=self.input_ids[rows],
-            positions=self.positions[rows],
-            cu_seqlens=cu_seqlens.to(self.cu_seqlens.device),
-            lengths=lengths,
-            max_seqlen=max(lengths, default=0),
-            key_lengths=None if self.key_lengths is None else self.key_lengths[list(indices)],
-        )
+        return _select(self, indices, self.rows_of(indices))
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
@@ -197,6 +185,19 @@ def padded_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor
         return input_ids
     assert inputs_embeds is not None
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
+
+
+def _select(batch: Packed, indices: Sequence[int], rows: Tensor) -> Packed:
+    lengths = tuple(batch.lengths[i] for i in indices)
+    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    return Packed(
+        input_ids=batch.input_ids[rows],
+        positions=batch.positions[rows],
+        cu_seqlens=cu_seqlens.to(batch.cu_seqlens.device),
+        lengths=lengths,
+        max_seqlen=max(lengths, default=0),
+        key_lengths=None if batch.key_lengths is None else batch.key_lengths[list(indices)],
+    )
 
 
 def _pack_padded(

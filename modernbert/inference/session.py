@@ -72,8 +72,14 @@ class Session:
     ) -> Ragged:
         """As the model's `encode_queries`."""
         model = self._text_model()
-        options = {"batch_tokens": batch_tokens, "progress": progress}
-        return encode_texts(self, model.tokenize_queries, list_of_texts(texts), dim=model.dim, **options)
+        return encode_texts(
+            self,
+            model.tokenize_queries,
+            list_of_texts(texts),
+            dim=model.dim,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
 
     def encode_documents(
         self,
@@ -85,8 +91,14 @@ class Session:
     ) -> Ragged:
         """As the model's `encode_documents`."""
         model = self._text_model()
-        options = {"batch_tokens": batch_tokens, "progress": progress}
-        ragged = encode_texts(self, model.tokenize_documents, list_of_texts(texts), dim=model.dim, **options)
+        ragged = encode_texts(
+            self,
+            model.tokenize_documents,
+            list_of_texts(texts),
+            dim=model.dim,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
         return pool_documents(ragged, pool_factor)
 
     def encode_tokens(
