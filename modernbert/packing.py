@@ -107,7 +107,7 @@ class Tokens(NamedTuple):
         """The texts named by `indices`, in that order."""
         rows = self.batch.rows_of(indices)
         return Tokens(
-            self.batch._select(indices, rows), self.keep[rows], [self.spans[i] for i in indices if self.spans]
+            _select(self.batch, indices, rows), self.keep[rows], [self.spans[i] for i in indices if self.spans]
         )
 
     def ragged(self, x_TE: Tensor) -> Ragged:
