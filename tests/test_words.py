@@ -6,6 +6,7 @@ needs no package, so pre-commit runs it in any environment.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def found(text: str) -> Iterator[tuple[int, str]]:
 
 
 def report(paths: list[Path]) -> list[str]:
-    return [f"{path}:{line}: {words}" for path in paths for line, words in found(path.read_text(encoding="utf-8"))]
+    found_in = ((os.path.relpath(path), found(path.read_text(encoding="utf-8"))) for path in paths)
+    return [f"{path}:{line}: {words}" for path, matches in found_in for line, words in matches]
 
 
 def test_no_file_uses_these_words():
