@@ -166,3 +166,8 @@ def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
     count = torch.bincount(labels)
     means = torch.zeros(len(count), x_NE.shape[1]).index_add_(0, labels, rest) / count[:, None]
     return torch.cat([kept, means[count > 0]])
+
+
+def pool_documents(documents: Ragged, factor: int) -> Ragged:
+    """`pool_tokens` of each document; a factor of 1 leaves them as they are."""
+    return documents if factor == 1 else Ragged.from_list([pool_tokens(x_NE, factor) for x_NE in documents])

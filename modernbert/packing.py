@@ -28,7 +28,7 @@ class Packed:
         input_ids: `[T]` int64.
         positions: `[T]` int64 rotary positions; they restart at 0 in every sequence.
         cu_seqlens: `[B + 1]` int32, cumulative lengths from 0 to T.
-        lengths: B lengths in tokens, on the host.
+        lengths: B lengths in tokens, on the host; empty where only the device knows them (`torch.export`, CUDA graphs).
         max_seqlen: the longest length, on the host.
         key_lengths: `[B]` int32 or None. Only the first `key_lengths[i]` rows of sequence i are visible as keys; the
             rest are query-only rows (ColBERT's unattended expansion tokens). None: every row is a key.
@@ -46,7 +46,7 @@ class Packed:
     padded_length: int | None = None
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.cu_seqlens.shape[0] - 1
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +66,10 @@ class Packed:
 
     def select(self, indices: Sequence[int]) -> Packed:
         """The sequences named by `indices`, in that order, as a batch of their own."""
+        return self._select(indices, self.rows_of(indices))
+
+    def _select(self, indices: Sequence[int], rows: Tensor) -> Packed:
         lengths = tuple(self.lengths[i] for i in indices)
-        rows = self.rows_of(indices)
         cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         return Packed(
             input_ids=self.input_ids[rows],
@@ -116,7 +118,9 @@ class Tokens(NamedTuple):
     def select(self, indices: Sequence[int]) -> Tokens:
         """The texts named by `indices`, in that order."""
         rows = self.batch.rows_of(indices)
-        return Tokens(self.batch.select(indices), self.keep[rows], [self.spans[i] for i in indices if self.spans])
+        return Tokens(
+            self.batch._select(indices, rows), self.keep[rows], [self.spans[i] for i in indices if self.spans]
+        )
 
     def ragged(self, x_TE: Tensor) -> Ragged:
         """The scored rows of the model's output for all of `batch`. Differentiable."""
@@ -185,43 +189,14 @@ def unpack(values: Tensor, batch: Packed) -> Tensor:
     return padded.index_put_((rows // length, rows % length), values)
 
 
-def pack_static(
-    ids_BS: Tensor, attention_mask: Tensor | None, query_mask: Tensor | None, position_ids: Tensor | None
-) -> Packed:
-    """`pack` for `torch.export`: shapes depend on no value. Padding rows stay, behind the keys, as query-only rows.
-
-    Nothing is checked. Undo it with `unpack_static`.
-    """
-    batch_size, length = ids_BS.shape
-    keys_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    if query_mask is not None:
-        raise ValueError("query_mask cannot be exported: expansion tokens must be kept apart from padding")
-    order_BS = (~keys_BS).int().argsort(dim=1, stable=True)
-    first_B1 = torch.arange(batch_size, device=ids_BS.device)[:, None] * length
-    positions_BS = torch.arange(length, device=ids_BS.device).expand(batch_size, -1)
-    if position_ids is not None:
-        positions_BS = position_ids.expand(batch_size, -1).gather(1, order_BS)
-    return Packed(
-        input_ids=ids_BS.gather(1, order_BS).flatten(),
-        positions=positions_BS.flatten(),
-        cu_seqlens=torch.arange(batch_size + 1, device=ids_BS.device, dtype=torch.int32) * length,
-        lengths=(),
-        max_seqlen=length,
-        key_lengths=keys_BS.sum(1).int(),
-        padded_rows=(order_BS + first_B1).flatten(),
-        padded_length=length,
-    )
-
-
-def unpack_static(values: Tensor, batch: Packed) -> Tensor:
-    """Undo `pack_static`: `[B * S, ...]` to `[B, S, ...]` with zeros in padding."""
-    assert batch.padded_rows is not None
-    assert batch.padded_length is not None
-    assert batch.key_lengths is not None
-    within_T = torch.arange(batch.padded_length, device=values.device).expand(batch.key_lengths.shape[0], -1)
-    real_T = (within_T < batch.key_lengths[:, None]).flatten()
-    values = torch.where(real_T.view(-1, *[1] * (values.dim() - 1)), values, 0)
-    return torch.empty_like(values).index_copy(0, batch.padded_rows, values).unflatten(0, (-1, batch.padded_length))
+def padded_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """`[B, S]` token ids of a padded caller: those given, or zeros in the shape of the embeddings `[B, S, D]`."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass either input_ids or inputs_embeds")
+    if input_ids is not None:
+        return input_ids
+    assert inputs_embeds is not None
+    return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 
 def _pack_padded(

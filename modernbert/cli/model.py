@@ -116,7 +116,7 @@ def _dense(layer: Any) -> str:
     parts = {
         type(layer.activation).__name__: True,
         "bias": layer.linear.bias is not None,
-        "residual": layer.use_residual,
+        "residual": layer.residual is not None,
     }
     named = [name for name, there in parts.items() if there and name != "Identity"]
     return f"{layer.linear.in_features} -> {layer.linear.out_features}" + "".join(f" + {name}" for name in named)

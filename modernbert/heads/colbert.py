@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import string
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,45 +16,18 @@ from torch import Tensor, nn
 
 import modernbert_kernels as ops
 
-from .. import checkpoint as files
+from .. import checkpoint
 from ..encoder import Encoder
-from ..inference.encode import encode_texts
-from ..inference.graphs import MAX_TOKENS, Graphed
-from ..late_interaction import Ragged, pool_tokens
+from ..inference.devices import encode_in_processes
+from ..inference.encode import Modules, encode_texts, list_of_texts
+from ..late_interaction import Ragged, pool_documents
 from ..packing import Packed, Span, Tokens, pack
 from ..tokenizer import Tokenizer
 from . import colbert_files
+from .colbert_files import ColBERTConfig
 from .dense import Dense
 
 ASSETS = Path(__file__).parents[1] / "assets"
-
-
-@dataclass(frozen=True)
-class ColBERTConfig:
-    """How texts become rows; the names are PyLate's.
-
-    Attributes:
-        query_prefix, document_prefix: a token put behind [CLS], or "".
-        query_prompt, document_prompt: text put in front of every text, or "".
-        query_length, document_length: most rows of a text, special tokens and prefix included.
-        do_query_expansion: fill queries with [MASK] rows up to `query_length`; they take part in the score.
-        attend_to_expansion_tokens: whether real tokens see those rows.
-        skiplist_words: tokens whose rows documents drop (one id each, as PyLate: "." but not " .").
-        skip_unknown: a skiplist word outside the vocabulary stands for [UNK] (PyLate) instead of nothing.
-        strip: drop blanks around a text (PyLate).
-    """
-
-    query_prefix: str = "[Q] "
-    document_prefix: str = "[D] "
-    query_prompt: str = ""
-    document_prompt: str = ""
-    query_length: int = 32
-    document_length: int = 180
-    do_query_expansion: bool = False
-    attend_to_expansion_tokens: bool = False
-    skiplist_words: tuple[str, ...] = tuple(string.punctuation)
-    skip_unknown: bool = True
-    strip: bool = True
 
 
 class ColBERT(nn.Module):
@@ -62,7 +35,6 @@ class ColBERT(nn.Module):
 
     Attributes:
         encoder, tokenizer, config: the parts. dense: the layers of the head. dim: width E of the vectors.
-        graphs: what `graphed` returned, to make `encode_*` replay CUDA graphs; None launches every kernel by itself.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig) -> None:
@@ -70,11 +42,10 @@ class ColBERT(nn.Module):
         self.encoder, self.tokenizer, self.config = encoder, tokenizer, config
         self.dense = nn.ModuleList(dense)
         self.dim = dense[-1].linear.out_features
-        self.graphs: Graphed | None = None
         self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
-                raise ValueError(f"the prefix {prefix!r} is no token of the tokenizer: add it, or set the prefix to ''")
+                raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set the prefix to ''")
         if config.do_query_expansion and tokenizer.mask_token_id is None:
             raise ValueError("do_query_expansion needs a [MASK] token, and the tokenizer has none")
 
@@ -84,7 +55,7 @@ class ColBERT(nn.Module):
     ) -> ColBERT:
         """A new, untrained head on an encoder: prefix tokens added, embeddings grown, one projection to `dim`.
 
-        The encoder is taken over and changed in place; the tokenizer is copied.
+        The encoder is taken over and changed in place, and the head gets its mode; the tokenizer is copied.
         """
         config = config or ColBERTConfig()
         tokenizer = copy.deepcopy(tokenizer)
@@ -94,7 +65,10 @@ class ColBERT(nn.Module):
         head = Dense(encoder.config.hidden_size, dim)
         nn.init.trunc_normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5)
         weight = encoder.embeddings.tok_embeddings.weight
-        return cls(encoder, tokenizer, [head.to(weight.device, weight.dtype)], config)
+        colbert = cls(encoder, tokenizer, [head.to(weight.device, weight.dtype)], config)
+        colbert.training = encoder.training
+        colbert.dense.train(encoder.training)
+        return colbert
 
     @classmethod
     def from_pretrained(
@@ -104,30 +78,23 @@ class ColBERT(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> ColBERT:
         """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
 
-        Arguments as of `Encoder.from_pretrained`. PyLate's and sentence-transformers' own ways with blanks, prompts
-        and the skiplist are kept (see `ColBERTConfig`), so that vectors equal those of the library that wrote it.
+        Arguments are those of `Encoder.from_pretrained`. Blanks, prompts and the skiplist are handled as in the library
+        that wrote the folder (see `ColBERTConfig`), so that vectors equal those of that library.
 
         Raises:
-            ValueError: no late-interaction head, modules or settings that are not supported, weights that do not match.
+            ValueError: no late-interaction head, unsupported modules or settings, or weights that do not match.
         """
-        access = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        folder = files.locate(folder_or_hub_id, **access)
+        folder = checkpoint.locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
         encoder = Encoder.from_pretrained(folder, dtype=dtype, device=device)
         tokenizer = Tokenizer.from_pretrained(folder)
-        settings, layers = colbert_files.read(folder, tokenizer, device or "cpu", dtype or torch.float32)
-        dense = []
-        for arguments, state in layers:
-            with torch.device("meta"):
-                layer = Dense(**arguments)
-            files.load_state_dict(layer, state, prefix="", ignore=())
-            dense.append(layer)
-        config = ColBERTConfig(**settings)
-        colbert_files.check(folder, encoder.config, tokenizer, dense, config)
+        config, dense = colbert_files.read(
+            folder, encoder.config, tokenizer, device=device or "cpu", dtype=dtype or torch.float32
+        )
         return cls(encoder, tokenizer, dense, config).eval()
 
     @classmethod
@@ -137,7 +104,7 @@ class ColBERT(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that PyLate and sentence-transformers read. Atomic."""
-        colbert_files.write(folder, self)
+        colbert_files.write(folder, self.encoder, self.tokenizer, self.dense, self.config)
 
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.
@@ -151,10 +118,6 @@ class ColBERT(nn.Module):
         if isinstance(last, Dense) and last.is_projection:
             return ops.project_normalize(x_TD, last.linear.weight, last.linear.bias)
         return F.normalize(last(x_TD), dim=-1)
-
-    def graphed(self, max_tokens: int = MAX_TOKENS) -> Graphed:
-        """A callable in the place of this model that replays CUDA graphs; see `Encoder.graphed`."""
-        return Graphed(self, max_tokens)
 
     def encode_queries(
         self,
@@ -171,7 +134,7 @@ class ColBERT(nn.Module):
             progress: show a bar on stderr; None: for long work on a terminal.
             devices: encode in one process for each, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`; None: here.
         """
-        return encode_texts(self, "tokenize_queries", texts, batch_tokens, progress, devices)
+        return self._encode(ColBERT.tokenize_queries, texts, batch_tokens, progress, devices)
 
     def encode_documents(
         self,
@@ -188,8 +151,21 @@ class ColBERT(nn.Module):
             pool_factor: keep about one row in `pool_factor`, by hierarchical clustering (arXiv 2409.14683); needs
                 the `retrieval` extra.
         """
-        ragged = encode_texts(self, "tokenize_documents", texts, batch_tokens, progress, devices)
-        return ragged if pool_factor == 1 else Ragged.from_list([pool_tokens(x, pool_factor) for x in ragged])
+        ragged = self._encode(ColBERT.tokenize_documents, texts, batch_tokens, progress, devices)
+        return pool_documents(ragged, pool_factor)
+
+    def _encode(
+        self,
+        tokenize: Callable[..., Tokens],
+        texts: Sequence[str],
+        batch_tokens: int | None,
+        progress: bool | None,
+        devices: Sequence[str] | None,
+    ) -> Ragged:
+        options = {"dim": self.dim, "batch_tokens": batch_tokens, "progress": progress}
+        if devices is not None:
+            return encode_in_processes(self, tokenize, list_of_texts(texts), devices=devices, **options)
+        return encode_texts(Modules(self), partial(tokenize, self), list_of_texts(texts), **options)
 
     def tokenize_queries(self, texts: Sequence[str], *, spans: bool = True) -> Tokens:
         """What `encode_queries` feeds the encoder: `[CLS] prefix text [SEP]`, and [MASK] rows with expansion.

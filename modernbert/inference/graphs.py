@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modernbert_kernels.flash_attention import LONG
 
-from ..packing import Packed, check_rows
+from ..packing import Packed
 
 MAX_TOKENS = 16_384
 """Above these even the smallest model keeps a large GPU busy between launches (about 12,000 by estimate)."""
@@ -56,70 +56,20 @@ class Graph:
     copied: torch.cuda.Event | None
 
 
-class Graphed:
-    """A model in evaluation mode that replays CUDA graphs; called like the model, with a `Packed` on the CPU.
+class Graphs:
+    """The CUDA graphs of a model in evaluation mode, which replay a batch that is on the CPU.
 
-    A batch is rounded up to the next of a few sizes by short sequences that nobody sees, and copied to the GPU in one
-    piece; nothing is allocated. The first batch of a size captures its graph, which takes a few forward passes. One
-    thread at a time may call it.
-
-    Attributes:
-        max_tokens: of the largest graph. Batches beyond it run without one, and the first of them says so.
+    A batch is rounded up to the next of a few sizes by short filler sequences, and copied to the GPU in one piece.
+    Nothing is allocated. The first batch of a size captures its graph, which takes a few forward passes. Graphs share
+    their memory, so one thread at a time replays.
     """
 
-    def __init__(self, model: nn.Module, max_tokens: int = MAX_TOKENS, *, capture: Capture | None = None) -> None:
-        weight = next(model.parameters())
-        if capture is None and not weight.is_cuda:
-            raise ValueError(f"CUDA graphs need the model on a GPU, and it is on {weight.device}: model.to('cuda')")
-        if max_tokens < SMALLEST:
-            raise ValueError(f"max_tokens is {max_tokens}: the smallest graph has {SMALLEST} tokens")
-        self.model, self.max_tokens, self.device = model, max_tokens, weight.device
-        self._capture = capture or partial(_captured, weight.device, torch.cuda.graph_pool_handle())
-        self._sizes = bucket_sizes(max_tokens)
+    def __init__(self, model: nn.Module, device: torch.device, *, capture: Capture | None = None) -> None:
+        self._model, self._device = model, device
+        self._capture = capture or partial(_captured, device, torch.cuda.graph_pool_handle())
+        self._sizes = bucket_sizes(MAX_TOKENS)
         self._graphs: dict[Bucket, Graph] = {}
-        # Held, so that a graph never reads memory that was freed when somebody replaced a parameter.
-        self._parameters = list(model.parameters())
-        self._addresses = list(map(Tensor.data_ptr, self._parameters))
-        self._warned = False
-
-    @torch.no_grad()
-    def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
-        """The model's rows for the batch, `[T, ...]`, or those of `rows` `[Q]`, without a gradient.
-
-        They are the graph's own memory: THE NEXT CALL OVERWRITES THEM (not where `rows` are given). Clone what is kept.
-
-        Raises:
-            ValueError: the batch is not on the CPU, rows out of range, training mode, or autocast.
-            RuntimeError: the weights have moved since (`to`, `half`). Parameters that are replaced are not seen.
-        """
-        if self.model.training:
-            raise ValueError("graphs hold the forward pass of evaluation, and the model is in training mode: eval()")
-        if not batch.input_ids.is_cpu:
-            raise ValueError("the batch is on a GPU: leave it on the CPU, from where one copy brings it over")
-        if torch.is_autocast_enabled(self.device.type):
-            raise ValueError("graphs compute in the dtype of the model: leave autocast, and load it in the other dtype")
-        if rows is not None:
-            check_rows(rows, batch.num_tokens)
-        if list(map(Tensor.data_ptr, self._parameters)) != self._addresses:
-            raise RuntimeError("the model's weights have moved since its graphs were made: make them again")
-        bucket = self.bucket(batch)
-        if bucket is None:
-            self._warn(batch)
-            moved = batch.to(self.device)
-            return self.model(moved, rows=None if rows is None else rows.to(self.device))
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            graph = self._graphs[bucket] = self._make(bucket)
-        if graph.copied is not None:
-            graph.copied.synchronize()
-        fill(graph.host, batch, bucket)
-        graph.inputs.copy_(graph.host, non_blocking=True)
-        if graph.copied is not None:
-            graph.copied.record(torch.cuda.current_stream(self.device))
-        graph.replay()
-        if rows is None:
-            return graph.output[: batch.num_tokens]
-        return graph.output.index_select(0, rows.to(self.device, non_blocking=True))
+        self._lock = threading.Lock()
 
     def bucket(self, batch: Packed) -> Bucket | None:
         """The smallest bucket that holds the batch, or None."""
@@ -128,39 +78,43 @@ class Graphed:
         longest = max(LONG, 1 << (batch.max_seqlen - 1).bit_length())
         for size in self._sizes:
             bucket = Bucket(size, min(size, longest), keys)
-            # What is left over needs places, and may not be longer than the longest.
+            # The filler tokens need free sequence slots of at most `longest` tokens each.
             left, free = size - batch.num_tokens, bucket.places - len(batch)
             if 0 <= left <= free * bucket.longest and free >= 0:
                 return bucket
         return None
 
-    def _warn(self, batch: Packed) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{batch.num_tokens} tokens in {len(batch)} sequences are more than the largest graph holds "
-                f"({self.max_tokens} in {self.max_tokens // TOKENS_OF_A_TEXT}): they run without one. Raise "
-                "max_tokens, or send smaller batches; this is said once",
-                stacklevel=4,
-            )
+    def replay(self, bucket: Bucket, batch: Packed, rows: Tensor | None) -> Tensor:
+        """The model's rows for the batch, `[T, ...]`, or those of `rows` `[Q]`, on the GPU."""
+        with self._lock:
+            graph = self._graphs.get(bucket)
+            if graph is None:
+                graph = self._graphs[bucket] = self._make(bucket)
+            if graph.copied is not None:
+                graph.copied.synchronize()
+            fill(graph.host, batch, bucket)
+            graph.inputs.copy_(graph.host, non_blocking=True)
+            if graph.copied is not None:
+                graph.copied.record(torch.cuda.current_stream(self._device))
+            graph.replay()
+            # A copy in either case: the next replay overwrites the output.
+            if rows is None:
+                return graph.output[: batch.num_tokens].clone()
+            return graph.output.index_select(0, rows.to(self._device, non_blocking=True))
 
     @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
     @torch.no_grad()
     def _make(self, bucket: Bucket) -> Graph:
         sizes = [bucket.tokens, bucket.tokens, bucket.places + 1] + [bucket.places] * bucket.keys
-        host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         empty = torch.zeros(0, dtype=torch.int64)
         keys = empty.int() if bucket.keys else None
         fill(host, Packed(empty, empty, torch.zeros(1, dtype=torch.int32), (), 0, keys), bucket)
-        inputs = host.to(self.device)
+        inputs = host.to(self._device)
         ids, positions, cu_seqlens, *key_lengths = inputs.split(sizes)
         batch = Packed(ids, positions, cu_seqlens, (), bucket.longest, key_lengths[0] if bucket.keys else None)
-        replay, output = self._capture(lambda: self.model(batch))
-        return Graph(host, inputs, replay, output, torch.cuda.Event() if self.device.type == "cuda" else None)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        """A copy of the model has no graphs: they hold addresses of the weights of this one."""
-        return type(None), ()
+        replay, output = self._capture(lambda: self._model(batch))
+        return Graph(host, inputs, replay, output, torch.cuda.Event() if self._device.type == "cuda" else None)
 
 
 def bucket_sizes(max_tokens: int) -> list[int]:

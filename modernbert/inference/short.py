@@ -1,152 +1,142 @@
-"""One short text on a CPU: the forward pass of `encoder.py` again, as bare tensor operations.
+"""One short text on a CPU: the forward pass of `encoder.py` as bare tensor operations on prepared weights.
 
-Through the modules, the products of 16 tokens are 40 % of the time; the rest is Python, dispatch and small operations,
-slow because the weights drive them out of the cache. So the parameters are taken out of the modules once, and `forward`
-calls what oneDNN and PyTorch offer directly, on prepared weights (Wqkv once more than `linear` keeps it). It answers
-None wherever the modules could do anything else. Not seen are methods patched into a class, and writes through `.data`
-in evaluation, which `train()` or `eval()` makes known.
+Through the modules, the products of 16 tokens take 40 % of the time. The rest is Python, dispatch and small operations,
+slow because the weights drive them out of the cache. Here the stream and the scores are overwritten in place, rotary is
+one complex product, and each weight has the layout that multiplies a few rows fastest on this machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _functorch  # pyright: ignore
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as torch_module
 
 import modernbert_kernels as ops
 from modernbert_kernels.cpu import linear
-from modernbert_kernels.dispatch import forced
 
+from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Linear, Norm
 from ..packing import Packed
-
-if TYPE_CHECKING:
-    from ..encoder import Attention, Encoder, Layer
 
 LONGEST = 64
 """Tokens of the longest text. Beyond it the products are most of the time, and published models have a window of 64."""
 
+ROWS = 32
+"""Rows of the product by which a layout is chosen."""
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
 
-ORDINARY = (
-    f"{__package__}.encoder",
-    *(f"torch.nn.modules.{name}" for name in ("container", "normalization", "sparse")),
-)
-"""Where the classes of an encoder's modules are defined. A subclass from elsewhere may compute something else."""
+ORDINARY = {Encoder, Embeddings, Layer, Attention, MLP, Linear, Norm, nn.Embedding, nn.LayerNorm, nn.ModuleList}
+"""The modules whose forward pass is repeated here. Any other, such as an adapter, may compute something else."""
 
-VALUES = ("window", "eps", "activation", "heads", "head_dim")
-"""Attributes of modules that change what they compute."""
-
-_plans: WeakKeyDictionary[Encoder, Plan] = WeakKeyDictionary()
+Layout = Callable[[Tensor], Tensor]
 
 
-def forward(encoder: Encoder, batch: Packed, rows_Q: Tensor | None) -> Tensor | None:
-    """`encoder(batch, rows=rows_Q)`, `[T, D]` or `[Q, D]`, or None if this way is not for them."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._get_tracing_state():
-        return None
-    if _functorch.peek_interpreter_stack() is not None:  # vmap knows no operation that overwrites
-        return None
-    if not 0 < batch.num_tokens <= LONGEST or len(batch.lengths) != 1:
-        return None
-    if type(batch.input_ids) is not Tensor or not batch.input_ids.is_cpu or torch.is_autocast_enabled("cpu"):
-        return None
-    if forced() is not None or "onednn" not in ops.linear.backends or torch_module._has_any_global_hook():
-        return None
-    plan = _plans.get(encoder)
-    if plan is None or not plan.holds():
-        _plans[encoder] = plan = Plan(encoder)
-    return plan.run(batch, rows_Q) if plan.ordinary and batch.num_tokens <= plan.longest else None
+class Layouts:
+    """The layout of a weight that multiplies `ROWS` rows fastest, measured once for each shape.
+
+    No fixed rule is right on every processor: with AVX-512 a weight packed for oneDNN wins, without it a transposed
+    copy does for small matrices.
+    """
+
+    def __init__(self) -> None:
+        self._fastest: dict[torch.Size, Layout] = {}
+
+    def __call__(self, weight_FD: Tensor) -> Tensor:
+        """A copy of a float32 weight that `ops.linear` takes in its place."""
+        if weight_FD.shape not in self._fastest:
+            self._fastest[weight_FD.shape] = self._measure(weight_FD)
+        return self._fastest[weight_FD.shape](weight_FD)
+
+    def _measure(self, weight_FD: Tensor, rounds: int = 5) -> Layout:
+        layouts: list[Layout] = [linear.transpose_weight, *([linear.pack_weight] if linear.AVAILABLE else [])]
+        x_TD, weights = torch.rand(ROWS, weight_FD.shape[1]), [layout(weight_FD) for layout in layouts]
+        seconds = [float("inf")] * len(layouts)
+        for _ in range(1 + rounds):  # the first ones are slower for all, and never the fastest
+            for index, weight in enumerate(weights):
+                start = time.perf_counter()
+                ops.linear(x_TD, weight)
+                seconds[index] = min(seconds[index], time.perf_counter() - start)
+        return layouts[seconds.index(min(seconds))]
 
 
-class Plan:
-    """The parameters of an encoder in the order of their use, and all that must stay as it was when they were taken."""
+class _Norm(NamedTuple):
+    """What `torch.layer_norm` takes after the tensor."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        children = list(_descendants(encoder))
-        modules = [module for *_, module in children if module is not None]
-        # What is None now, a bias or the first norm, may come.
-        parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
-        values = [(m.__dict__, name, m.__dict__[name]) for m in modules for name in VALUES if name in m.__dict__]
-        values += [(encoder.__dict__, "thetas", encoder.thetas)]
-        values += [(m.__dict__, "training", m.training) for m in modules if hasattr(m, "dropout_p")]
-        values += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in modules]  # where some put their own
-        self.owners, self.names, self.members = zip(*children, *parameters, *values, strict=True)
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.parameters, self.forgotten = [p for *_, p in parameters if p is not None], linear.forgotten()
-        self.hooked = list(map(len, self.hooks))
-        self.modules, self.types = modules, list(map(type, modules))
-        layers = cast("list[Layer]", list(encoder.layers))
-        self.heads, self.width = encoder.config.num_attention_heads, encoder.config.head_dim
-        self.ordinary = (
-            not any(self.hooked)
-            and not any(value for _, name, value in values if name in ("training", "forward"))
-            and all(type(module).__module__ in ORDINARY for module in (encoder, *modules))
-            and [layer.attn_norm is None for layer in layers] == [True] + [False] * (len(layers) - 1)
-            and all((layer.attn.heads, layer.attn.head_dim) == (self.heads, self.width) for layer in layers)
-            and all(type(p) is nn.Parameter and p.is_cpu and not p.is_inference() for p in self.parameters)
-            and all(p.dtype is torch.float32 for p in self.parameters)
-        )
-        if not self.ordinary:
-            return
-        self.versions = [p._version for p in self.parameters]
-        self.addresses = [p.data_ptr() for p in self.parameters]
-        self.storages = [StorageWeakRef(p.untyped_storage()) for p in self.parameters]
-        self.table_VD, self.norm = encoder.embeddings.tok_embeddings.weight, _norm(encoder.embeddings.norm)
+    shape: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class _Layer(NamedTuple):
+    """The weights of a layer in the order of their use. `following` is the norm after it."""
+
+    theta: float
+    Wqkv: tuple[Tensor, Tensor | None]
+    attn_Wo: tuple[Tensor, Tensor | None]
+    mlp_norm: _Norm
+    Wi: tuple[Tensor, Tensor | None]
+    activate: Callable[[Tensor], Tensor]
+    mlp_Wo: tuple[Tensor, Tensor | None]
+    following: _Norm
+
+
+class ShortEncoder(nn.Module):
+    """An encoder that takes a short way for one short text, and else runs the modules.
+
+    Args:
+        encoder: a float32 encoder on the CPU in evaluation mode, which runs every other batch.
+        layouts: chooses the copies of the weights, which are those of this moment.
+    """
+
+    @torch.no_grad()
+    def __init__(self, encoder: Encoder, layouts: Layouts) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+        self.table_VD = encoder.embeddings.tok_embeddings.weight.detach()
+        self.norm = _norm(encoder.embeddings.norm)
+        layers = [layer for layer in encoder.layers if isinstance(layer, Layer)]
         norms = [*(layer.attn_norm for layer in layers[1:]), encoder.final_norm]
-        self.layers = [
-            (
+        self.weights = [
+            _Layer(
                 theta,
-                _qkv(layer.attn),
-                _linear(layer.attn.Wo),
+                _qkv(layer.attn, layouts),
+                (layouts(layer.attn.Wo.weight), layer.attn.Wo.bias),
                 _norm(layer.mlp_norm),
-                _linear(layer.mlp.Wi),
+                (layouts(layer.mlp.Wi.weight), layer.mlp.Wi.bias),
                 ACTIVATIONS[layer.mlp.activation],
-                _linear(layer.mlp.Wo),
-                _norm(cast("nn.LayerNorm", following)),
+                (layouts(layer.mlp.Wo.weight), layer.mlp.Wo.bias),
+                _norm(following),
             )
             for layer, theta, following in zip(layers, encoder.thetas, norms, strict=True)
         ]
         windows = [layer.attn.window for layer in layers if layer.attn.window is not None]
         self.longest = min([LONGEST, *(window + 1 for window in windows)])
+        self.positions = torch.arange(self.longest)
+        width = encoder.config.head_dim
+        self.rope_of = {
+            theta: torch.complex(*ops.rotary_table(self.positions, theta, width))[:, None, None]
+            for theta in set(encoder.thetas)
+        }
 
-    def holds(self) -> bool:
-        """Whether a plan made now would be the same. In loops of C: at this size Python's take a tenth of the time.
+    def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
+        """`[T]` tokens to `[T, D]`, or the `[Q, D]` of `rows`, as `Encoder.forward`."""
+        tokens = batch.num_tokens
+        if len(batch) == 1 and 0 < tokens <= self.longest and torch.equal(batch.positions, self.positions[:tokens]):
+            return self._one_text(batch, rows)
+        return self.encoder(batch, rows=rows)
 
-        One that is not ordinary may hold for too long, if only a dtype changes: then the modules run, as they can.
-        """
-        return (
-            self.forgotten == linear.forgotten()
-            and list(map(len, self.hooks)) == self.hooked
-            and list(map(type, self.modules)) == self.types
-            and all(map(is_, map(dict.get, self.owners, self.names), self.members))
-            and (not self.ordinary or self._same_values())
-        )
-
-    def _same_values(self) -> bool:
-        return (
-            list(map(Tensor.data_ptr, self.parameters)) == self.addresses
-            and not any(map(StorageWeakRef.expired, self.storages))  # an address may come again
-            and list(map(attrgetter("_version"), self.parameters)) == self.versions
-        )
-
-    def run(self, batch: Packed, rows_Q: Tensor | None) -> Tensor:
-        """As `Encoder._forward`, with the residual stream and the scores overwritten in place."""
-        tokens, heads, width = batch.num_tokens, self.heads, self.width
+    def _one_text(self, batch: Packed, rows_Q: Tensor | None) -> Tensor:
+        tokens, heads, width = batch.num_tokens, self.config.num_attention_heads, self.config.head_dim
         keys = None if batch.key_lengths is None else int(batch.key_lengths)
-        product, layer_norm = linear.pointwise, torch.layer_norm
-        positions = tuple(batch.positions.tolist())
-        rope_of = {theta: _rope(positions, theta, width) for theta in {layer[0] for layer in self.layers}}
-        h_TD = x_TD = layer_norm(torch.embedding(self.table_VD, batch.input_ids), *self.norm)
-        for theta, Wqkv, attn_Wo, mlp_norm, Wi, activate, mlp_Wo, following in self.layers:
-            qkv_T3HK = product(h_TD, *Wqkv).view(tokens, 3, heads, width)
+        rope_of = {theta: rope[:tokens] for theta, rope in self.rope_of.items()}
+        h_TD = x_TD = torch.layer_norm(torch.embedding(self.table_VD, batch.input_ids), *self.norm)
+        for theta, Wqkv, attn_Wo, mlp_norm, Wi, activate, mlp_Wo, following in self.weights:
+            qkv_T3HK = ops.linear(h_TD, *Wqkv).view(tokens, 3, heads, width)
             pairs_T2HR2 = qkv_T3HK.view(tokens, 3, heads, width // 2, 2)[:, :2]
             torch.view_as_complex(pairs_T2HR2).mul_(rope_of[theta])
             q_HTK, k_HSK, v_HSK = qkv_T3HK.transpose(0, 2).unbind(1)
@@ -154,43 +144,35 @@ class Plan:
                 k_HSK, v_HSK = k_HSK[:, :keys], v_HSK[:, :keys]
             scores_HTS = torch.bmm(q_HTK, k_HSK.transpose(1, 2))
             out_HTK = torch.bmm(torch.softmax(scores_HTS, -1, out=scores_HTS), v_HSK)
-            x_TD.add_(product(out_HTK.transpose(0, 1).reshape(tokens, -1), *attn_Wo))
-            a_TF, gate_TF = product(layer_norm(x_TD, *mlp_norm), *Wi).chunk(2, 1)
-            x_TD.add_(product(activate(a_TF).mul_(gate_TF), *mlp_Wo))
-            h_TD = layer_norm(x_TD, *following)
+            x_TD.add_(ops.linear(out_HTK.transpose(0, 1).reshape(tokens, -1), *attn_Wo))
+            a_TF, gate_TF = ops.linear(torch.layer_norm(x_TD, *mlp_norm), *Wi).chunk(2, 1)
+            x_TD.add_(ops.linear(activate(a_TF).mul_(gate_TF), *mlp_Wo))
+            h_TD = torch.layer_norm(x_TD, *following)
         return h_TD if rows_Q is None else h_TD.index_select(0, rows_Q)
 
 
-def _descendants(parent: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Module | None]]:
-    """Every module below, or None in its place: the dictionary that holds it, its name there, and itself."""
-    for name, module in parent.__dict__["_modules"].items():
-        yield parent.__dict__["_modules"], name, module
-        if module is not None:
-            yield from _descendants(module)
-
-
-def _norm(norm: nn.LayerNorm) -> tuple[Any, ...]:
-    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-
-def _linear(module: nn.Linear) -> tuple[Any, ...]:
-    return linear.prepare(module.weight), module.bias, *linear.PLAIN
-
-
-def _qkv(attn: Attention) -> tuple[Any, ...]:
-    """Wqkv for complex rotary: the rows of a pair side by side, in q and in k, and the scale of the scores in q."""
-    rows = torch.arange(3 * attn.heads * attn.head_dim, device="cpu").unflatten(
-        0, (3, attn.heads, 2, attn.head_dim // 2)
+def has_short_way(encoder: nn.Module) -> TypeGuard[Encoder]:
+    """Whether `ShortEncoder` computes what this encoder does: float32 on a CPU, no hooks, only modules of ours."""
+    return (
+        isinstance(encoder, Encoder)
+        and [i for i, layer in enumerate(encoder.layers) if getattr(layer, "attn_norm", None) is None] == [0]
+        and all(p.is_cpu and p.dtype is torch.float32 for p in encoder.parameters())
+        and all(type(module) in ORDINARY for module in encoder.modules())
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
     )
+
+
+def _norm(norm: nn.Module | None) -> _Norm:
+    assert isinstance(norm, (Norm, nn.LayerNorm))
+    return _Norm(tuple(norm.weight.shape), norm.weight, norm.bias, norm.eps)
+
+
+def _qkv(attn: Attention, layouts: Layouts) -> tuple[Tensor, Tensor | None]:
+    """Wqkv for complex rotary: the rows of a pair are neighbours, in q and in k, and q has the scale of the scores."""
+    rows = torch.arange(3 * attn.heads * attn.head_dim, device="cpu")
+    rows = rows.unflatten(0, (3, attn.heads, 2, attn.head_dim // 2))
     rows[:2] = rows[:2].transpose(2, 3).reshape(2, *rows.shape[1:])
     scale_3 = attn.Wqkv.weight.new_tensor([attn.head_dim**-0.5, 1.0, 1.0]).repeat_interleave(len(rows[0].flatten()))
-    weight, bias = attn.Wqkv.weight, attn.Wqkv.bias
-    arranged = weight[rows.flatten()] * scale_3[:, None]
-    return linear.reordered(arranged), None if bias is None else bias[rows.flatten()] * scale_3, *linear.PLAIN
-
-
-@lru_cache(maxsize=256)
-def _rope(positions: tuple[int, ...], theta: float, width: int) -> Tensor:
-    """`[T, 1, 1, R]`: the rotation of every position as complex numbers."""
-    with torch.inference_mode(False):
-        return torch.complex(*ops.rotary_table(torch.tensor(positions, device="cpu"), theta, width))[:, None, None]
+    weight_FD, bias_F = attn.Wqkv.weight, attn.Wqkv.bias
+    arranged_FD = weight_FD[rows.flatten()] * scale_3[:, None]
+    return layouts(arranged_FD), None if bias_F is None else bias_F[rows.flatten()] * scale_3

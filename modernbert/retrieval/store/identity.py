@@ -23,7 +23,7 @@ def fingerprint(colbert: ColBERT) -> str:
     """
     config, c = colbert.encoder.config, colbert.config
     layers = [(config.is_global(i), config.rope_theta(i)) for i in range(config.num_hidden_layers)]
-    head = [(type(layer.activation).__name__, layer.use_residual) for layer in colbert.dense]
+    head = [(type(layer.activation).__name__, layer.residual is not None) for layer in colbert.dense]
     encoder = (layers, config.num_attention_heads, config.window, config.hidden_activation, config.norm_eps)
     lengths = (c.query_length, c.document_length, c.attend_to_expansion_tokens)
     texts = [colbert.tokenize_queries([PROBE]), colbert.tokenize_documents([PROBE])]

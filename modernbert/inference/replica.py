@@ -1,0 +1,49 @@
+"""A second tree of modules over the same parameters, so that inference changes nothing that others see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from ..encoder import Linear
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def replicate(module: nn.Module, change: Callable[[nn.Module], nn.Module | None] = lambda module: None) -> nn.Module:
+    """The module tree again in evaluation mode. Parameters, buffers and hooks are shared, modes and structure are not.
+
+    Args:
+        change: gives what takes the place of a module and all below it, or None for its replica; parents come first.
+    """
+    changed = change(module)
+    if changed is not None:
+        return changed
+    replica = _shallow(module)
+    for name, child in module._modules.items():
+        replica._modules[name] = child if child is None else replicate(child, change)
+    return replica
+
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """The model, or a replica if any of its modules is in training mode: modes are never changed."""
+    return replicate(model) if any(module.training for module in model.modules()) else model
+
+
+def with_weight(module: Linear, weight_FD: Tensor) -> Linear:
+    """The linear layer with a weight in another layout, which `ops.linear` takes."""
+    replica = _shallow(module)
+    del replica._parameters["weight"]
+    replica._buffers["weight"] = weight_FD
+    return replica
+
+
+def _shallow(module: M) -> M:
+    replica = copy.copy(module)
+    for name in ("_modules", "_parameters", "_buffers"):
+        replica.__dict__[name] = dict(module.__dict__[name])
+    replica.training = False
+    return replica
