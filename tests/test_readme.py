@@ -137,11 +137,23 @@ def test_the_readme_is_short():
     assert len(PAGES["README.md"].encode()) <= 8 * 1024
 
 
+def section(title: str) -> str:
+    return PAGES["README.md"].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_page():
+    rows = [line.split("|")[2:] for line in section("Speed").splitlines() if "**" in line]
+    assert len(rows) == 4
+    for figure in re.findall(
+        r"\d[\d,]*\.?\d+", " ".join(re.sub("<!--.*?-->", "", cell) for row in rows for cell in row)
+    ):
+        assert figure in PAGES["docs/speed.md"]
+
+
 def test_the_readme_says_where_to_read():
-    """Each file of the reading list defines the names that the list gives beside it."""
-    section = PAGES["README.md"].partition("## Where to read the code\n")[2].partition("\n## ")[0]
+    """Each file of the reading list defines the names next to it."""
     named = 0
-    for item in re.split(r"\n(?=\d\. )|\n\n", section):
+    for item in re.split(r"\n(?=\d\. )|\n\n", section("Where to read the code")):
         files = re.findall(r"\]\(([^)]+\.py)\)", item)
         source = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
         for name in re.findall(r"`(\w+)`", item) if files else ():
