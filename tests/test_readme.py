@@ -142,12 +142,12 @@ def section(title: str) -> str:
 
 
 def test_the_figures_of_the_readme_are_those_of_the_page():
-    rows = [line.split("|")[2:] for line in section("Speed").splitlines() if "**" in line]
+    rows = [re.sub("<!--.*?-->", "", line) for line in section("Speed").splitlines() if "**" in line]
     assert len(rows) == 4
-    for figure in re.findall(
-        r"\d[\d,]*\.?\d+", " ".join(re.sub("<!--.*?-->", "", cell) for row in rows for cell in row)
-    ):
-        assert figure in PAGES["docs/speed.md"]
+    for row in rows:
+        _, _, *cells = row.split("|")
+        for figure in re.findall(r"\d[\d,]*\.?\d+", " ".join(cells)):
+            assert figure in PAGES["docs/speed.md"], row
 
 
 def test_the_readme_says_where_to_read():
