@@ -45,7 +45,7 @@ class ColBERT(nn.Module):
         self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
-                raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set the prefix to ''")
+                raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set it to ''")
         if config.do_query_expansion and tokenizer.mask_token_id is None:
             raise ValueError("do_query_expansion needs a [MASK] token, and the tokenizer has none")
 

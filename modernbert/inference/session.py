@@ -20,16 +20,16 @@ from .batches import CPU_TOKENS, micro_batches, split_rows
 from .callers import callers, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, list_of_texts, placement
 from .graphs import Graphs
-from .replica import replicate, with_weight
+from .replica import evaluated, replicate, with_weight
 from .short import LONGEST, Layouts, ShortEncoder, has_short_way
 
 
 class Session:
     """An encoder or a head, ready to answer: called like the model, with batches that are on the CPU.
 
-    It holds the weights of the moment it was made. Make a new one after the weights change; what can be seen of a
-    change at little cost raises an error. Results have no gradient, and are the model's within rounding. Threads may
-    share it.
+    It holds the weights of the moment it was made, and answers in evaluation mode, whatever mode the modules are in.
+    Make a new one after the weights change: what can be seen of a change at little cost raises an error. Results have
+    no gradient, and are the model's within rounding. Threads may share it.
 
     - On a CPU one short text takes bare operations on weights in the layout that was measured to be the fastest; large
       batches are cut, and a thread a core calls the model. With AVX-512 weights are packed for oneDNN. That costs the
@@ -42,20 +42,11 @@ class Session:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Prepare `model`, which must be in evaluation mode and stays as it is.
-
-        Raises:
-            ValueError: a module is in training mode.
-        """
-        if training := [name or "the model" for name, module in model.named_modules() if module.training]:
-            raise ValueError(
-                f"a Session answers in evaluation mode, and {training[0]} is in training mode: model.eval()"
-            )
         self.model = model
         self.device, self.width = placement(model)
         self._weights = _Weights(model)
-        self._modules = replicate(model, _pack_linear) if self.device.type == "cpu" else model
-        self._graphs = Graphs(model, self.device) if self.device.type == "cuda" else None
+        self._modules = replicate(model, _pack_linear) if self.device.type == "cpu" else evaluated(model)
+        self._graphs = Graphs(self._modules, self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """The model's rows, `[T, ...]`, or those of `rows` `[Q]`, on the model's device.
@@ -103,7 +94,7 @@ class Session:
         tokens: Tokens,
         *,
         batch_tokens: int | None = None,
-        advance: Callable[[int], None] = lambda count: None,
+        advance: Callable[[int], None] | None = None,
     ) -> Ragged:
         """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` is told counts of texts.
 

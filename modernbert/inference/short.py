@@ -53,7 +53,8 @@ class Layouts:
 
     def _measure(self, weight_FD: Tensor, rounds: int = 5) -> Layout:
         layouts: list[Layout] = [linear.transpose_weight, *([linear.pack_weight] if linear.AVAILABLE else [])]
-        x_TD, weights = torch.rand(ROWS, weight_FD.shape[1]), [layout(weight_FD) for layout in layouts]
+        x_TD = torch.rand(ROWS, weight_FD.shape[1], dtype=torch.float32, device="cpu")
+        weights = [layout(weight_FD) for layout in layouts]
         seconds = [float("inf")] * len(layouts)
         for _ in range(1 + rounds):  # the first ones are slower for all, and never the fastest
             for index, weight in enumerate(weights):
@@ -116,7 +117,7 @@ class ShortEncoder(nn.Module):
         ]
         windows = [layer.attn.window for layer in layers if layer.attn.window is not None]
         self.longest = min([LONGEST, *(window + 1 for window in windows)])
-        self.positions = torch.arange(self.longest)
+        self.positions = torch.arange(self.longest, device="cpu")
         width = encoder.config.head_dim
         self.rope_of = {
             theta: torch.complex(*ops.rotary_table(self.positions, theta, width))[:, None, None]

@@ -91,9 +91,11 @@ def test_arguments_that_contradict(encoder: Encoder) -> None:
     for arguments in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             encoder(**arguments)
-    for name in ("attention_mask", "input_ids"):
-        with pytest.raises(ValueError, match="a Packed carries its own"):
-            encoder(pack(IDS), **{name: torch.ones_like(IDS)})
+    with pytest.raises(ValueError, match="a Packed carries its own mask"):
+        encoder(pack(IDS), torch.ones_like(IDS))
+    for batch in (IDS, pack(IDS)):
+        with pytest.raises(ValueError, match="input_ids is another name of batch"):
+            encoder(batch, input_ids=IDS)
 
 
 def test_the_names_of_a_padded_caller(encoder: Encoder) -> None:

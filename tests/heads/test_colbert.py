@@ -221,7 +221,7 @@ def test_mistakes_are_named(plain_tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="put it in a list"):
         make(plain_tokenizer).tokenize_documents("one text")
     encoder = Encoder.from_pretrained(BACKBONE)
-    with pytest.raises(ValueError, match="prefix '\\[Q\\] ' is no token of the tokenizer"):
+    with pytest.raises(ValueError, match="prefix '\\[Q\\] ' is not a token of the tokenizer"):
         ColBERT(encoder, plain_tokenizer, make(plain_tokenizer).dense, ColBERTConfig())
     encoder.save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
