@@ -26,7 +26,7 @@ class Teacher:
             shapes = f"{self.keys.shape} and {self.vectors.shape}"
             raise ValueError(f"{folder}: keys.npy must ascend and be as long as vectors.npy, got {shapes}")
 
-    def rows(self, texts: Iterable[str]) -> np.ndarray:
+    def index(self, texts: Iterable[str]) -> np.ndarray:
         """The row of each text in `vectors`, int64 [N]; -1 where the teacher has not seen the text."""
         keys = np.fromiter((text_key(text) for text in texts), np.uint64)
         rows = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
