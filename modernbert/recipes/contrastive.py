@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
@@ -25,11 +24,12 @@ from modernbert.packing import Tokens
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
 from modernbert.train.batching import epochs, topic_vectors
-from modernbert.train.losses import info_nce, kl_distill
 from modernbert.train.loop import BatchLoss, check_finite, fit
+from modernbert.train.losses import info_nce, kl_distill
 from modernbert.train.optim import adamw, warmup_and_decay
 from modernbert.train.options import fixed, option, parse
-from modernbert.train.teacher import Teacher, write_teacher
+from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
+from modernbert.train.vocabulary import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -112,50 +112,38 @@ def main(config: Config) -> ColBERT:
 def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs, Teacher | None]:
     """The untrained model, the pairs as its token ids, and the teacher; `output` keeps them for the next start."""
     file = output / "tokens.npz"
-    pairs = [] if file.exists() else read_pairs(config)
     if file.exists():
-        tokenizer = Tokenizer.from_pretrained(output)
-    else:
-        texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
-        backend = data.train_tokenizer(texts, vocab_size=config.vocab_size)
-        tokenizer = Tokenizer(backend, {"do_lower_case": True})
-        tokenizer.save_pretrained(output)
-        if config.teacher_model and not Path(config.teacher, "keys.npy").exists():
-            chosen = data.first_per_source(pairs, config.teacher_pairs)
-            texts = token_texts(tokenizer) + [text for pair in chosen for text in (pair.query, pair.positive)]
-            write_teacher(texts, config.teacher_model, config.teacher)
+        tokens = data.TokenizedPairs.load(file, inputs(config))
+        teacher = Teacher(config.teacher) if config.teacher else None
+        return build(config, Tokenizer.from_pretrained(output), teacher), tokens, teacher
+    pairs = data.choose_pairs(
+        config.pairs,
+        exclude_sources=config.exclude_sources,
+        decontaminate_against=config.decontaminate_against,
+    )
+    texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
+    tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
+    tokenizer.save_pretrained(output)
+    if config.teacher and config.teacher_model and not Path(config.teacher, "keys.npy").exists():
+        chosen = data.first_per_source(pairs, config.teacher_pairs)
+        texts = token_texts(tokenizer) + [text for pair in chosen for text in (pair.query, pair.positive)]
+        write_teacher(texts, config.teacher_model, config.teacher)
     teacher = Teacher(config.teacher) if config.teacher else None
-    model = build(config, tokenizer, teacher).to(config.device)
-    names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
-    inputs = {name: getattr(config, name) for name in names}
-    inputs["pairs (a hash of the files)"] = data.digest(data.pair_files(config.pairs))
-    inputs["teacher (a hash of its keys)"] = data.digest([Path(config.teacher, "keys.npy")]) if config.teacher else ""
-    if file.exists():
-        return model, data.TokenizedPairs.load(file, inputs), teacher
+    model = build(config, tokenizer, teacher)
     tokens = data.TokenizedPairs.from_pairs(pairs, model, teacher)
-    tokens.save(file, inputs)
+    tokens.save(file, inputs(config))
     return model, tokens, teacher
 
 
-def read_pairs(config: Config) -> list[data.Pair]:
-    pairs = data.read_pairs(config.pairs, exclude_sources=config.exclude_sources)
-    if config.decontaminate_against:
-        texts = (text for folder in config.decontaminate_against for text in data.read_corpus(folder))
-        pairs = data.without_overlap(pairs, texts)
-    pairs = [pair for pair in pairs if pair.query.strip() and pair.positive.strip()]
-    if not pairs:
-        raise ValueError(f"no pair of {config.pairs} is left: all are empty, excluded or overlap")
-    print(f"{len(pairs):,} pairs", flush=True)
-    return pairs
-
-
-def token_texts(tokenizer: Tokenizer) -> list[str]:
-    """Each token of the vocabulary as a text that a teacher can embed."""
-    return [tokenizer.decode([i]).strip() or str(tokenizer.id_to_token(i)) for i in range(tokenizer.vocab_size)]
+def inputs(config: Config) -> dict[str, object]:
+    """What `tokens.npz` depends on."""
+    names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
+    files = [*data.pair_files(config.pairs), *([Path(config.teacher, "keys.npy")] if config.teacher else [])]
+    return {**{name: getattr(config, name) for name in names}, "hash of pairs and teacher": data.digest(files)}
 
 
 def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColBERT:
-    """The untrained model, at the lengths of training; a teacher that knows the tokens gives their embeddings."""
+    """The untrained model, with the lengths of training; a teacher that knows the tokens gives their embeddings."""
     torch.manual_seed(config.seed)
     encoder = Encoder(
         EncoderConfig(
@@ -173,17 +161,10 @@ def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColB
         )
     )
     if teacher is not None:
-        index = teacher.index(token_texts(tokenizer))
-        if (index >= 0).all():
-            vectors = teacher[index] - teacher[index].mean(0)
-            _, _, axes = torch.linalg.svd(vectors, full_matrices=False)
-            vectors = F.normalize(vectors @ axes[: config.hidden_size].T, dim=-1)
-            # A unit vector's elements deviate by hidden_size ** -0.5, the table's by initializer_range.
-            scale = encoder.config.initializer_range * config.hidden_size**0.5
-            with torch.no_grad():
-                encoder.embeddings.tok_embeddings.weight[:, : vectors.shape[1]] = vectors * scale
-    settings = ColBERTConfig(query_length=config.train_query_length, document_length=config.train_document_length)
-    return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=settings)
+        table = encoder.embeddings.tok_embeddings.weight
+        teach_embeddings(table, tokenizer, teacher, deviation=encoder.config.initializer_range)
+    lengths = ColBERTConfig(query_length=config.train_query_length, document_length=config.train_document_length)
+    return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=lengths).to(config.device)
 
 
 def batch_loss(

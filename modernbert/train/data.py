@@ -16,21 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..heads.colbert import ColBERT
 from ..packing import Tokens
 from .files import replacing
 from .options import check_same
 from .teacher import Teacher
-
-SPECIAL_TOKENS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
-
-# What becomes a token: words with their accents, numbers in groups of at most four digits, and the symbols
-# that mean something in code and mathematics. Other punctuation (late interaction would skip it in documents
-# anyway), spaces and underscores only separate: "file" is one token in "a file", "(file)" and "read_file".
-WORDS = r"[\p{L}\p{M}]+|\p{N}{1,4}|[$+<=>^|~#*%&@]|[^\s\p{L}\p{M}\p{N}\p{P}\p{C}`]"
 
 
 class Pair(NamedTuple):
@@ -93,44 +84,28 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """A hash of the content of files."""
+    """A hash of the names and the content of files."""
     total = hashlib.blake2b(digest_size=16)
     for path in paths:
+        total.update(path.name.encode())
         with path.open("rb") as file:
             for block in iter(lambda: file.read(1 << 20), b""):
                 total.update(block)
     return total.hexdigest()
 
 
-def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer for lower-cased text with ModernBERT's special tokens at ids 0 to 4.
-
-    The texts are lower-cased here, so a `Tokenizer` of it needs `do_lower_case`. Every word
-    starts with the byte-level space, whatever stood before it.
-    """
-    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text.lower() for text in texts), trainer)
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
-    )
-    return tokenizer
+def choose_pairs(
+    folder: str | os.PathLike, *, exclude_sources: Collection[str], decontaminate_against: Iterable[str]
+) -> list[Pair]:
+    """`read_pairs` without empty texts and without overlap with the corpora of BEIR folders."""
+    pairs = read_pairs(folder, exclude_sources=exclude_sources)
+    if decontaminate_against:
+        pairs = without_overlap(pairs, (text for corpus in decontaminate_against for text in read_corpus(corpus)))
+    chosen = [pair for pair in pairs if pair.query.strip() and pair.positive.strip()]
+    if not chosen:
+        raise ValueError(f"no pair of {folder} is left: all are empty, excluded or overlap")
+    print(f"{len(chosen):,} pairs", flush=True)
+    return chosen
 
 
 def without_overlap(pairs: Iterable[Pair], held_out: Iterable[str], *, n: int = 8) -> Iterator[Pair]:
@@ -228,12 +203,11 @@ class TokenizedPairs:
         """Read what `save` has written. ValueError: it was made of something else than `inputs`."""
         with np.load(file) as arrays:
             check_same(file, json.loads(str(arrays["inputs"])), inputs)
-            sides = {
-                side: RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"])
-                for side in ("queries", "positives")
-            }
+            queries, positives = (
+                RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"]) for side in ("queries", "positives")
+            )
             rest = {name: arrays[name] for name in arrays.files if "." not in name and name != "inputs"}
-            return cls(**sides, **rest)
+            return cls(queries, positives, **rest)
 
 
 def _tokenize(
@@ -243,7 +217,8 @@ def _tokenize(
     longest: int,
 ) -> tuple[RaggedIds, np.ndarray]:
     """The ids of texts, and the tokens that the model reads of each."""
-    parts, lengths, read = [np.zeros(0, np.uint16)], [0], []
+    parts: list[np.ndarray] = [np.zeros(0, np.int32)]
+    lengths, read = [0], []
     for start in range(0, len(texts), 4096):
         # Tokens of ordinary text are far shorter than 32 characters; the cut saves most of the work.
         ids = ids_of([text[: 32 * longest] for text in texts[start : start + 4096]])

@@ -1,4 +1,4 @@
-"""The training loop: steps, their guard, log, checkpoints and resume. What is trained, and on what, it does not know."""
+"""The training loop of every recipe: steps, their guard, the log, checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ LOG_STEPS = 20
 
 
 class BatchLoss(NamedTuple):
-    """Attributes:
-    loss: a scalar with its graph. tokens: how many the model has read. metrics: scalars that the log averages.
-    """
+    """What a recipe computes of a batch: a scalar with its graph, the tokens read, and scalars for the log."""
 
     loss: Tensor
     tokens: int
@@ -75,7 +73,8 @@ def fit(
         for _ in range(accumulate):
             part = batch_loss(next(coming))
             (part.loss / accumulate).backward()
-            parts.append(part._replace(loss=part.loss.detach()))
+            metrics = {name: value.detach() for name, value in part.metrics.items()}
+            parts.append(BatchLoss(part.loss.detach(), part.tokens, metrics))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         loss, norm = torch.stack([torch.stack([part.loss for part in parts]).mean(), norm]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -151,7 +150,7 @@ class Log:
     def write(self, step: int, learning_rate: float) -> None:
         seconds = time.monotonic() - self.started
         metrics = {
-            name: torch.stack([part.metrics[name].detach().float() for part in self.parts]).mean().item()
+            name: torch.stack([part.metrics[name].float() for part in self.parts]).mean().item()
             for name in self.parts[0].metrics
         }
         means = {"loss": sum(self.losses) / len(self.losses), **metrics}

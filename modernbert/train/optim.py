@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def adamw(model: nn.Module, table: nn.Parameter, *, learning_rate: float, table_rate: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, table: torch.Tensor, *, learning_rate: float, table_rate: float) -> torch.optim.AdamW:
     """AdamW for a model whose embedding table has a learning rate of its own."""
     others = [parameter for parameter in model.parameters() if parameter is not table]
     groups = [{"params": [table], "lr": table_rate}, {"params": others, "lr": learning_rate}]

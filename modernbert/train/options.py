@@ -21,16 +21,17 @@ def option(text: str, default: Any = MISSING, *, free: bool = False) -> Any:
 
 
 def parse(config: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
-    """A command line to a config: one option for each field. A field with a tuple as its default takes several words."""
+    """A command line to a config: one option for each field, which takes several words where the default is a tuple."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     for each in fields(config):
-        text, kind = each.metadata["help"].replace("%", "%%"), {"required": True}
-        if each.default is not MISSING:
-            text += f" (default: {each.default!r})" if each.default not in ("", ()) else ""
-            kind = {"default": each.default}
-            kind |= {"nargs": "*"} if isinstance(each.default, tuple) else {"type": type(each.default)}
-        parser.add_argument("--" + each.name.replace("_", "-"), help=text, **kind)
+        text, default = each.metadata["help"].replace("%", "%%"), each.default
+        kind: dict[str, Any] = {"nargs": "*"} if isinstance(default, tuple) else {"type": type(default)}
+        if default is MISSING:
+            kind = {"required": True}
+        elif default not in ("", ()):
+            text += f" (default: {default!r})"
+        parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=text, **kind)
     values = vars(parser.parse_args(arguments))
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -41,7 +42,7 @@ def fixed(config: DataclassInstance) -> dict[str, object]:
 
 
 def check_same(file: Path, there: Mapping[str, object], asked: Mapping[str, object]) -> None:
-    """Raise a ValueError with every setting in which `file`, made with the settings `there`, is not what is asked for."""
+    """Raise a ValueError that names the settings in which those of `file` (`there`) and those of this run differ."""
     there, asked = (json.loads(json.dumps(settings)) for settings in (there, asked))  # tuples and lists are one
     names = sorted(name for name in {*there, *asked} if there.get(name) != asked.get(name))
     if names:
