@@ -37,11 +37,9 @@ class Config:
     pairs: str = option("folder of *.jsonl or *.jsonl.zst files: one pair a line, see train/data.py", free=True)
     output: str = option("folder of the run and its result", free=True)
     exclude_sources: tuple[str, ...] = option("sources of pairs that are left out", ())
-    decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs that share eight words with them are out", ())
+    decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs sharing 8 words in a row are left out", ())
     teacher: str = option("folder of a teacher's vectors, see train/teacher.py", "", free=True)
-    teacher_model: str = option(
-        "sentence-transformers model that writes the teacher's folder if it is new", "", free=True
-    )
+    teacher_model: str = option("sentence-transformers model that fills this folder if it is new", "", free=True)
     teacher_pairs: int = option("pairs of each source that it embeds, besides the tokens of the vocabulary", 0)
 
     vocab_size: int = option("tokens of the vocabulary", 8192)
@@ -95,7 +93,7 @@ def main(config: Config) -> ColBERT:
         batches,
         partial(batch_loss, config, model, pairs, teacher),
         output=output,
-        settings=fixed(config),
+        settings=fixed(config) | inputs(config),
         steps=config.steps,
         schedule=partial(warmup_and_decay, steps=config.steps, warmup=config.warmup, decay=config.decay),
         accumulate=config.accumulate,
@@ -116,11 +114,8 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
         tokens = data.TokenizedPairs.load(file, inputs(config))
         teacher = Teacher(config.teacher) if config.teacher else None
         return build(config, Tokenizer.from_pretrained(output), teacher), tokens, teacher
-    pairs = data.choose_pairs(
-        config.pairs,
-        exclude_sources=config.exclude_sources,
-        decontaminate_against=config.decontaminate_against,
-    )
+    choice = {"exclude_sources": config.exclude_sources, "decontaminate_against": config.decontaminate_against}
+    pairs = data.choose_pairs(config.pairs, **choice)
     texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     tokenizer.save_pretrained(output)
@@ -136,10 +131,10 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
 
 
 def inputs(config: Config) -> dict[str, object]:
-    """What `tokens.npz` depends on."""
+    """What the token ids depend on. Folders may move; a hash knows the files in them."""
     names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
     files = [*data.pair_files(config.pairs), *([Path(config.teacher, "keys.npy")] if config.teacher else [])]
-    return {**{name: getattr(config, name) for name in names}, "hash of pairs and teacher": data.digest(files)}
+    return {name: getattr(config, name) for name in names} | {"hash of pairs and teacher": data.digest(files)}
 
 
 def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColBERT:
@@ -189,9 +184,9 @@ def batch_loss(
 
 def vectors(model: ColBERT, tokens: Tokens) -> Ragged:
     """The scored rows of texts, with their graph."""
-    device = next(model.parameters()).device
-    rows = None if tokens.rows is None else tokens.rows.to(device)
-    return Ragged(model(tokens.batch.to(device), rows=rows), tokens.offsets)
+    device, rows = next(model.parameters()).device, tokens.rows
+    x_QE = model(tokens.batch.to(device), rows=None if rows is None else rows.to(device))
+    return Ragged(x_QE, tokens.offsets)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,11 @@ def test_other_pairs_are_refused_in_the_output_of_a_run_without_a_checkpoint(toy
     for change in ({"vocab_size": 300}, {"train_query_length": 9}, {"exclude_sources": ("a",)}):
         with pytest.raises(ValueError, match=rf"tokens\.npz belongs to another run: {next(iter(change))} is"):
             main(config(toy, tmp_path / "out", **change))
+    # A checkpoint knows its pairs too.
+    main(config(toy, tmp_path / "done", steps=1))
+    (tmp_path / "done" / "tokens.npz").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another run: hash of pairs and teacher is"):
+        main(config(other, tmp_path / "done"))
     # The same pairs from elsewhere are the same run.
     moved = tmp_path / "moved"
     moved.mkdir()
