@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -173,48 +173,96 @@ class ColBERT(nn.Module):
         Without `spans`, which encoding does not need, it is a good deal faster.
         """
         c = self.config
-        ids, found = self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, spans)
-        key_lengths = [len(row) for row in ids]
-        if c.do_query_expansion:
-            mask = self.tokenizer.mask_token_id
-            assert mask is not None  # __init__ has seen to it
-            ids = [row + [mask] * (c.query_length - len(row)) for row in ids]
-            found = [row + [None] * (c.query_length - len(row)) for row in found]
-        batch = pack(ids)
-        if c.do_query_expansion and not c.attend_to_expansion_tokens:
-            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
-        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
+        return self.query_tokens(*self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, spans))
 
     def tokenize_documents(self, texts: Sequence[str], *, truncate: bool = True, spans: bool = True) -> Tokens:
         """What `encode_documents` feeds the encoder, and which rows it keeps; all of the text without `truncate`."""
         c = self.config
         length = c.document_length if truncate else sys.maxsize
         ids, found = self._tokenize(texts, c.document_prompt, c.document_prefix, length, spans)
-        batch = pack(ids)
+        return self.document_tokens(ids, found, truncate=truncate)
+
+    def query_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of queries as `tokenize_queries` cuts them, without prefix and special tokens: for `query_tokens`."""
+        c = self.config
+        return self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, False)[0]
+
+    def document_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of documents, for `document_tokens`, as `query_ids` gives those of queries."""
+        c = self.config
+        return self._tokenize(texts, c.document_prompt, c.document_prefix, c.document_length, False)[0]
+
+    def query_tokens(self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]] = ()) -> Tokens:
+        """The `Tokens` of queries that are ids already: prefix, special tokens and expansion are added.
+
+        A query that would be longer than `query_length` loses its end. spans: as in `Tokens`, of these ids; or none.
+        """
+        c = self.config
+        rows, found = self._frame(ids, spans, c.query_prefix, c.query_length)
+        key_lengths = [len(row) for row in rows]
+        if c.do_query_expansion:
+            mask = self.tokenizer.mask_token_id
+            assert mask is not None  # __init__ has seen to it
+            rows = [row + [mask] * (c.query_length - len(row)) for row in rows]
+            found = [row + [None] * (c.query_length - len(row)) for row in found]
+        batch = pack(rows)
+        if c.do_query_expansion and not c.attend_to_expansion_tokens:
+            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
+        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
+
+    def document_tokens(
+        self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]] = (), *, truncate: bool = True
+    ) -> Tokens:
+        """The `Tokens` of documents that are ids already, as `query_tokens`; rows on the skiplist are not kept."""
+        c = self.config
+        length = c.document_length if truncate else sys.maxsize
+        rows, found = self._frame(ids, spans, c.document_prefix, length)
+        batch = pack(rows)
         return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), found)
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str, prefix: str, length: int, with_spans: bool
     ) -> tuple[list[list[int]], list[list[Span]]]:
+        """Text to ids and their spans, without what `_frame` adds, but with room for it in `length`."""
         if isinstance(texts, str):
             raise TypeError("texts must be a list of str, got one str: put it in a list")
-        inserted = [] if not prefix else [self.tokenizer.token_to_id(prefix)]
         prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
         # Cutting to query_length or document_length is the model's definition, as in every ColBERT: no warning.
-        room = length - len(inserted)
+        room = length - bool(prefix)
         encodings = self.tokenizer.encode_batch(prepared, max_length=room, offsets=with_spans, warn=False)
+        before, after = map(len, self._template)
         ids, spans = [], []
         for text, clean, encoding in zip(texts, prepared, encodings, strict=True):
-            ids.append([*encoding.ids[:1], *inserted, *encoding.ids[1:]])
+            own = slice(before, len(encoding.ids) - after)
+            ids.append(encoding.ids[own])
             if not with_spans:
                 continue
             shift = (prompt + text).find(clean) - len(prompt)
             rows: list[Span] = [
                 (max(0, start + shift), end + shift) if end > start and end + shift > 0 else None
-                for start, end in encoding.offsets
+                for start, end in encoding.offsets[own]
             ]
-            spans.append([*rows[:1], *[None] * len(inserted), *rows[1:]])
+            spans.append(rows)
         return ids, spans
+
+    def _frame(
+        self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]], prefix: str, length: int
+    ) -> tuple[list[list[int]], list[list[Span]]]:
+        """`[CLS] prefix ids [SEP]`, at most `length` of them."""
+        head, tail = self._template
+        head = [*head, self.tokenizer.token_to_id(prefix)] if prefix else head
+        room = length - len(head) - len(tail)
+        if room < 0:
+            raise ValueError(f"a length of {length} has no room for the {len(head) + len(tail)} tokens around a text")
+        rows = [[*head, *row[:room], *tail] for row in ids]
+        return rows, [[*[None] * len(head), *row[:room], *[None] * len(tail)] for row in spans]
+
+    @cached_property
+    def _template(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts in front of a text and after it."""
+        specials = self.tokenizer.encode_batch([""], offsets=False)[0].ids
+        front = int(specials[:1] == [self.tokenizer.cls_token_id])
+        return specials[:front], specials[front:]
 
 
 def _skip_ids(tokenizer: Tokenizer, config: ColBERTConfig) -> set[int]:
