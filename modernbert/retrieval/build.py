@@ -21,7 +21,7 @@ from .documents.text import OnNote, file_name
 from .passages import Document
 from .store.draft import Draft, open_draft
 from .store.format import DTYPES, PASSAGES, VERSION, IndexRequest, Manifest, read_manifest
-from .store.identity import LoadedModel, ModelIdentity, ModelSource, absolute, load_model
+from .store.identity import LoadedModel, ModelSource, absolute, load_model
 from .store.writer import StoreWriter, Summary
 from .windows import BLOCK, Window, batch, windows
 
@@ -152,7 +152,7 @@ def _prepare(draft: Draft, model: ModelSource | LoadedModel | None, dtype: str |
         raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     if old and dtype not in (None, old.dtype):
         raise ValueError(f"the store {draft.folder} holds {old.dtype}, not {dtype}: leave out the dtype")
-    loaded = load_model(model, ModelIdentity(old.model, old.fingerprint) if old else None)
+    loaded = load_model(model, old.identity if old else None)
     new = Manifest(VERSION, *loaded.identity, dtype=dtype or "fp16", width=loaded.session.model.dim)
     return old or new, loaded.session
 

@@ -159,7 +159,7 @@ def evaluate(run: Run, qrels: Qrels, *, on_note: OnNote = warnings.warn) -> list
         raise ModuleNotFoundError("evaluation needs ir-measures: pip install 'modernbert[retrieval]'") from error
     if not run.keys() & qrels.keys():
         raise ValueError(
-            f"none of {len(run)} queries of the run is among the {len(qrels)} judged ones: are they of the same data set?"
+            f"none of {len(run)} queries of the run is among the {len(qrels)} judged ones: do they belong together?"
         )
     unanswered = sum(not run.get(query) for query in qrels)
     barren = sum(all(grade < 1 for grade in grades.values()) for grades in qrels.values())

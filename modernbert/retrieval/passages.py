@@ -189,7 +189,7 @@ def cut(text: str, tokens: Sequence[tuple[int, int]], limit: int) -> Iterator[tu
 
 
 def _border(text: str, before: int, after: int) -> int:
-    """The quality of a cut between two tokens: paragraph 4, list item 3, sentence 2, space 1, else 0; in a character -1."""
+    """The quality of a cut between two tokens: 4 paragraph, 3 list item, 2 sentence, 1 space, 0 word, -1 character."""
     if after < before:
         return -1
     while before > 0 and text[before - 1].isspace():  # the token may end in white space

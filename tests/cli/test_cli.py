@@ -22,7 +22,7 @@ from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.cli import main
 from modernbert.cli.search import QUESTIONS
 from modernbert.heads.colbert import ColBERTConfig
-from modernbert.retrieval.indexing import index
+from modernbert.retrieval import index
 from modernbert.retrieval.store.search import Store
 
 OWLS = "# Birds\n\nDay birds sing.\n\n## Owls\n\nOwls hunt mice at midnight.\n"

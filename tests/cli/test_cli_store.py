@@ -160,12 +160,12 @@ def test_the_page_is_written(modernbert, store, tmp_path):
         (["search", "owls", "--index", "nowhere"], "nowhere does not exist; make one with: modernbert index PATH..."),
         (["search", "owls", "--index", "docs"], "docs holds no store; make one with: modernbert index PATH..."),
         (["search", "--index", "store", "--queries", "q.jsonl"], "a run needs --index STORE, --queries FILE"),
-        (["search", "owls", "--index", "qdrant:"], "'qdrant:' is no target; a target is one of"),
+        (["search", "owls", "--index", "qdrant:"], "'qdrant:' is not a target; a target is one of"),
         (["index", "nothing", "--output", "new"], "no such file or folder: "),
         (["index", "docs", "--output", "store", "--dtype", "int8"], "the store store holds fp16, not int8"),
-        (["index", "docs", "--output", "docs"], "docs is no store, and not empty"),
+        (["index", "docs", "--output", "docs"], "docs is not a store, and not empty"),
         (["evaluate", "docs"], "no corpus.jsonl or corpus.jsonl.gz in docs"),
-        (["export", "store", "elsewhere"], "'elsewhere' is no target"),
+        (["export", "store", "elsewhere"], "'elsewhere' is not a target"),
     ],
 )
 def test_an_error_is_one_line_that_says_what_to_do(modernbert, store, monkeypatch, arguments, message):

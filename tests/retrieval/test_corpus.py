@@ -18,7 +18,7 @@ DEMO = files("modernbert") / "assets" / "demo" / "corpus.jsonl.gz"
 
 def read(*paths, **options):
     """All documents of files and folders, as `index` reads them."""
-    return [document for file in find_files(paths, note=lambda _: None) for document in read_file(file, **options)]
+    return [document for file in find_files(paths, on_note=lambda _: None) for document in read_file(file, **options)]
 
 
 def write(folder, content):
@@ -51,13 +51,13 @@ def test_a_folder_is_read_in_order_and_what_is_skipped_is_said(tmp_path):
     (tmp_path / "linked.txt").symlink_to(tmp_path / "b.md")
     (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
     notes = []
-    found = [file.relative_to(tmp_path).as_posix() for file in find_files([tmp_path], note=notes.append)]
+    found = [file.relative_to(tmp_path).as_posix() for file in find_files([tmp_path], on_note=notes.append)]
     assert found == ["b.md", "corpus.jsonl", "linked.txt", "p.PDF", "w.htm", *kept[4:]]
     assert len(notes) == 1
     what, kinds = notes[0].rsplit(": ", 1)
     assert what == f"skipped 11 files and folders in {tmp_path} that are not read"
     assert kinds.split(", ")[:2] == ["3 hidden or node_modules", "2 .tsv"]
-    once = {"1 .jsonl", "1 .png", "1 .js", "1 .yaml", "1 linked folder", "1 no regular file"}
+    once = {"1 .jsonl", "1 .png", "1 .js", "1 .yaml", "1 linked folder", "1 broken link or special file"}
     assert set(kinds.split(", ")[2:]) == once
 
 
@@ -72,9 +72,9 @@ def test_paths_that_overlap_give_each_file_once(tmp_path, monkeypatch):
     write(tmp_path, {"a/b/one.md": "1", "a/b/.two.md": "2", "a/three.md": "3", "four.md": "4"})
     monkeypatch.chdir(tmp_path)
     for paths in (["a", "."], [".", "a"], ["a/b", "a/b/one.md", "."], [".", "a/../a/b", "a/b/"], ["four.md", "."]):
-        found = [file.relative_to(tmp_path).as_posix() for file in find_files(paths, note=lambda _: None)]
+        found = [file.relative_to(tmp_path).as_posix() for file in find_files(paths, on_note=lambda _: None)]
         assert sorted(found) == ["a/b/one.md", "a/three.md", "four.md"]
-    found = [str(file) for file in find_files([".", "a/b/.two.md", "a/b/.two.md"], note=lambda _: None)]
+    found = [str(file) for file in find_files([".", "a/b/.two.md", "a/b/.two.md"], on_note=lambda _: None)]
     assert found.count(str(tmp_path / "a/b/.two.md")) == 1
     assert len(found) == 4
 
@@ -96,14 +96,14 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     notes = []
-    assert [file.name for file in find_files([tmp_path], note=notes.append)] == ["x.md", "z.md"]
+    assert [file.name for file in find_files([tmp_path], on_note=notes.append)] == ["x.md", "z.md"]
     assert notes == [f"skipped a folder: [Errno 13] Permission denied: '{tmp_path}/b'"]
 
 
 def test_digest_of_a_file_is_the_sha256_of_its_bytes(tmp_path):
     raw = b"\xef\xbb\xbf# T\r\n\r\nna\xefve\0"
     (tmp_path / "a.txt").write_bytes(b"x" * 9000 + raw)
-    (document,) = read_file(tmp_path / "a.txt", note=lambda _: None)
+    (document,) = read_file(tmp_path / "a.txt", on_note=lambda _: None)
     assert document.digest == hashlib.sha256(b"x" * 9000 + raw).hexdigest()
     assert (document.id, document.line, document.metadata) == (document.path, None, {})
 
@@ -128,15 +128,15 @@ def test_digest_of_a_record_is_of_its_content_alone(tmp_path):
 
 def test_what_is_known_is_left_out_and_not_even_parsed(tmp_path):
     write(tmp_path, {"a.pdf": b"no PDF", "b.md": "text", "c.jsonl": '{"text": "x"}\n{"_id": "k", "text": "y"}\n'})
-    asked = []
+    asked, current = [], []
 
     def known(key):
         asked.append(key)
         return key.id != "1"
 
-    assert [document.text for document in read(tmp_path / "a.pdf", tmp_path, tmp_path / "c.jsonl", known=known)] == [
-        "x"
-    ]
+    found = read(tmp_path / "a.pdf", tmp_path, tmp_path / "c.jsonl", is_current=known, on_current=current.append)
+    assert [document.text for document in found] == ["x"]
+    assert current == [asked[0], asked[1], asked[3]]
     pdf, markdown, *records = asked
     digest = hashlib.sha256(b"no PDF").hexdigest()
     assert pdf == Key(str(tmp_path / "a.pdf"), str(tmp_path / "a.pdf"), digest, None)
@@ -156,7 +156,7 @@ def test_progress_sums_to_the_sizes_of_the_files(tmp_path):
     write(tmp_path, {"h.jsonl.gz": gzip.compress(lines.encode()) + b"\0" * 300_000})
     for file in sorted(tmp_path.iterdir()):
         sizes = []
-        documents = [(document, len(sizes)) for document in read_file(file, advance=sizes.append)]
+        documents = [(document, len(sizes)) for document in read_file(file, on_bytes=sizes.append)]
         assert sum(sizes) == file.stat().st_size
         assert min(sizes) >= 0
         if len(documents) > 1 and file.name != "h.jsonl.gz":  # told as it goes
@@ -256,7 +256,7 @@ def test_broken_utf8_is_replaced_and_said(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfbyte order mark")
     (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "na\xefve \\ud800"}\n')
     notes = []
-    assert [document.text for document in read(tmp_path, note=notes.append)] == [
+    assert [document.text for document in read(tmp_path, on_note=notes.append)] == [
         "caf\ufffd and \ufffd; a real \ufffd is not counted",
         "byte order mark",
         "na\ufffdve ?",

@@ -23,9 +23,8 @@ from stores import corpus, small_colbert, write_corpus
 from modernbert import ColBERT, maxsim
 from modernbert.heads.colbert import ASSETS
 from modernbert.late_interaction import Ragged
+from modernbert.retrieval import Hit, Store, index
 from modernbert.retrieval.engines import Engine, export, is_target
-from modernbert.retrieval.indexing import index
-from modernbert.retrieval.store.search import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:Failed to obtain server version")
 
@@ -43,6 +42,10 @@ EXACT = [
 qdrant = pytest.mark.skipif(
     importlib.util.find_spec("qdrant_client") is None, reason="qdrant_client is not installed (extra qdrant)"
 )
+
+
+def ids(found: list[list[Hit]]) -> list[list[int]]:
+    return [[hit.passage_id for hit in hits] for hits in found]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_the_top_ten_are_those_of_exact_search(name, dtype, make, colbert, tmp_p
     exact = store.search(QUERIES, top_k=10)
     with Engine(target, colbert) as engine:
         found = engine.search(QUERIES, top_k=10)
-        assert [[hit.number for hit in hits] for hits in found] == [[hit.number for hit in hits] for hits in exact]
+        assert ids(found) == [[hit.passage_id for hit in hits] for hits in exact]
         for ours, theirs in zip(exact, found, strict=True):
             np.testing.assert_allclose([hit.score for hit in theirs], [hit.score for hit in ours], atol=2e-5)
             assert [replace(hit, score=0) for hit in theirs] == [replace(hit, score=0) for hit in ours]
@@ -147,9 +150,7 @@ def test_a_model_with_a_name_is_found_by_it(name, colbert, tmp_path):
         export(store, f"{name}:{tmp_path / 'there'}")
         exact = store.search(QUERIES)
     with Engine(f"{name}:{tmp_path / 'there'}") as engine:
-        assert [[hit.number for hit in hits] for hits in engine.search(QUERIES)] == [
-            [hit.number for hit in hits] for hits in exact
-        ]
+        assert ids(engine.search(QUERIES)) == [[hit.passage_id for hit in hits] for hits in exact]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -181,7 +182,7 @@ def test_half_an_export_is_no_export(name, make, store, colbert, tmp_path, monke
         export(store, target)
     monkeypatch.undo()
     if name == "qdrant":
-        with pytest.raises(FileNotFoundError, match="has not come to its end: run `modernbert export` again"):
+        with pytest.raises(FileNotFoundError, match="is unfinished: run `modernbert export` again"):
             Engine(target, colbert)
     else:
         with Engine(target, colbert) as engine:
@@ -199,10 +200,10 @@ def test_a_target_names_its_engine(store, colbert):
     assert not is_target("C:\\folder")
     for wrong in ("qdrnt:folder", "qdrant:", "folder"):
         with pytest.raises(
-            ValueError, match=r"is no target; a target is one of qdrant:PLACE, lancedb:PLACE, fast-plaid"
+            ValueError, match=r"is not a target; a target is one of qdrant:ADDRESS, lancedb:ADDRESS, fast-plaid"
         ):
             export(store, wrong)
-        with pytest.raises(ValueError, match="is no target"):
+        with pytest.raises(ValueError, match="is not a target"):
             Engine(wrong, colbert)
 
 
@@ -254,7 +255,7 @@ def test_a_multivector_that_a_server_refuses_is_named(make, monkeypatch, tmp_pat
 
     monkeypatch.setattr(qdrant, "FLOATS", 16 * 12)
     with pytest.raises(
-        ValueError, match=r"has a passage of \d+ vectors of width 16; Qdrant takes less than 192 numbers"
+        ValueError, match=r"has a passage of \d+ vectors of width 16; Qdrant accepts less than 192 numbers"
     ):
         export(make(3), f"qdrant:{tmp_path}")
 
@@ -351,7 +352,7 @@ def test_a_server_is_asked_in_requests_that_it_takes(store, colbert, monkeypatch
         exact = store.search(QUERIES)
         with Engine(target, colbert) as engine:
             found = engine.search(QUERIES)
-        assert [[hit.number for hit in hits] for hits in found] == [[hit.number for hit in hits] for hits in exact]
+        assert ids(found) == [[hit.passage_id for hit in hits] for hits in exact]
         monkeypatch.setenv("QDRANT_API_KEY", "wrong")
         with pytest.raises(OSError, match=f"^Qdrant at {server.url}/my-docs: .*403"):
             Engine(target, colbert)
@@ -377,7 +378,7 @@ def test_a_real_server_finds_the_top_ten_of_exact_search(make, colbert):
                 found = engine.search(QUERIES)
             for ours, theirs in zip(exact, found, strict=True):
                 np.testing.assert_allclose([hit.score for hit in theirs], [hit.score for hit in ours], atol=2e-3)
-                assert [hit.number for hit in theirs] == [hit.number for hit in ours]
+                assert [hit.passage_id for hit in theirs] == [hit.passage_id for hit in ours]
     finally:
         client = QdrantClient(url=url, api_key=os.environ.get("QDRANT_API_KEY"))
         client.delete_collection(name)
@@ -413,9 +414,9 @@ def test_an_index_of_lancedb_is_used_and_scores_stay_exact(make, colbert, tmp_pa
         found = engine.search(QUERIES)
     recalls = []
     for ours, theirs in zip(exact, found, strict=True):
-        scores = {hit.number: hit.score for hit in ours}
-        np.testing.assert_allclose([hit.score for hit in theirs], [scores[hit.number] for hit in theirs], atol=2e-5)
-        recalls.append(len({hit.number for hit in ours[:10]} & {hit.number for hit in theirs}) / 10)
+        scores = {hit.passage_id: hit.score for hit in ours}
+        np.testing.assert_allclose([hit.score for hit in theirs], [scores[hit.passage_id] for hit in theirs], atol=2e-5)
+        recalls.append(len({hit.passage_id for hit in ours[:10]} & {hit.passage_id for hit in theirs}) / 10)
     assert np.mean(recalls) > 0.7
 
 
@@ -528,5 +529,5 @@ def test_fast_plaid_finds_most_of_the_top_ten(tmp_path):
     for ours, theirs in zip(exact, found, strict=True):
         assert theirs[0].passage == ours[0].passage
         assert abs(theirs[0].score - ours[0].score) < 0.05 * ours[0].score
-        recalls.append(len({hit.number for hit in ours} & {hit.number for hit in theirs}) / 10)
+        recalls.append(len({hit.passage_id for hit in ours} & {hit.passage_id for hit in theirs}) / 10)
     assert np.mean(recalls) > 0.85

@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from modernbert.retrieval import evaluate
-from modernbert.retrieval.evaluate import find_dataset, measure, read_qrels, read_queries, write_run
+from modernbert.retrieval.evaluate import find_dataset, read_qrels, read_queries, write_run
 
 measures = pytest.mark.skipif(
     importlib.util.find_spec("ir_measures") is None, reason="ir-measures is not installed (extra retrieval)"
@@ -24,7 +24,7 @@ measures = pytest.mark.skipif(
 
 
 def by_name(run, qrels, note=lambda message: None):
-    return {measured.name: measured for measured in measure(run, qrels, note=note)}
+    return {measured.name: measured for measured in evaluate.evaluate(run, qrels, on_note=note)}
 
 
 def formulas(ranking: list[str], grades: dict[str, int]) -> tuple[float, float, float]:
@@ -105,7 +105,7 @@ def test_runs_of_nothing():
     assert (one.mean, one.low, one.high) == (1.0, 1.0, 1.0)
     assert by_name({"q": {}}, {"q": {"a": 1}})["nDCG@10"].mean == 0
     with pytest.raises(ValueError, match="none of 1 queries of the run is among the 2 judged ones"):
-        measure({"z": {"a": 1.0}}, {"q": {"a": 1}, "r": {"a": 1}})
+        evaluate.evaluate({"z": {"a": 1.0}}, {"q": {"a": 1}, "r": {"a": 1}})
 
 
 @measures
@@ -141,7 +141,7 @@ def test_many_queries_are_resampled_piece_by_piece():
 def test_missing_ir_measures_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_measures", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'modernbert\[retrieval\]'"):
-        measure({"q": {"a": 1.0}}, {"q": {"a": 1}})
+        evaluate.evaluate({"q": {"a": 1.0}}, {"q": {"a": 1}})
 
 
 @measures
@@ -172,10 +172,10 @@ def test_a_written_run_is_read_as_it_is_by_ir_measures(tmp_path):
 @pytest.mark.parametrize(
     ("run", "tag", "message"),
     [
-        ({"q 1": {"a": 1.0}}, "t", "'q 1' is empty or has blanks"),
-        ({"q": {"a\tb": 1.0}}, "t", r"'a\\tb' is empty or has blanks"),
+        ({"q 1": {"a": 1.0}}, "t", "'q 1' is empty or contains white space"),
+        ({"q": {"a\tb": 1.0}}, "t", r"'a\\tb' is empty or contains white space"),
         ({"q": {"": 1.0}}, "t", "'' is empty"),
-        ({"q": {"a": 1.0}}, "my run", "'my run' is empty or has blanks"),
+        ({"q": {"a": 1.0}}, "my run", "'my run' is empty or contains white space"),
         ({"q": {"a": math.nan}}, "t", "query q, document a is nan"),
         ({"q": {"a": -math.inf}}, "t", "query q, document a is -inf"),
     ],

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modernbert import ColBERT
+from modernbert import ColBERT, Session
 from modernbert.retrieval.explain import TokenMatch, explain
 from modernbert.retrieval.page import explain_page
 from modernbert.retrieval.passages import Passage
+from modernbert.retrieval.queries import encode_queries
 from modernbert.retrieval.store.search import Hit
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser driver: pip install playwright")
@@ -68,7 +69,8 @@ def hits(colbert) -> list[tuple[Hit, list[TokenMatch]]]:
     query_QE = colbert.encode_queries([QUERY])[0].numpy()
     scores = [float((query_QE @ x.numpy().T).max(axis=1).sum()) for x in colbert.encode_documents(contents)]
     best = np.argsort(scores)[::-1][:5].tolist()
-    explained = explain(colbert, QUERY, [contents[i] for i in best])
+    session = Session(colbert)
+    explained = explain(session, encode_queries(session, [QUERY])[0], [contents[i] for i in best])
     return [
         (Hit(rank, scores[i], passages[i], i), matches)
         for rank, (i, matches) in enumerate(zip(best, explained, strict=True), start=1)

@@ -276,7 +276,7 @@ def test_matches_of_something_else_are_refused():
 
 def test_the_same_arguments_give_the_same_page():
     """In another process too, whose hashes of strings differ."""
-    names = "from modernbert.retrieval.explain_page import explain_page; from test_explain_page import QUERY, two_hits"
+    names = "from modernbert.retrieval.page import explain_page; from test_explain_page import QUERY, two_hits"
     code = f"{names}; import sys; sys.stdout.buffer.write(explain_page(QUERY, two_hits()).encode())"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests", Path(__file__).parent)))
     there = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "7"}

@@ -42,7 +42,7 @@ TEXTS = {
 
 
 def read(path: str | os.PathLike[str], **options) -> list:
-    return list(read_file(path, note=pytest.fail, **options))
+    return list(read_file(path, on_note=pytest.fail, **options))
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def test_an_empty_file_is_a_document_without_text(tmp_path, suffix):
     path = tmp_path / f"empty{suffix}"
     path.touch()
     asked = []
-    (document,) = read(path, known=lambda key: asked.append(key))
+    (document,) = read(path, is_current=lambda key: asked.append(key))
     assert (document.text, document.title, document.path) == ("", "", str(path))
     nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert asked == [Key(str(path), str(path), nothing, None)]
@@ -135,7 +135,7 @@ def test_a_stray_nul_is_replaced_everywhere(tmp_path):
     found = [
         document
         for name in ("a.txt", "a.jsonl", "a.csv", "a.html")
-        for document in read_file(tmp_path / name, note=notes.append)
+        for document in read_file(tmp_path / name, on_note=notes.append)
     ]
     assert [document.text[-14:] for document in found] == [
         "x" * 10 + "\ufffdend",
@@ -246,12 +246,12 @@ def test_files_of_any_name_are_found_read_and_named(tmp_path):
         Path(os.fsdecode(folder + name)).write_bytes(b"# text of " + name)
     (Path(os.fsdecode(folder)) / "no.bin").write_bytes(b"")
     notes = []
-    files = list(find_files([tmp_path], note=notes.append))
+    files = list(find_files([tmp_path], on_note=notes.append))
     assert [os.fsencode(file) for file in files] == sorted(
         (folder + name for name in STRANGE_NAMES), key=lambda path: os.fsdecode(path)
     )
     assert list(find_files(files)) == files
-    documents = [document for file in files for document in read_file(file, note=notes.append)]
+    documents = [document for file in files for document in read_file(file, on_note=notes.append)]
     ids = {document.id: document for document in documents}
     assert len(ids) == len(STRANGE_NAMES)
     for name in STRANGE_NAMES:
@@ -281,7 +281,7 @@ def test_what_is_no_regular_file_does_not_hang(tmp_path):
     notes = []
     with hurry(20), socket.socket(socket.AF_UNIX) as listening:
         listening.bind(os.path.relpath(tmp_path / "socket.md"))
-        assert [file.name for file in find_files([tmp_path], note=notes.append)] == ["real.md"]
+        assert [file.name for file in find_files([tmp_path], on_note=notes.append)] == ["real.md"]
         for name in ("pipe.md", "tty.md", "socket.md", "."):
             with pytest.raises(ValueError, match="not a regular file"):
                 read(tmp_path / name)
@@ -289,7 +289,7 @@ def test_what_is_no_regular_file_does_not_hang(tmp_path):
             list(find_files([tmp_path / "loop.md"]))
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "gone.md")
-    assert notes == [f"skipped 4 files and folders in {tmp_path} that are not read: 4 no regular file"]
+    assert notes == [f"skipped 4 files and folders in {tmp_path} that are not read: 4 broken link or special file"]
 
 
 def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, small_colbert, small_shards, write_corpus
 
-from modernbert import ColBERT
-from modernbert.retrieval.indexing import forget, index
-from modernbert.retrieval.store import writer as building
-from modernbert.retrieval.store.search import Store
+from modernbert import ColBERT, Session
+from modernbert.retrieval import Store, forget, index
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +24,20 @@ def colbert(modernbert_tokenizer_file) -> ColBERT:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(building, "PASSAGES", 8)
+    small_shards(monkeypatch, 8)
 
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
     """How many passages each call encoded."""
     counts: list[int] = []
-    original = building.encode_tokens
+    original = Session.encode_tokens
 
-    def counting(model, tokens, **options):
+    def counting(session, tokens, **options):
         counts.append(len(tokens.batch))
-        return original(model, tokens, **options)
+        return original(session, tokens, **options)
 
-    monkeypatch.setattr(building, "encode_tokens", counting)
+    monkeypatch.setattr(Session, "encode_tokens", counting)
     return counts
 
 
@@ -204,7 +202,7 @@ def test_what_cannot_be_indexed(colbert, tmp_path):
         index([tmp_path / "empty"], folder, colbert)
     with pytest.raises(FileNotFoundError, match="holds no store; make one with: modernbert index"):
         Store(folder, colbert)
-    with pytest.raises(ValueError, match="is no store, and not empty"):
+    with pytest.raises(ValueError, match="is not a store, and not empty"):
         index([source], tmp_path / "full", colbert)
     assert os.listdir(tmp_path / "full") == ["letter.txt"]
     with pytest.raises(ValueError, match="dtype is 'fp8'; it can be fp16, fp32, int8"):
@@ -228,11 +226,11 @@ def test_progress_counts_every_byte_of_input_once(colbert, tmp_path, monkeypatch
     source, told, seen = write_corpus(tmp_path / "corpus.jsonl", corpus(30)), [], []
 
     @contextmanager
-    def bar(total, progress):
+    def bar(description, total, shown, *, unit):
         told.append(total)
         yield seen.append
 
-    monkeypatch.setattr("modernbert.retrieval.indexing._bar", bar)
+    monkeypatch.setattr("modernbert.retrieval.build.progress_bar", bar)
     index([source], tmp_path / "store", colbert)
     assert told == [source.stat().st_size]
     assert sum(seen) == pytest.approx(told[0])

@@ -295,7 +295,7 @@ def test_the_title_of_a_pdf_counts_if_the_first_page_has_it():
 def test_a_pdf_without_text_says_what_helps():
     notes = []
     assert read_pdf(pdf("", ""), notes.append) == ("", "")
-    assert notes == ["a PDF without text; if its pages are scanned, OCR (as ocrmypdf does) gives them some"]
+    assert notes == ["a PDF without text; if its pages are scanned, add text by OCR, for example with ocrmypdf"]
 
 
 def test_a_pdf_with_errors_is_read_as_well_as_they_allow(tmp_path):
@@ -304,12 +304,11 @@ def test_a_pdf_with_errors_is_read_as_well_as_they_allow(tmp_path):
     raw = pdf("An owl").replace(b"startxref\n", b"startxref\n1")
     assert read_pdf(raw, notes.append) == ("", "An owl")
     assert len(notes) == 1
-    assert notes[0].startswith("a PDF with errors, read as well as they allow: incorrect startxref")
+    assert notes[0].startswith("a PDF with errors, read as far as possible: incorrect startxref")
     assert logging.getLogger("pypdf").handlers == handlers
     (tmp_path / "a.pdf").write_bytes(raw)
-    code = (
-        f"from modernbert.retrieval.corpus import read_file; list(read_file({str(tmp_path / 'a.pdf')!r}, note=print))"
-    )
+    read = f"list(read_file({str(tmp_path / 'a.pdf')!r}, on_note=print))"
+    code = f"from modernbert.retrieval.documents.find import read_file; {read}"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | PATHS, check=True
     )

@@ -20,7 +20,8 @@ from ...progress import progress_bar
 from ..explain import TokenMatch, explain
 from ..passages import Passage
 from ..queries import EncodedQuery, check_search, encode_queries, query_vectors
-from ..store.identity import LoadedModel, ModelIdentity, ModelSource, load_model
+from ..store.format import ModelIdentity
+from ..store.identity import LoadedModel, ModelSource, load_model
 from ..store.search import Hit, Store
 
 ENGINES = {"qdrant": ".qdrant", "lancedb": ".lancedb", "fast-plaid": ".fast_plaid"}

@@ -21,7 +21,7 @@ from fast_plaid.search import FastPlaid  # pyright: ignore[reportMissingImports]
 from ...files import replacing
 from ...late_interaction import Ragged
 from ..passages import Passage
-from ..store.identity import ModelIdentity
+from ..store.format import ModelIdentity
 from ..store.search import Store
 from . import Found, Row
 

@@ -24,7 +24,7 @@ import torch
 
 from ...late_interaction import Ragged, maxsim
 from ..passages import Passage
-from ..store.identity import ModelIdentity
+from ..store.format import ModelIdentity
 from ..store.search import Store
 from . import Found, Row
 

@@ -20,7 +20,7 @@ from qdrant_client.http.exceptions import ApiException
 
 from ...late_interaction import Ragged
 from ..passages import Passage
-from ..store.identity import ModelIdentity
+from ..store.format import ModelIdentity
 from ..store.search import Store
 from . import Found, Row
 

@@ -55,13 +55,25 @@ class CentroidsEntry:
     count: int
 
 
+class ModelIdentity(NamedTuple):
+    """What a store or an export remembers about its model.
+
+    Attributes:
+        name: folder or hub id; None for the built-in model, "" for one that was given as an object.
+        fingerprint: see `identity.fingerprint`.
+    """
+
+    name: str | None
+    fingerprint: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of store.json.
 
     Attributes:
-        version: of the format. model: folder or hub id; None for the built-in model, "" for one without a name.
-        fingerprint: of the model. dtype: a key of `DTYPES`. width: E of the vectors.
+        version: of the format. model, fingerprint: see `ModelIdentity`.
+        dtype: a key of `DTYPES`. width: E of the vectors.
         documents, passages: how many there are. table, sha256: the file of the table and its checksum.
         prefilter: None if the store has no pre-filter.
     """
@@ -76,6 +88,11 @@ class Manifest:
     table: str = ""
     sha256: str = ""
     prefilter: CentroidsEntry | None = None
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model's."""
+        return ModelIdentity(self.model, self.fingerprint)
 
 
 class IndexRequest(TypedDict):

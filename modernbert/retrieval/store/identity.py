@@ -5,29 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from ...heads.colbert import ColBERT
 from ...inference.session import Session
+from .format import ModelIdentity
 
 ModelSource = str | os.PathLike[str] | ColBERT
 """A folder, a hub id, or a loaded model."""
 
 PROBE = "The Naïve café's 3rd re-test, in 2024: x_1 = 0.5; für Größe, смысл, 検索 🔎\n"
-
-
-class ModelIdentity(NamedTuple):
-    """What a store or an export remembers about its model.
-
-    Attributes:
-        name: folder or hub id; None for the built-in model, "" for one that was given as an object.
-        fingerprint: see `fingerprint`.
-    """
-
-    name: str | None
-    fingerprint: str
 
 
 @dataclass(frozen=True)

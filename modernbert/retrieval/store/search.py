@@ -20,7 +20,7 @@ from ..explain import TokenMatch, match
 from ..passages import Passage
 from ..queries import EncodedQuery, check_search, encode_queries, query_vectors
 from .format import SHARDS, Manifest, Shard, read_manifest, verify
-from .identity import LoadedModel, ModelIdentity, ModelSource, load_model
+from .identity import LoadedModel, ModelSource, load_model
 from .prefilter import Prefilter
 from .ranking import TopK, score_shard
 
@@ -80,7 +80,7 @@ class Store:
         self.model, self.fingerprint = manifest.model, manifest.fingerprint
         self._num_passages, self._centroids = manifest.passages, manifest.prefilter
         self._prefilter: Prefilter | None = None
-        self.session = load_model(model, ModelIdentity(manifest.model, manifest.fingerprint)).session
+        self.session = load_model(model, manifest.identity).session
         self.colbert = self.session.model
         self._selected = lru_cache(maxsize=1024)(self._select)
 
