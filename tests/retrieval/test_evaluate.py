@@ -92,8 +92,8 @@ def test_judged_queries_without_results_count_nothing_and_the_others_are_left_ou
         assert measured.per_query == {"found": 1.0, "empty": 0.0, "absent": 0.0, "barren": 0.0}
         assert measured.mean == 0.25
     assert notes == [
-        "judged queries without a result, which count 0: 3",
-        "judged queries without a relevant document, which count 0: 1",
+        "judged queries without a result, which count as 0: 3",
+        "judged queries without a relevant document, which count as 0: 1",
         "queries without a judgement, which are left out: 1",
     ]
 
