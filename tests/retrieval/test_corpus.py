@@ -1,4 +1,4 @@
-"""Which files a corpus is, and the documents in them: nothing lost, nothing doubled, every repair said."""
+"""Which files a corpus is, and the documents in them: nothing is lost or doubled, and every repair is noted."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_digest_of_a_file_is_the_sha256_of_its_bytes(tmp_path):
 
 
 def test_digest_of_a_record_is_of_its_content_alone(tmp_path):
-    """Neither its place, its `_id` nor how JSON spells it matter; title, text and metadata do."""
+    """Its line, its `_id` and its JSON escapes do not matter; title, text and metadata do."""
     lines = [
         r'{"_id": "1", "title": "T", "text": "caf\u00e9", "tags": ["x"], "year": 1999}',
         "",
@@ -152,14 +152,14 @@ def test_progress_sums_to_the_sizes_of_the_files(tmp_path):
     table = "id,text\n" + "".join(f'{i},"a\n{"b" * i}"\n' for i in range(500))
     write(tmp_path, {"a.md": "é" * 999, "b.jsonl": lines, "c.csv": table, "e.html": "<p>x", "f.txt": ""})
     write(tmp_path, {"d.jsonl.gz": gzip.compress(lines.encode()), "g.tsv": table.replace(",", "\t").encode("utf-16")})
-    # Tapes pad gzip files with zeros; these are read when no record is left.
+    # Tapes pad gzip files with zeros, which are read after the last record.
     write(tmp_path, {"h.jsonl.gz": gzip.compress(lines.encode()) + b"\0" * 300_000})
     for file in sorted(tmp_path.iterdir()):
         sizes = []
         documents = [(document, len(sizes)) for document in read_file(file, on_bytes=sizes.append)]
         assert sum(sizes) == file.stat().st_size
         assert min(sizes) >= 0
-        if len(documents) > 1 and file.name != "h.jsonl.gz":  # told as it goes
+        if len(documents) > 1 and file.name != "h.jsonl.gz":  # reported on the way
             half = sum(sizes[: documents[len(documents) // 2][1]])
             assert 0.1 < half / sum(sizes) < 0.9
 
@@ -168,7 +168,7 @@ def test_progress_sums_to_the_sizes_of_the_files(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_a_table_is_a_file_of_records(tmp_path, suffix, encoding, ends):
-    """RFC 4180 by hand: quotes, doubled quotes, commas and line ends inside them; columns without a name are none."""
+    """RFC 4180 by hand: quotes, doubled quotes, commas and line ends inside them; unnamed columns are ignored."""
     rows = [
         ["_id", "title", "text", "year", "", "lang"],
         ["a", "Owls", '"Owls, at\tnight"', "1999", "0", "en"],
@@ -224,7 +224,7 @@ def test_a_broken_file_of_records_is_named_with_its_lines(tmp_path, name, conten
 
 
 def test_the_limit_of_csv_is_the_process_own_again_after_each_row(tmp_path):
-    """A long cell is read, and nobody else's limit is lifted meanwhile."""
+    """A long cell is read, and the limit of the process is raised only while the row is read."""
     write(tmp_path, {"a.csv": "text\n" + "x" * 300_000 + "\nshort\n"})
     limit = csv.field_size_limit()
     assert limit < 300_000
@@ -274,7 +274,7 @@ def test_notes_are_warnings_unless_taken(tmp_path):
 
 
 def test_records_are_read_one_at_a_time(tmp_path):
-    """The first record is out before the second, broken one is touched."""
+    """The first record is yielded before the second, broken one is read."""
     broken = tmp_path / "b.jsonl"
     broken.write_text('{"text": "first"}\n{"text": \n')
     found = read_file(broken)

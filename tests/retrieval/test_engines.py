@@ -1,4 +1,4 @@
-"""Exports to other engines against the store's own search: the same passages, the same scores, and no other model."""
+"""Exports to other engines against the search of the store: same passages, same scores, and only for the same model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def store(make) -> Store:
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "int8"])
 @pytest.mark.parametrize("name", EXACT)
 def test_the_top_ten_are_those_of_exact_search(name, dtype, make, colbert, tmp_path):
-    """With everything that a hit shows, and no store at hand."""
+    """With everything that a hit shows, and without the store."""
     store, target = make(60, dtype), f"{name}:{tmp_path / 'there'}"
     assert export(store, target) == len(store) > 60
     exact = store.search(QUERIES, top_k=10)
@@ -97,7 +97,7 @@ def test_the_top_ten_are_those_of_exact_search(name, dtype, make, colbert, tmp_p
 
 @pytest.mark.parametrize("name", EXACT)
 def test_equal_passages_come_in_the_order_of_the_store(name, colbert, tmp_path):
-    """Though they were exported backwards."""
+    """Also if they were exported in reverse order."""
     records = [{**corpus(1)[0], "_id": f"d{i}"} for i in range(8)]
     index([write_corpus(tmp_path / "c.jsonl", records)], tmp_path / "store", colbert)
     with Store(tmp_path / "store", colbert) as store:
@@ -135,7 +135,7 @@ def test_another_model_is_refused(name, make, colbert, modernbert_tokenizer_file
         Engine(target, small_colbert(modernbert_tokenizer_file.parent))
     with pytest.raises(ValueError, match="had no name") as none:
         Engine(target)
-    # Refusing has closed what was opened, though the errors still hold on to it: the right model finds the way free.
+    # A refused export was closed, although the errors still refer to it: the right model can open it.
     with Engine(target, colbert) as engine:
         assert engine.colbert is colbert
     assert other.tb
@@ -166,7 +166,7 @@ def test_where_nothing_was_exported_nothing_is_searched(name, tmp_path):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_half_an_export_is_no_export(name, make, store, colbert, tmp_path, monkeypatch):
-    """LanceDB keeps the one before, Qdrant says that there is none."""
+    """LanceDB keeps the previous export; Qdrant has none."""
 
     def half():
         for numbers, passages, vectors in whole():
@@ -176,7 +176,7 @@ def test_half_an_export_is_no_export(name, make, store, colbert, tmp_path, monke
     small, target, whole = make(9, seed=5), f"{name}:{tmp_path / 'there'}", store.batches
     export(small, target)
     monkeypatch.setattr(store, "batches", half)
-    if name == "lancedb":  # which looks at the first batch by itself: the error comes from a later one
+    if name == "lancedb":  # LanceDB reads the first batch early: let the error come from a later one
         monkeypatch.setattr("modernbert.retrieval.engines.lancedb.ROWS", 8)
     with pytest.raises(OSError, match=r"^the disk has failed$"):
         export(store, target)
@@ -226,7 +226,7 @@ def test_searches_are_checked_before_they_run(name, make, colbert, tmp_path):
 
 
 @qdrant
-def test_a_collection_of_somebody_else_is_left_alone(make, colbert, tmp_path):
+def test_a_foreign_collection_is_left_alone(make, colbert, tmp_path):
     from qdrant_client import QdrantClient, models
 
     client = QdrantClient(path=str(tmp_path))
@@ -236,7 +236,7 @@ def test_a_collection_of_somebody_else_is_left_alone(make, colbert, tmp_path):
     for use in (lambda target: export(make(3), target), lambda target: Engine(target, colbert)):
         with pytest.raises(ValueError, match="the collection modernbert was not made by `modernbert export`") as error:
             use(f"qdrant:{tmp_path}")
-        client = QdrantClient(path=str(tmp_path))  # closed again, though the error still holds on to it
+        client = QdrantClient(path=str(tmp_path))  # closed again, although the error still refers to it
         assert client.count("modernbert").count == 1
         client.close()
         assert error.tb
@@ -325,7 +325,7 @@ class QdrantServer:
             case "POST", "points/query/batch":
                 requests = [models.QueryRequest(**search) for search in body["searches"]]
                 return [found.model_dump(mode="json") for found in client.query_batch_points(name, requests)]
-        raise AssertionError(f"{method} {path} is no part of an export")
+        raise AssertionError(f"{method} {path} is not part of an export")
 
     def close(self) -> None:
         self.server.shutdown()
@@ -336,7 +336,7 @@ class QdrantServer:
 @qdrant
 @pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
 def test_a_server_is_asked_in_requests_that_it_takes(store, colbert, monkeypatch):
-    """Its address names the collection, its key comes from the environment, a request stays small."""
+    """The address names the collection, the key comes from the environment, and requests stay small."""
     from modernbert.retrieval.engines import qdrant
 
     monkeypatch.setattr(qdrant, "REQUEST", 40_000)
@@ -389,7 +389,7 @@ lance = pytest.mark.skipif(importlib.util.find_spec("lancedb") is None, reason="
 
 
 @lance
-def test_a_table_of_somebody_else_is_left_alone(make, colbert, tmp_path):
+def test_a_foreign_table_is_left_alone(make, colbert, tmp_path):
     import lancedb
 
     lancedb.connect(tmp_path).create_table("passages", [{"vector": [1.0, 2.0]}])
@@ -401,7 +401,7 @@ def test_a_table_of_somebody_else_is_left_alone(make, colbert, tmp_path):
 
 @lance
 def test_an_index_of_lancedb_is_used_and_scores_stay_exact(make, colbert, tmp_path):
-    """Most of the top ten of a model whose vectors mean nothing, and their true scores."""
+    """Most of the top ten of an untrained model, with exact scores."""
     import lancedb
     from lancedb.index import IvfPq
 
@@ -423,7 +423,7 @@ def test_an_index_of_lancedb_is_used_and_scores_stay_exact(make, colbert, tmp_pa
 @lance
 @pytest.mark.filterwarnings("ignore:optimize")
 def test_what_lancedb_keeps_does_not_grow(make, tmp_path, monkeypatch):
-    """Versions that are old enough go with the next export."""
+    """Old versions are deleted by the next export."""
     from datetime import timedelta
 
     from modernbert.retrieval.engines import lancedb
@@ -440,7 +440,7 @@ def test_what_lancedb_keeps_does_not_grow(make, tmp_path, monkeypatch):
 
 
 class FastPlaid:
-    """Stands in for fast-plaid, which fits one torch only: the same calls, exact, in a file."""
+    """A stand-in for fast-plaid, which works with one torch only: the same calls, exact, in a file."""
 
     def __init__(self, index: str, device: str) -> None:
         self.file, self.closed = f"{index}/vectors.pt", False
@@ -460,7 +460,7 @@ class FastPlaid:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Our half of fast-plaid's adapter, over a stand-in for the other."""
+    """Our adapter for fast-plaid, on top of the stand-in."""
     name = "modernbert.retrieval.engines.fast_plaid"
     before = sys.modules.pop(name, None)
     monkeypatch.setitem(sys.modules, "fast_plaid", types.ModuleType("fast_plaid"))
@@ -477,7 +477,7 @@ def stand_in(monkeypatch):
 
 
 def test_an_export_to_fast_plaid_holds_what_a_hit_shows(stand_in, make, store, colbert, tmp_path, monkeypatch):
-    """And replaces the one before, when it is complete."""
+    """It replaces the previous one when it is complete."""
     target = f"fast-plaid:{tmp_path / 'there'}"
     with pytest.raises(FileNotFoundError, match=r"no modernbert.json in"):
         Engine(target, colbert)
@@ -515,7 +515,7 @@ def fast_plaid_reason() -> str:
 
 @pytest.mark.skipif(bool(fast_plaid_reason()), reason=fast_plaid_reason())
 def test_fast_plaid_finds_most_of_the_top_ten(tmp_path):
-    """On paragraphs of Wikipedia, with the model that ships: vectors that mean nothing survive no compression."""
+    """On paragraphs of Wikipedia with the built-in model: vectors of an untrained one do not survive compression."""
     with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line, _ in zip(lines, range(200), strict=False)]
     index([write_corpus(tmp_path / "corpus.jsonl", records)], tmp_path / "store")

@@ -1,4 +1,4 @@
-"""Measures against hand-computed values, formulas in plain numpy and scipy's bootstrap; files that fail in words."""
+"""Metrics against hand-computed values, formulas in NumPy and SciPy's bootstrap; errors of broken files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_values_are_those_of_the_formulas():
 
 @measures
 def test_the_earlier_of_two_equal_scores_is_ranked_first():
-    """Where trec_eval would rank them by document id, descending."""
+    """trec_eval would rank them by document id, descending."""
     for order in itertools.permutations(["a", "b", "c"]):
         found = by_name({"q": dict.fromkeys(order, 1.0)}, {"q": {"b": 1}})
         assert found["MRR@10"].mean == pytest.approx(1 / (order.index("b") + 1))
@@ -130,7 +130,7 @@ def test_intervals_are_those_of_scipys_percentile_bootstrap():
 
 @measures
 def test_many_queries_are_resampled_piece_by_piece():
-    """The size of a piece is a matter of memory, not of numbers."""
+    """The size of a block changes memory, not results."""
     values = np.random.default_rng(7).random(3000)
     low, high = stats.norm.interval(0.95, values.mean(), values.std() / math.sqrt(3000))
     mean, *ends = evaluate._mean(values)
@@ -146,7 +146,7 @@ def test_missing_ir_measures_is_named(monkeypatch):
 
 @measures
 def test_a_written_run_is_read_as_it_is_by_ir_measures(tmp_path):
-    """Ranks from 1; scores in float32, equal ones told apart by one step, so that every tool ranks as we do."""
+    """Ranks from 1; scores in float32, equal ones lowered by one step each, so that every tool gives the same ranks."""
     import ir_measures
 
     scores = {"b": 1 / 3, "z": 2.5, "c": 1 / 3, "a": 1 / 3, "y": -1e-7, "x": 31.123456789}
@@ -162,7 +162,7 @@ def test_a_written_run_is_read_as_it_is_by_ir_measures(tmp_path):
     assert written[2] == np.float32(1 / 3)
     read = [(row.query_id, row.doc_id) for row in ir_measures.read_trec_run(str(tmp_path / "run.trec"))]
     assert read == [(line[0], line[2]) for line in lines]
-    # trec_eval, which knows nothing of ranks, sees the same order: c is third among a, b and c by id, second by rank.
+    # trec_eval ignores ranks, but sees the same order: c is third among a, b and c by id, second by rank.
     (value,) = ir_measures.iter_calc(
         [ir_measures.RR], {"q1": {"c": 1}}, {"q1": {line[2]: float(line[4]) for line in lines[:6]}}
     )
@@ -190,7 +190,7 @@ def test_what_a_run_cannot_hold_leaves_the_old_one(tmp_path, run, tag, message):
 
 
 def test_a_run_appears_whole(tmp_path):
-    """A reader that looks all the time sees the old run or the new one."""
+    """A reader sees the old run or the new one at all times."""
     path, seen, done = tmp_path / "run.trec", set(), threading.Event()
     run = {f"q{q}": {f"d{i}": -float(i) for i in range(100)} for q in range(40)}
     write_run(path, {"old": {"a": 1.0}})
@@ -309,7 +309,7 @@ def beir(folder, *splits, packed=False):
 
 
 def test_the_files_of_a_set_are_found(tmp_path):
-    """The split that is asked for, test, or the only one."""
+    """The requested split, test, or the only one."""
     plain = beir(tmp_path / "plain", "test.tsv", "dev.tsv", "train.tsv")
     assert find_dataset(plain) == (plain / "corpus.jsonl", plain / "queries.jsonl", plain / "qrels/test.tsv")
     assert find_dataset(plain, "dev").qrels == plain / "qrels/dev.tsv"

@@ -149,7 +149,7 @@ def marked(page) -> list[list[tuple[int, int]]]:
 
 
 def test_a_click_marks_the_word_that_numpy_finds(visit, colbert, hits, file):
-    """Every token of the query, in every hit: the argmax of float64 products lies in the one word marked."""
+    """Every token of the query, in every hit: the argmax of float64 products is inside the one marked word."""
     page = visit(file)
     query_QE = colbert.encode_queries([QUERY])[0].double().numpy()
     spans = colbert.tokenize_queries([QUERY]).spans[0]
@@ -181,7 +181,7 @@ def test_a_click_marks_the_word_that_numpy_finds(visit, colbert, hits, file):
 
 
 def test_what_has_no_text_is_one_choice(visit, hits, file):
-    """[CLS], the prefix and [SEP] together: all that they found is marked, their sum is told."""
+    """[CLS], the prefix and [SEP] together: all words that they found are marked, and their sum is announced."""
     page = visit(file)
     button(page, "without text").click()
     for (_, matches), places, note in zip(hits, marked(page), notes(page), strict=True):

@@ -179,7 +179,7 @@ def test_words_are_shaded_by_what_the_text_of_the_query_gave():
 
 
 def test_title_and_text_are_shaded_each_on_its_own():
-    """A match that lies across the border of title and text is marked on both sides of it."""
+    """A match across the border of title and text is marked on both sides of it."""
     content = passage("𝔹 c", "a").content
     page = parse(explain_page("q", [found(1, passage("𝔹 c", "a"), [TokenMatch((0, 1), (0, 3), 1.0)])]))
     assert content == "a 𝔹 c"

@@ -1,4 +1,4 @@
-"""Building and updating stores: what is encoded, what stays, and what an interruption costs."""
+"""Building and updating stores: which passages are encoded, and which stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _small_shards(monkeypatch):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """How many passages each call encoded."""
+    """The number of passages that each call encoded."""
     counts: list[int] = []
     original = Session.encode_tokens
 
@@ -42,7 +42,7 @@ def encoded(monkeypatch) -> list[int]:
 
 
 def content(folder: Path, colbert: ColBERT) -> dict[tuple[str, str], list[tuple[str, str, int, int, bytes]]]:
-    """Of each document its passages, with their vectors."""
+    """For each document its passages, with their vectors."""
     found: dict[tuple[str, str], list[tuple[str, str, int, int, bytes]]] = {}
     with Store(folder, colbert) as store:
         for _, passages, vectors in store.batches():
@@ -66,14 +66,14 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def fresh(paths, tmp_path: Path, colbert: ColBERT):
-    """What a new store of the same files holds."""
+    """The content of a new store of the same files."""
     folder = tmp_path / f"fresh{random.random()}"
     index(paths, folder, colbert)
     return content(folder, colbert)
 
 
 def without_vectors(found):
-    """Shards are put together differently in an update, and so the last bits of a vector may differ."""
+    """In an update, passages share shards with others, and so the last bits of a vector may differ."""
     return {key: [row[:-1] for row in rows] for key, rows in found.items()}
 
 
@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_read_now_stays_as_it_was(colbert, tmp_path):
 
 
 def test_many_small_runs_leave_few_shards(colbert, tmp_path):
-    """Half empty shards are joined, space of what is gone is given back, and nothing else changes."""
+    """Half-empty shards are joined and free space, and nothing else changes."""
     source, folder = tmp_path / "corpus.jsonl", tmp_path / "store"
     records = corpus(60)
     for count in range(3, 60, 3):
@@ -178,11 +178,11 @@ def test_vectors_move_between_shards_unchanged(colbert, tmp_path, dtype):
     assert set(shard_bytes(folder)).isdisjoint(files)
     assert len(after) == 4
     for key, rows in after.items():
-        assert [(*row[:3], row[4]) for row in rows] == [(*row[:3], row[4]) for row in before[key]]  # but for the line
+        assert [(*row[:3], row[4]) for row in rows] == [(*row[:3], row[4]) for row in before[key]]  # except the line
 
 
 def test_the_same_input_makes_the_same_store(colbert, tmp_path):
-    """Byte by byte and row by row: no times, no chance."""
+    """Byte by byte and row by row: no time stamps, no randomness."""
     source = write_corpus(tmp_path / "corpus.jsonl", corpus(30))
     for name in ("one", "two"):
         index([source], tmp_path / name, colbert)

@@ -1,4 +1,4 @@
-"""The pre-filter against what it says, in float64 and token by token, and its recall against exact search."""
+"""The pre-filter against its definition, in float64 and token by token, and its recall against exact search."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 16
 
 
 def topical(lengths: list[int], topics: int = 40, *, seed: int = 0) -> Ragged:
-    """Passages of tokens that lie around a few directions out of `topics`; every passage has its own mixture."""
+    """Passages of tokens around a few of `topics` directions; every passage has its own mixture."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(topics, WIDTH, generator=torch.Generator().manual_seed(99))
     passages = []
@@ -94,7 +94,7 @@ def test_lists_name_the_passages_of_each_centroid(
 
 
 def rough_scores(query: Tensor, nearest: list[list[list[int]]], centroids: Ragged, nprobe: int) -> Tensor:
-    """The definition: what a query token has of the best centroid of a passage, or of the last it looked at."""
+    """The definition: the similarity of a query token to the best centroid of a passage, or to the last one probed."""
     similarity = query.double() @ centroids.values.double().T
     floor = similarity.topk(min(nprobe, len(centroids.values)), dim=1).values[:, -1]
     passages = [near for shard in nearest for near in shard]
@@ -116,7 +116,7 @@ def test_the_candidates_are_the_best_by_centroids(
         scores = rough_scores(query, nearest, centroids, nprobe)
         assert positions.tolist() == sorted(set(positions.tolist()))
         assert len(positions) == candidates
-        # Equal scores may stand for one another, so scores are compared and not passages.
+        # Passages with equal scores are interchangeable, so scores are compared instead of passages.
         torch.testing.assert_close(scores[positions].sort(descending=True).values, scores.topk(candidates).values)
 
 
@@ -132,7 +132,7 @@ def test_with_all_candidates_the_ranking_is_exact(
         torch.testing.assert_close(got[0], wanted[0], rtol=0, atol=0)
 
 
-def test_only_living_passages_are_candidates(
+def test_only_allowed_passages_are_candidates(
     nearest: list[list[list[int]]], centroids: Ragged, lists: list[InvertedLists], queries: Ragged
 ) -> None:
     allowed = [torch.rand(size) < 0.3 for size in SIZES]
@@ -142,7 +142,7 @@ def test_only_living_passages_are_candidates(
     everywhere = shortlist(queries, centroids, lists, candidates=7)
     living_too = shortlist(queries, centroids, lists, candidates=7, allowed=[torch.ones_like(one) for one in allowed])
     assert [one.tolist() for one in everywhere] == [one.tolist() for one in living_too]
-    # The best that lives is found even where it is the worst of all.
+    # An allowed passage is found even if it is the worst of all.
     for query, rough in zip(queries, shortlist(queries, centroids, lists, candidates=1), strict=True):
         worst = int(rough_scores(query, nearest, centroids, 5).argmin())
         only = (torch.arange(sum(SIZES)) == worst).split(SIZES)
@@ -189,7 +189,7 @@ def corpus() -> list[Ragged]:
 
 
 def test_k_means_finds_centroids_that_stand_for_tokens(corpus: list[Ragged], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearer to other tokens than as many tokens drawn by chance are."""
+    """Nearer to the tokens than the same number of random tokens."""
     monkeypatch.setattr(prefilter, "num_centroids", lambda tokens: 600)
     found = train_centroids(corpus)
     assert len(found.values) == pytest.approx(600, rel=0.05)
@@ -244,7 +244,7 @@ def test_nothing_at_all(centroids: Ragged, lists: list[InvertedLists], queries: 
 
 
 def test_a_shard_of_many_passages(centroids: Ragged) -> None:
-    """More than 16 bits can count."""
+    """More passages than 16 bits can count."""
     vectors = Ragged(topical([40_000]).values, torch.arange(40_001))
     found = build_lists(vectors, centroids)
     assert found.passages.sort().values.tolist() == list(range(40_000))

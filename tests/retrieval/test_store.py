@@ -18,8 +18,8 @@ from modernbert.retrieval.store import ranking
 from modernbert.retrieval.windows import batch, windows
 
 QUERIES = ["owl night mouse", "which storm brought hail?", "peace treaty", "number 31"]
-# What rounding a unit vector costs its similarity, at most, times the tokens of a query: half a step of float16 at
-# 1 is 2^-11; of int8 half of 1/127 of the largest part, in each of 16 parts.
+# The largest error of a similarity by rounding a unit vector, times the tokens of a query: half a step of float16
+# at 1 is 2^-11; of int8, half of 1/127 of the largest component, in each of 16 components.
 TOLERANCE = {"fp32": 2e-5, "fp16": 24 * 2**-11, "int8": 24 * 16**0.5 / 254}
 
 
@@ -44,7 +44,7 @@ def store(request, colbert, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def brute(colbert):
-    """Of every passage its document, text and vectors in float64, each window encoded alone."""
+    """For every passage its document, text and vectors in float64, each window encoded alone."""
     rows = []
     for number, record in enumerate(corpus(60)):
         document = Document("c", record["_id"], record["title"], record["text"], number + 1)
@@ -171,7 +171,7 @@ def test_wrong_questions(store):
 
 
 def test_a_store_remembers_its_model(colbert, modernbert_tokenizer_file, tmp_path):
-    """By its folder; another model is refused, the same one in bfloat16 is not."""
+    """By its folder. Another model is refused; the same one in bfloat16 is not."""
     colbert.save_pretrained(tmp_path / "model")
     source = write_corpus(tmp_path / "corpus.jsonl", corpus(5))
     index([source], tmp_path / "store", tmp_path / "model")
@@ -253,7 +253,7 @@ def test_a_pre_filter_that_lets_everything_through_is_exact(filtered, monkeypatc
 
 
 def test_a_pre_filter_finds_most_and_scores_it_the_same(filtered, monkeypatch):
-    """Of 214 passages 40 are looked at; scores are exact for what is found."""
+    """Of 214 passages, 40 are scored; the scores of those found are exact."""
     monkeypatch.setattr("modernbert.retrieval.store.prefilter.CANDIDATES", 40)
     found = 0
     for query in QUERIES:

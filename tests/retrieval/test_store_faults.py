@@ -1,4 +1,4 @@
-"""Kills, full disks, two writers, flipped bytes: the old store or the new one, never one that opens and lies."""
+"""Kills, full disks, two writers, flipped bytes: the store is the old or the new one, and never opens if damaged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _small_shards(monkeypatch):
 
 
 def state(folder: Path) -> tuple:
-    """All that a store is: the rows of its tables, the bytes of its shards, its manifest without the table's hash."""
+    """The content of a store: rows of its tables, bytes of its shards, manifest without the hash of the table."""
     manifest = json.loads((folder / "store.json").read_bytes())
     with closing(sqlite3.connect(folder / manifest["table"])) as table:
         names = ("documents", "passages", "shards")
@@ -54,7 +54,7 @@ def state(folder: Path) -> tuple:
 
 
 def in_a_fork(work: Callable[[], object]) -> int:
-    """The process that does it, and then ends with status 0, or with 1 after an exception."""
+    """Start a process that does the work, and ends with status 0, or with 1 after an exception."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -67,7 +67,7 @@ def in_a_fork(work: Callable[[], object]) -> int:
 
 
 def killed_after(seconds: float, work: Callable[[], object]) -> bool:
-    """Whether SIGKILL came before the end of it."""
+    """Do the work in a fork. Returns whether SIGKILL came before its end."""
     child, deadline = in_a_fork(work), time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -81,8 +81,8 @@ def killed_after(seconds: float, work: Callable[[], object]) -> bool:
 
 
 def test_fifty_kills_at_random_moments(colbert, tmp_path):
-    """A first index is killed over and over, then an update: each time the old state or the new one is there,
-    and the last run ends in what an uninterrupted one makes.
+    """A first index is killed over and over, then an update: each time, the store has its old state or
+    its new one, and the last run ends in the same store as an uninterrupted one.
     """
     source, folder, calm = tmp_path / "corpus.jsonl", tmp_path / "store", tmp_path / "calm"
     write_corpus(source, corpus(60))
@@ -115,7 +115,7 @@ def test_fifty_kills_at_random_moments(colbert, tmp_path):
         assert found in (old, new)
         with Store(folder, colbert) as store:
             assert len(store.search(["owl"], top_k=1000)[0]) == len(store) == len(found[0][1])
-        if found == new:  # Once more from the old one.
+        if found == new:  # Start again from the old store.
             write_corpus(source, corpus(60))
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -172,7 +172,7 @@ def test_a_kill_at_every_step_of_an_update(colbert, tmp_path, operation):
 
 @pytest.mark.parametrize("size", [300, 3_000, 9_000, 30_000, 60_000])
 def test_a_disk_that_is_full_at_some_size(colbert, tmp_path, size):
-    """RLIMIT_FSIZE: whichever file is too large, the old store is there, and the message says how to go on."""
+    """RLIMIT_FSIZE: whichever file is too large, the old store stays, and the message has the command that resumes."""
     source, folder = tmp_path / "corpus.jsonl", tmp_path / "store"
     write_corpus(source, corpus(5))
     index([source], folder, colbert)
@@ -264,7 +264,7 @@ def test_a_real_disk(colbert, tmp_path, kind):
 
 
 def test_two_writers(colbert, tmp_path):
-    """The second is refused while the first is at work; a killed one leaves no lock behind."""
+    """The second is refused while the first is working; a killed one leaves no lock."""
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(10)), tmp_path / "store"
     index([source], folder, colbert)
     reading, writing = os.pipe()
@@ -318,7 +318,7 @@ def test_a_flipped_byte_anywhere_is_found(colbert, tmp_path):
             at = chance.randrange(len(original))
             flip(path, at)
             if path.name == "store.json" and original[at : at + 1].isspace():
-                continue  # which is all that may change unseen
+                continue  # white space may change unnoticed
             with pytest.raises((ValueError, OSError)) as caught, Store(folder, colbert) as store:
                 store.search(["owl night"])
             assert path.name in str(caught.value)
@@ -345,7 +345,7 @@ def test_files_that_are_cut_gone_or_swapped(colbert, tmp_path, kind, damage):
 
 
 def test_a_store_that_is_updated_while_it_is_opened(colbert, tmp_path, monkeypatch):
-    """The manifest was read, and then the files that it names are gone: the new ones are there."""
+    """The files of the manifest are deleted after it was read: the new manifest is read then."""
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
     index([source], folder, colbert)
     answers = [read_manifest(folder)]
@@ -372,8 +372,8 @@ def test_another_version_is_named(colbert, tmp_path):
             use()
 
 
-def test_control_c_leaves_the_work_to_go_on_with(tmp_path, modernbert_tokenizer_file):
-    """The command itself, interrupted: one line, and the same command ends it."""
+def test_control_c_can_be_resumed(tmp_path, modernbert_tokenizer_file):
+    """The command is interrupted: it prints one line, and the same command finishes the work."""
     model, source, folder = tmp_path / "model", tmp_path / "corpus.jsonl", tmp_path / "store"
     small_colbert(modernbert_tokenizer_file.parent).save_pretrained(model)
     write_corpus(source, corpus(3000))
