@@ -49,7 +49,3 @@ def _options(
 ) -> None:
     """Search and encode text with ModernBERT, Ettin and ColBERT models."""
     context.obj["debug"] = debug
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,9 @@ def evaluate(
         Path, typer.Argument(metavar="FOLDER", help="In BEIR's layout: corpus, queries, qrels/SPLIT.tsv.")
     ],
     model: ModelOption = None,
-    split: Annotated[str | None, typer.Option(help="The judgements to use. [default: test, or the only one]")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The judgements to use.", show_default="test, or the only one")
+    ] = None,
     index: Annotated[Path | None, typer.Option(metavar="STORE", help="Keep the store of the corpus here.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the TREC run.")] = None,
     per_query: Annotated[

@@ -21,10 +21,10 @@ def index(
     output: Annotated[Path, typer.Option(metavar="STORE", help="The folder of the store.")],
     model: Annotated[
         str | None,
-        typer.Option(help="ColBERT folder or hub id. [default: the model of the store, or the built-in one]"),
+        typer.Option(help="ColBERT folder or hub id.", show_default="the model of the store, or the built-in one"),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="fp16|fp32|int8", help="The dtype of the vectors. [default: fp16]")
+        str | None, typer.Option(metavar="fp16|fp32|int8", help="The dtype of the vectors.", show_default="fp16")
     ] = None,
     prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for `search --prefilter`.")] = False,
     forget: Annotated[

@@ -24,7 +24,7 @@ DEFAULT = Path(__file__).parents[1] / "assets" / "default"
 
 def info(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="Folder, hub id or preset. [default: the built-in model]")
+        str | None, typer.Argument(help="Folder, hub id or preset.", show_default="the built-in model")
     ] = None,
 ) -> None:
     """Show a checkpoint: its sizes, the settings of each layer, and how a ColBERT model reads text."""

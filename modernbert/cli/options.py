@@ -9,5 +9,5 @@ import typer
 TOP_RUN = 100
 """Documents of a query in a TREC run."""
 
-ModelOption = Annotated[str | None, typer.Option(help="ColBERT folder or hub id. [default: the built-in model]")]
+ModelOption = Annotated[str | None, typer.Option(help="ColBERT folder or hub id.", show_default="the built-in model")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]

@@ -31,7 +31,7 @@ TOP = 5
 
 def search(
     query: Annotated[
-        str | None, typer.Argument(help="The question. [default: ask for questions on the terminal or stdin]")
+        str | None, typer.Argument(help="The question.", show_default="ask for questions on the terminal or stdin")
     ] = None,
     paths: Annotated[
         list[Path] | None,
@@ -42,7 +42,7 @@ def search(
         typer.Option(metavar="STORE", help="A store made by `modernbert index`, or a target of `modernbert export`."),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help=f"How many hits to print. [default: {TOP}, or {TOP_RUN} in a run]")
+        int | None, typer.Option(min=1, help="How many hits to print.", show_default=f"{TOP}, or {TOP_RUN} in a run")
     ] = None,
     as_json: JsonOption = False,
     why: Annotated[bool, typer.Option(help="Show which words matched.")] = True,
@@ -83,7 +83,7 @@ def search(
 
 
 def demo(
-    questions: Annotated[list[str] | None, typer.Argument(help="Questions. [default: three examples]")] = None,
+    questions: Annotated[list[str] | None, typer.Argument(help="Questions.", show_default="three examples")] = None,
 ) -> None:
     """Search 1,581 paragraphs of Wikipedia, which ship with the package, using the built-in model."""
     with _read([DEMO], None) as (store, took):

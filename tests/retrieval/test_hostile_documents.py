@@ -113,19 +113,13 @@ def test_an_empty_file_of_records_has_none(tmp_path, suffix, content):
         "no mark".encode("utf-16-le"),
         b"x" * 8191 + b"\0",
     ],
-    ids=[
-        "elf",
-        "png",
-        "gzip",
-        "utf-16",
-        "late",
-    ],  # not gzip's bytes, which contain the time
+    ids=["elf", "png", "gzip", "utf-16", "late"],  # not gzip's bytes, which contain the time
 )
 @pytest.mark.parametrize("suffix", ["", ".txt", ".py", ".bin"])
 def test_a_binary_file_is_refused(tmp_path, suffix, content):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{path}: a binary file; read are text, .*PDF, .*CSV"):
+    with pytest.raises(ValueError, match=f"^{path}: a binary file; supported are text, .*PDF, .*CSV"):
         read(path)
 
 
@@ -383,7 +377,7 @@ def test_a_file_that_is_too_large_is_refused_before_memory_is_full(tmp_path, mon
     monkeypatch.setattr(corpus, "LARGEST", MB)
     with (tmp_path / "sparse.txt").open("wb") as file:
         file.truncate(10**12)
-    with hurry(20), pytest.raises(ValueError, match=r"sparse\.txt: more than 0 MiB in one document; cut it"):
+    with hurry(20), pytest.raises(ValueError, match=r"sparse\.txt: more than 0 MiB in one document; split it"):
         read(tmp_path / "sparse.txt")
 
 
