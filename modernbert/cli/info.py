@@ -1,67 +1,33 @@
-"""`modernbert encode` and `modernbert info`."""
+"""`modernbert info`."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .search import Model
-from .show import note, print_facts
+from .show import print_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import EncoderConfig
     from ..heads.colbert import ColBERT
-    from ..late_interaction import Ragged
+    from ..heads.dense import Dense
 
 DEFAULT = Path(__file__).parents[1] / "assets" / "default"
 
 
-def encode(
-    texts: Annotated[
-        Path,
-        typer.Argument(metavar="INPUT", help="JSON lines with a text field (BEIR), or lines of text."),
-    ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="A name ending in .npz or .safetensors.")],
-    queries: Annotated[bool, typer.Option("--queries", help="Encode as queries, not as documents.")] = False,
-    model: Model = None,
-) -> None:
-    """Encode texts to token vectors.
-
-    The file holds the rows of all texts in `values`, their `ids`, and `offsets`: text i owns the rows from
-    offset i to offset i + 1. In a safetensors file the ids are a JSON list in the metadata.
-    """
-    from ..heads.colbert import ColBERT
-    from ..retrieval.documents.find import read_texts
-
-    if output.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"--output is {output}, but its name must end in .npz or .safetensors")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output is {output}, but there is no folder {output.parent}")
-    documents = list(read_texts(texts, note=note))
-    if not documents:
-        raise ValueError(f"{texts} holds no text to encode")
-    colbert = ColBERT.default() if model is None else ColBERT.from_pretrained(model)
-    encode_texts = colbert.encode_queries if queries else colbert.encode_documents
-    vectors = encode_texts([document.content for document in documents])
-    _write(output, vectors, [document.id for document in documents])
-    rows, width = vectors.values.shape
-    note(f"wrote {len(vectors):,} texts, {rows:,} vectors of width {width}, to {output}")
-
-
 def info(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="Folder, hub id or preset; if not given, the built-in model.")
+        str | None, typer.Argument(help="Folder, hub id or preset.", show_default="the built-in model")
     ] = None,
 ) -> None:
-    """Show what a checkpoint is: its sizes, what each layer uses, and how a ColBERT model reads text."""
+    """Show a checkpoint: its sizes, the settings of each layer, and how a ColBERT model reads text."""
     from ..checkpoint import locate, read_json, read_state_dict
     from ..config import PRESETS, EncoderConfig
     from ..encoder import Encoder
@@ -108,30 +74,15 @@ def _colbert_facts(colbert: ColBERT) -> dict[str, str]:
         "query": f"prefix {config.query_prefix!r}, at most {config.query_length} tokens{expansion}",
         "document": f"prefix {config.document_prefix!r}, at most {config.document_length} tokens",
         "skipped": " ".join(config.skiplist_words) or "no token",
-        "head": ", then ".join(_dense(layer) for layer in colbert.dense),
+        "head": ", then ".join(_dense(cast("Dense", layer)) for layer in colbert.dense),
     }
 
 
-def _dense(layer: Any) -> str:
+def _dense(layer: Dense) -> str:
     parts = {
         type(layer.activation).__name__: True,
         "bias": layer.linear.bias is not None,
         "residual": layer.residual is not None,
     }
-    named = [name for name, there in parts.items() if there and name != "Identity"]
+    named = [name for name, present in parts.items() if present and name != "Identity"]
     return f"{layer.linear.in_features} -> {layer.linear.out_features}" + "".join(f" + {name}" for name in named)
-
-
-def _write(output: Path, vectors: Ragged, ids: list[str]) -> None:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from ..retrieval.store.format import replacing
-
-    values, offsets = vectors.values.numpy(), vectors.offsets.numpy()
-    with replacing(output) as beside:
-        if output.suffix == ".npz":
-            with beside.open("wb") as file:
-                np.savez(file, values=values, offsets=offsets, ids=np.array(ids))
-        else:
-            save_file({"values": values, "offsets": offsets}, beside, metadata={"ids": json.dumps(ids)})
