@@ -224,8 +224,7 @@ class ColBERT(nn.Module):
         self, texts: Sequence[str], prompt: str, prefix: str, length: int, with_spans: bool
     ) -> tuple[list[list[int]], list[list[Span]]]:
         """Text to ids and their spans, without what `_frame` adds, but with room for it in `length`."""
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of str, got one str: put it in a list")
+        texts = list_of_texts(texts)
         prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
         # Cutting to query_length or document_length is the model's definition, as in every ColBERT: no warning.
         room = length - bool(prefix)

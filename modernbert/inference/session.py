@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import attrgetter, is_
-from typing import TypeGuard
+from typing import Generic, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from .graphs import Graphs
 from .replica import evaluated, replicate, with_weight
 from .short import LONGEST, Layouts, ShortEncoder, has_short_way
 
+M = TypeVar("M", bound=nn.Module)
 
-class Session:
+
+class Session(Generic[M]):
     """An encoder or a head, ready to answer: called like the model, with batches that are on the CPU.
 
     It holds the weights of the moment it was made, and answers in evaluation mode, whatever mode the modules are in.
@@ -41,7 +43,7 @@ class Session:
         model: what it was made of. device: of the model. width: of its embeddings.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: M) -> None:
         self.model = model
         self.device, self.width = placement(model)
         self._weights = _Weights(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..inference.encode import encode_tokens
 from ..inference.session import Session
 from ..late_interaction import Ragged
 from ..packing import Span
@@ -30,7 +31,7 @@ class EncodedQuery:
 def encode_queries(session: Session, texts: Sequence[str]) -> list[EncodedQuery]:
     """Tokenise and encode queries once, with what `explain` needs."""
     tokens = session.model.tokenize_queries(texts)
-    vectors = session.encode_tokens(tokens)
+    vectors = encode_tokens(session, tokens)
     return [EncodedQuery(*query) for query in zip(texts, vectors, tokens.spans, strict=True)]
 
 

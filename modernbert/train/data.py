@@ -19,7 +19,7 @@ import numpy as np
 
 from ..heads.colbert import ColBERT
 from ..packing import Tokens
-from .files import replacing
+from ..files import replacing
 from .options import check_same
 from .teacher import Teacher
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .files import replacing
+from ..files import replacing
 from .options import check_same
 
 B = TypeVar("B")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokenizer import Tokenizer
-from .files import replacing
+from ..files import replacing
 
 
 class Teacher:
