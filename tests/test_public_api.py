@@ -13,6 +13,8 @@ import modernbert_kernels
 FROZEN = {
     "modernbert.ColBERT": "(encoder, tokenizer, dense, config)",
     "modernbert.ColBERT.default": "()",
+    "modernbert.ColBERT.document_ids": "(self, texts)",
+    "modernbert.ColBERT.document_tokens": "(self, ids, spans=(), *, truncate=True)",
     "modernbert.ColBERT.encode_documents": (
         "(self, texts, *, batch_tokens=None, progress=None, devices=None, pool_factor=1)"
     ),
@@ -22,6 +24,8 @@ FROZEN = {
     "modernbert.ColBERT.from_pretrained": (
         "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
     ),
+    "modernbert.ColBERT.query_ids": "(self, texts)",
+    "modernbert.ColBERT.query_tokens": "(self, ids, spans=())",
     "modernbert.ColBERT.save_pretrained": "(self, folder)",
     "modernbert.ColBERT.tokenize_documents": "(self, texts, *, truncate=True, spans=True)",
     "modernbert.ColBERT.tokenize_queries": "(self, texts, *, spans=True)",

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..files import replacing
 from ..heads.colbert import ColBERT
 from ..packing import Tokens
-from ..files import replacing
 from .options import check_same
 from .teacher import Teacher
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tokenizer import Tokenizer
 from ..files import replacing
+from ..tokenizer import Tokenizer
 
 
 class Teacher:

@@ -68,7 +68,7 @@ def work(monkeypatch) -> Counter[str]:
 
     count_texts("tokenize_queries", "tokenised queries")
     count_texts("tokenize_documents", "tokenised documents")
-    for name in ("encode_queries", "encode_documents", "encode_tokens"):
+    for name in ("__call__", "encode_tokens"):  # what `encode_queries` and `encode_documents` end in, too
         count_passes(name)
     return counts
 
@@ -147,7 +147,10 @@ def test_texts_and_encoded_queries_give_the_same(store, work):
     with Store(store) as opened:
         (encoded,) = opened.encode([QUESTION])
         mixed = opened.search([encoded, QUESTION, "hail", encoded])
-        assert mixed == opened.search([QUESTION, QUESTION, "hail", QUESTION])
+        for mine, other in zip(mixed, opened.search([QUESTION, QUESTION, "hail", QUESTION]), strict=True):
+            assert [hit.passage_id for hit in mine] == [hit.passage_id for hit in other]
+            # Encoded alone or with others: the order of a sum differs, and the last digit.
+            assert [hit.score for hit in mine] == pytest.approx([hit.score for hit in other], abs=1e-5)
         hit = mixed[0][0]
         assert opened.explain(encoded, hit) == opened.explain(QUESTION, hit)
 
