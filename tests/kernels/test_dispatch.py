@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the one that is forced, the newest that accepts, else the reference."""
+"""Which backend of an op runs: the forced one, the first that accepts, else the reference."""
 
 from __future__ import annotations
 

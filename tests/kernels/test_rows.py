@@ -121,7 +121,7 @@ def test_norms_of_any_width(backend: str, width: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_norm_gradients_by_programs_that_walk(dtype: torch.dtype, programs: int, monkeypatch: Any) -> None:
     """Few programs for many rows, as on a GPU with many more; the last tile is short."""
-    monkeypatch.setattr(ops.fused.norms, "WARPS", 4 * programs)
+    monkeypatch.setattr(ops.fused.layer_norm_kernels, "WARPS", 4 * programs)
     for width in (96, 500):
         arguments = [randn(*n, width, dtype=dtype) for n in ((61,), (61,), (), ())]
         op = ops.add_layer_norm

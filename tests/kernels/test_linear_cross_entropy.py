@@ -86,9 +86,9 @@ def test_backend(
 @pytest.mark.parametrize(("backend", "dtype"), implementations(ops.linear_cross_entropy))
 def test_chunks(backend: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every border between chunks, with chunks that divide the rows and chunks that do not."""
-    from modernbert_kernels.fused import cross_entropy
+    from modernbert_kernels.fused import linear_cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda classes, itemsize: chunk)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda classes, itemsize: chunk)
     for tokens in (14, 32, 33):
         check(ops.linear_cross_entropy, backend, *call(tokens, 101, 1.0, True, dtype), z_loss=0.01)
 
@@ -199,14 +199,14 @@ def allowed(tokens: int, width: int, classes: int, itemsize: int, chunk: int) ->
 @TRITON
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more logits than a chunk, and no more memory than the formula; which for a large batch is half a GiB."""
-    from modernbert_kernels.fused import cross_entropy
+    from modernbert_kernels.fused import linear_cross_entropy
 
-    chunk = cross_entropy.chunk_rows(50_368, 2)
+    chunk = linear_cross_entropy.chunk_rows(50_368, 2)
     assert chunk == 2560
     assert allowed(65_536, 768, 50_368, 2, chunk) < 1 << 29
-    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda classes, itemsize: 16)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda classes, itemsize: 16)
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(300, 1000, 0.5, bias=True))
-    launcher = cross_entropy.linear_cross_entropy_forward
+    launcher = linear_cross_entropy.linear_cross_entropy_forward
     with Peak(x, weight, bias, chosen) as found:
         launcher.redispatch(
             torch._C.DispatchKeySet(torch._C.DispatchKey.CPU if DEVICE == "cpu" else torch._C.DispatchKey.CUDA),
@@ -231,11 +231,11 @@ def test_a_target_that_is_no_class_makes_everything_nan() -> None:
 @TRITON
 @pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, False, False]])
 def test_operators(wanted: list[bool]) -> None:
-    from modernbert_kernels.fused import cross_entropy
+    from modernbert_kernels.fused import linear_cross_entropy
 
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(20, 33, bias=True, dtype=FLOAT16))
-    forward: Any = cross_entropy.linear_cross_entropy_forward
-    backward: Any = cross_entropy.linear_cross_entropy_backward
+    forward: Any = linear_cross_entropy.linear_cross_entropy_forward
+    backward: Any = linear_cross_entropy.linear_cross_entropy_backward
     torch.library.opcheck(forward, (x, weight, bias, chosen, 0.1, wanted))
     torch.library.opcheck(backward, (weight, torch.tensor(0.5, device=DEVICE), FLOAT32))
     assert torch.Tag.cudagraph_unsafe in forward.tags, "the host waits, which cannot be captured"
