@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import modernbert_kernels as ops
+from modernbert_kernels import reference
+from modernbert_kernels.dispatch import ORDER
 
 
 def test_backend_forces_one() -> None:
@@ -25,6 +27,32 @@ def test_backend_forces_one() -> None:
         op(5)
     op(5)
     assert calls == ["reference", "fancy", "reference", "fancy"]
+
+
+@pytest.mark.parametrize(
+    "registered", [("cpu", "mine", "triton", "flash", "newest"), ("flash", "mine", "newest", "triton", "cpu")]
+)
+def test_the_table_orders_backends_and_others_come_first(registered: tuple[str, ...]) -> None:
+    def attention() -> str:
+        return "reference"
+
+    op = ops.Op(attention)
+    for name in registered:
+        op.register(name, when=lambda: True)(lambda name=name: name)
+    found = []
+    for _ in registered:
+        found.append(op())
+        op._choices = op._choices[1:]
+    assert found == ["newest", "mine", "flash", "triton", "cpu"]
+
+
+def test_the_table_names_every_backend_of_ours() -> None:
+    of_ours = [value for value in vars(reference).values() if isinstance(value, ops.Op)]
+    assert ORDER.keys() == {op.name for op in of_ours}
+    for op in of_ours:
+        assert set(op.backends) - {"reference"} <= set(ORDER[op.name]), op
+        if "triton" in ops.attention.backends and "onednn" in ops.linear.backends:
+            assert set(ORDER[op.name]) < set(op.backends), op
 
 
 def test_a_forced_backend_that_an_op_lacks_is_its_reference() -> None:

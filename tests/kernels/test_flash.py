@@ -139,6 +139,14 @@ def stand_in(name: str) -> Any:
 
 
 @pytest.fixture
+def forget_installed() -> Iterator[None]:
+    """What is installed is looked up once in a process: for a test that changes it, also before and after."""
+    packages._installed.cache_clear()
+    yield
+    packages._installed.cache_clear()
+
+
+@pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stand-ins for the three packages, and for the kernels of torch."""
     for name in ("flash_attn", "flash_attn.cute"):
@@ -223,6 +231,7 @@ def test_a_window_with_key_lengths_is_counted_from_the_other_end() -> None:
     assert [row.nonzero()[:, 0].tolist() for row in ours[:, 0]] == [[0, 1], [0, 1], [1], []]
 
 
+@pytest.mark.usefixtures("forget_installed")
 @pytest.mark.parametrize(
     ("arch", "installed", "wanted"),
     [
@@ -244,7 +253,6 @@ def test_usable(arch: Any, installed: dict[str, Any], wanted: tuple[str, ...], m
     monkeypatch.setattr(packages.metadata, "version", version)
     monkeypatch.setattr(packages, "arch", lambda device: 10 * arch[0] + arch[1])
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: installed["torch"])
-    packages.installed.cache_clear()
     assert packages.usable(torch.device("cuda", 0)) == wanted
 
 
@@ -298,6 +306,24 @@ def test_a_compiler_may_ask() -> None:
         return qkv * 2 if packages.choose(qkv, bounds, 5, rope=angles) is None else qkv
 
     assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(qkv), qkv * 2)
+
+
+@pytest.mark.usefixtures("forget_installed")
+def test_a_compiler_reads_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant for it: a look-up of a distribution cannot be traced."""
+
+    def version(name: str) -> str:
+        assert not torch.compiler.is_dynamo_compiling(), "traced"
+        return "3.0.0"
+
+    monkeypatch.setattr(packages.metadata, "version", version)
+
+    def asks(x: Tensor) -> Tensor:
+        return x * 2 if packages.installed("flash3") else x
+
+    torch._dynamo.reset()
+    x = randn(3)
+    assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(x), x * 2)
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -148,10 +148,8 @@ PACKAGES = {
 """The best first. The order follows their authors' figures; it has not been timed here."""
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot trace the look-up of a distribution
 @cache
-def installed(name: str) -> bool:
-    """Whether this row of `PACKAGES` is installed in a version that has these signatures."""
+def _installed(name: str) -> bool:
     distribution = PACKAGES[name].distribution
     if distribution is None:
         return torch.backends.cuda.is_flash_attention_available()
@@ -162,6 +160,12 @@ def installed(name: str) -> bool:
         return False
     numbers = [int(number) for number in version.split(".")[: len(oldest)] if number.isdigit()]
     return tuple(numbers) >= oldest
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot trace the look-up
+def installed(name: str) -> bool:
+    """Whether this row of `PACKAGES` is installed in a version that has these signatures. Looked up once."""
+    return _installed(name)
 
 
 def usable(device: torch.device) -> tuple[str, ...]:
