@@ -184,7 +184,7 @@ def linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *, z_loss: float = 0.0
 ) -> Tensor:
     """Mean over the tokens with a target of `lse - logit[target] + z_loss * lse ** 2`, where lse is the log of the sum
-    of the exponentials of the token's logits `x W^T + b`. A float32 (or float64) scalar; 0 if there is no target.
+    of the exponentials of the token's logits `x W^T + b`. A float32 (or float64) scalar; 0 without any target.
 
     Args:
         targets_T: int64, the class of each token; negative where a token has none.

@@ -1,6 +1,6 @@
-"""Ways to break each kernel that a test must notice: a mask, a sign, a scale.
+"""Ways to break each kernel that must make a test fail: a mask, a sign, a scale.
 
-    python tests/kernels/mutations.py            try all of them, and fail if one goes unnoticed
+    python tests/kernels/mutations.py            try all of them, and fail if the tests pass with one
     python tests/kernels/mutations.py geglu      those of one file
 
 Each row is applied to a copy of the sources, and the tests that it names are run there in Triton's interpreter.
@@ -102,7 +102,7 @@ MUTATIONS = [
         "linear_cross_entropy.py", "lse - target_logit + z_loss", "lse - target_logit - z_loss", f"{CROSS} backend"
     ),
     Mutation("linear_cross_entropy.py", "m_i = LOWEST", 'm_i = float("-inf")', f"{CROSS} excluded"),
-    Mutation("linear_cross_entropy.py", 'other=float("nan")', "other=0.0", f"{CROSS} no_class"),
+    Mutation("linear_cross_entropy.py", 'other=float("nan")', "other=0.0", f"{CROSS} not_a_class"),
     Mutation(
         "linear_cross_entropy.py",
         "value * tl.load(scale), mask=offsets < N",

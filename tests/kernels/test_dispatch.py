@@ -61,7 +61,7 @@ def test_a_forced_backend_that_an_op_lacks_is_its_reference() -> None:
         assert torch.equal(ops.layer_norm(x, torch.ones(8), None, 1e-5), F.layer_norm(x, (8,)))
 
 
-def test_a_backend_that_nobody_has_is_refused() -> None:
+def test_an_unknown_backend_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=r"no op has a backend 'cuda9'; there are .*cpu.*reference"),
         ops.backend("cuda9"),
@@ -72,7 +72,7 @@ def test_a_backend_that_nobody_has_is_refused() -> None:
         ops.attention.register("cpu", when=lambda *_, **__: True)(ops.attention.reference)
 
 
-def test_the_forced_backend_is_left_after_an_error() -> None:
+def test_an_error_ends_the_forced_backend() -> None:
     with pytest.raises(RuntimeError, match="on purpose"), ops.backend("reference"):
         raise RuntimeError("on purpose")
     calls = []

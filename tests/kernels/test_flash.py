@@ -198,7 +198,7 @@ def call(lengths: list[int], window: int | None, keys: str | None, dtype: torch.
 def test_units_and_arguments(
     name: str, window: int | None, keys: str | None, mix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64 the adapters with stand-ins are the op: windows, key lengths, scale, rows that no sequence holds."""
+    """In float64 the adapters with stand-ins give the op: windows, key lengths, scale, rows outside of sequences."""
     arguments, options = call(MIXES[mix], window, keys, FLOAT64)
     found = []
     for op in (attention(name, monkeypatch), ops.attention.reference):
@@ -279,7 +279,7 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_takes_long_sequences_without_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And without Triton all that it can."""
+    """Without Triton, it takes every call that it can."""
     monkeypatch.setattr(packages, "usable", lambda device: ("torch",))
     qkv, angles = randn(2000, 3, 1, 32, dtype=FLOAT16), rope([2000], 32)
     takes = lambda length, **options: flash._accepts(qkv, cu([2000]), length, rope=angles, **options)  # noqa: E731
@@ -293,13 +293,13 @@ def test_it_takes_long_sequences_without_a_window(monkeypatch: pytest.MonkeyPatc
     assert not takes(1024, dropout_p=0.5)
 
 
-def test_it_says_what_it_does_not_take() -> None:
+def test_it_refuses_what_it_does_not_take() -> None:
     with pytest.raises(ValueError, match=r"no FlashAttention takes this call: torch.float32 on cpu, head width 32"):
         ops.attention.backends["flash"](randn(5, 3, 1, 32), cu([5]), 5, rope=rope([5], 32))
 
 
 def test_a_compiler_may_ask() -> None:
-    """The rule traces; nothing is usable on the CPU."""
+    """The rule traces; no FlashAttention is usable on the CPU."""
     qkv, bounds, angles = randn(5, 3, 2, 16, dtype=FLOAT16), cu([5]), rope([5], 16)
 
     def asks(qkv: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ def test_a_compiler_reads_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("stand_ins")
 def test_one_compilation_serves_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest length was a constant of the graph: each batch of long texts was compiled anew."""
+    """The longest length was a constant of the graph, so each batch of long texts was compiled again."""
     op, compiled = attention("torch", monkeypatch), []
 
     def run(qkv: Tensor, bounds: Tensor, longest: int, angles: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy over the tokens with a target: values, every gradient, chunks, and what it may take."""
+"""Linear + cross-entropy over the tokens with a target: values, every gradient, chunks, memory."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_small_gradients_live_in_float16(backend: str) -> None:
         leaf = weight.to(device, dtype).requires_grad_()
         loss = ops.linear_cross_entropy.backends[name](x.to(device, dtype), leaf, None, chosen.to(device))
         (gradient,) = torch.autograd.grad(1024 * loss, leaf)
-        found.append(gradient[200:].cpu().double())  # of classes that are no target: probabilities and nothing else
+        found.append(gradient[200:].cpu().double())  # of classes that are not a target: only probabilities
     got, truth = found
     assert (got - truth).norm() < 1e-3 * truth.norm()
 
@@ -217,7 +217,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @TRITON
-def test_a_target_that_is_no_class_makes_everything_nan() -> None:
+def test_a_target_that_is_not_a_class_makes_everything_nan() -> None:
     x, weight, _, _ = call(4, 5000)
     x, weight = (y.to(DEVICE).requires_grad_() for y in (x, weight))
     loss = ops.linear_cross_entropy.backends["triton"](x, weight, None, torch.tensor([1, -100, 5000, 2], device=DEVICE))
@@ -244,7 +244,7 @@ def test_operators(wanted: list[bool]) -> None:
 @TRITON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """It raised, because autocast reached one of the products; now all are in its dtype, and gradients in their own."""
+    """It raised, because autocast reached one of the products. All are in its dtype, and gradients in their own."""
     run: Any = ops.linear_cross_entropy.backends["triton"]
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(20, 33, bias=True))
     leaves = [x.to(dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]

@@ -1,4 +1,4 @@
-"""Every kernel compiles, spills nothing, and takes no more of a GPU than the committed table says.
+"""Every kernel compiles, spills nothing, and takes no more of a GPU than in the committed table.
 
 For one architecture by default; `pytest --all-architectures`, which `make check` runs, compiles for all of them.
 """

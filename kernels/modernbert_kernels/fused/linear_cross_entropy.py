@@ -28,7 +28,7 @@ from ..reference import linear_cross_entropy
 
 CHUNK_BYTES = 256 << 20
 """Size of a chunk of logits. Each chunk reads and writes the float32 dweight once more. At 50,368 x 768 that is 296 MiB
-for every 2,560 rows in bfloat16: 8 chunks and 2.3 GiB for 19,661 rows, beside 4.6 TFLOP of products."""
+for every 2,560 rows in bfloat16: 8 chunks and 2.3 GiB for 19,661 rows, next to 4.6 TFLOP of products."""
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
