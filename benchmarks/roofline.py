@@ -26,7 +26,7 @@ from benchmarks.model_work import DATASHEETS, Kernel, flops, kernels, least_seco
 from benchmarks.models.texts import LENGTHS
 from benchmarks.rows import Row, append, row
 from modernbert.config import PRESETS, EncoderConfig
-from modernbert_kernels.flash_attention import LONG
+from modernbert_kernels.dispatch import LONG
 
 TOKENS = 65_536
 """About as many real tokens a batch has as one of `encode` on a GPU."""
@@ -112,14 +112,15 @@ class Shares(NamedTuple):
 
 def assumed(gpu: str, window: int) -> Shares:
     """What the offline compile says of this GPU, and the constants above."""
-    from modernbert_kernels.fused.tuned import TUNED
+    from modernbert_kernels.fused.tiles import TILES
 
     card, sheet = CARDS[gpu], DATASHEETS[gpu]
     warps = warps_on_a_processor(card.arch)
     needed = sheet.bytes * LATENCY / card.processors
     moved = {op: COPY * min(1.0, count * 32 * LOADS / needed) for op, count in warps.items() if op != "attention"}
     attention = ATTENTION * min(1.0, warps["attention"] / WARPS)
-    own = TUNED["attention forward", 64, ITEMSIZE][card.arch][0]
+    tiles = TILES["attention forward", 64, ITEMSIZE]
+    own = tiles[max(arch for arch in tiles if arch <= card.arch)].block_m
     wasted = (own + 2 * window) / (2 * window + 1)
     return Shares(moved, PRODUCTS, attention, FLASH.get(card.arch, ATTENTION), wasted)
 

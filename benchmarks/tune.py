@@ -1,7 +1,7 @@
 """Chooses the tiles of the Triton kernels for the GPU at hand, by timing those that compile without a spill and fit.
 
     python -m benchmarks.tune                     what is faster than the present tiles, and by how much
-    python -m benchmarks.tune --write             also written to kernels/modernbert_kernels/fused/tuned.py
+    python -m benchmarks.tune --write             also written to kernels/modernbert_kernels/fused/tiles.py
     python -m benchmarks.tune --only attention    one op
     TRITON_INTERPRET=1 python -m benchmarks.tune --quick    tries the path without a GPU; those figures are no results
 
@@ -32,8 +32,7 @@ from benchmarks.kernels.calls import Task, Way
 from benchmarks.kernels.subjects import SUBJECTS, Subject, interpreted, way_of
 from benchmarks.kernels.tiles_file import Key
 from modernbert_kernels import launch
-from modernbert_kernels.fused.tiles import Tile, chosen
-from modernbert_kernels.fused.tuned import TUNED
+from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
 MINUTES = 8.5
 """After these no further entry is begun, so that a run fits into a call of ten minutes."""
@@ -62,7 +61,7 @@ class Outcome(NamedTuple):
 
 def using(key: Key, arch: int, tile: Tile) -> AbstractContextManager[Any]:
     """Inside, the kernel takes this tile on GPUs of this architecture."""
-    return mock.patch.dict(TUNED[key], {arch: tuple(tile)})
+    return mock.patch.dict(TILES[key], {arch: tile})
 
 
 def fits(subject: Subject, arch: int, tile: Tile) -> bool:
@@ -102,7 +101,7 @@ def compiling_candidates(subject: Subject, arch: int) -> list[Tile]:
 
 def tune(subject: Subject, tiles: Sequence[Tile], machine: Machine, *, tokens: int, rounds: int, duel: int) -> Outcome:
     """The fastest of these tiles and the present one, if it is faster than that by more than `NOISE`."""
-    present = chosen(machine.device, *subject.key)
+    present = tile_for(machine.device, *subject.key)
     rivals = [tile for tile in tiles if tile[:4] != present[:4]]
     factors, refused = compared(subject, present, rivals, machine, tokens, rounds)
     if not factors:
@@ -140,7 +139,7 @@ def compared(
 
 
 def label(tile: Tile) -> str:
-    return f"{tile.own} x {tile.visit}, {tile.num_warps} warps, {tile.num_stages} stages"
+    return f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def said(outcome: Outcome, tried: int) -> str:
@@ -175,7 +174,7 @@ def run(machine: Machine, only: Sequence[str], *, quick: bool) -> Iterator[tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], choices=sorted({subject.op for subject in SUBJECTS}))
-    parser.add_argument("--write", action="store_true", help="write what was found into tuned.py")
+    parser.add_argument("--write", action="store_true", help="write what was found into tiles.py")
     parser.add_argument("--quick", action="store_true", help="few tokens, one candidate: tries the path")
     arguments = parser.parse_args()
     machine = gpu.this_machine()
@@ -183,7 +182,7 @@ def main() -> None:
         raise SystemExit("there is no GPU here; TRITON_INTERPRET=1 python -m benchmarks.tune --quick tries the path")
     if arguments.write and (arguments.quick or not machine.is_gpu):
         raise SystemExit("--write takes what a GPU measured, and not --quick")
-    table: tiles_file.Table = TUNED
+    table: tiles_file.Table = TILES
     for outcome, tried in run(machine, arguments.only, quick=arguments.quick):
         print(said(outcome, tried), flush=True)
         if arguments.write and label(outcome.present) not in outcome.refused:
@@ -195,8 +194,7 @@ def main() -> None:
 
 def found(table: tiles_file.Table, outcome: Outcome, arch: int, gpu_name: str) -> tiles_file.Table:
     """The table with this outcome, the present tile too if it won: it is measured now."""
-    own, visit, warps, stages, _ = outcome.best
-    return tiles_file.with_entry(table, outcome.key, arch, (own, visit, warps, stages, gpu_name))
+    return tiles_file.with_entry(table, outcome.key, arch, outcome.best._replace(measured=gpu_name))
 
 
 if __name__ == "__main__":

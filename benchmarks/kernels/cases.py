@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import modernbert_kernels as ops
-from modernbert_kernels.flash_attention import LONG
+from modernbert_kernels.dispatch import LONG
 from modernbert_kernels.reference import rotate_back
 
 

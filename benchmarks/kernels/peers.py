@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import modernbert_kernels as ops
 from benchmarks.kernels.calls import Way
 from benchmarks.kernels.cases import Case
-from modernbert_kernels import flash_attention
+from modernbert_kernels.flash import packages
 
 
 def plain(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +120,7 @@ def rotations(case: Case) -> tuple[Way, ...]:
 def flash(case: Case) -> tuple[Way, ...]:
     """Every FlashAttention that runs here, behind our rotation."""
     qkv, cu_seqlens, longest = case.args
-    if flash_attention.choose(qkv, cu_seqlens, longest, **case.kwargs) is None:
+    if packages.choose(qkv, cu_seqlens, longest, **case.kwargs) is None:
         return ()
     function = import_module("modernbert_kernels.flash")._Flash
 
@@ -130,7 +130,7 @@ def flash(case: Case) -> tuple[Way, ...]:
 
         return Way(f"flash: {name}", call, "rotated before")
 
-    return tuple(map(way, flash_attention.usable(qkv.device)))
+    return tuple(map(way, packages.usable(qkv.device)))
 
 
 class _Cudnn(torch.autograd.Function):

@@ -4,48 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.kernels.resources import write_beside
+from benchmarks.kernels.resources import ARCHS, write_beside
+from modernbert_kernels.fused.tiles import Tile
 
-FILE = Path(__file__).parents[2] / "kernels" / "modernbert_kernels" / "fused" / "tuned.py"
+FILE = Path(__file__).parents[2] / "kernels" / "modernbert_kernels" / "fused" / "tiles.py"
+START = "TILES: dict[tuple[str | int, ...], dict[int, Tile]] = {\n"
 
 Key = tuple[str | int, ...]
-Entry = tuple[int, int, int, int, str]
-Table = Mapping[Key, Mapping[int, Entry]]
-
-HEADER = '''"""The tiles of the kernels by architecture: what `tiles.Tile` holds, in its order.
-
-Written by `python -m benchmarks.tune --write`, which measures on the GPU at hand; not by hand. The first of a key is
-the kernel; then come, of attention, the width of a head and the bytes of a number, and of maxsim the rows of queries.
-Below stands, by compute capability: what a program owns, what it visits at a time, warps, stages, and the GPU on which
-that was measured. Where none is named, it was chosen by registers and occupancy (offline compile) and never timed.
-"""
-
-TUNED: dict[tuple[str | int, ...], dict[int, tuple[int, int, int, int, str]]] = {
-'''
+Table = Mapping[Key, Mapping[int, Tile]]
 
 
 def rendered(table: Table) -> str:
-    """The text of the file, formatted as ruff formats it."""
-    lines = [HEADER]
+    """The text of the file, formatted as ruff formats it: all up to the table as it is now."""
+    lines = [FILE.read_text("utf-8").partition(START)[0], START]
     for key, entries in table.items():
-        lines.append(f"    {_tuple(key)}: {{\n")
-        lines += [f"        {arch}: {_tuple(entries[arch])},\n" for arch in sorted(entries)]
-        lines.append("    },\n")
+        rows = [f"{arch}: Tile({_values(_without_empty(entries[arch]))})" for arch in sorted(entries)]
+        name = f"({_values(key)}{',' * (len(key) == 1)})"
+        if len(rows) == 1:
+            lines.append(f"    {name}: {{{rows[0]}}},\n")
+        else:
+            lines += [f"    {name}: {{\n", *(f"        {row},\n" for row in rows), "    },\n"]
     return "".join([*lines, "}\n"])
 
 
-def _tuple(values: Key) -> str:
-    inside = ", ".join(json.dumps(value) for value in values)
-    return f"({inside},)" if len(values) == 1 else f"({inside})"
+def _values(values: Key) -> str:
+    return ", ".join(json.dumps(value) for value in values)
 
 
-def with_entry(table: Table, key: Key, arch: int, entry: Entry) -> Table:
-    """The table with one entry in place of what stood there; other architectures keep theirs."""
-    return {**table, key: {**table[key], arch: entry}}
+def _without_empty(tile: Tile) -> Key:
+    return tile if tile.measured else tile[:-1]
+
+
+def with_entry(table: Table, key: Key, arch: int, tile: Tile) -> Table:
+    """The table with one tile replaced. Newer architectures, which would inherit it, keep the tile that they have."""
+    before = table[key]
+    taken = {each: before[max(known for known in before if known <= each)] for each in {*ARCHS, *before}} | {arch: tile}
+    archs = sorted(taken)
+    kept = [archs[0], *(new for old, new in pairwise(archs) if taken[new] != taken[old])]
+    return {**table, key: {each: taken[each] for each in kept}}
 
 
 def write(table: Table) -> None:
-    """In one step: whoever imports it meanwhile reads the old file or the new one."""
+    """In one step: an import in another process reads the old file or the new one."""
     write_beside(FILE, rendered(table))

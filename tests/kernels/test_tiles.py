@@ -1,4 +1,4 @@
-"""Other tiles than the present ones give the same answers: `benchmarks.tune` tries them on the real kernels."""
+"""Tiles other than those of the table give the same results: `benchmarks.tune` tries them on the real kernels."""
 
 from __future__ import annotations
 

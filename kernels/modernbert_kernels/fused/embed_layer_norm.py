@@ -1,4 +1,4 @@
-"""Embedding: rows of the table are normalised as they are gathered, so that the gathered rows are never written."""
+"""Embedding and LayerNorm: rows of the table are normalised as they are gathered, and never written in between."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import supported
+from ..launch import contiguous, supported
 from ..reference import embed_layer_norm
-from .norms import contiguous, demand, fits, norm_backward, norm_forward
+from .layer_norm_kernels import check, fits, norm_backward, norm_forward
 
 
 class _EmbedLayerNorm(torch.autograd.Function):
@@ -29,9 +29,9 @@ class _EmbedLayerNorm(torch.autograd.Function):
         input_ids_T, table_VD, weight_D, stats_2T = ctx.saved_tensors
         gradients = norm_backward(dy_TD.contiguous(), None, table_VD, input_ids_T, weight_D, stats_2T, ctx.bias, None)
         dx_TD, dparameters = gradients
-        # Torch sums in an order that is always the same, without atomics: it sorts the ids, and adds runs of equal ones
-        # in float32. A kernel of ours would have to split the runs too, for a frequent token is a tenth of a batch, to
-        # save writing and reading dx once in a whole model.
+        # Torch sums in a fixed order, without atomics: it sorts the ids and adds runs of equal ones in float32. A
+        # kernel of ours would have to split the runs too (a frequent token is a tenth of a batch), and would only save
+        # writing and reading dx once in a whole model.
         dtable_VD = torch.ops.aten.embedding_dense_backward(dx_TD, input_ids_T, table_VD.shape[0], -1, False)
         return None, dtable_VD, dparameters[0], dparameters[1] if ctx.bias else None, None
 
@@ -47,7 +47,7 @@ def embed_layer_norm_triton(
 ) -> Tensor:
     """`embed_layer_norm` in float32, bfloat16 or float16; same arguments and result.
 
-    Ids are trusted to lie in the table.
+    Ids are not checked: they must be rows of the table.
     """
-    demand(table_VD, None, weight_D, bias_D)
+    check(table_VD, None, weight_D, bias_D)
     return _EmbedLayerNorm.apply(*contiguous(input_ids_T, table_VD, weight_D, bias_D), eps)

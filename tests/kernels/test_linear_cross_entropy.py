@@ -1,4 +1,4 @@
-"""Linear + cross-entropy over the tokens with a target: values, every gradient, chunks, and what it may take."""
+"""Linear + cross-entropy over the tokens with a target: values, every gradient, chunks, memory."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def test_backend(
 @pytest.mark.parametrize(("backend", "dtype"), implementations(ops.linear_cross_entropy))
 def test_chunks(backend: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every border between chunks, with chunks that divide the rows and chunks that do not."""
-    from modernbert_kernels.fused import cross_entropy
+    from modernbert_kernels.fused import linear_cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda classes, itemsize: chunk)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda classes, itemsize: chunk)
     for tokens in (14, 32, 33):
         check(ops.linear_cross_entropy, backend, *call(tokens, 101, 1.0, True, dtype), z_loss=0.01)
 
@@ -130,7 +130,7 @@ def test_small_gradients_live_in_float16(backend: str) -> None:
         leaf = weight.to(device, dtype).requires_grad_()
         loss = ops.linear_cross_entropy.backends[name](x.to(device, dtype), leaf, None, chosen.to(device))
         (gradient,) = torch.autograd.grad(1024 * loss, leaf)
-        found.append(gradient[200:].cpu().double())  # of classes that are no target: probabilities and nothing else
+        found.append(gradient[200:].cpu().double())  # of classes that are not a target: only probabilities
     got, truth = found
     assert (got - truth).norm() < 1e-3 * truth.norm()
 
@@ -199,14 +199,14 @@ def allowed(tokens: int, width: int, classes: int, itemsize: int, chunk: int) ->
 @TRITON
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more logits than a chunk, and no more memory than the formula; which for a large batch is half a GiB."""
-    from modernbert_kernels.fused import cross_entropy
+    from modernbert_kernels.fused import linear_cross_entropy
 
-    chunk = cross_entropy.chunk_rows(50_368, 2)
+    chunk = linear_cross_entropy.chunk_rows(50_368, 2)
     assert chunk == 2560
     assert allowed(65_536, 768, 50_368, 2, chunk) < 1 << 29
-    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda classes, itemsize: 16)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda classes, itemsize: 16)
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(300, 1000, 0.5, bias=True))
-    launcher = cross_entropy.linear_cross_entropy_forward
+    launcher = linear_cross_entropy.linear_cross_entropy_forward
     with Peak(x, weight, bias, chosen) as found:
         launcher.redispatch(
             torch._C.DispatchKeySet(torch._C.DispatchKey.CPU if DEVICE == "cpu" else torch._C.DispatchKey.CUDA),
@@ -217,7 +217,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @TRITON
-def test_a_target_that_is_no_class_makes_everything_nan() -> None:
+def test_a_target_that_is_not_a_class_makes_everything_nan() -> None:
     x, weight, _, _ = call(4, 5000)
     x, weight = (y.to(DEVICE).requires_grad_() for y in (x, weight))
     loss = ops.linear_cross_entropy.backends["triton"](x, weight, None, torch.tensor([1, -100, 5000, 2], device=DEVICE))
@@ -231,11 +231,11 @@ def test_a_target_that_is_no_class_makes_everything_nan() -> None:
 @TRITON
 @pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, False, False]])
 def test_operators(wanted: list[bool]) -> None:
-    from modernbert_kernels.fused import cross_entropy
+    from modernbert_kernels.fused import linear_cross_entropy
 
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(20, 33, bias=True, dtype=FLOAT16))
-    forward: Any = cross_entropy.linear_cross_entropy_forward
-    backward: Any = cross_entropy.linear_cross_entropy_backward
+    forward: Any = linear_cross_entropy.linear_cross_entropy_forward
+    backward: Any = linear_cross_entropy.linear_cross_entropy_backward
     torch.library.opcheck(forward, (x, weight, bias, chosen, 0.1, wanted))
     torch.library.opcheck(backward, (weight, torch.tensor(0.5, device=DEVICE), FLOAT32))
     assert torch.Tag.cudagraph_unsafe in forward.tags, "the host waits, which cannot be captured"
@@ -244,7 +244,7 @@ def test_operators(wanted: list[bool]) -> None:
 @TRITON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """It raised, because autocast reached one of the products; now all are in its dtype, and gradients in their own."""
+    """It raised, because autocast reached one of the products. All are in its dtype, and gradients in their own."""
     run: Any = ops.linear_cross_entropy.backends["triton"]
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(20, 33, bias=True))
     leaves = [x.to(dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]

@@ -1,6 +1,6 @@
-"""The kernels of LayerNorm in one pass over memory, alone or with what comes before it: a residual sum, or a gather.
+"""The kernels of LayerNorm in one pass over memory, alone or fused with what precedes it: a residual sum or a gather.
 
-One kernel forward and one backward serve `layer_norm.py` and `embedding.py`.
+One kernel forward and one backward serve `layer_norm.py` and `embed_layer_norm.py`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor
 from ..launch import DTYPES, operator
 
 TILE = 1024
-"""Elements that 4 warps take at once, 8 for each thread: 16 bytes of bfloat16, one access to memory. A row that is
-longer has a program with more warps, shorter ones share a program. Chosen by registers, not yet timed."""
+"""Elements that 4 warps take at once, 8 for each thread: 16 bytes of bfloat16, one access to memory. A longer row has a
+program with more warps; shorter rows share a program. Chosen by registers, not yet timed."""
 
 WARPS = 2048
-"""Warps of the backward kernel over the whole GPU. Its programs walk over the rows and keep sums for the weight, so
-all should be resident at once: these are 14 to 19 warps for each of the 108 to 148 multiprocessors of large GPUs,
-which 96 registers allow (but float32 fills the shared memory of an sm_89 or sm_120 with three quarters of them). A
-constant, so that the order of the sums is the same on every GPU."""
+"""Warps of the backward kernel over the whole GPU. Its programs loop over the rows and keep sums for the weight, so all
+should be resident at once. These are 14 to 19 warps for each of the 108 to 148 multiprocessors of large GPUs, which 96
+registers allow (in float32, three quarters of them already fill the shared memory of an sm_89 or sm_120). A constant,
+so that the order of the sums is the same on every GPU."""
 
 STAGES = tl.constexpr(3)
-"""So few programs hide the latency of memory by asking for the two tiles after the one that they work on."""
+"""With so few programs, each hides the latency of memory by prefetching two tiles."""
 
 WIDEST = 4096
-"""Longest row: 16 warps. The models have 256 to 1792."""
+"""The longest row: 16 warps. The models have 256 to 1792 elements."""
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -35,29 +35,29 @@ def norm_forward_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    live = columns < D
-    inside = (rows < T)[:, None] & live[None, :]
-    here = rows[:, None] * D + columns[None, :]
-    w = tl.load(weight + columns, mask=live, other=0.0).to(tl.float32)
-    source = here
+    column_mask = columns < D
+    mask = (rows < T)[:, None] & column_mask[None, :]
+    offsets = rows[:, None] * D + columns[None, :]
+    w = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+    x_offsets = offsets
     if ids is not None:
-        source = tl.load(ids + rows, mask=rows < T, other=0).to(tl.int64)[:, None] * D + columns[None, :]
-    values = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
+        x_offsets = tl.load(ids + rows, mask=rows < T, other=0).to(tl.int64)[:, None] * D + columns[None, :]
+    values = tl.load(x + x_offsets, mask=mask, other=0.0).to(tl.float32)
     if delta is not None:
-        values += tl.load(delta + here, mask=inside, other=0.0).to(tl.float32)
-        # Rounded as the stream is kept, before its statistics are taken.
+        values += tl.load(delta + offsets, mask=mask, other=0.0).to(tl.float32)
+        # Rounded to the dtype of the stream before its statistics are computed.
         values = values.to(s.dtype.element_ty)
-        tl.store(s + here, values, mask=inside)
+        tl.store(s + offsets, values, mask=mask)
         values = values.to(tl.float32)
     mean = tl.sum(values, axis=1) / D
-    centred = tl.where(inside, values - mean[:, None], 0.0)
+    centred = tl.where(mask, values - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
     tl.store(stats + rows, mean, mask=rows < T)
     tl.store(stats + T + rows, rstd, mask=rows < T)
-    normal = centred * rstd[:, None] * w[None, :]
+    result = centred * rstd[:, None] * w[None, :]
     if bias is not None:
-        normal += tl.load(bias + columns, mask=live, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + here, normal, mask=inside)
+        result += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + offsets, result, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -65,42 +65,42 @@ def norm_backward_kernel(
     dy, ds, x, ids, weight, stats, dx, ddelta, dweight, dbias, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`dx = ds + rstd * (g - mean(g) - n * mean(g * n))` for the normalised n and `g = dy * weight`; sums of `dy * n`
-    and of `dy` over the rows of this program.
+    """`dx = ds + rstd * (g - mean(g) - x_hat * mean(g * x_hat))` for the normalised `x_hat` and `g = dy * weight`; sums
+    of `dy * x_hat` and of `dy` over the rows of this program.
     """
     columns = tl.arange(0, COLUMNS)
-    live = columns < D
-    w = tl.load(weight + columns, mask=live, other=0.0).to(tl.float32)
+    column_mask = columns < D
+    w = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
     weight_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     bias_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (rows < T)[:, None] & live[None, :]
-        here = rows[:, None] * D + columns[None, :]
-        source = here
+        mask = (rows < T)[:, None] & column_mask[None, :]
+        offsets = rows[:, None] * D + columns[None, :]
+        x_offsets = offsets
         if ids is not None:
-            source = tl.load(ids + rows, mask=rows < T, other=0).to(tl.int64)[:, None] * D + columns[None, :]
+            x_offsets = tl.load(ids + rows, mask=rows < T, other=0).to(tl.int64)[:, None] * D + columns[None, :]
         mean = tl.load(stats + rows, mask=rows < T, other=0.0)
         rstd = tl.load(stats + T + rows, mask=rows < T, other=0.0)
-        # Zero outside of the rows, and with it all sums.
-        grad = tl.load(dy + here, mask=inside, other=0.0).to(tl.float32)
-        normal = (tl.load(x + source, mask=inside, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
-        weight_sum += grad * normal
+        # Zero outside of the rows, so that all sums are right.
+        grad = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        x_hat = (tl.load(x + x_offsets, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+        weight_sum += grad * x_hat
         if dbias is not None:
             bias_sum += grad
         grad *= w[None, :]
-        level = tl.sum(grad, axis=1) / D
-        slope = tl.sum(grad * normal, axis=1) / D
-        grad = (grad - level[:, None] - normal * slope[:, None]) * rstd[:, None]
+        mean_g = tl.sum(grad, axis=1) / D
+        mean_gx = tl.sum(grad * x_hat, axis=1) / D
+        grad = (grad - mean_g[:, None] - x_hat * mean_gx[:, None]) * rstd[:, None]
         if ds is not None:
-            grad += tl.load(ds + here, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + here, grad, mask=inside)
+            grad += tl.load(ds + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + offsets, grad, mask=mask)
         if ddelta is not None:
-            tl.store(ddelta + here, grad, mask=inside)
+            tl.store(ddelta + offsets, grad, mask=mask)
     partial = tl.program_id(0).to(tl.int64) * D + columns
-    tl.store(dweight + partial, tl.sum(weight_sum, axis=0), mask=live)
+    tl.store(dweight + partial, tl.sum(weight_sum, axis=0), mask=column_mask)
     if dbias is not None:
-        tl.store(dbias + partial, tl.sum(bias_sum, axis=0), mask=live)
+        tl.store(dbias + partial, tl.sum(bias_sum, axis=0), mask=column_mask)
 
 
 def _tile(D: int) -> tuple[int, int, int]:
@@ -128,7 +128,7 @@ def norm_forward(
 ) -> list[Tensor]:
     """`[y, stats]` of rows of x, or of the rows `ids` of the table x; `[y, stats, x + delta]` with a delta.
 
-    `stats_2T` holds the mean and the inverse standard deviation of every row, float32, for the backward pass.
+    `stats`, `[2, T]` float32, holds the mean and the inverse standard deviation of every row for the backward pass.
     """
     y, stats_2T, *kept = outputs = _like_forward(x, ids, delta, weight_D, bias_D, eps)
     T, D = stats_2T.shape[1], x.shape[-1]
@@ -173,7 +173,7 @@ def norm_backward(
 ) -> list[Tensor]:
     """`[dx, dparameters]`, and dx once more in the dtype `delta` where that is given.
 
-    `ds` is added to dx; `dparameters` has a row for the weight, and one for the bias if there is one.
+    `ds` is added to dx. `dparameters` has a row for the weight, and one for the bias if there is one.
     """
     T, D = stats_2T.shape[1], x.shape[-1]
     rows, columns, warps = _tile(D)
@@ -185,17 +185,12 @@ def norm_backward(
             dy, ds, x, ids, weight_D, stats_2T, dx, ddelta[0] if ddelta else None, partial_2PD[0],
             partial_2PD[1] if bias else None, T, D, rows, columns, num_warps=warps,
         )  # fmt: skip
-    # By torch: at most 512 rows, which are still in the cache, in an order that is always the same.
+    # Summed by torch in a fixed order: at most 512 rows, which are still in the cache.
     return [dx, partial_2PD.sum(1).to(weight_D.dtype), *ddelta]
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The kernels step through memory without strides."""
-    return [x if x is None else x.contiguous() for x in tensors]
-
-
 def fits(x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None) -> bool:
-    """Whether the kernels take these shapes and dtypes: one dtype for all, or a float32 sum of x and delta."""
+    """Whether the kernels take these shapes and dtypes: one dtype for all, or a float32 stream `x + delta`."""
     terms = {x.dtype} if delta is None else {x.dtype, delta.dtype}
     alike = terms == {weight_D.dtype} or (delta is not None and torch.float32 in terms)
     return (
@@ -208,12 +203,12 @@ def fits(x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | Non
     )
 
 
-def demand(x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None) -> None:
-    """Raise ValueError where the kernels do not fit."""
+def check(x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None) -> None:
+    """Raise ValueError where `fits` is False."""
     if not fits(x, delta, weight_D, bias_D):
         given = {"x": x, "delta": delta, "weight": weight_D, "bias": bias_D}
         got = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in given.items() if t is not None)
         raise ValueError(
             f"the Triton LayerNorm takes rows of 1 to {WIDEST} in float32, bfloat16 or float16, one dtype for all, or "
-            f"a float32 sum under any weights; got {got}: use the reference"
+            f"a float32 stream with weights of any of them; got {got}: use the reference"
         )

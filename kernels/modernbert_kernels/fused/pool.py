@@ -1,6 +1,6 @@
 """Pooling of packed sequences: a program for each sequence and 128 columns reads its rows once.
 
-Division by the length of the result needs all of its columns, and is the kernel of `projection`.
+Dividing the result by its norm needs all of its columns: that is the kernel of `project_normalize`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import operator, owners, supported
+from ..launch import operator, segment_ids, supported
 from ..reference import pool
-from .projection import normalize as divide
+from .project_normalize import normalize as divide_by_norm
 
 MODES = ("cls", "last", "mean", "max")
 ROWS, COLUMNS = 32, 128
-"""With 4 warps 32 numbers for each thread, of rows of 256 bytes in 16 bits."""
+"""32 elements for each thread of 4 warps; 256 bytes of a row in 16 bits."""
 
 
 @triton.jit
@@ -27,10 +27,10 @@ def pool_forward_kernel(
     x,
     cu_seqlens,
     pooled,
-    places,
+    argmax,
     D,
     MODE: tl.constexpr,
-    PLACES: tl.constexpr,
+    STORE_ARGMAX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -48,32 +48,32 @@ def pool_forward_kernel(
         result = tl.sum(total, axis=0) / tl.maximum(end - start, 1).to(tl.float32)
     else:
         best = tl.full([COLUMNS], float("-inf"), tl.float32)
-        place = tl.zeros([COLUMNS], tl.int32)
+        best_row = tl.zeros([COLUMNS], tl.int32)
         for first in tl.range(start, end, ROWS):
             rows = first + tl.arange(0, ROWS)[:, None]
-            inside = (rows < end) & (columns < D)[None, :]
-            block = tl.load(x + rows * D + columns[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+            mask = (rows < end) & (columns < D)[None, :]
+            block = tl.load(x + rows * D + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
             top, where = tl.max(block, axis=0, return_indices=True)
-            # Only more is better: a tie stays with the row before.
-            place = tl.where(top > best, (first - start).to(tl.int32) + where, place)
+            # Strictly greater: a tie goes to the earlier row.
+            best_row = tl.where(top > best, (first - start).to(tl.int32) + where, best_row)
             best = tl.maximum(best, top)
         result = tl.where(start < end, best, 0.0)
-        if PLACES:
-            tl.store(places + sequence * D + columns, place, mask=columns < D)
+        if STORE_ARGMAX:
+            tl.store(argmax + sequence * D + columns, best_row, mask=columns < D)
     tl.store(pooled + sequence * D + columns, result, mask=columns < D)
 
 
 @triton.jit
 def pool_backward_kernel(
-    grad, owners, cu_seqlens, places, dx, T, D, MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    grad, segment_ids, cu_seqlens, argmax, dx, T, D, MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (rows < T)[:, None] & (columns < D)
-    owner = tl.load(owners + rows, mask=rows < T, other=0).to(tl.int64)
-    start = tl.load(cu_seqlens + owner, mask=rows < T, other=0).to(tl.int64)
-    end = tl.load(cu_seqlens + owner + 1, mask=rows < T, other=1).to(tl.int64)
-    share = tl.load(grad + owner[:, None] * D + columns, mask=inside, other=0).to(tl.float32)
+    mask = (rows < T)[:, None] & (columns < D)
+    segment = tl.load(segment_ids + rows, mask=rows < T, other=0).to(tl.int64)
+    start = tl.load(cu_seqlens + segment, mask=rows < T, other=0).to(tl.int64)
+    end = tl.load(cu_seqlens + segment + 1, mask=rows < T, other=1).to(tl.int64)
+    share = tl.load(grad + segment[:, None] * D + columns, mask=mask, other=0).to(tl.float32)
     if MODE == "cls":
         share = tl.where((rows == start)[:, None], share, 0.0)
     elif MODE == "last":
@@ -81,9 +81,9 @@ def pool_backward_kernel(
     elif MODE == "mean":
         share = share / (end - start).to(tl.float32)[:, None]
     else:
-        place = tl.load(places + owner[:, None] * D + columns, mask=inside, other=0)
-        share = tl.where(place == (rows - start)[:, None], share, 0.0)
-    tl.store(dx + rows[:, None] * D + columns, share, mask=inside)
+        best_row = tl.load(argmax + segment[:, None] * D + columns, mask=mask, other=0)
+        share = tl.where(best_row == (rows - start)[:, None], share, 0.0)
+    tl.store(dx + rows[:, None] * D + columns, share, mask=mask)
 
 
 def _outputs(x_TD: Tensor, cu_seqlens: Tensor, mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -93,35 +93,35 @@ def _outputs(x_TD: Tensor, cu_seqlens: Tensor, mode: str, dtype: torch.dtype) ->
 
 @operator("pool_forward(Tensor x, Tensor cu_seqlens, str mode, ScalarType dtype) -> (Tensor, Tensor)", fake=_outputs)
 def pool_forward(x_TD: Tensor, cu_seqlens: Tensor, mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The pooled rows, and for "max" where each number comes from."""
-    pooled_BD, places_BD = _outputs(x_TD, cu_seqlens, mode, dtype)
+    """The pooled rows, and for "max" the row of each maximum within its sequence."""
+    pooled_BD, argmax_BD = _outputs(x_TD, cu_seqlens, mode, dtype)
     B, D = pooled_BD.shape
     if B:
         pool_forward_kernel[(B, triton.cdiv(D, COLUMNS))](
-            x_TD, cu_seqlens, pooled_BD, places_BD, D, mode, mode == "max", ROWS, COLUMNS, num_warps=4
+            x_TD, cu_seqlens, pooled_BD, argmax_BD, D, mode, mode == "max", ROWS, COLUMNS, num_warps=4
         )
-    return pooled_BD, places_BD
+    return pooled_BD, argmax_BD
 
 
 def _like_input(
-    dpooled_BD: Tensor, cu_seqlens: Tensor, places_BD: Tensor, mode: str, tokens: int, dtype: torch.dtype
+    dpooled_BD: Tensor, cu_seqlens: Tensor, argmax_BD: Tensor, mode: str, tokens: int, dtype: torch.dtype
 ) -> Tensor:
     return dpooled_BD.new_empty(tokens, dpooled_BD.shape[1], dtype=dtype)
 
 
 @operator(
-    "pool_backward(Tensor dpooled, Tensor cu_seqlens, Tensor places, str mode, SymInt tokens, ScalarType dtype)"
+    "pool_backward(Tensor dpooled, Tensor cu_seqlens, Tensor argmax, str mode, SymInt tokens, ScalarType dtype)"
     " -> Tensor",
     fake=_like_input,
 )
 def pool_backward(
-    dpooled_BD: Tensor, cu_seqlens: Tensor, places_BD: Tensor, mode: str, tokens: int, dtype: torch.dtype
+    dpooled_BD: Tensor, cu_seqlens: Tensor, argmax_BD: Tensor, mode: str, tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    dx_TD = _like_input(dpooled_BD, cu_seqlens, places_BD, mode, tokens, dtype)
+    dx_TD = _like_input(dpooled_BD, cu_seqlens, argmax_BD, mode, tokens, dtype)
     T, D = dx_TD.shape
     if T:
         pool_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(D, COLUMNS))](
-            dpooled_BD, owners(cu_seqlens, T), cu_seqlens, places_BD, dx_TD, T, D, mode, ROWS, COLUMNS, num_warps=4
+            dpooled_BD, segment_ids(cu_seqlens, T), cu_seqlens, argmax_BD, dx_TD, T, D, mode, ROWS, COLUMNS, num_warps=4
         )
     return dx_TD
 
@@ -129,8 +129,8 @@ def pool_backward(
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, cu_seqlens: Tensor, mode: str, dtype: torch.dtype) -> Tensor:  # pyright: ignore
-        pooled_BD, places_BD = pool_forward(x_TD, cu_seqlens, mode, dtype)
-        ctx.save_for_backward(cu_seqlens, places_BD)
+        pooled_BD, argmax_BD = pool_forward(x_TD, cu_seqlens, mode, dtype)
+        ctx.save_for_backward(cu_seqlens, argmax_BD)
         ctx.mode, ctx.tokens, ctx.dtype = mode, len(x_TD), x_TD.dtype
         return pooled_BD
 
@@ -148,8 +148,8 @@ def _accepts(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: 
 @pool.register("triton", when=_accepts)
 def pool_triton(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool = False) -> Tensor:
     """`pool` in float32, bfloat16 or float16; same arguments and result. A NaN may be lost under "max"."""
-    # What is still to be divided stays in float32.
+    # Float32 until it is divided, so that it is rounded once.
     pooled_BD = _Pool.apply(
         x_TD.contiguous(), cu_seqlens.contiguous(), mode, torch.float32 if normalize else x_TD.dtype
     )
-    return divide(pooled_BD, None, x_TD.dtype) if normalize else pooled_BD
+    return divide_by_norm(pooled_BD, None, x_TD.dtype) if normalize else pooled_BD

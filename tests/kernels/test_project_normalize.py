@@ -70,7 +70,7 @@ def test_backend_takes_views_and_gives_the_same_bits_again(backend: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("step", [pytest.param(name, marks=TRITON) for name in ("forward", "backward")])
 def test_operators(step: str, dtype: torch.dtype, rows: list[int] | None) -> None:
-    """What `torch.compile` needs to know of them is true."""
+    """Their schemas and fake outputs are right."""
     u = randn(5, 24).to(DEVICE)
     chosen = None if rows is None else torch.tensor(rows, device=DEVICE)
     last = dtype if step == "forward" else randn(5 if rows is None else 2, 24, dtype=dtype).to(DEVICE)

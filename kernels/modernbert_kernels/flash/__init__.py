@@ -1,4 +1,4 @@
-"""FlashAttention as a backend of `attention`: q and k are rotated before it, and their gradients back behind it."""
+"""FlashAttention as a backend of `attention`: q and k are rotated first, and their gradients are rotated back."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import flash_attention
-from .flash_attention import LONG, choose, empty_outputs
-from .launch import operator
-from .reference import attention, rotary, rotate_back
-
-TRITON = "triton" in attention.backends
+from ..dispatch import LONG
+from ..launch import attention_outputs, operator
+from ..reference import attention, rotary, rotate_back
+from . import packages
 
 
 def _accepts(
     qkv_T3HK: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, window: int | None = None, **options: Any
 ) -> bool:
-    """Long sequences without a window, and without Triton whatever it takes."""
-    wanted = (window is None and max_seqlen > LONG) if TRITON else True
-    return wanted and choose(qkv_T3HK, cu_seqlens, max_seqlen, window=window, **options) is not None
+    """Long sequences without a window; without Triton, whatever a package takes."""
+    wanted = "triton" not in attention.backends or (window is None and max_seqlen > LONG)
+    return wanted and packages.choose(qkv_T3HK, cu_seqlens, max_seqlen, window=window, **options) is not None
 
 
 @attention.register("flash", when=_accepts)
@@ -35,13 +33,13 @@ def attention_flash(
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """`attention` in bfloat16 or float16, without a window or without query rows; same arguments and result.
+    """`attention` in bfloat16 or float16, with a window or with `key_lengths` but not with both.
 
     Raises:
-        ValueError: no FlashAttention takes the call: `flash_attention.choose` says what one takes.
+        ValueError: no FlashAttention takes the call. `packages.choose` has the conditions.
     """
     options: dict[str, Any] = {"rope": rope, "window": window, "key_lengths": key_lengths, "dropout_p": dropout_p}
-    name = choose(qkv_T3HK, cu_seqlens, max_seqlen, **options)
+    name = packages.choose(qkv_T3HK, cu_seqlens, max_seqlen, **options)
     if name is None:
         raise ValueError(
             f"no FlashAttention takes this call: {qkv_T3HK.dtype} on {qkv_T3HK.device}, head width "
@@ -80,7 +78,7 @@ class _Flash(torch.autograd.Function):
 @operator(
     "flash_forward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, SymInt max_seqlen, int? window, str name) "
     "-> (Tensor, Tensor)",
-    fake=empty_outputs,
+    fake=attention_outputs,
 )
 def flash_forward(
     rotated_T3HK: Tensor,
@@ -90,9 +88,9 @@ def flash_forward(
     window: int | None,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """The attended values `[T, H, K]`, and the logarithm of the sums of the softmax, float32 `[H, T]`."""
+    """The output `[T, H, K]` and the log-sum-exp of each softmax, `[H, T]` float32."""
     q_THK, k_THK, v_THK = rotated_T3HK.unbind(1)
-    return flash_attention.forward(name, q_THK, k_THK, v_THK, cu_seqlens, max_seqlen, window, key_lengths)
+    return packages.forward(name, q_THK, k_THK, v_THK, cu_seqlens, max_seqlen, window, key_lengths)
 
 
 def _backward_output(dout_THK: Tensor, rotated_T3HK: Tensor, *_: object) -> Tensor:
@@ -117,8 +115,8 @@ def flash_backward(
     window: int | None,
     name: str,
 ) -> Tensor:
-    """The gradient of the qkv that was not rotated yet, packed."""
+    """The gradient of packed qkv before the rotation, `[T, 3, H, K]`."""
     q_THK, k_THK, v_THK = rotated_T3HK.unbind(1)
     saved = (dout_THK, q_THK, k_THK, v_THK, out_THK, lse_HT)
-    gradients = flash_attention.backward(name, *saved, cu_seqlens, max_seqlen, window, key_lengths)
+    gradients = packages.backward(name, *saved, cu_seqlens, max_seqlen, window, key_lengths)
     return rotate_back(*gradients, cos_TR, sin_TR)

@@ -79,7 +79,7 @@ def test_backend_takes_views_and_gives_the_same_bits_again(backend: str, mode: s
 
 @pytest.mark.parametrize("mode", [pytest.param(mode, marks=TRITON) for mode in ("mean", "max")])
 def test_operators(mode: str) -> None:
-    """What `torch.compile` needs to know of them is true."""
+    """Their schemas and fake outputs are right."""
     x, offsets = randn(7, 24).to(DEVICE), cu([3, 4]).to(DEVICE)
     library = torch.ops.modernbert_kernels
     torch.library.opcheck(library.pool_forward.default, (x, offsets, mode, FLOAT32))

@@ -1,8 +1,8 @@
-"""Linear + cross-entropy over the tokens that have a target, in chunks: no more than one chunk of logits ever exists.
+"""Linear + cross-entropy over the tokens that have a target, in chunks: at most one chunk of logits exists at a time.
 
-The gradients are made on the way forward, from the logits while they are there; the backward pass only multiplies them
-by the gradient of the loss. The three products are cuBLAS's. Between them one kernel turns the logits of a chunk, in
-place, into their gradient: two reads and one write of a chunk (one read where no gradient is wanted).
+The forward pass also computes the gradients, from the logits of each chunk. The backward pass only multiplies them by
+the gradient of the loss. The three products are cuBLAS's. Between them, one kernel replaces the logits of a chunk by
+their gradient in place: two reads and one write of a chunk (one read where no gradient is needed).
 
 Memory for T tokens, N of them with a target, width D, V classes, s bytes per element. Forward it is
 
@@ -27,20 +27,21 @@ from ..launch import operator, supported
 from ..reference import linear_cross_entropy
 
 CHUNK_BYTES = 256 << 20
-"""Logits that exist at a time. Each chunk reads and writes the float32 dweight once more (at 50,368 x 768 296 MiB, for
-2,560 rows of bfloat16: 8 chunks and 2.3 GiB for 19,661 rows, against 4.6 TFLOP of products)."""
+"""Size of a chunk of logits. Each chunk reads and writes the float32 dweight once more. At 50,368 x 768 that is 296 MiB
+for every 2,560 rows in bfloat16: 8 chunks and 2.3 GiB for 19,661 rows, next to 4.6 TFLOP of products."""
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 COLUMNS = 4096
-"""Classes of a row that a program holds at a time; with 8 warps 16 for each thread, and many programs to an SM."""
+"""Classes of a row that a program holds at a time: 16 for each thread of 8 warps, which leaves many programs on an
+SM."""
 
 TILE = 2048
-"""Elements of a program that scales a gradient; with 4 warps 16 for each thread."""
+"""Elements of a program that scales a gradient: 16 for each thread of 4 warps."""
 
 
 def chunk_rows(classes: int, itemsize: int) -> int:
-    """How many rows of logits are made at a time: a multiple of the 128 rows of a tile of the products."""
+    """Rows of a chunk of logits: a multiple of 128, the rows of a tile of the products."""
     rows = CHUNK_BYTES // (classes * itemsize)
     return max(128, rows - rows % 128)
 
@@ -52,22 +53,22 @@ def cross_entropy_kernel(logits, targets, losses, z_loss, V, stride, GRADIENT: t
     logits += row * stride
     target = tl.load(targets + row)
     # Read before any logit is overwritten: the reductions below are barriers between this and the second loop.
-    hit = tl.load(logits + target, mask=target < V, other=float("nan")).to(tl.float32)
+    target_logit = tl.load(logits + target, mask=target < V, other=float("nan")).to(tl.float32)
     columns = tl.arange(0, COLUMNS)
     # A finite start, so that a block in which all classes are excluded by -inf adds zero and not NaN.
-    highest = LOWEST
-    total = 0.0
+    m_i = LOWEST
+    l_i = 0.0
     for start in tl.range(0, V, COLUMNS):
-        # The stride is a multiple of 16, so that the load is wide for any number of classes; the rest is dropped.
+        # The stride is a multiple of 16, so loads are wide for any number of classes; columns from V on are dropped.
         x = tl.load(logits + start + columns, mask=start + columns < stride, other=0.0).to(tl.float32)
         x = tl.where(start + columns < V, x, float("-inf"))
-        peak = tl.maximum(highest, tl.max(x, axis=0))
-        total = total * tl.exp(highest - peak) + tl.sum(tl.exp(x - peak), axis=0)
-        highest = peak
-    lse = highest + tl.log(total)
-    tl.store(losses + row, lse - hit + z_loss * lse * lse)
+        m_new = tl.maximum(m_i, tl.max(x, axis=0))
+        l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(x - m_new), axis=0)
+        m_i = m_new
+    lse = m_i + tl.log(l_i)
+    tl.store(losses + row, lse - target_logit + z_loss * lse * lse)
     if GRADIENT:
-        # Loud also for who never looks at the loss.
+        # NaN in the gradients too, so that the error shows even if the loss is never read.
         slope = tl.where(target < V, 1 + 2 * z_loss * lse, float("nan"))
         for start in tl.range(0, V, COLUMNS):
             x = tl.load(logits + start + columns, mask=start + columns < stride).to(tl.float32)
@@ -77,13 +78,13 @@ def cross_entropy_kernel(logits, targets, losses, z_loss, V, stride, GRADIENT: t
 
 @triton.jit
 def scale_kernel(x, scale, y, N, TILE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    value = tl.load(x + at, mask=at < N).to(tl.float32)
-    tl.store(y + at, value * tl.load(scale), mask=at < N)
+    offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    value = tl.load(x + offsets, mask=offsets < N).to(tl.float32)
+    tl.store(y + offsets, value * tl.load(scale), mask=offsets < N)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a b`, in the dtype of `total`, without a rounding to that of `a` in between."""
+    """`total += a b` in the dtype of `total`, without rounding the product to that of `a`."""
     if a.dtype != total.dtype and a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -109,11 +110,11 @@ def _empty(
 def linear_cross_entropy_forward(
     x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, z_loss: float, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, each row's share of it (one over their number), and the gradients of the sum over rows.
+    """The loss, the share of each row (one over their number), and the gradients of the sum over rows.
 
-    The sum and not the mean, because 1 / 20,000 of a probability is zero in float16. dx has the dtype of x, dweight and
-    dbias are float32: over many chunks bfloat16 would forget the later ones. What is not `wanted` is empty.
-    The host waits for the number of rows, once.
+    Of the sum and not the mean, because 1 / 20,000 of a probability is zero in float16. dx has the dtype of x. dweight
+    and dbias are float32, because a bfloat16 sum over many chunks would lose the later ones. Gradients that are not
+    `wanted` are empty. The host waits once, for the number of rows.
     """
     num_classes = len(weight_VD)
     rows_N = (targets_T >= 0).nonzero()[:, 0]
@@ -123,7 +124,7 @@ def linear_cross_entropy_forward(
         gradient.zero_() for gradient in _empty(x_TD, weight_VD, bias_V, targets_T, z_loss, wanted)[2:]
     )
     chunk = min(num_rows, chunk_rows(num_classes, x_TD.element_size()))
-    # Rows begin at 32 bytes whatever the number of classes is, for cuBLAS and for wide loads.
+    # Rows begin at multiples of 32 bytes for any number of classes, for cuBLAS and for wide loads.
     stride = triton.cdiv(num_classes, 16) * 16
     logits_CV = x_TD.new_empty(chunk, stride)[:, :num_classes]
     for start in range(0, num_rows, chunk or 1):
@@ -199,14 +200,13 @@ def linear_cross_entropy_triton(
 ) -> Tensor:
     """`linear_cross_entropy` in float32, bfloat16 or float16, all of one dtype; same arguments and result.
 
-    Under autocast the product is in its dtype, as that of `torch.nn.functional.linear` is.
-    A target that is no class makes the loss and the gradients NaN: nothing waits for the device to look. Since the
-    number of targets is read from the device, a call cannot be captured in a CUDA graph; `torch.compile` leaves it out
-    of those that it makes.
+    Under autocast the product is in its dtype, like `torch.nn.functional.linear`. A target that is not a class makes
+    the loss and the gradients NaN, because checking it would wait for the device. The number of targets is read from
+    the device, so a call cannot be captured in a CUDA graph; `torch.compile` leaves it out of its graphs.
     """
     leaves = (x_TD, weight_VD, bias_V)
     if torch.is_autocast_enabled(x_TD.device.type):
-        # Here, for inside of the operator autocast would reach some of the products and not others.
+        # Here, because inside of the operator autocast would reach only some of the products.
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         leaves = tuple(leaf if leaf is None else leaf.to(dtype) for leaf in leaves)
     wanted = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]

@@ -1,8 +1,8 @@
-"""Rows divided by their length, in one pass: what follows the product in `project_normalize`, and in `pool`.
+"""Rows divided by their norm, in one pass: the step after the product in `project_normalize`, and after `pool`.
 
-`rows_Q` is applied here, to the product's result. To gather the rows of the input first would read and write them once
-more: 3 Q D numbers beside T D. As long as more than a third of the rows is kept, and a skiplist keeps most, the product
-of all rows is the lesser cost.
+`rows_Q` selects rows of the product's result. Gathering rows of the input first would read and write them once more: 3
+Q D elements instead of T D. As long as more than a third of the rows are kept (a skiplist keeps most), multiplying all
+rows costs less.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from ..launch import operator, supported
 from ..reference import project_normalize
 
 TILE = 2048
-"""Numbers of a program; with 4 warps 16 for each thread."""
+"""Elements of a program: 16 for each thread of 4 warps."""
 
-SHORTEST = tl.constexpr(1e-12)
+MIN_NORM = tl.constexpr(1e-12)
 
 
 @triton.jit
 def normalize_forward_kernel(
-    u, chosen, y, Q, E: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
+    u, selected, y, Q, E: tl.constexpr, SELECT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, K)[None, :]
-    inside = (rows < Q)[:, None] & (k < E)
-    source = tl.load(chosen + rows, mask=rows < Q, other=0) if CHOSEN else rows
-    vector = tl.load(u + source[:, None] * E + k, mask=inside, other=0).to(tl.float32)
-    length = tl.sqrt(tl.sum(vector * vector, axis=1))
-    tl.store(y + rows[:, None] * E + k, vector / tl.maximum(length, SHORTEST)[:, None], mask=inside)
+    mask = (rows < Q)[:, None] & (k < E)
+    source = tl.load(selected + rows, mask=rows < Q, other=0) if SELECT else rows
+    vector = tl.load(u + source[:, None] * E + k, mask=mask, other=0).to(tl.float32)
+    norm = tl.sqrt(tl.sum(vector * vector, axis=1))
+    tl.store(y + rows[:, None] * E + k, vector / tl.maximum(norm, MIN_NORM)[:, None], mask=mask)
 
 
 @triton.jit
 def normalize_backward_kernel(
-    u, chosen, dy, du, Q, E: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
+    u, selected, dy, du, Q, E: tl.constexpr, SELECT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, K)[None, :]
-    inside = (rows < Q)[:, None] & (k < E)
-    source = tl.load(chosen + rows, mask=rows < Q, other=0) if CHOSEN else rows
-    vector = tl.load(u + source[:, None] * E + k, mask=inside, other=0).to(tl.float32)
-    grad = tl.load(dy + rows[:, None] * E + k, mask=inside, other=0).to(tl.float32)
-    length = tl.sqrt(tl.sum(vector * vector, axis=1))
-    divisor = tl.maximum(length, SHORTEST)
+    mask = (rows < Q)[:, None] & (k < E)
+    source = tl.load(selected + rows, mask=rows < Q, other=0) if SELECT else rows
+    vector = tl.load(u + source[:, None] * E + k, mask=mask, other=0).to(tl.float32)
+    grad = tl.load(dy + rows[:, None] * E + k, mask=mask, other=0).to(tl.float32)
+    norm = tl.sqrt(tl.sum(vector * vector, axis=1))
+    divisor = tl.maximum(norm, MIN_NORM)
     y = vector / divisor[:, None]
-    # A row that is shorter was divided by a constant.
-    along = tl.where(length > SHORTEST, tl.sum(grad * y, axis=1), 0.0)
-    tl.store(du + rows[:, None] * E + k, (grad - y * along[:, None]) / divisor[:, None], mask=inside)
+    # A row shorter than that was divided by a constant.
+    along = tl.where(norm > MIN_NORM, tl.sum(grad * y, axis=1), 0.0)
+    tl.store(du + rows[:, None] * E + k, (grad - y * along[:, None]) / divisor[:, None], mask=mask)
 
 
 def _launch(kernel: Any, u_TE: Tensor, rows_Q: Tensor | None, *tensors: Tensor) -> None:
@@ -82,7 +82,7 @@ def _like_grad(u_TE: Tensor, rows_Q: Tensor | None, dy_QE: Tensor) -> Tensor:
 
 @operator("normalize_backward(Tensor u, Tensor? rows, Tensor dy) -> Tensor", fake=_like_grad)
 def normalize_backward(u_TE: Tensor, rows_Q: Tensor | None, dy_QE: Tensor) -> Tensor:
-    """The gradients of the chosen rows, `[Q, E]`."""
+    """The gradients of the selected rows, `[Q, E]`."""
     du_QE = _like_grad(u_TE, rows_Q, dy_QE)
     _launch(normalize_backward_kernel, u_TE, rows_Q, dy_QE, du_QE)
     return du_QE
@@ -100,13 +100,13 @@ class _Normalize(torch.autograd.Function):
         u_TE, rows_Q = ctx.saved_tensors
         du = normalize_backward(u_TE, rows_Q, dy_QE.contiguous())
         if rows_Q is not None:
-            # A row may have been chosen twice; this sum of PyTorch has a fixed order.
+            # A row may be selected twice; this sum of PyTorch has a fixed order.
             du = torch.zeros_like(u_TE).index_put((rows_Q,), du, accumulate=True)
         return du, None, None
 
 
 def normalize(u_TE: Tensor, rows_Q: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The chosen rows, or all, divided by their length; the dtype is that of the result. Differentiable."""
+    """The selected rows, or all, divided by their norm, in `dtype`. Differentiable."""
     return _Normalize.apply(u_TE, rows_Q, dtype)
 
 

@@ -20,8 +20,8 @@ from kernel_calls import FLOAT16, FLOAT64, cu, randn, rope
 from torch import Tensor
 
 import modernbert_kernels as ops
-from modernbert_kernels import flash as backend
-from modernbert_kernels import flash_attention as flash
+from modernbert_kernels import flash
+from modernbert_kernels.flash import packages
 
 MIXES = {"one": [1], "edges": [1, 2, 63, 65, 9], "zero-length": [0, 5, 0, 0, 40, 0]}
 
@@ -139,7 +139,15 @@ def stand_in(name: str) -> Any:
 
 
 @pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def forget_installed() -> Iterator[None]:
+    """What is installed is looked up once in a process: for a test that changes it, also before and after."""
+    packages._installed.cache_clear()
+    yield
+    packages._installed.cache_clear()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stand-ins for the three packages, and for the kernels of torch."""
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -170,7 +178,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def attention(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The backend with this row of the table, whatever would be chosen."""
-    monkeypatch.setattr(backend, "choose", lambda *args, **options: name)
+    monkeypatch.setattr(packages, "choose", lambda *args, **options: name)
     return ops.attention.backends["flash"]
 
 
@@ -181,16 +189,16 @@ def call(lengths: list[int], window: int | None, keys: str | None, dtype: torch.
     return arguments, {"rope": rope(lengths, 16), "window": window, "key_lengths": key_lengths}
 
 
-@pytest.mark.usefixtures("packages")
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(
     ("window", "keys"), [(None, None), (0, None), (7, None), (64, None), (None, "half"), (None, "none"), (None, "all")]
 )
-@pytest.mark.parametrize("name", flash.FLASH)
+@pytest.mark.parametrize("name", packages.PACKAGES)
 def test_units_and_arguments(
     name: str, window: int | None, keys: str | None, mix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64 the adapters with stand-ins are the op: windows, key lengths, scale, rows that no sequence holds."""
+    """In float64 the adapters with stand-ins give the op: windows, key lengths, scale, rows outside of sequences."""
     arguments, options = call(MIXES[mix], window, keys, FLOAT64)
     found = []
     for op in (attention(name, monkeypatch), ops.attention.reference):
@@ -200,17 +208,17 @@ def test_units_and_arguments(
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.usefixtures("packages")
+@pytest.mark.usefixtures("stand_ins")
 def test_its_operators_keep_the_rules() -> None:
     lengths, tables = cu([20, 0, 11]), torch.rand(2, 31, 8)
     keys = torch.tensor([3, 0, 11], dtype=torch.int32)
     qkv = randn(31, 3, 2, 16)
     for key_lengths in (None, keys):
         call = (lengths, key_lengths), (20, None, "flash2")
-        out, lse = backend.flash_forward(qkv, *call[0], *call[1])
-        torch.library.opcheck(backend.flash_forward, (qkv, *call[0], *call[1]))
+        out, lse = flash.flash_forward(qkv, *call[0], *call[1])
+        torch.library.opcheck(flash.flash_forward, (qkv, *call[0], *call[1]))
         saved = (torch.rand_like(out), qkv, *call[0], *tables, out, lse)
-        torch.library.opcheck(backend.flash_backward, (*saved, *call[1]))
+        torch.library.opcheck(flash.flash_backward, (*saved, *call[1]))
 
 
 def test_a_window_with_key_lengths_is_counted_from_the_other_end() -> None:
@@ -223,6 +231,7 @@ def test_a_window_with_key_lengths_is_counted_from_the_other_end() -> None:
     assert [row.nonzero()[:, 0].tolist() for row in ours[:, 0]] == [[0, 1], [0, 1], [1], []]
 
 
+@pytest.mark.usefixtures("forget_installed")
 @pytest.mark.parametrize(
     ("arch", "installed", "wanted"),
     [
@@ -238,25 +247,22 @@ def test_a_window_with_key_lengths_is_counted_from_the_other_end() -> None:
 def test_usable(arch: Any, installed: dict[str, Any], wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name not in installed:
-            raise flash.metadata.PackageNotFoundError(name)
+            raise packages.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(flash.metadata, "version", version)
-    monkeypatch.setattr(flash, "arch", lambda device: 10 * arch[0] + arch[1])
+    monkeypatch.setattr(packages.metadata, "version", version)
+    monkeypatch.setattr(packages, "arch", lambda device: 10 * arch[0] + arch[1])
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: installed["torch"])
-    monkeypatch.setattr(
-        flash, "INSTALLED", {name for name, row in flash.FLASH.items() if flash._installed(row.package)}
-    )
-    assert flash.usable(torch.device("cuda", 0)) == wanted
+    assert packages.usable(torch.device("cuda", 0)) == wanted
 
 
 def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash, "usable", lambda device: ("flash3", "torch"))
+    monkeypatch.setattr(packages, "usable", lambda device: ("flash3", "torch"))
     qkv, lengths = randn(5, 3, 2, 16, dtype=FLOAT16), torch.tensor([5])
     bounds = cu([5])
 
     def rule(qkv: Tensor = qkv, bounds: Tensor = bounds, **options: Any) -> str | None:
-        return flash.choose(qkv, bounds, 5, rope=rope([5], 16), **options)
+        return packages.choose(qkv, bounds, 5, rope=rope([5], 16), **options)
 
     assert rule() == rule(window=2) == rule(key_lengths=lengths) == rule(qkv.bfloat16()) == "flash3"
     assert rule(window=2, key_lengths=lengths) is None
@@ -265,46 +271,64 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rule(qkv[..., :12]) is None
     assert rule(randn(5, 3, 1, 192, dtype=FLOAT16)) is None
     learned = [table.requires_grad_() for table in rope([5], 16)]
-    assert flash.choose(qkv, bounds, 5, rope=(learned[0], learned[1])) is None
+    assert packages.choose(qkv, bounds, 5, rope=(learned[0], learned[1])) is None
     assert rule(qkv[:0], cu([0])) is None
     assert rule(bounds=cu([5], torch.int64)) is None
-    monkeypatch.setattr(flash, "usable", lambda device: ())
+    monkeypatch.setattr(packages, "usable", lambda device: ())
     assert rule() is None
 
 
 def test_it_takes_long_sequences_without_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And without Triton all that it can."""
-    monkeypatch.setattr(flash, "usable", lambda device: ("torch",))
+    """Without Triton, it takes every call that it can."""
+    monkeypatch.setattr(packages, "usable", lambda device: ("torch",))
     qkv, angles = randn(2000, 3, 1, 32, dtype=FLOAT16), rope([2000], 32)
-    takes = lambda length, **options: backend._accepts(qkv, cu([2000]), length, rope=angles, **options)  # noqa: E731
-    monkeypatch.setattr(backend, "TRITON", True)
+    takes = lambda length, **options: flash._accepts(qkv, cu([2000]), length, rope=angles, **options)  # noqa: E731
+    monkeypatch.setitem(ops.attention.backends, "triton", ops.attention.reference)
     assert takes(2000)
     assert not takes(1024)
     assert not takes(2000, window=64)
-    monkeypatch.setattr(backend, "TRITON", False)
+    monkeypatch.delitem(ops.attention.backends, "triton")
     assert takes(1024)
     assert takes(1024, window=64)
     assert not takes(1024, dropout_p=0.5)
 
 
-def test_it_says_what_it_does_not_take() -> None:
+def test_it_refuses_what_it_does_not_take() -> None:
     with pytest.raises(ValueError, match=r"no FlashAttention takes this call: torch.float32 on cpu, head width 32"):
         ops.attention.backends["flash"](randn(5, 3, 1, 32), cu([5]), 5, rope=rope([5], 32))
 
 
 def test_a_compiler_may_ask() -> None:
-    """The rule traces; nothing is usable on the CPU."""
+    """The rule traces; no FlashAttention is usable on the CPU."""
     qkv, bounds, angles = randn(5, 3, 2, 16, dtype=FLOAT16), cu([5]), rope([5], 16)
 
     def asks(qkv: Tensor) -> Tensor:
-        return qkv * 2 if flash.choose(qkv, bounds, 5, rope=angles) is None else qkv
+        return qkv * 2 if packages.choose(qkv, bounds, 5, rope=angles) is None else qkv
 
     assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(qkv), qkv * 2)
 
 
-@pytest.mark.usefixtures("packages")
+@pytest.mark.usefixtures("forget_installed")
+def test_a_compiler_reads_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant for it: a look-up of a distribution cannot be traced."""
+
+    def version(name: str) -> str:
+        assert not torch.compiler.is_dynamo_compiling(), "traced"
+        return "3.0.0"
+
+    monkeypatch.setattr(packages.metadata, "version", version)
+
+    def asks(x: Tensor) -> Tensor:
+        return x * 2 if packages.installed("flash3") else x
+
+    torch._dynamo.reset()
+    x = randn(3)
+    assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(x), x * 2)
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_one_compilation_serves_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest length was a constant of the graph: each batch of long texts was compiled anew."""
+    """The longest length was a constant of the graph, so each batch of long texts was compiled again."""
     op, compiled = attention("torch", monkeypatch), []
 
     def run(qkv: Tensor, bounds: Tensor, longest: int, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -326,11 +350,11 @@ def test_one_compilation_serves_every_length(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("mix", [*MIXES, "long"])
 @pytest.mark.parametrize(("window", "keys"), [(None, None), (7, None), (64, None), (None, "half"), (None, "none")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16])
-@pytest.mark.parametrize("name", flash.FLASH)
+@pytest.mark.parametrize("name", packages.PACKAGES)
 def test_on_the_gpu(
     name: str, dtype: torch.dtype, window: int | None, keys: str | None, mix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name not in flash.usable(torch.device("cuda", torch.cuda.current_device())):
+    if name not in packages.usable(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip(f"{name} is not installed, or not for this GPU")
     arguments, options = call({**MIXES, "long": [512, 1, 700]}[mix], window, keys, dtype)
     arguments = (randn(len(arguments[0]), 3, 2, 64, dtype=dtype), *arguments[1:])
