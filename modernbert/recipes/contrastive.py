@@ -134,8 +134,8 @@ def inputs(config: Config) -> dict[str, object]:
     """What the token ids depend on. Folders may move; a hash knows the files in them."""
     names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
     files = [*data.pair_files(config.pairs), *([Path(config.teacher, "keys.npy")] if config.teacher else [])]
-    settings: dict[str, object] = {name: getattr(config, name) for name in names}
-    return settings | {"hash of pairs and teacher": data.digest(files)}
+    found: dict[str, object] = {name: getattr(config, name) for name in names}
+    return found | {"hash of pairs and teacher": data.digest(files)}
 
 
 def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColBERT:

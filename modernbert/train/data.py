@@ -202,7 +202,7 @@ class TokenizedPairs:
     def load(cls, file: Path, inputs: dict[str, object]) -> TokenizedPairs:
         """Read what `save` has written. ValueError: it was made of something else than `inputs`."""
         with np.load(file) as arrays:
-            check_same(file, json.loads(str(arrays["inputs"])), inputs)
+            check_same(file, json.loads(str(arrays["inputs"])) if "inputs" in arrays else {}, inputs)
             queries, positives = (
                 RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"]) for side in ("queries", "positives")
             )

@@ -171,3 +171,6 @@ def test_tokenized_pairs_come_back_from_their_file(model, tmp_path):
         assert getattr(back, name).select(range(3)) == getattr(pairs, name).select(range(3))
     with pytest.raises(ValueError, match=r"tokens\.npz .*lengths is \[1, 2\], now \[1, 3\]"):
         TokenizedPairs.load(tmp_path / "tokens.npz", {"lengths": (1, 3)})
+    np.savez(tmp_path / "tokens.npz", sources=pairs.sources)  # of a version that did not remember
+    with pytest.raises(ValueError, match="lengths is None, now"):
+        TokenizedPairs.load(tmp_path / "tokens.npz", {"lengths": (1, 3)})
