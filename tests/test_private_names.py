@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Private(NamedTuple):
@@ -44,10 +44,9 @@ PRIVATE = {
     "_version": Private("whether a parameter was written to", lambda: torch.zeros(1)._version),
     "_pytree": Private("registers the output of the encoder for torch.export", lambda: torch.utils._pytree),
     "_register_namedtuple": Private("as _pytree", lambda: torch.utils._pytree._register_namedtuple),
-    "_C": Private("as _functorch and _get_tracing_state", lambda: torch._C),
-    "_functorch": Private("whether a transform of torch.func is active", lambda: torch._C._functorch),
-    "_get_tracing_state": Private("whether torch.jit traces", lambda: torch._C._get_tracing_state),
-    "_has_any_global_hook": Private("hooks on all modules", lambda: torch.nn.modules.module._has_any_global_hook),
+    "_modules": Private("a replica has its own children", lambda: torch.nn.Module()._modules),
+    "_parameters": Private("a replica has its own weights", lambda: torch.nn.Module()._parameters),
+    "_buffers": Private("a replica has its own buffers", lambda: torch.nn.Module()._buffers),
     "_forward_hooks": Private("hooks on a module", lambda: torch.nn.Module()._forward_hooks),
     "_forward_pre_hooks": Private("hooks on a module", lambda: torch.nn.Module()._forward_pre_hooks),
 }
