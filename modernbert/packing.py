@@ -32,7 +32,7 @@ class Packed:
         max_seqlen: the longest length, on the host.
         key_lengths: `[B]` int32 or None. Only the first `key_lengths[i]` rows of sequence i are visible as keys; the
             rest are query-only rows (ColBERT's unattended expansion tokens). None: every row is a key.
-        padded_rows: `[T]` int64 or None. Where each token stood in the flattened `[B * S]` input of `pack`.
+        padded_rows: `[T]` int64 or None. The place of each token in the flattened `[B * S]` input of `pack`.
         padded_length: S of that input.
     """
 
@@ -127,10 +127,10 @@ def pack(
 
     Args:
         sequences: `[B, S]` integer tensor, or B sequences of token ids of any lengths (0 included).
-        attention_mask: `[B, S]`, nonzero at real tokens; padding may stand left, right, or on both sides. None: no
+        attention_mask: `[B, S]`, nonzero at real tokens; padding may be left, right, or on both sides. None: no
             padding.
-        query_mask: `[B, S]`, nonzero at query-only rows: they see the real tokens of their sequence and are seen by
-            nobody. They must follow the real tokens.
+        query_mask: `[B, S]`, nonzero at query-only rows: they see the real tokens of their sequence, and no
+            token sees them. They must follow the real tokens.
         position_ids: `[B, S]` rotary positions. None: 0, 1, 2, ... from the first token of each sequence.
         vocab_size: if given, ids on the CPU must lie in `0 <= id < vocab_size`.
 
@@ -162,7 +162,7 @@ def pack(
 def unpack(values: Tensor, batch: Packed) -> Tensor:
     """Put packed rows `[T, ...]` back into a padded `[B, S, ...]` tensor, zero where there is no token.
 
-    Rows return to where they stood if `batch` was packed from a padded tensor; a batch of lists comes back
+    Rows return to their places if `batch` was packed from a padded tensor; a batch of lists comes back
     right-padded. Differentiable; keeps dtype and device.
     """
     if values.shape[0] != batch.num_tokens:
@@ -252,7 +252,7 @@ def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
         holed_B = starts_BS.sum(1) > 1
         if holed_B.any():
             raise ValueError(
-                f"{name} of sequence {int(holed_B.nonzero()[0])} has holes: real tokens must stand together. Distances "
+                f"{name} of sequence {int(holed_B.nonzero()[0])} has holes: real tokens must be adjacent. Distances "
                 "and rotary positions would be ambiguous; drop the masked tokens from input_ids instead"
             )
     wrong_B = (starts[0] & ~starts[1]).any(1)

@@ -1,4 +1,4 @@
-"""The floors of the house: a module imports from its own floor or below, in no circle, and shadows nobody."""
+"""The floors of the house: a module imports from its own floor or below, in no circle, and shadows no package."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def floor(name: str) -> int:
     if name == "modernbert":
         return ROOF
     homes = [i for i, row in enumerate(FLOORS) for home in row.split() if f"{name}.".startswith(f"{home}.")]
-    assert homes, f"{name} stands on no floor: give it one in FLOORS"
+    assert homes, f"{name} is on no floor: give it one in FLOORS"
     return homes[0]
 
 

@@ -41,6 +41,7 @@ PRIVATE = {
     "_flash_attn_bwd": Private(PACKAGE, None, "flash-attn-4 4.0"),
     "_reorder_linear_weight": Private(OPERATOR, lambda: torch.ops.mkldnn._reorder_linear_weight),
     "_linear_pointwise": Private(OPERATOR, lambda: torch.ops.mkldnn._linear_pointwise),
+    "_typeshed": Private("the type of any dataclass, for type checkers only", None, "type checkers"),
     "_version": Private("whether a parameter was written to", lambda: torch.zeros(1)._version),
     "_pytree": Private("registers the output of the encoder for torch.export", lambda: torch.utils._pytree),
     "_register_namedtuple": Private("as _pytree", lambda: torch.utils._pytree._register_namedtuple),

@@ -1,4 +1,4 @@
-"""The public surface, frozen. A changed row changes somebody's code: it needs a line in CHANGELOG.md."""
+"""The public surface, frozen. A changed row changes the code of users: it needs a line in CHANGELOG.md."""
 
 from __future__ import annotations
 

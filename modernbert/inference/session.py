@@ -110,7 +110,7 @@ class Session(Generic[M]):
         batch_tokens: int | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> Ragged:
-        """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` is told counts of texts.
+        """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts.
 
         The same tokens give the same bits in every session on a machine: no layout of a weight is chosen by measuring.
         """
@@ -166,10 +166,10 @@ class _Weights:
         members = [(m._parameters, *item) for m in model.modules() for item in m._parameters.items()]
         members += [(m._modules, *item) for m in model.modules() for item in m._modules.items()]
         self._owners, self._names, self._members = zip(*members, strict=True)
-        self._parameters = list(model.parameters())
-        self._counted = [p for p in self._parameters if not p.is_inference()]
+        self._tensors = list(model.parameters())
+        self._counted = [p for p in self._tensors if not p.is_inference()]
         # A copy of these from a GPU would wait for it.
-        self._samples = [_few(p) for p in self._parameters if p.is_cpu and p.numel()]
+        self._samples = [_few(p) for p in self._tensors if p.is_cpu and p.numel()]
         self._state = self._now()
         self._numbers = torch.cat(self._samples) if self._samples else None
 
@@ -184,7 +184,7 @@ class _Weights:
             raise RuntimeError("the model's weights have changed since this Session was made: make a new one")
 
     def _now(self) -> tuple[list[int], list[int]]:
-        return list(map(Tensor.data_ptr, self._parameters)), list(map(attrgetter("_version"), self._counted))
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(attrgetter("_version"), self._counted))
 
 
 def _few(parameter: nn.Parameter, count: int = 4) -> Tensor:

@@ -242,7 +242,7 @@ def linked(draw: Draw, folder: Path) -> str:
 
 
 def strange(draw: Draw, folder: Path) -> str:
-    """No file: a link to itself, to nowhere, to what has no end; a pipe that nobody writes to; a folder."""
+    """No file: a link to itself, to nowhere, to what has no end; a pipe without a writer; a folder."""
     path = pick(draw, folder)
     path.unlink()
     kind = one(draw, [path.name, "nowhere", "/dev/zero", "/dev/full", ".", "pipe", "folder"])

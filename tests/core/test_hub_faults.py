@@ -287,7 +287,7 @@ def test_faults_that_are_overcome(client: Client) -> None:
         assert client.hub.requests == [f"GET /api/models/{repository}"], name
 
 
-# What goes wrong for ever, and what is said of it.
+# What goes wrong for good, and its message.
 REFUSED: dict[str, tuple[list[Fault], str]] = {
     "weights that never begin": ([Fault(WEIGHTS, inf, cut=0)], ""),
     "resets in the weights": ([Fault(WEIGHTS, inf, cut=50_000, reset=True)], ""),
@@ -338,7 +338,7 @@ def test_faults_without_an_end(client: Client) -> None:
             fault.times = 0
         assert client.ask(repository) == files, name
         again = {request.rpartition("/")[2] for request in client.hub.requests if request.startswith("HEAD")}
-        assert not again & {*kept} - {"model.safetensors", "config.json"}, name  # which stand in two folders
+        assert not again & {*kept} - {"model.safetensors", "config.json"}, name  # which are in two folders
         assert client.ask(repository, local_files_only=True) == files, name
         if faults[0].at.startswith(LIST.format(name=repository)):  # the cache is complete: it serves at once
             faults[0].times = inf

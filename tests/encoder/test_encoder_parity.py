@@ -103,7 +103,7 @@ def test_a_text_beyond_8192_tokens() -> None:
 @pytest.mark.parametrize("name", ["ettin-17m", "all biases"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_packed_and_alone_are_equal(name: str, side: str) -> None:
-    """Four ways in, and transformers' padded batch, where positions count padding that stands left."""
+    """Four ways in, and transformers' padded batch, where positions count padding on the left."""
     config = CASES[name]
     theirs, ours = twins(config)
     texts = random_ids(LENGTHS[:-1], config.vocab_size)

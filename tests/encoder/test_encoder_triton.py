@@ -60,7 +60,7 @@ def test_the_encoder_is_as_accurate_as_transformers(name: str, dtype: torch.dtyp
 
 
 def test_query_rows_give_the_reference_numbers() -> None:
-    """Rows that nobody sees, as ColBERT's query expansion makes them."""
+    """Rows that no token sees, as ColBERT's query expansion makes them."""
     _, ours = twins(TINY)
     ids = random_ids([9, 30, 40], TINY.vocab_size)
     padded, mask = pad(ids, extra=20)

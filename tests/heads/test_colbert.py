@@ -31,7 +31,7 @@ DOCUMENTS = ["To fold a tensor, reshape it first.", "The norm has a gradient; se
 
 @pytest.fixture(scope="module")
 def plain_tokenizer() -> Tokenizer:
-    """The fixture's tokenizer without "[Q] " and "[D] ", as every encoder has that is no ColBERT yet."""
+    """The fixture's tokenizer without "[Q] " and "[D] ", as of an encoder that is not yet a ColBERT."""
     content = json.loads((BACKBONE / "tokenizer.json").read_text("utf-8"))
     content["added_tokens"] = [x for x in content["added_tokens"] if x["content"] not in ("[Q] ", "[D] ")]
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))

@@ -403,7 +403,7 @@ def test_a_page_without_hits_runs_too(visit, tmp_path):
 
 
 def test_quiet_motion_and_paper(visit, file):
-    """No transition for who asked for none; on paper the query does not stick and shades are printed."""
+    """No transition where none is wanted; on paper the query does not stick and shades are printed."""
     styles = "['transitionDuration', 'printColorAdjust'].map(name => getComputedStyle(node)[name])"
     page = visit(file)
     assert page.locator("mark").first.evaluate(f"node => {styles}") == ["0.12s, 0.12s", "economy"]

@@ -151,7 +151,7 @@ def test_tables_hold_every_token_and_sum_to_the_score():
 
 
 def test_words_are_shaded_by_what_the_text_of_the_query_gave():
-    """Sums over tokens of a word, [CLS] and its like left out, on one scale for all hits: here up to 1.85."""
+    """Sums over tokens of a word, tokens such as [CLS] left out, on one scale for all hits: here up to 1.85."""
     first, second = parse(explain_page(QUERY, two_hits())).all("article")
 
     def shades(article: Node) -> list[tuple[str, str, str]]:
