@@ -6,7 +6,7 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 # Triton's interpreter is chosen when a kernel is defined, so its tests have a process of their own.
 INTERPRETED = tests/kernels tests/encoder/test_encoder_triton.py
 
-.PHONY: demo test check format bench
+.PHONY: demo test lint check format bench
 
 demo: $(VENV)/core
 	$(VENV)/bin/modernbert demo
@@ -15,11 +15,17 @@ test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m interpreter $(INTERPRETED)
 
-check: $(VENV)/dev
+lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/python tests/test_words.py
+
+check: lint
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python --project pyright-strict.json
 	$(MAKE) test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --all-architectures tests/kernels/test_resources.py
 
 format: $(VENV)/dev
 	$(VENV)/bin/ruff format .

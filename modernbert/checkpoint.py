@@ -1,40 +1,35 @@
 """Checkpoint folders: from a path or a hub id to tensors in a module, and back to a folder.
 
-Knows files and dicts, no class of ours. A load is strict both ways and never holds two copies of the weights:
-files are memory-mapped, and the module, built on the meta device, takes the tensors as they are.
+Handles files and dicts, no class of ours. Loading is strict both ways and never holds two copies of the
+weights: files are memory-mapped, and the module, built on the meta device, takes the tensors without copying them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import json
 import os
-import pickletools
 import re
 import shutil
-import sys
-import uuid
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in the order they are looked for
+from . import pickles
+from .files import replacing_folder
+
+T = TypeVar("T")
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in order of preference
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 HEADS = ("head.", "decoder.", "classifier.", "linear.")  # linear: of Stanford's ColBERT
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
-LARGEST_WEIGHT = 65504  # of float16, in which models are run; a flipped bit of an exponent soon gives more
-JSON_BYTES = 1 << 25  # the most that is read: objects take up to 20 times the memory of their text
-# All that a pickled state dict of torch calls, parameters included. torch allows more, as an array of any length.
-CALLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch[.a-z]* \w+Storage")
+LARGEST_WEIGHT = 65504  # of float16, in which models are run; a flipped bit of an exponent easily exceeds it
+JSON_BYTES = 1 << 25  # a limit, because parsed objects take up to 20 times the memory of their text
 
 
 def locate(
@@ -46,50 +41,65 @@ def locate(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of a checkpoint: an existing one as it is, else a hub id, downloaded to the hub's cache.
+    """The folder of a checkpoint: an existing folder, or a hub id, downloaded to the hub's cache.
 
-    `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE` and a stored login act as everywhere with `huggingface_hub`.
-    What is downloaded has the sizes and checksums that the hub lists. Where the hub cannot be reached, a complete
-    copy in the cache will do. Pickled weights are downloaded only for folders without safetensors.
+    `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE` and a stored login work as in `huggingface_hub`. Downloaded files are
+    checked against the sizes and checksums that the hub lists. If the hub cannot be reached, a complete copy in the
+    cache is used. Pickled weights are downloaded only for folders without safetensors.
 
     Args:
-        only: the names of the files that are needed, the one that must be there last; None: all that a load can need.
+        only: names of the files to download, the required one last; None: all files that loading can need.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision; or offline, and not complete in the cache.
+        FileNotFoundError: no such folder, repository or revision; or offline and not complete in the cache.
         PermissionError: a gated repository.
-        OSError: the hub or the line failed for good, or what came is not what the hub lists.
+        OSError: the download failed after retries, or does not match what the hub lists.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file; give the folder it is in")
-    # Not imported above: a local folder does without the hub client, whose import outlasts a small load.
+    # Imported here because a local folder does not need the hub client, whose import takes longer than a small load.
     from . import hub
 
-    options = {"only": only, "revision": revision, "token": token, "cache_dir": cache_dir}
-    return hub.download(str(name_or_path), local_files_only=local_files_only, **options)
+    return hub.download(
+        str(name_or_path),
+        only=only,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
 
 
 def has_file(path: Path) -> bool:
-    """Whether the file is there. What only looks so (a link to nowhere, a pipe, a device, a folder) raises OSError."""
+    """Whether `path` is a file. Raises FileNotFoundError for a broken link, a pipe, a device or a folder."""
     if os.path.lexists(path) and not path.is_file():
-        raise FileNotFoundError(f"{path} is no file, or a link that leads to none")
+        raise FileNotFoundError(f"{path} is not a file, or is a broken link")
     return path.is_file()
 
 
-def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> Any:
-    """What the JSON file `name` of `folder` holds: an object, or, where that is the `kind`, a list (modules.json)."""
+@overload
+def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]: ...
+@overload
+def read_json(folder: str | os.PathLike[str], name: str, kind: type[T]) -> T: ...
+def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> object:
+    """The content of the JSON file `name` in `folder`: an object, or a `kind` such as list (modules.json).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, not a `kind`, or longer than `JSON_BYTES`.
+    """
     path = Path(folder) / name
     if not has_file(path):
         there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{path} is missing; beside it: {there}")
+        raise FileNotFoundError(f"{path} is missing; next to it: {there}")
     if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; of JSON no more than {JSON_BYTES:,} are read")
+        raise ValueError(f"{path} has {size:,} bytes; JSON files of at most {JSON_BYTES:,} bytes are read")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8; nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds {type(content).__name__} {content!r:.80}, but must hold a {kind.__name__}")
@@ -99,15 +109,15 @@ def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> A
 def read_state_dict(
     folder: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """All tensors of `folder`: of model.safetensors, else of its shards, else of pytorch_model.bin.
+    """All tensors of `folder`: from model.safetensors, else from its shards, else from pytorch_model.bin.
 
-    A tensor that has the device and dtype asked for stays a view of the mapped file: writing to it leaves the
-    file as it is, but overwriting the file in place (and not replacing it) changes the tensor. Others are
-    converted one at a time; `dtype` is for floating-point ones. Pickles are read with `weights_only=True`.
+    A tensor that already has the requested device and dtype stays a view of the mapped file. Writing to it does not
+    change the file, but overwriting the file in place (instead of replacing it) changes the tensor. Other tensors are
+    converted one at a time. `dtype` applies to floating-point tensors.
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
-        ValueError: a damaged or unsafe file, an index that does not fit its shards, numbers that are no weights.
+        ValueError: a damaged or unsafe file, an index that does not match its shards, or NaN, infinite or huge weights.
     """
     state: dict[str, Tensor] = {}
     for path, promised in _weight_files(Path(folder)).items():
@@ -116,7 +126,7 @@ def read_state_dict(
         for name, tensor in part.items():
             if not _holds_weights(tensor):
                 numbers = f"NaN, infinity or numbers beyond {LARGEST_WEIGHT:,}"
-                raise ValueError(f"{path}: {name}, as {_kind(tensor)}, has {numbers}; the file is damaged")
+                raise ValueError(f"{path}: {name}, read as {_kind(tensor)}, has {numbers}; the file is damaged")
         if promised is not None and part.keys() != promised:
             lost, extra = sorted(promised - part.keys()), sorted(part.keys() - promised)
             raise ValueError(f"{path} and its index differ: only the index has {lost}, only the file {extra}")
@@ -125,7 +135,7 @@ def read_state_dict(
 
 
 def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
-    """The weight files, each with the tensor names that an index promises in it, or None without an index."""
+    """The weight files, each with the tensor names that the index lists for it, or None without an index."""
     for name in (SAFETENSORS, PICKLE):
         if has_file(folder / name):
             return {folder / name: None}
@@ -137,9 +147,9 @@ def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
             raise ValueError(f"{path} has no weight_map of tensor names to files")
         shards: dict[Path, set[str]] = {}
         for key, shard in index["weight_map"].items():
-            # Of the two kinds of path, Windows' knows both separators and drive letters.
+            # `PureWindowsPath` understands both separators and drive letters, so this rejects all but plain file names.
             if not isinstance(shard, str) or shard in ("", "..") or PureWindowsPath(shard).name != shard:
-                raise ValueError(f"{path} points to {shard!r:.200}, which is no file beside it")
+                raise ValueError(f"{path} points to {shard!r:.200}, which is not a file next to it")
             shards.setdefault(folder / shard, set()).add(key)
         if missing := [shard.name for shard in shards if not has_file(shard)]:
             raise FileNotFoundError(f"{path} points to {missing}, which are missing")
@@ -155,7 +165,7 @@ def _read_safetensors(path: Path, device: torch.device, dtype: torch.dtype | Non
                 if device.type == "cpu" and tensor.dtype == _dtype(tensor, dtype):
                     yield name, tensor
                     continue
-                # Through a map of its own: pages once read count as memory until their map is closed.
+                # Through a map that is closed right away: pages that were read count as memory until then.
                 with safe_open(path, framework="pt") as once:
                     yield name, once.get_tensor(name).to(device, _dtype(tensor, dtype))
     except SafetensorError as error:
@@ -163,47 +173,17 @@ def _read_safetensors(path: Path, device: torch.device, dtype: torch.dtype | Non
 
 
 def _read_pickle(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    try:
-        zipped = zipfile.is_zipfile(path)  # the format of torch before 1.6 is not, and cannot be mapped
-        if strange := sorted(name for name in _called(path, zipped) if not CALLED.fullmatch(name)):
-            raise ValueError(f"it calls {strange}")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # on a damaged file the readers of zip and pickle raise nearly anything
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors, and reading that could run any code; "
-            f"where you trust it, convert it to {SAFETENSORS}: {error}"
-        ) from error
-    if not isinstance(content, dict) or not all(
-        # A tensor can be a view that repeats a small storage, so that it is far larger than the file.
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
-        for name, tensor in content.items()
-    ):
-        raise ValueError(f"{path} is no state dict: a dict of names to tensors, and nothing else, is read")
+    content = pickles.read(path)
     for name in list(content):
         tensor = content.pop(name).detach()
         yield name, tensor.to(device, _dtype(tensor, dtype))
 
 
-def _called(path: Path, zipped: bool) -> set[str]:
-    """The names of the functions and classes in a pickle of torch, which is not executed."""
-    with contextlib.ExitStack() as stack:
-        if not zipped:  # magic number, version, byte order, the dict, names of storages
-            file, pickles = stack.enter_context(path.open("rb")), 5
-        else:
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it is compressed, so that it cannot be mapped into memory")
-            (name,) = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-            file, pickles = stack.enter_context(archive.open(name)), 1
-        opcodes = chain.from_iterable(pickletools.genops(file) for _ in range(pickles))
-        return {str(argument) for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}
-
-
 def _holds_weights(tensor: Tensor) -> bool:
-    """Whether all numbers can be those of a model. One pass without a copy, at the speed of memory."""
+    """Whether all values are plausible weights. One pass without a copy, at the speed of memory."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # it has no float8
+    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # aminmax lacks float8
     return bool(low >= -LARGEST_WEIGHT) and bool(high <= LARGEST_WEIGHT)  # NaN is neither
 
 
@@ -214,16 +194,16 @@ def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 def load_state_dict(
     module: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "model.", ignore: tuple[str, ...] = HEADS
 ) -> None:
-    """Give the tensors of `state` to `module`, built on the meta device, which takes them uncopied.
+    """Assign the tensors of `state` to `module`, which was built on the meta device, without copying them.
 
-    Where any name starts with `prefix`, the file is of a model with a head: only such names are the module's,
-    less the prefix. Names that start with one of `ignore` and are not the module's are left out. Parameters
-    that are tied in the module stay so, and one of their names is enough.
+    If any name starts with `prefix`, the file belongs to a model with a head: only names with the prefix are the
+    module's, and the prefix is removed. Names that start with one of `ignore` and are not the module's are skipped.
+    Parameters that are tied in the module stay tied, and one of their names is enough.
 
     Raises:
         ValueError: lists every missing and unexpected name and every tensor that does not fit.
     """
-    own: dict[str, Tensor] = module.state_dict(keep_vars=True)  # kept as they are, tied ones are one object
+    own: dict[str, Tensor] = module.state_dict(keep_vars=True)  # keep_vars: tied parameters stay one object
     headed = bool(prefix) and any(name.startswith(prefix) for name in state)
     given: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "unfit": []}
@@ -259,7 +239,7 @@ def load_state_dict(
         raise ValueError("\n  ".join([f"the weights do not fit this {type(module).__name__}", *lists]))
     module.load_state_dict(ready, strict=True, assign=True)
     if left := [name for name, buffer in module.named_buffers() if buffer.is_meta]:
-        raise ValueError(f"{left} are still on the meta device: build non-persistent buffers outside of it")
+        raise ValueError(f"{left} are still on the meta device: build non-persistent buffers outside it")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -275,36 +255,17 @@ def save(
 ) -> None:
     """Write config.json, the weights of `state` and `files` (name to bytes, or to JSON content) in one step.
 
-    All goes to a hidden folder beside `folder`, which takes its place once it is on the disk: a crash leaves
-    the old folder or the new one. Other files of the old one (README.md) stay, its weights do not. Where
-    folders cannot be swapped (not Linux, some network file systems, a mount point, the working directory),
-    files are moved one by one, config.json last: a folder caught in between is refused, and not misread.
-    Of tied tensors the first is written.
+    A crash leaves the old folder or the new one. Other files of the old folder (README.md) are kept, its weights are
+    not. Where folders cannot be swapped (see `replacing_folder`), config.json is removed first and written last: a
+    folder that is caught in between is refused, not misread. For tied tensors, only the first is written.
     """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; give a folder to save into")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fixed = os.path.ismount(target) or Path.cwd().is_relative_to(target)
-    inside = target.exists() and (fixed or not os.access(target.parent, os.W_OK))
-    new = (target if inside else target.parent) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
-    new.mkdir()
-    try:
+    with replacing_folder(Path(folder), last="config.json", stale=WEIGHTS) as new:
         for name, content in {**(files or {}), "config.json": config}.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"files: {name!r} lies outside of the folder to save")
+                raise ValueError(f"files: {name!r} is outside the folder to save")
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content if isinstance(content, bytes) else _json(content))
         _write_weights(new, state)
-        _flush(path for path in new.rglob("*") if path.is_file())
-        if not target.exists():
-            _flush(_folders(new))
-            new.rename(target)
-        elif inside or not _swap(new, target):
-            _move_into(new, target)
-        _flush([target.parent])
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _json(content: Any) -> bytes:
@@ -327,68 +288,8 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     )
     for shard, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / shard)  # safetensors 0.8 lets only the owner read
+        # safetensors 0.8 makes its files readable by their owner only.
+        shutil.copymode(folder / "config.json", folder / shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{SAFETENSORS}.index.json").write_bytes(_json(index))
-
-
-def _swap(new: Path, target: Path) -> bool:
-    """Exchange two folders in one step, `new` holding all that only `target` had; False if that cannot be."""
-    if sys.platform != "linux":
-        return False
-
-    try:
-        _carry_over(target, new)
-    except shutil.Error:  # a file system without hard links, or somebody else's file
-        return False
-    _flush(_folders(new))
-    at_fdcwd, rename_exchange = -100, 2  # of <fcntl.h> and <linux/fs.h>
-    rename = ctypes.CDLL(None, use_errno=True).renameat2
-    if rename(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(target), rename_exchange) == 0:
-        _carry_over(new, target)  # what others wrote into the old folder meanwhile
-        return True
-    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY):
-        return False
-    raise OSError(code, os.strerror(code), str(target))
-
-
-def _carry_over(old: Path, new: Path) -> None:
-    """Link into `new` what only `old` has, but for its weights."""
-
-    def ignored(folder: str, names: list[str]) -> list[str]:
-        here, there = new / Path(folder).relative_to(old), Path(folder)
-        folders = [n for n in names if (there / n).is_dir() and not (there / n).is_symlink()]
-        present = [n for n in names if os.path.lexists(here / n) and n not in folders]
-        return present + [n for n in names if here == new and WEIGHTS.fullmatch(n)]
-
-    shutil.copytree(old, new, symlinks=True, ignore=ignored, copy_function=os.link, dirs_exist_ok=True)
-
-
-def _move_into(new: Path, target: Path) -> None:
-    (target / "config.json").unlink(missing_ok=True)
-    for path in target.iterdir():
-        if WEIGHTS.fullmatch(path.name):
-            path.unlink()
-    for path in sorted(new.rglob("*"), key=lambda path: path == new / "config.json"):
-        if path.is_file():
-            there = target / path.relative_to(new)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(there)
-    _flush(_folders(target))
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    return (Path(path) for path, _, _ in os.walk(folder))
-
-
-def _flush(paths: Iterable[Path]) -> None:
-    """Have the disk hold these files, and what these folders list."""
-    if os.name == "nt":
-        return  # which has no such call for folders, nor for files that are open to be read
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

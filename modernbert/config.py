@@ -1,4 +1,4 @@
-"""EncoderConfig: what makes one ModernBERT encoder differ from another, in our words and in config.json's."""
+"""EncoderConfig: what makes one ModernBERT encoder differ from another, and how config.json spells it."""
 
 from __future__ import annotations
 
@@ -7,98 +7,106 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_type_hints
+
+T = TypeVar("T")
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-# The annotation of a field names its row in KINDS: what it accepts, how it is stored, the words of the error.
-Size = int
-Depth = int
-TokenId = int | None
-Positive = float
-Theta = float
-Rate = float
-Activation = Literal["gelu", "silu"]
-Pooling = Literal["cls", "mean"]
-Pattern = tuple[str, ...]
-
-# Far beyond any model, and so small that a config alone, before there are weights, costs no memory and no time.
+# Far beyond any model, and small enough that a config without weights costs no memory and no time.
 LARGEST, DEEPEST = 2**24, 1000
 
-KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
-    "Size": (lambda v: type(v) is int and 1 <= v <= LARGEST, int, f"a whole number from 1 to {LARGEST:,}"),
-    "Depth": (lambda v: type(v) is int and 1 <= v <= DEEPEST, int, f"a whole number from 1 to {DEEPEST:,}"),
-    "TokenId": (lambda v: v is None or (type(v) is int and v >= 0), lambda v: v, "a token id or null"),
-    "Positive": (lambda v: type(v) in (int, float) and 0 < v < math.inf, float, "a finite number above 0"),
-    "Theta": (lambda v: type(v) in (int, float) and 1 <= v < math.inf, float, "a finite number, 1 or more"),
-    "Rate": (lambda v: type(v) in (int, float) and 0 <= v < 1, float, "a probability below 1"),
-    "bool": (lambda v: type(v) is bool, bool, "true or false"),
-    "Activation": (lambda v: v in ("gelu", "silu"), str, "gelu (by erf) or silu; no other is implemented"),
-    "Pooling": (lambda v: v in ("cls", "mean"), str, "cls or mean"),
-    "Pattern": (
-        lambda v: isinstance(v, list | tuple) and 0 < len(v) <= DEEPEST and all(t in (FULL, SLIDING) for t in v),
-        tuple,
-        f"a list of 1 to {DEEPEST:,} times {FULL!r} or {SLIDING!r}",
-    ),
-    "Object": (lambda v: v is None or isinstance(v, Mapping), lambda v: v or {}, "a JSON object or null"),
-    # Of the files around a head:
-    "Text": (lambda v: _is_text(v), str, "a text of at most 10,000 characters"),
-    "Name": (lambda v: v is None or _is_text(v), lambda v: v, "a short text or null"),
-    "Words": (lambda v: isinstance(v, list | tuple) and all(map(_is_text, v)), tuple, "a list of texts"),
-}
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """What a setting may be. A field of `EncoderConfig` has its kind in its type: `Annotated[int, SIZE]`."""
+
+    wanted: str
+    accepts: Callable[[Any], bool]
+    convert: Callable[[Any], T]
+
+    def check(self, name: str, value: object) -> T:
+        """The value in its stored type. Raises a ValueError with the name, the value and what is wanted."""
+        if not self.accepts(value):
+            raise ValueError(f"{name} is {value!r:.80}, but must be {self.wanted}")
+        return self.convert(value)
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it can go in front of every text: it is not long, and has no half of a surrogate pair, as JSON can."""
+def _is_text(value: object) -> bool:
+    """Whether it can be put in front of every text: short, and without half a surrogate pair, which JSON allows."""
     return isinstance(value, str) and len(value) <= 10_000 and not re.search(r"[\ud800-\udfff]", value)
+
+
+SIZE = Kind(f"a whole number from 1 to {LARGEST:,}", lambda v: type(v) is int and 1 <= v <= LARGEST, int)
+DEPTH = Kind(f"a whole number from 1 to {DEEPEST:,}", lambda v: type(v) is int and 1 <= v <= DEEPEST, int)
+TOKEN_ID = Kind[int | None]("a token id or null", lambda v: v is None or (type(v) is int and v >= 0), lambda v: v)
+POSITIVE = Kind("a finite number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf, float)
+THETA = Kind("a finite number, 1 or more", lambda v: type(v) in (int, float) and 1 <= v < math.inf, float)
+RATE = Kind("a probability below 1", lambda v: type(v) in (int, float) and 0 <= v < 1, float)
+FLAG = Kind("true or false", lambda v: type(v) is bool, bool)
+ACTIVATION = Kind("gelu (by erf) or silu; no other is implemented", lambda v: v in ("gelu", "silu"), str)
+POOLING = Kind("cls or mean", lambda v: v in ("cls", "mean"), str)
+PATTERN = Kind[tuple[str, ...]](
+    f"a list of 1 to {DEEPEST:,} times {FULL!r} or {SLIDING!r}",
+    lambda v: type(v) in (list, tuple) and 0 < len(v) <= DEEPEST and all(t in (FULL, SLIDING) for t in v),
+    tuple,
+)
+OBJECT = Kind[Mapping[str, Any]](
+    "a JSON object or null", lambda v: v is None or isinstance(v, Mapping), lambda v: v or {}
+)
+# In the files of tokenizers and heads:
+TEXT = Kind("a text of at most 10,000 characters", _is_text, str)
+NAME = Kind[str | None]("a short text or null", lambda v: v is None or _is_text(v), lambda v: v)
+WORDS = Kind[tuple[str, ...]]("a list of texts", lambda v: type(v) in (list, tuple) and all(map(_is_text, v)), tuple)
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The degrees of freedom of the encoder, plus the fields of heads that a save must not lose.
+    """The degrees of freedom of the encoder, plus the fields of heads that a save must keep.
 
-    Names and defaults are Hugging Face's, but for two. `layer_pattern` is the attention of the first layers,
-    repeated for the others, so that `dataclasses.replace(config, num_hidden_layers=4)` just works; the whole
-    list is `layer_types`. Token ids default to None, because they belong to a tokenizer. A wrong value raises
-    ValueError with the field, the value and what is wanted instead.
+    Names and defaults are Hugging Face's, with two exceptions. `layer_pattern` is the attention of the first layers,
+    repeated for the others, so that `dataclasses.replace(config, num_hidden_layers=4)` works; the full list is
+    `layer_types`. Token ids default to None, because they belong to a tokenizer. A wrong value raises a ValueError
+    with the field, the value and what is wanted instead.
     """
 
-    vocab_size: Size = 50368
-    hidden_size: Size = 768
-    intermediate_size: Size = 1152
-    num_hidden_layers: Depth = 22
-    num_attention_heads: Size = 12
-    hidden_activation: Activation = "gelu"
-    max_position_embeddings: Size = 8192
-    norm_eps: Positive = 1e-5
-    norm_bias: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    layer_pattern: Pattern = (FULL, SLIDING, SLIDING)
-    local_attention: Size = 128  # the whole span; `window` counts the neighbours on each side
-    global_rope_theta: Theta = 160_000.0
-    local_rope_theta: Theta = 10_000.0
-    embedding_dropout: Rate = 0.0
-    attention_dropout: Rate = 0.0  # of the probabilities and of the output, as in Hugging Face
-    mlp_dropout: Rate = 0.0
-    initializer_range: Positive = 0.02
-    initializer_cutoff_factor: Positive = 2.0
-    pad_token_id: TokenId = None
-    cls_token_id: TokenId = None
-    sep_token_id: TokenId = None
-    bos_token_id: TokenId = None
-    eos_token_id: TokenId = None
-    # The heads' fields.
-    decoder_bias: bool = True
-    tie_word_embeddings: bool = True
-    classifier_pooling: Pooling = "cls"
-    classifier_activation: Activation = "gelu"
-    classifier_bias: bool = False
-    classifier_dropout: Rate = 0.0
+    vocab_size: Annotated[int, SIZE] = 50368
+    hidden_size: Annotated[int, SIZE] = 768
+    intermediate_size: Annotated[int, SIZE] = 1152
+    num_hidden_layers: Annotated[int, DEPTH] = 22
+    num_attention_heads: Annotated[int, SIZE] = 12
+    hidden_activation: Annotated[Literal["gelu", "silu"], ACTIVATION] = "gelu"
+    max_position_embeddings: Annotated[int, SIZE] = 8192
+    norm_eps: Annotated[float, POSITIVE] = 1e-5
+    norm_bias: Annotated[bool, FLAG] = False
+    attention_bias: Annotated[bool, FLAG] = False
+    mlp_bias: Annotated[bool, FLAG] = False
+    layer_pattern: Annotated[tuple[str, ...], PATTERN] = (FULL, SLIDING, SLIDING)
+    local_attention: Annotated[int, SIZE] = 128  # the whole span; `window` is the number of neighbours on each side
+    global_rope_theta: Annotated[float, THETA] = 160_000.0
+    local_rope_theta: Annotated[float, THETA] = 10_000.0
+    embedding_dropout: Annotated[float, RATE] = 0.0
+    attention_dropout: Annotated[float, RATE] = 0.0  # of the probabilities and of the output, as in Hugging Face
+    mlp_dropout: Annotated[float, RATE] = 0.0
+    initializer_range: Annotated[float, POSITIVE] = 0.02
+    initializer_cutoff_factor: Annotated[float, POSITIVE] = 2.0
+    pad_token_id: Annotated[int | None, TOKEN_ID] = None
+    cls_token_id: Annotated[int | None, TOKEN_ID] = None
+    sep_token_id: Annotated[int | None, TOKEN_ID] = None
+    bos_token_id: Annotated[int | None, TOKEN_ID] = None
+    eos_token_id: Annotated[int | None, TOKEN_ID] = None
+    # For the heads:
+    decoder_bias: Annotated[bool, FLAG] = True
+    tie_word_embeddings: Annotated[bool, FLAG] = True
+    classifier_pooling: Annotated[Literal["cls", "mean"], POOLING] = "cls"
+    classifier_activation: Annotated[Literal["gelu", "silu"], ACTIVATION] = "gelu"
+    classifier_bias: Annotated[bool, FLAG] = False
+    classifier_dropout: Annotated[float, RATE] = 0.0
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            object.__setattr__(self, f.name, _checked(str(f.type), f.name, getattr(self, f.name)))
+        for name, kind in _kinds().items():
+            object.__setattr__(self, name, kind.check(f"config: {name}", getattr(self, name)))
         if self.hidden_size % (2 * self.num_attention_heads):
             wanted = f"a number that cuts hidden_size {self.hidden_size} into heads of one even width"
             raise _refusal("num_attention_heads", self.num_attention_heads, wanted)
@@ -132,11 +140,12 @@ class EncoderConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> EncoderConfig:
-        """Read the config.json of transformers 4.48 or later: either generation, or both in one file.
+        """Read the config.json of transformers 4.48 or later, of either generation or with both in one file.
 
-        What is said twice must agree; what is not implemented raises; unknown keys are named in one warning.
+        Keys that repeat each other must agree, or a ValueError is raised, as for what is not implemented. One warning
+        names all unknown keys.
         """
-        hf = _checked("Object", "config.json", hf)
+        hf = OBJECT.check("config: config.json", hf)
         _refuse_unsupported(hf)
         names = {field.name for field in fields(cls)} - {"layer_pattern"}
         unknown = set(hf) - names - DERIVED - set(ONLY) - set(RESTATED) - set(" ".join(NOISE).split())
@@ -147,7 +156,7 @@ class EncoderConfig:
         values["global_rope_theta"] = theta = _rope_theta(hf, FULL, "global_rope_theta")
         values["local_rope_theta"] = _rope_theta(hf, SLIDING, "local_rope_theta", null_means=theta)
         if hf.get("sliding_window") is not None:
-            values.setdefault("local_attention", 2 * _checked("Size", "sliding_window", hf["sliding_window"]))
+            values.setdefault("local_attention", 2 * SIZE.check("config: sliding_window", hf["sliding_window"]))
         config = cls(**values, layer_pattern=_layer_pattern(hf))
         for key, name in RESTATED.items():
             if hf.get(key) not in (None, getattr(config, name)):
@@ -155,7 +164,7 @@ class EncoderConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that transformers 4.48 to 5.x all read right: it is written in both generations."""
+        """A config.json that transformers 4.48 to 5.x all read correctly: it has the keys of both generations."""
         hf = asdict(self)
         first, *others = hf.pop("layer_pattern")
         every_n = 1 + len(others) if first == FULL and FULL not in others else None
@@ -164,27 +173,38 @@ class EncoderConfig:
             "architectures": ["ModernBertModel"],
             "model_type": "modernbert",
             **hf,
-            # transformers 4 knows no irregular pattern: null makes it fail, a number would be silently wrong.
+            # transformers 4 cannot express an irregular pattern: null makes it fail, a number would be silently wrong.
             "global_attn_every_n_layers": every_n,
             "layer_types": self.layer_types,
             "rope_parameters": {k: {"rope_type": "default", "rope_theta": v} for k, v in thetas.items()},
         }
 
 
-# The keys of config.json that are not fields, by what is done with them. These become fields:
+@cache
+def _kinds() -> dict[str, Kind[Any]]:
+    """The kind of each field."""
+    return {name: get_args(hint)[1] for name, hint in get_type_hints(EncoderConfig, include_extras=True).items()}
+
+
+# The keys of config.json that are not fields, by how they are handled. From these, fields are derived:
 DERIVED = {"global_attn_every_n_layers", "rope_parameters"}
 # These would change the model, so they must be empty or what is implemented:
-ONLY = {"model_type": "modernbert", "per_layer_config": {}, "quantization_config": {}, "rope_scaling": {}}
+ONLY: dict[str, Any] = {
+    "model_type": "modernbert",
+    "per_layer_config": {},
+    "quantization_config": {},
+    "rope_scaling": {},
+}
 PLAIN_ROPE = {"rope_type": "default", "type": "default"}
-# These say again what a field or property says, so they must agree:
+# These repeat a field or a property, so they must agree with it:
 RESTATED = {
     "layer_types": "layer_types",
     "head_dim": "head_dim",
-    "sliding_window": "window",  # transformers 5 means the half width
+    "sliding_window": "window",  # the half width in transformers 5
     "rope_theta": "global_rope_theta",  # an alias in transformers 4
 }
-# These do not change the encoder, so they are ignored: bookkeeping, switches of Hugging Face's code, what the
-# task of a head adds, and in the last line what decoders and BERT have and no version of ModernBERT reads.
+# These do not change the encoder and are ignored: bookkeeping, switches of Hugging Face's code, the task settings of
+# a head, and in the last line keys of decoders and BERT that no version of ModernBERT reads.
 NOISE = (
     "architectures _name_or_path name_or_path transformers_version transformers.js_config dtype",
     "torch_dtype attn_implementation _attn_implementation _attn_implementation_autoset reference_compile",
@@ -199,35 +219,29 @@ def _refusal(name: str, value: Any, wanted: str) -> ValueError:
     return ValueError(f"config: {name} is {value!r}, but must be {wanted}")
 
 
-def _checked(kind: str, name: str, value: Any) -> Any:
-    accepts, stored, wanted = KINDS[kind]
-    if not accepts(value):
-        raise _refusal(name, value, wanted)
-    return stored(value)
-
-
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     for key, only in ONLY.items():
         if (hf.get(key) or {}) != only:
             raise _refusal(key, hf.get(key), f"{only!r}; nothing else is implemented")
-    ropes = _checked("Object", "rope_parameters", hf.get("rope_parameters"))
+    ropes = OBJECT.check("config: rope_parameters", hf.get("rope_parameters"))
     if not set(ropes) <= {FULL, SLIDING}:
         raise _refusal("rope_parameters", ropes, f"one object under {FULL} and one under {SLIDING}")
     for kind, rope in ropes.items():
-        for key, value in _checked("Object", f"rope_parameters.{kind}", rope).items():
+        for key, value in OBJECT.check(f"config: rope_parameters.{kind}", rope).items():
             if key != "rope_theta" and value not in (None, PLAIN_ROPE.get(key)):
                 wanted = f"{PLAIN_ROPE.get(key)!r}; only plain RoPE is implemented"
                 raise _refusal(f"rope_parameters.{kind}.{key}", value, wanted)
 
 
 def _rope_theta(hf: Mapping[str, Any], kind: str, legacy: str, *, null_means: float | None = None) -> float:
-    """The theta of one kind of layer. No default: models differ, and a wrong theta is silent."""
-    rope = (hf.get("rope_parameters") or {}).get(kind) or {}
+    """The theta of one kind of layer. It has no default: models differ, and a wrong theta raises no error."""
+    ropes: Mapping[str, Any] = hf.get("rope_parameters") or {}
+    rope: Mapping[str, Any] = ropes.get(kind) or {}
     spelled = {f"rope_parameters.{kind}.rope_theta": rope.get("rope_theta"), legacy: hf.get(legacy)}
     # transformers 4 writes null, and FlexBERT's converter -1, for local layers that use the global theta.
-    thetas = {key: _checked("Theta", key, v) for key, v in spelled.items() if v not in (None, -1)}
+    thetas = {key: THETA.check(f"config: {key}", v) for key, v in spelled.items() if v not in (None, -1)}
     if len(set(thetas.values())) > 1:
-        raise ValueError(f"config: {thetas} contradict one another; keep the one the model was trained with")
+        raise ValueError(f"config: {thetas} contradict each other; keep the one the model was trained with")
     if thetas:
         return next(iter(thetas.values()))
     if null_means is not None and ("rope_theta" in rope or legacy in hf):
@@ -235,12 +249,12 @@ def _rope_theta(hf: Mapping[str, Any], kind: str, legacy: str, *, null_means: fl
     raise ValueError(f"config: no RoPE theta for {kind} layers, got {spelled}; write the trained one")
 
 
-def _layer_pattern(hf: Mapping[str, Any]) -> Pattern:
-    """Every n-th layer global where the file says so, else the shortest pattern behind its `layer_types`."""
+def _layer_pattern(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every n-th layer global if the file has that number, else the shortest pattern that repeats to `layer_types`."""
     n, types = hf.get("global_attn_every_n_layers"), hf.get("layer_types")
     if n is not None:
-        return (FULL, *[SLIDING] * (_checked("Depth", "global_attn_every_n_layers", n) - 1))
-    types = EncoderConfig.layer_pattern if types is None else _checked("Pattern", "layer_types", types)
+        return (FULL, *[SLIDING] * (DEPTH.check("config: global_attn_every_n_layers", n) - 1))
+    types = EncoderConfig.layer_pattern if types is None else PATTERN.check("config: layer_types", types)
     periods = range(1, len(types) + 1)
     return next(types[:p] for p in periods if all(t == types[i % p] for i, t in enumerate(types)))
 

@@ -193,10 +193,12 @@ class Encoder(nn.Module):
         Raises:
             ValueError: rows out of order or out of range, ids out of range, a mask with holes, contradictory arguments.
         """
+        if batch is not None and input_ids is not None:
+            raise ValueError("input_ids is another name of batch for padded callers: pass one of them")
         if not isinstance(batch, Packed):
             return self._padded(batch if input_ids is None else input_ids, attention_mask, rows, inputs_embeds)
-        if attention_mask is not None or input_ids is not None:
-            raise ValueError("a Packed carries its own ids, mask and positions: pass it alone")
+        if attention_mask is not None:
+            raise ValueError("a Packed carries its own mask and positions: leave out attention_mask")
         self._check_length(batch)
         if rows is not None:
             check_rows(rows, batch.num_tokens)
@@ -243,7 +245,7 @@ class Encoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Encoder:
         """Load a Hugging Face checkpoint of the family, in evaluation mode; a head in the file is left out.

@@ -119,18 +119,27 @@ def maxsim(
 def _top_k(queries: Ragged, documents: Ragged, k: int) -> tuple[Tensor, Tensor]:
     best = torch.zeros(len(queries), 0, device=queries.values.device)
     index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.values.device)
-    first = 0
-    while first < len(documents):
-        budget = documents.offsets[first] + TOKENS
-        last = max(first + 1, int(torch.searchsorted(documents.offsets, budget, right=True)) - 1)
+    for first, last in token_blocks(documents.offsets, TOKENS):
         scores = maxsim(queries, documents[first:last])
         places = torch.arange(first, last, device=scores.device).expand_as(scores)
         best, index = torch.cat([best, scores], dim=1), torch.cat([index, places], dim=1)
         # A stable sort keeps the lower index first among equal scores; topk promises no order.
         best, order = best.sort(dim=1, descending=True, stable=True)
         best, index = best[:, :k], index.gather(1, order[:, :k])
-        first = last
     return best, index
+
+
+def token_blocks(offsets: Tensor, tokens: int) -> Iterator[tuple[int, int]]:
+    """Consecutive texts of at most `tokens` tokens together, as `first, last`: texts `first` to `last - 1`.
+
+    `offsets` are those of a `Ragged`. A text longer than `tokens` is a block of its own.
+    """
+    first = 0
+    while first < len(offsets) - 1:
+        budget = offsets[first] + tokens
+        last = max(first + 1, int(torch.searchsorted(offsets, budget, right=True)) - 1)
+        yield first, last
+        first = last
 
 
 def _ragged(vectors: Ragged | Sequence[Tensor]) -> Ragged:

@@ -32,7 +32,7 @@ class Packed:
         max_seqlen: the longest length, on the host.
         key_lengths: `[B]` int32 or None. Only the first `key_lengths[i]` rows of sequence i are visible as keys; the
             rest are query-only rows (ColBERT's unattended expansion tokens). None: every row is a key.
-        padded_rows: `[T]` int64 or None. Where each token stood in the flattened `[B * S]` input of `pack`.
+        padded_rows: `[T]` int64 or None. The place of each token in the flattened `[B * S]` input of `pack`.
         padded_length: S of that input.
     """
 
@@ -66,19 +66,7 @@ class Packed:
 
     def select(self, indices: Sequence[int]) -> Packed:
         """The sequences named by `indices`, in that order, as a batch of their own."""
-        return self._select(indices, self.rows_of(indices))
-
-    def _select(self, indices: Sequence[int], rows: Tensor) -> Packed:
-        lengths = tuple(self.lengths[i] for i in indices)
-        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-        return Packed(
-            input_ids=self.input_ids[rows],
-            positions=self.positions[rows],
-            cu_seqlens=cu_seqlens.to(self.cu_seqlens.device),
-            lengths=lengths,
-            max_seqlen=max(lengths, default=0),
-            key_lengths=None if self.key_lengths is None else self.key_lengths[list(indices)],
-        )
+        return _select(self, indices, self.rows_of(indices))
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
@@ -119,7 +107,7 @@ class Tokens(NamedTuple):
         """The texts named by `indices`, in that order."""
         rows = self.batch.rows_of(indices)
         return Tokens(
-            self.batch._select(indices, rows), self.keep[rows], [self.spans[i] for i in indices if self.spans]
+            _select(self.batch, indices, rows), self.keep[rows], [self.spans[i] for i in indices if self.spans]
         )
 
     def ragged(self, x_TE: Tensor) -> Ragged:
@@ -139,10 +127,10 @@ def pack(
 
     Args:
         sequences: `[B, S]` integer tensor, or B sequences of token ids of any lengths (0 included).
-        attention_mask: `[B, S]`, nonzero at real tokens; padding may stand left, right, or on both sides. None: no
+        attention_mask: `[B, S]`, nonzero at real tokens; padding may be left, right, or on both sides. None: no
             padding.
-        query_mask: `[B, S]`, nonzero at query-only rows: they see the real tokens of their sequence and are seen by
-            nobody. They must follow the real tokens.
+        query_mask: `[B, S]`, nonzero at query-only rows: they see the real tokens of their sequence, and no
+            token sees them. They must follow the real tokens.
         position_ids: `[B, S]` rotary positions. None: 0, 1, 2, ... from the first token of each sequence.
         vocab_size: if given, ids on the CPU must lie in `0 <= id < vocab_size`.
 
@@ -174,7 +162,7 @@ def pack(
 def unpack(values: Tensor, batch: Packed) -> Tensor:
     """Put packed rows `[T, ...]` back into a padded `[B, S, ...]` tensor, zero where there is no token.
 
-    Rows return to where they stood if `batch` was packed from a padded tensor; a batch of lists comes back
+    Rows return to their places if `batch` was packed from a padded tensor; a batch of lists comes back
     right-padded. Differentiable; keeps dtype and device.
     """
     if values.shape[0] != batch.num_tokens:
@@ -197,6 +185,19 @@ def padded_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor
         return input_ids
     assert inputs_embeds is not None
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
+
+
+def _select(batch: Packed, indices: Sequence[int], rows: Tensor) -> Packed:
+    lengths = tuple(batch.lengths[i] for i in indices)
+    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    return Packed(
+        input_ids=batch.input_ids[rows],
+        positions=batch.positions[rows],
+        cu_seqlens=cu_seqlens.to(batch.cu_seqlens.device),
+        lengths=lengths,
+        max_seqlen=max(lengths, default=0),
+        key_lengths=None if batch.key_lengths is None else batch.key_lengths[list(indices)],
+    )
 
 
 def _pack_padded(
@@ -251,7 +252,7 @@ def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
         holed_B = starts_BS.sum(1) > 1
         if holed_B.any():
             raise ValueError(
-                f"{name} of sequence {int(holed_B.nonzero()[0])} has holes: real tokens must stand together. Distances "
+                f"{name} of sequence {int(holed_B.nonzero()[0])} has holes: real tokens must be adjacent. Distances "
                 "and rotary positions would be ambiguous; drop the masked tokens from input_ids instead"
             )
     wrong_B = (starts[0] & ~starts[1]).any(1)

@@ -1,4 +1,4 @@
-"""Text to `Packed`, by the checkpoint's own tokenizer.json; a text that is cut is spoken of."""
+"""Text to `Packed`, with the checkpoint's tokenizer.json. Truncation raises a warning."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeAlias
 import tokenizers
 
 from .checkpoint import has_file, locate, read_json
-from .config import KINDS
+from .config import NAME
 from .packing import Packed, pack
 
 Text: TypeAlias = str | tuple[str, str]
 Offsets: TypeAlias = list[tuple[int, int]]
 
-# What the special tokens are called where neither tokenizer_config.json nor special_tokens_map.json says.
+# Names of the special tokens that are tried if neither tokenizer_config.json nor special_tokens_map.json has them.
 USUAL_NAMES = {
     "cls_token": ("[CLS]", "<s>", "<bos>"),
     "sep_token": ("[SEP]", "</s>", "<eos>"),
@@ -30,15 +30,15 @@ USUAL_NAMES = {
 
 
 class TruncationWarning(UserWarning):
-    """Some texts were longer than `max_length` and have been cut."""
+    """Some texts were longer than `max_length` and were truncated."""
 
 
 class Encoding(NamedTuple):
     """One tokenised text or pair; `truncated` counts the tokens that were cut off.
 
-    `offsets[i]` is (start, end) of token i in characters of the caller's own text (of a pair: of the text it
-    comes from), equal to transformers': (0, 0) for an added special token; a word owns the space in front of
-    it; of characters that NFC joins to one, only the first is owned.
+    `offsets[i]` is (start, end) of token i in characters of the caller's text, or for a pair of the text that the token
+    comes from. They equal transformers': (0, 0) for an added special token; a word includes the space in front of it;
+    for characters that NFC joins into one, only the first is included.
     """
 
     ids: list[int]
@@ -50,10 +50,10 @@ class Tokenizer:
     """Texts and pairs of texts to token ids.
 
     Args:
-        backend: becomes this object's own; truncation and padding that its file asks for are switched off.
-        config: content of tokenizer_config.json. What acts: names of special tokens, `model_max_length`,
-            `truncation_side`, `do_lower_case` (as in PyLate: `str.lower` on the whole text, special tokens
-            written out in it included).
+        backend: owned by this object from now on; truncation and padding from its file are switched off.
+        config: content of tokenizer_config.json. These keys are used: names of special tokens, `model_max_length`,
+            `truncation_side`, and `do_lower_case` (as in PyLate: `str.lower` on the whole text, including special
+            tokens that are written out in it).
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
@@ -61,14 +61,14 @@ class Tokenizer:
         backend.no_padding()
         self._backend, self._config = backend, dict(config or {})
         self.do_lower_case = bool(self._config.get("do_lower_case"))
-        limit = self._config.get("model_max_length") or 1e30  # which is how transformers writes "no limit"
+        limit = self._config.get("model_max_length") or 1e30  # transformers' value for "no limit"
         if type(limit) not in (int, float) or not limit >= 1:
             raise ValueError(f"tokenizer_config.json: model_max_length is {limit!r:.80}, but must be 1 or more")
         self.max_length = int(limit) if limit < 1e9 else None
         self._names = {role: self._special_token(role) for role in USUAL_NAMES}
         ids = [None if name is None else backend.token_to_id(name) for name in self._names.values()]
         self.cls_token_id, self.sep_token_id, self.pad_token_id, self.mask_token_id, self.unk_token_id = ids
-        # One past the largest id: what an embedding table needs, also where ids have gaps.
+        # The number of rows that an embedding table needs: one more than the largest id, even if ids have gaps.
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
     @classmethod
@@ -80,39 +80,46 @@ class Tokenizer:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Tokenizer:
-        """Read a checkpoint folder or hub id, of which no weights are downloaded; only tokenizer.json must be there."""
+        """Read a checkpoint folder or hub id, without downloading weights; only tokenizer.json is required."""
         optional = ("special_tokens_map.json", "tokenizer_config.json", "sentence_bert_config.json")
-        access = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        folder = locate(folder_or_hub_id, only=(*optional, "tokenizer.json"), **access)
+        folder = locate(
+            folder_or_hub_id,
+            only=(*optional, "tokenizer.json"),
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+        )
         if not (file := folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{file} is missing; transformers' AutoTokenizer saves one")
         with _as_value_error(f"{file} is damaged, or too new for this `tokenizers`"):
             backend = tokenizers.Tokenizer.from_file(str(file))
-            backend.encode_batch(["", ("", "")])  # the special tokens around texts are looked up only now
+            backend.encode_batch(["", ("", "")])  # the backend looks up the special tokens around texts only now
         names, config, sbert = [read_json(folder, x) if has_file(folder / x) else {} for x in optional]
-        # A tokenizer.json that lower-cases by itself (BERT's) finds the special tokens first; keep it so.
+        # A tokenizer.json that lower-cases (BERT's) does so after it has found the special tokens; leave that to it.
         lowers = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"
         lower = sbert.get("do_lower_case", config.get("do_lower_case") and not lowers)
         return cls(backend, {**names, **config, "do_lower_case": bool(lower)})
 
     def __call__(self, texts: str | Iterable[Text], *, max_length: int | None = None) -> Packed:
-        """Tokenise a text, or a list of texts and (text, text) pairs, special tokens included.
+        """Tokenise a text, or a list of texts and (text, text) pairs, with special tokens.
 
-        A sequence of more than `max_length` tokens (None: the model's maximum) loses its end, a pair the
-        end of its longer text, and one TruncationWarning says so.
-        Raises TypeError for anything but `str` and pairs of them, ValueError for half a surrogate pair in
-        a text and for a `max_length` below the number of special tokens.
+        A sequence of more than `max_length` tokens (None: the model's maximum) loses its end, a pair the end of its
+        longer text, with one TruncationWarning.
+
+        Raises:
+            TypeError: anything but `str` and pairs of `str`.
+            ValueError: half a surrogate pair in a text, or a `max_length` below the number of special tokens.
         """
         return pack([encoding.ids for encoding in self._encode(texts, max_length, spans=False, warn=True)])
 
     def encode_batch(
         self, texts: str | Iterable[Text], *, max_length: int | None = None, offsets: bool = True, warn: bool = True
     ) -> list[Encoding]:
-        """As `__call__`, but one list of ids per text, with offsets and the number of tokens cut off.
+        """Like `__call__`, but gives one list of ids per text, with offsets and the number of tokens cut off.
 
         Args:
-            offsets: False leaves them empty, which is a good deal faster.
-            warn: False: nothing is said about texts that were cut.
+            offsets: False leaves them empty, which is much faster.
+            warn: whether to warn about truncated texts.
         """
         return self._encode(texts, max_length, spans=offsets, warn=warn)
 
@@ -141,7 +148,7 @@ class Tokenizer:
         return batch
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids (a list or a `[n]` tensor), special tokens included."""
+        """The text of token ids (a list or a `[n]` tensor), with special tokens."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
@@ -152,20 +159,20 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> set[str]:
-        """Tokens that are found in a text before anything else is split: special ones and those of `add_tokens`."""
+        """Tokens that are matched before the text is split: special tokens and those of `add_tokens`."""
         return {token.content for token in self._backend.get_added_tokens_decoder().values()}
 
     def add_tokens(self, tokens: Sequence[str]) -> int:
-        """Append tokens, return by how many rows the embeddings must grow (`resize_token_embeddings`)."""
+        """Append tokens. Returns by how many rows the embeddings must grow (`resize_token_embeddings`)."""
         before = self.vocab_size
         self._backend.add_tokens(list(tokens))
         self.vocab_size = max(self._backend.get_vocab().values(), default=-1) + 1
         return self.vocab_size - before
 
     def files(self) -> dict[str, bytes]:
-        """The files of a checkpoint folder; transformers' AutoTokenizer reads them to the same ids."""
+        """The files of a checkpoint folder, from which transformers' AutoTokenizer gives the same ids."""
         names = {role: name for role, name in self._names.items() if name is not None}
-        # tokenizer.json holds the added tokens, and PreTrainedTokenizerFast takes it as it is.
+        # PreTrainedTokenizerFast takes the added tokens from tokenizer.json.
         config = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
         config |= {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
         return {
@@ -182,10 +189,8 @@ class Tokenizer:
 
     def _special_token(self, role: str) -> str | None:
         named = self._config.get(role)
-        name = named.get("content") if isinstance(named, dict) else named
-        accepts, _, wanted = KINDS["Name"]
-        if not accepts(name):
-            raise ValueError(f"tokenizer_config.json: {role} is {named!r:.80}, but must be {wanted}")
+        content = named.get("content") if isinstance(named, dict) else named
+        name = NAME.check(f"tokenizer_config.json: {role}", content)
         if name is None:
             return next((usual for usual in USUAL_NAMES[role] if self.token_to_id(usual) is not None), None)
         if self.token_to_id(name) is None:
@@ -195,11 +200,12 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _as_value_error(what: str) -> Iterator[None]:
-    """What the tokenizers library raises: a plain Exception, or a panic of Rust, which is not even that."""
+    """Turn the errors of the tokenizers library into ValueErrors."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
+    # The library raises plain Exceptions. A panic of its Rust code is a BaseException of a class it does not export.
     except BaseException as error:
         raise ValueError(f"{what}: {error}") from error
 
@@ -222,7 +228,7 @@ def _checked(texts: str | Iterable[Text]) -> list[Text]:
 
 
 def _kept(owners: list[int | None], length: int, left: bool) -> list[int]:
-    """Rows that stay: all special tokens; of a pair half the room for the shorter text ("longest_first")."""
+    """Rows to keep: all special tokens; in a pair, up to half of the rest for the shorter text ("longest_first")."""
     specials, first, second = ([row for row, o in enumerate(owners) if o == which] for which in (None, 0, 1))
     room = length - len(specials)
     if room < 0:
@@ -239,7 +245,7 @@ def _lower(text: Text) -> Text:
 
 
 def _offsets_before_lower(text: Text, offsets: Offsets, owners: list[int | None]) -> Offsets:
-    """From the lower-cased text back to `text`; a few characters grow ("İ" to two), none vanishes."""
+    """Offsets in the lower-cased text to offsets in `text`: a few characters get longer ("İ" becomes two)."""
     parts = (text,) if isinstance(text, str) else text
     if all(len(part) == len(part.lower()) for part in parts):
         return offsets

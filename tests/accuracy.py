@@ -1,6 +1,6 @@
-"""The one tolerance of this project, derived and never tuned: twice the error that the same maths makes.
+"""The one tolerance of this project, derived and never tuned: twice the error of the same maths in the same dtype.
 
-An answer is accurate if its error against float64 is at most twice the error of the plain computation in the
+A result is accurate if its error against float64 is at most twice the error of the plain computation in the
 same dtype, plus one rounding step of the truth. Errors and step are root mean squares over the tensor: the
 largest errors of two equally good computations easily differ by a factor of three, their root mean squares by
 a few percent.
@@ -43,8 +43,8 @@ def assert_as_accurate(
 ) -> None:
     """Every output and every gradient of `fast` is as accurate as `reference` in the dtype of the arguments.
 
-    The truth is `reference` on the same numbers in float64. For float64 arguments nothing better is at hand:
-    there the plain error is float32's, scaled by the ratio of the two rounding steps. Arguments must stay
+    The truth is `reference` on the same numbers in float64. For float64 arguments there is not a better truth:
+    their plain error is that of float32, scaled by the ratio of the two rounding steps. Arguments must stay
     unchanged; keyword arguments keep their dtype. `fast` runs on `device`, the reference on the CPU. Where `fast`
     computes by another formula than the reference, `plain` is that formula in PyTorch, whose error is the yardstick.
     """
@@ -72,7 +72,7 @@ def results(
     gradients: bool = True,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """Outputs of `op` in `dtype`, and gradients of its real arguments by a fixed cotangent, all on the CPU."""
+    """Outputs of `op` in `dtype`, and gradients of its float arguments by a fixed cotangent, all on the CPU."""
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
     leaves = [
         x.detach().to(dtype, copy=True).requires_grad_(gradients)

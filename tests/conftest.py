@@ -16,6 +16,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "compile the Triton kernels for every kind of GPU, not for one"
+    parser.addoption("--all-architectures", action="store_true", help=text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     config.addinivalue_line("markers", "browser: needs a browser")

@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: which implementations run here, and how they are called."""
+"""Shared by the tests of the kernels: the backends that run here, and how they are called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fast(op: ops.Op) -> list[Any]:
 
 
 def implementations(op: ops.Op) -> list[Any]:
-    """Every backend but the reference with every dtype that it knows, as parameters of a test."""
+    """Every backend but the reference, with every dtype that it takes, as parameters of a test."""
     pairs = [(name, dtype) for name in op.backends if name not in ("reference", "triton", "flash") for dtype in DTYPES]
     if "triton" in op.backends:
         pairs += [pytest.param("triton", dtype, marks=TRITON) for dtype in (FLOAT32, BFLOAT16, FLOAT16)]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.heads.colbert import ColBERTConfig
@@ -23,6 +24,11 @@ def small_colbert(tokenizer_folder: Path, **settings: object) -> ColBERT:
         dim=16,
         config=ColBERTConfig(**settings),  # pyright: ignore
     ).eval()
+
+
+def small_shards(patch: pytest.MonkeyPatch, passages: int) -> None:
+    for module in ("build", "store.writer"):
+        patch.setattr(f"modernbert.retrieval.{module}.PASSAGES", passages)
 
 
 def corpus(count: int, seed: int = 0) -> list[dict[str, object]]:

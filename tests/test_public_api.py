@@ -1,4 +1,4 @@
-"""The public surface, frozen. A changed row changes somebody's code: it needs a line in CHANGELOG.md."""
+"""The public surface, frozen. A changed row changes the code of users: it needs a line in CHANGELOG.md."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import modernbert_kernels
 FROZEN = {
     "modernbert.ColBERT": "(encoder, tokenizer, dense, config)",
     "modernbert.ColBERT.default": "()",
+    "modernbert.ColBERT.document_ids": "(self, texts)",
+    "modernbert.ColBERT.document_tokens": "(self, ids, spans=(), *, truncate=True)",
     "modernbert.ColBERT.encode_documents": (
         "(self, texts, *, batch_tokens=None, progress=None, devices=None, pool_factor=1)"
     ),
@@ -22,21 +24,19 @@ FROZEN = {
     "modernbert.ColBERT.from_pretrained": (
         "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
     ),
-    "modernbert.ColBERT.graphed": "(self, max_tokens=16384)",
+    "modernbert.ColBERT.query_ids": "(self, texts)",
+    "modernbert.ColBERT.query_tokens": "(self, ids, spans=())",
     "modernbert.ColBERT.save_pretrained": "(self, folder)",
     "modernbert.ColBERT.tokenize_documents": "(self, texts, *, truncate=True, spans=True)",
     "modernbert.ColBERT.tokenize_queries": "(self, texts, *, spans=True)",
     "modernbert.Encoder": "(config)",
     "modernbert.Encoder.forward": (
-        "(self, input_ids=None, attention_mask=None, *, rows=None, query_mask=None, position_ids=None, "
-        "inputs_embeds=None, token_type_ids=None, output_hidden_states=False, "
-        "output_attentions=False, return_dict=True)"
+        "(self, batch=None, attention_mask=None, *, rows=None, inputs_embeds=None, input_ids=None)"
     ),
     "modernbert.Encoder.from_config": "(config)",
     "modernbert.Encoder.from_pretrained": (
         "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
     ),
-    "modernbert.Encoder.graphed": "(self, max_tokens=16384)",
     "modernbert.Encoder.reset_parameters": "(self)",
     "modernbert.Encoder.resize_token_embeddings": "(self, vocab_size)",
     "modernbert.Encoder.save_pretrained": "(self, folder)",
@@ -69,6 +69,11 @@ FROZEN = {
     "modernbert.Packed.rows_of": "(self, indices)",
     "modernbert.Packed.select": "(self, indices)",
     "modernbert.Packed.to": "(self, device, *, non_blocking=False)",
+    "modernbert.Session": "(model)",
+    "modernbert.Session.__call__": "(self, batch, *, rows=None)",
+    "modernbert.Session.encode_documents": "(self, texts, *, batch_tokens=None, progress=None, pool_factor=1)",
+    "modernbert.Session.encode_queries": "(self, texts, *, batch_tokens=None, progress=None)",
+    "modernbert.Session.encode_tokens": "(self, tokens, *, batch_tokens=None, advance=None)",
     "modernbert.Tokenizer": "(backend, config=None)",
     "modernbert.Tokenizer.__call__": "(self, texts, *, max_length=None)",
     "modernbert.Tokenizer.add_tokens": "(self, tokens)",

@@ -1,14 +1,17 @@
-"""The READMEs say what is true: their code runs, their commands exist, the tree is the tree."""
+"""README, docs and kernels/README.md are true: their blocks run, print what is shown, and name what exists."""
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,100 +19,156 @@ import modernbert_kernels
 from modernbert_kernels import Op
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-KERNELS = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BLOCKS = FENCE.findall(README)
-PYTHON = [code for language, code in [*BLOCKS, *FENCE.findall(KERNELS)] if language == "python"]
-SHELL = [
-    line
-    for language, code in BLOCKS
-    if language == "bash"
-    for line in code.splitlines()
-    if line.strip() and not line.startswith("#")
-]
-OURS = [line for line in SHELL if line.startswith("modernbert ")]
-(TREE,) = (code for language, code in BLOCKS if language == "text" and code.startswith("pyproject.toml"))
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
+OURS, END = "modernbert ", "\f"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))}
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory) -> Path:
-    """A folder in which the repository seems to be, so that what commands write is not written into it."""
-    folder = tmp_path_factory.mktemp("checkout")
+class Block(NamedTuple):
+    """A block of code; `output` is the block of text directly after it, or "" if none is shown."""
+
+    line: int
+    language: str
+    code: str
+    output: str
+
+    @property
+    def commands(self) -> list[str]:
+        return [line for line in self.code.splitlines() if line.strip()] if self.language == "bash" else []
+
+
+def blocks(page: str) -> Iterator[Block]:
+    for match in FENCE.finditer(PAGES[page]):
+        line = PAGES[page].count("\n", 0, match.start(2))
+        yield Block(line, match[1], match[2], match[3] or "")
+
+
+def play(page: str) -> None:
+    """Run the Python blocks of a page in one namespace, and its `modernbert` commands, in the order of the page."""
+    from modernbert.cli import main
+
+    names = {"__name__": page}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile("\n" * block.line + block.code, page, "exec"), names)
+        for command in block.commands:
+            if command.startswith(OURS):
+                try:
+                    main(shlex.split(command, comments=True)[1:])
+                except SystemExit as end:
+                    if end.code:
+                        raise
+        print(END, end="")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder in which the repository seems to be, so that what the pages write is not written into it."""
     for child in ROOT.iterdir():
         if not child.name.startswith("."):
-            (folder / child.name).symlink_to(child)
-    return folder
+            (tmp_path / child.name).symlink_to(child)
+    return tmp_path
 
 
-def run(here: Path, *command: str) -> str:
-    path = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=here, env=path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_blocks_run(code, here):
-    run(here, sys.executable, "-W", "error::FutureWarning", "-c", code)
-
-
-@pytest.mark.parametrize("line", OURS)
-def test_our_commands_run(line, here):
-    _, *arguments = shlex.split(line, comments=True)
-    run(here, sys.executable, "-c", "from modernbert.cli import main; main()", *arguments)
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run_and_print_what_is_shown(page, checkout):
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", f"import test_readme; test_readme.play({page!r})"]
+    environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    same = doctest.OutputChecker().check_output
+    for block, printed in zip(blocks(page), run.stdout.split(END)[:-1], strict=True):
+        if block.output:
+            assert same(block.output, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE), (
+                f"{page}:{block.line} prints\n{printed}"
+            )
 
 
 def test_there_is_something_to_run():
-    assert len(PYTHON) >= 4
-    assert len(OURS) >= 2
+    all_blocks = [block for page in PAGES for block in blocks(page)]
+    assert sum(block.language == "python" for block in all_blocks) >= 10
+    assert sum(command.startswith(OURS) for block in all_blocks for command in block.commands) >= 8
+    assert sum(bool(block.output) for block in all_blocks) >= 6
 
 
 def test_other_commands_exist():
-    """Installing and measuring is too long for a test; here the names are checked."""
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in sorted(set(SHELL) - set(OURS)):
-        program, *arguments = shlex.split(line, comments=True)
+    """Installing, testing and training take too long here; their names and options are checked."""
+    commands = [command for page in PAGES for block in blocks(page) for command in block.commands]
+    for command in sorted(set(commands)):
+        program, *arguments = shlex.split(command, comments=True)
         if program == "make":
-            assert set(arguments) <= targets, line
-        elif arguments[:2] == ["-m", "benchmarks"]:
-            assert (ROOT / "benchmarks" / "__main__.py").exists(), line
+            assert set(arguments) <= make_targets(), command
+        elif arguments[:1] == ["-m"]:
+            run = [sys.executable, "-m", arguments[1], "--help"]
+            text = subprocess.run(run, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+            assert {name for name in arguments if name.startswith("--")} <= set(re.findall(r"--[\w-]+", text)), command
         else:
-            assert line.startswith("pip install "), f"{line}: nothing checks this command"
+            assert command.startswith((OURS, "pip install ")), f"{command}: nothing checks this command"
+
+
+def test_continuous_integration_calls_targets_that_exist():
+    for path in (".ci/run", ".github/workflows/check.yml"):
+        targets = set(re.findall(r"\bmake (\w+)", (ROOT / path).read_text(encoding="utf-8")))
+        assert targets, path
+        assert targets <= make_targets(), path
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].encode()) <= 8 * 1024
+
+
+def section(title: str) -> str:
+    return PAGES["README.md"].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_page():
+    rows = [re.sub("<!--.*?-->", "", line) for line in section("Speed").splitlines() if "**" in line]
+    assert len(rows) == 4
+    for row in rows:
+        _, _, *cells = row.split("|")
+        for figure in re.findall(r"\d[\d,]*\.?\d+", " ".join(cells)):
+            assert figure in PAGES["docs/speed.md"], row
+
+
+def test_the_readme_says_where_to_read():
+    """Each file of the reading list defines the names next to it."""
+    named = 0
+    for item in re.split(r"\n(?=\d\. )|\n\n", section("Where to read the code")):
+        files = re.findall(r"\]\(([^)]+\.py)\)", item)
+        source = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+        for name in re.findall(r"`(\w+)`", item) if files else ():
+            assert re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE), f"{name} is not in {files}"
+            named += 1
+    assert named >= 7
 
 
 def test_the_table_of_ops_is_complete():
-    rows = re.findall(r"^\| `(\w+)` \|.* \| ([^|]+) \|$", KERNELS.partition("<!-- resources -->")[0], re.MULTILINE)
+    text = PAGES["kernels/README.md"].partition("<!-- resources -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.* \| ([^|]+) \|$", text, re.MULTILINE)
     ops = {value.name: value for value in vars(modernbert_kernels).values() if isinstance(value, Op)}
     assert sorted(name for name, _ in rows) == sorted(ops)
     for name, faster in rows:
         assert set(ops[name].backends) <= {"reference", *re.findall(r"`(\w+)`", faster)}, name
-
-
-def listed(tree: str) -> dict[str, set[str]]:
-    """Children of each folder that the tree opens: `{"": {...}, "kernels/": {...}}`. Two spaces a level."""
-    folders, stack = {"": set()}, [""]
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        for name in line.split("  #")[0].split():
-            parent = stack[depth]
-            folders.setdefault(parent, set()).add(name)
-            stack = [*stack[: depth + 1], parent + name]
-    return folders
-
-
-def test_the_tree_is_the_tree():
-    """Every folder that the tree opens holds exactly what the tree says."""
-    made = {"__pycache__", "build", "dist"}
-    for folder, names in listed(TREE).items():
-        there = {
-            child.name + "/" * child.is_dir()
-            for child in (ROOT / folder).iterdir()
-            if child.name not in made
-            and child.suffix != ".egg-info"
-            and (not child.name.startswith(".") or child.name == ".ci")
-        }
-        assert names == there - {"__init__.py", "py.typed"}, folder or "the root"
 
 
 def test_the_table_of_evaluations_is_the_file():
@@ -118,4 +177,4 @@ def test_the_table_of_evaluations_is_the_file():
     for row in rows:
         figures = [row[name] for name in ("nDCG@10", "MRR@10", "recall@100")]
         cells = [f"{figure['mean']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})" for figure in figures]
-        assert f"| {row['dataset']} | {row['queries']:,} | {' | '.join(cells)} |\n" in README
+        assert f"| {row['dataset']} | {row['queries']:,} | {' | '.join(cells)} |\n" in PAGES["docs/search.md"]

@@ -1,8 +1,8 @@
-"""The ops of ModernBERT and of late interaction: a plain reference each, and faster versions that register on it."""
+"""The ops of ModernBERT and of late interaction: a plain reference each, and faster backends that register on it."""
 
 from importlib.util import find_spec
 
-from . import cpu  # registers the CPU backends
+from . import cpu, flash  # noqa: F401  (each of these packages registers its backends)
 from .dispatch import Op, backend
 from .reference import (
     add_layer_norm,
@@ -20,8 +20,7 @@ from .reference import (
 )
 
 if find_spec("triton"):
-    from . import fused  # noqa: F401  (registers the Triton backends)
-from . import flash  # noqa: F401  (registers on attention last: the newest that accepts a call takes it)
+    from . import fused  # noqa: F401
 
 __all__ = [
     "Op",

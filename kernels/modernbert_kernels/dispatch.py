@@ -1,4 +1,4 @@
-"""One op, several implementations: the reference is the op, faster ones register on it."""
+"""One op, several backends: the reference is the op, faster implementations register on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,37 @@ from typing import Generic, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+ORDER = {
+    "embed_layer_norm": ("triton",),
+    "layer_norm": ("triton",),
+    "add_layer_norm": ("triton",),
+    "linear": ("onednn",),
+    "rotary_table": ("triton",),
+    "rotary": ("triton",),
+    "rotate_back": ("triton",),
+    "attention": ("flash", "triton", "cpu"),
+    "geglu": ("triton",),
+    "linear_cross_entropy": ("triton",),
+    "pool": ("triton",),
+    "project_normalize": ("triton",),
+    "maxsim": ("triton", "cpu"),
+}
+"""Our backends of each op. The first whose `when` accepts a call takes it, whatever the order of the imports."""
+
+LONG = 1024
+"""Up to this length of a sequence `triton` takes attention without a window, beyond it `flash`. The Triton kernel
+rotates q and k as it loads them. In a longer sequence many tiles would rotate the same keys again, and there
+FlashAttention is faster by its authors' figures. Not timed here."""
+
 # A plain global: torch.compile guards on it, but cannot trace a ContextVar.
 _forced: str | None = None
 _names = {"reference"}
 
 
 class Op(Generic[P, R]):
-    """Calls the newest backend whose `when` accepts the arguments, else the reference.
+    """Calls the first backend whose `when` accepts the arguments, else the reference.
+
+    Backends that `ORDER` does not name come first, the newest before the others; then those of `ORDER`.
 
     Attributes:
         reference: the specification, in plain differentiable PyTorch.
@@ -26,7 +50,7 @@ class Op(Generic[P, R]):
         self.name = reference.__name__
         self.reference = reference
         self.backends: dict[str, Callable[P, R]] = {"reference": reference}
-        self._choices: tuple[tuple[Callable[P, bool], Callable[P, R]], ...] = ()
+        self._choices: tuple[tuple[str, Callable[P, bool], Callable[P, R]], ...] = ()
         self.__doc__ = reference.__doc__
 
     def register(self, backend: str, *, when: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -37,7 +61,9 @@ class Op(Generic[P, R]):
                 raise ValueError(f"{self.name}: backend {backend!r} is already registered")
             self.backends[backend] = implementation
             _names.add(backend)
-            self._choices = ((when, implementation), *self._choices)
+            order = ORDER.get(self.name, ())
+            choices = ((backend, when, implementation), *self._choices)
+            self._choices = tuple(sorted(choices, key=lambda row: order.index(row[0]) if row[0] in order else -1))
             return implementation
 
         return add
@@ -45,7 +71,7 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if _forced is not None:
             return self.backends.get(_forced, self.reference)(*args, **kwargs)
-        for when, implementation in self._choices:
+        for _, when, implementation in self._choices:
             if when(*args, **kwargs):
                 return implementation(*args, **kwargs)
         return self.reference(*args, **kwargs)
@@ -61,9 +87,12 @@ def forced() -> str | None:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every op that has the named implementation with it, and the others with their reference.
+    """Run every op that has the named backend with it, and the others with their reference.
 
-    `with backend("reference"): ...` is the specification. The setting is process-wide, not per thread.
+    `with backend("reference"): ...` runs the specification. The setting is process-wide, not per thread.
+
+    Raises:
+        ValueError: no op has a backend of this name.
     """
     global _forced
     if name not in _names:

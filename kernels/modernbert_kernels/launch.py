@@ -1,4 +1,4 @@
-"""What all Triton kernels share: how a launcher becomes an operator of torch, and which configuration it takes."""
+"""What all Triton kernels share: how a launcher becomes an operator of torch, what tensors and devices it takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIBRARY = torch.library.Library("modernbert_kernels", "FRAGMENT")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 OLDEST = 80
-"""Ampere; older cards lack bfloat16 and the asynchronous copies that the kernels are written for."""
+"""Ampere. Older GPUs lack bfloat16 and the asynchronous copies that the kernels are written for."""
 
 
 def operator(
@@ -37,7 +37,7 @@ def operator(
     def add(launcher: Callable[P, R]) -> Callable[P, R]:
         def on_its_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
             # Triton launches on the current GPU, which need not be the one that holds the tensors.
-            with torch.cuda.device(_shared(x.device for x in args if isinstance(x, Tensor))):
+            with torch.cuda.device(_common_device(x.device for x in args if isinstance(x, Tensor))):
                 return launcher(*args, **kwargs)
 
         name = LIBRARY.define(schema, tags=tuple(tags))
@@ -49,24 +49,38 @@ def operator(
     return add
 
 
-def _shared(devices: Iterable[torch.device]) -> torch.device:
-    """The one device of all tensors. A kernel that follows an address of another GPU would break every later call."""
+def _common_device(devices: Iterable[torch.device]) -> torch.device:
+    """The device of all tensors. A kernel that reads an address of another GPU breaks every later call."""
     first, *others = dict.fromkeys(devices)
     if others:
-        raise ValueError(f"tensors lie on {', '.join(map(str, (first, *others)))}: move them to one device")
+        raise ValueError(f"tensors are on {', '.join(map(str, (first, *others)))}: move them to one device")
     return first
 
 
 def supported(*tensors: Tensor) -> bool:
-    """Whether Triton compiles for where these tensors lie, and the kernels know their dtype."""
+    """Whether Triton compiles for the GPU of these tensors, and the kernels take their dtype."""
     return all(x.is_cuda and x.dtype in DTYPES and arch(x.device) >= OLDEST for x in tensors)
+
+
+def rope_fits(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> bool:
+    """Whether the kernels take these rotary tables: float32 without gradients, a row for each token."""
+    T, three, _, K = qkv_T3HK.shape
+    return three == 3 and all(
+        x.dtype == torch.float32 and not x.requires_grad and 2 * x.shape[1] == K and x.shape[0] == T
+        for x in (cos_TR, sin_TR)
+    )
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous copies where needed: the kernels take no strides."""
+    return [x if x is None else x.contiguous() for x in tensors]
 
 
 _properties = lru_cache(torch.cuda.get_device_properties)
 
 
 def arch(device: torch.device) -> int:
-    """The compute capability of a GPU, 89 for 8.9; of a CPU, where the interpreter runs, the oldest there is."""
+    """The compute capability of a GPU, 89 for 8.9. For a CPU, where the interpreter runs, `OLDEST`."""
     if device.type == "cpu":
         return OLDEST
     # A compiler knows that the properties of a device are constant, and would trace into a cache.
@@ -74,18 +88,24 @@ def arch(device: torch.device) -> int:
     return 10 * found.major + found.minor
 
 
-def newest(table: Mapping[int, C], device: torch.device) -> C:
+def for_arch(table: Mapping[int, C], device: torch.device) -> C:
     """The entry of a table by compute capability for this device: the newest that is not newer than it."""
     return table[max(known for known in table if known <= max(OLDEST, arch(device)))]
 
 
 def precision(x: Tensor) -> str:
     """How `tl.dot` multiplies: float32 exactly, unless PyTorch's own switch allows TF32."""
-    # The older `allow_tf32` cannot be read any more once somebody has set this one; this one follows both.
+    # The older `allow_tf32` raises once this one has been set; this one follows both.
     return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def owners(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """`[T]` int32, the sequence of every token; waits for nothing."""
+def segment_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """`[T]` int32, the sequence of each token. Does not wait for the device."""
     token_T = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.bucketize(token_T, cu_seqlens[1:], right=True, out_int32=True)
+
+
+def attention_outputs(qkv_T3HK: Tensor, *__: object) -> tuple[Tensor, Tensor]:
+    """Memory for the output of attention, `[T, H, K]`, and the log-sum-exp of each softmax, `[H, T]` float32."""
+    tokens, _, heads, width = qkv_T3HK.shape
+    return qkv_T3HK.new_empty(tokens, heads, width), qkv_T3HK.new_empty(heads, tokens, dtype=torch.float32)

@@ -82,7 +82,7 @@ def rotary(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: bool = 
 
 @Op
 def rotate_back(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """The gradient of packed qkv before `rotary`, `[T, 3, H, K]`, from those of rotated q and k, and of v."""
+    """The gradient of packed qkv before `rotary`, `[T, 3, H, K]`, from the gradients of rotated q and k, and of v."""
     return rotary.reference(torch.stack([dq_THK, dk_THK, dv_THK], dim=1), cos_TR, -sin_TR)
 
 
@@ -100,7 +100,7 @@ def attention(
     """Bidirectional softmax attention inside each packed sequence, `[T, 3, H, K]` unrotated to `[T, H, K]`.
 
     Query i sees key j of its own sequence iff `|i - j| <= window` (None: no limit) and j is among the first
-    `key_lengths` rows (None: all). A row that sees nothing gives zero. Scale `K ** -0.5`.
+    `key_lengths` rows (None: all). A row without a visible key gives zero. Scale `K ** -0.5`.
 
     Args:
         cu_seqlens: `[B + 1]` int32. max_seqlen: longest sequence, a host integer.
@@ -109,14 +109,14 @@ def attention(
     num_tokens = qkv_T3HK.shape[0]
     if num_tokens == 0:
         return qkv_T3HK[:, 0]
-    place_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
-    rows_BS = (cu_seqlens[:-1, None] + place_S).clamp(max=num_tokens - 1)
+    position_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
+    rows_BS = (cu_seqlens[:-1, None] + position_S).clamp(max=num_tokens - 1)
     qkv_BS3HK = rotary(qkv_T3HK, *rope).index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape)
     q_BHSK, k_BHSK, v_BHSK = qkv_BS3HK.permute(2, 0, 3, 1, 4)
     key_lengths = cu_seqlens.diff() if key_lengths is None else key_lengths
-    visible_B1SS = (place_S < key_lengths[:, None])[:, None, None, :]
+    visible_B1SS = (position_S < key_lengths[:, None])[:, None, None, :]
     if window is not None:
-        visible_B1SS = visible_B1SS & ((place_S[:, None] - place_S).abs() <= window)
+        visible_B1SS = visible_B1SS & ((position_S[:, None] - position_S).abs() <= window)
     visible_B1SS = visible_B1SS.expand(-1, 1, max_seqlen, -1)
     out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=visible_B1SS, dropout_p=dropout_p)
     token_T = torch.arange(num_tokens, device=qkv_T3HK.device, dtype=cu_seqlens.dtype)
@@ -153,9 +153,9 @@ def maxsim(
 def project_normalize(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None, rows_Q: Tensor | None = None
 ) -> Tensor:
-    """`x W^T + b`, every row divided by its length (or by 1e-12, if that is more): `[T, D]` to `[T, E]`.
+    """`x W^T + b`, every row divided by its norm (or by 1e-12, if that is more): `[T, D]` to `[T, E]`.
 
-    `rows_Q`, int64, chooses the rows that are returned, `[Q, E]`; None returns all.
+    `rows_Q`, int64, selects the rows that are returned, `[Q, E]`; None returns all.
     """
     x_TD = x_TD if rows_Q is None else x_TD.index_select(0, rows_Q)
     return F.normalize(linear(x_TD, weight_ED, bias_E), dim=-1)
@@ -165,7 +165,7 @@ def project_normalize(
 def pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool = False) -> Tensor:
     """One row for each packed sequence, `[T, D]` to `[B, D]`: its first ("cls"), "last", "mean" or "max".
 
-    `normalize` divides it by its length. An empty sequence gives zero. Sums in float32 or better, one rounding.
+    `normalize` divides it by its norm. An empty sequence gives zero. Sums in float32 or better, one rounding.
     """
     rows = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).split(cu_seqlens.diff().tolist())
     how = {
@@ -184,7 +184,7 @@ def linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *, z_loss: float = 0.0
 ) -> Tensor:
     """Mean over the tokens with a target of `lse - logit[target] + z_loss * lse ** 2`, where lse is the log of the sum
-    of the exponentials of the token's logits `x W^T + b`. A float32 (or float64) scalar; 0 if there is no target.
+    of the exponentials of the token's logits `x W^T + b`. A float32 (or float64) scalar; 0 without any target.
 
     Args:
         targets_T: int64, the class of each token; negative where a token has none.

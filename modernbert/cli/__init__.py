@@ -1,6 +1,6 @@
 """The command line: `modernbert search`, `index`, `evaluate`, `export`, `encode`, `info` and `demo`.
 
-What needs torch is imported inside the commands, so that `modernbert --help` is instant.
+Everything that needs torch is imported inside the commands, so that `modernbert --help` is instant.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ from typing import Annotated
 
 import typer
 
-from . import model, search, store
-from .show import line, note
+from .encode import encode
+from .evaluate import evaluate
+from .export import export
+from .index import index
+from .info import info
+from .search import demo, search
+from .show import note, printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (search.search, store.index, store.evaluate, store.export, model.encode, model.info, search.demo):
+for command in (search, index, evaluate, export, encode, info, demo):
     app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. What the user can mend is said in one line on stderr, with exit status 2."""
+    """Run one command. An error that the user can fix is printed in one line on stderr, with exit status 2."""
     for stream in (sys.stdout, sys.stderr):
-        # Documents hold characters that the encoding of a terminal may lack; a "?" is better than a crash.
+        # Documents may contain characters that the encoding of the terminal lacks: print "?" instead of failing.
         stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     options = {"debug": False}
     with warnings.catch_warnings():
@@ -33,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if options["debug"]:
                 raise
-            print(f"modernbert: {line(str(error))}", file=sys.stderr)
+            print(f"modernbert: {printable(str(error))}", file=sys.stderr)
             sys.exit(2)
 
 
@@ -44,7 +49,3 @@ def _options(
 ) -> None:
     """Search and encode text with ModernBERT, Ettin and ColBERT models."""
     context.obj["debug"] = debug
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the commands print: hits for a person, facts in two columns, notes on stderr."""
+"""How the commands print: hits for a person, facts in two columns, notes on stderr."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ if TYPE_CHECKING:
     from ..retrieval.store.search import Hit
 
 WORDS = 80
-"""Words of a passage that are shown: those around what matched."""
+"""Words of a passage that are shown, around its matches."""
+
+NOTES_SHOWN = 5
 
 
 def print_hits(
-    console: Console, query: str, hits: Sequence[Hit], explained: Sequence[Sequence[TokenMatch] | None]
+    console: Console, query: str, hits: Sequence[Hit], explained: Sequence[Sequence[TokenMatch]] | None
 ) -> None:
-    """Place, title and text of every hit; where it is explained, with its matched words marked and named."""
+    """Print location, title and text of every hit. With `explained`, its matched words are marked and named."""
     if not hits:
         console.print("no passage was found")
-    for hit, matches in zip(hits, explained, strict=True):
+    for hit, matches in zip(hits, explained or [()] * len(hits), strict=True):
         head = Text(f"{hit.rank}. {hit.score:.3f}  ", style="bold")
-        print_text(console, head + Text(line(place(hit.passage)), style="cyan not bold"))
-        print_text(console, Text(line(hit.passage.title), style="italic"), indent=3)
-        print_text(console, _text(hit.passage, matches or []), indent=3)
+        print_text(console, head + Text(printable(location(hit.passage)), style="cyan not bold"))
+        print_text(console, Text(printable(hit.passage.title), style="italic"), indent=3)
+        print_text(console, _text(hit.passage, matches), indent=3)
         if matches:
             print_text(console, _why(query, hit, matches), indent=3)
         console.print()
 
 
-def place(passage: Passage) -> str:
-    """`path:line`, or `id in path:line` for a record; the path from here on, where it lies below."""
+def location(passage: Passage) -> str:
+    """`path:line`, or `id in path:line` for a record. A path inside the working directory is relative to it."""
     path, here = Path(passage.path), Path.cwd()
     where = f"{path.relative_to(here) if path.is_relative_to(here) else path}:{passage.line}"
     return where if passage.id == passage.path else f"{passage.id} in {where}"
@@ -65,18 +67,18 @@ def _why(query: str, hit: Hit, matches: Sequence[TokenMatch]) -> Text:
 
 
 def print_matches(console: Console, query: str, hit: Hit, matches: Sequence[TokenMatch]) -> None:
-    """Every query token with what it found: the parts that sum to the score."""
+    """Print for every query token what it found; the contributions sum to the score."""
     table = Table("query token", "found", "gave", box=None, header_style="dim")
     for match in matches:
         asked = query[slice(*match.query)] if match.query else "(no text)"
         found = hit.passage.content[slice(*match.document)] if match.document else "(no text)"
-        table.add_row(Text(line(asked)), Text(line(found)), f"{match.contribution:.3f}")
+        table.add_row(Text(printable(asked)), Text(printable(found)), f"{match.contribution:.3f}")
     table.add_row("", "score", f"{hit.score:.3f}", style="bold")
     console.print(table)
 
 
 def print_text(console: Console, text: Text, indent: int = 0) -> None:
-    """Wrapped and indented for a person; one line for a pipe, as `grep` wants it."""
+    """Print text wrapped and indented on a terminal, and on one line into a pipe, where `grep` expects it."""
     if console.is_terminal:
         console.print(Padding(text, (0, 0, 0, indent)))
     else:
@@ -86,14 +88,23 @@ def print_text(console: Console, text: Text, indent: int = 0) -> None:
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:
     table = Table(box=None, show_header=False)
     for name, value in facts.items():
-        table.add_row(Text(name, style="dim"), Text(line(value)))
+        table.add_row(Text(name, style="dim"), Text(printable(value)))
     console.print(table)
 
 
-def line(text: str) -> str:
-    """One line, without control characters that would drive the terminal."""
+def printable(text: str) -> str:
+    """The text on one line, without control characters, which could control the terminal."""
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text)
 
 
 def note(message: str) -> None:
-    print(f"note: {line(message)}", file=sys.stderr)
+    """Print a note on stderr."""
+    print(f"note: {printable(message)}", file=sys.stderr)
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """Print the first few of many notes."""
+    for message in notes[:NOTES_SHOWN]:
+        note(message)
+    if len(notes) > NOTES_SHOWN:
+        note(f"and {len(notes) - NOTES_SHOWN} more like these")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import string
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import modernbert_kernels as ops
 
-from .. import checkpoint as files
+from .. import checkpoint
 from ..encoder import Encoder
 from ..inference.devices import encode_in_processes
 from ..inference.encode import Modules, encode_texts, list_of_texts
@@ -25,37 +24,10 @@ from ..late_interaction import Ragged, pool_documents
 from ..packing import Packed, Span, Tokens, pack
 from ..tokenizer import Tokenizer
 from . import colbert_files
+from .colbert_files import ColBERTConfig
 from .dense import Dense
 
 ASSETS = Path(__file__).parents[1] / "assets"
-
-
-@dataclass(frozen=True)
-class ColBERTConfig:
-    """How texts become rows; the names are PyLate's.
-
-    Attributes:
-        query_prefix, document_prefix: a token put behind [CLS], or "".
-        query_prompt, document_prompt: text put in front of every text, or "".
-        query_length, document_length: most rows of a text, special tokens and prefix included.
-        do_query_expansion: fill queries with [MASK] rows up to `query_length`; they take part in the score.
-        attend_to_expansion_tokens: whether real tokens see those rows.
-        skiplist_words: tokens whose rows documents drop (one id each, as PyLate: "." but not " .").
-        skip_unknown: a skiplist word outside the vocabulary stands for [UNK] (PyLate) instead of nothing.
-        strip: drop blanks around a text (PyLate).
-    """
-
-    query_prefix: str = "[Q] "
-    document_prefix: str = "[D] "
-    query_prompt: str = ""
-    document_prompt: str = ""
-    query_length: int = 32
-    document_length: int = 180
-    do_query_expansion: bool = False
-    attend_to_expansion_tokens: bool = False
-    skiplist_words: tuple[str, ...] = tuple(string.punctuation)
-    skip_unknown: bool = True
-    strip: bool = True
 
 
 class ColBERT(nn.Module):
@@ -73,7 +45,7 @@ class ColBERT(nn.Module):
         self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
-                raise ValueError(f"the prefix {prefix!r} is no token of the tokenizer: add it, or set the prefix to ''")
+                raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set it to ''")
         if config.do_query_expansion and tokenizer.mask_token_id is None:
             raise ValueError("do_query_expansion needs a [MASK] token, and the tokenizer has none")
 
@@ -106,30 +78,23 @@ class ColBERT(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> ColBERT:
         """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
 
-        Arguments as of `Encoder.from_pretrained`. PyLate's and sentence-transformers' own ways with blanks, prompts
-        and the skiplist are kept (see `ColBERTConfig`), so that vectors equal those of the library that wrote it.
+        Arguments are those of `Encoder.from_pretrained`. Blanks, prompts and the skiplist are handled as in the library
+        that wrote the folder (see `ColBERTConfig`), so that vectors equal those of that library.
 
         Raises:
-            ValueError: no late-interaction head, modules or settings that are not supported, weights that do not match.
+            ValueError: no late-interaction head, unsupported modules or settings, or weights that do not match.
         """
-        access = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        folder = files.locate(folder_or_hub_id, **access)
+        folder = checkpoint.locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
         encoder = Encoder.from_pretrained(folder, dtype=dtype, device=device)
         tokenizer = Tokenizer.from_pretrained(folder)
-        settings, layers = colbert_files.read(folder, tokenizer, device or "cpu", dtype or torch.float32)
-        dense = []
-        for arguments, state in layers:
-            with torch.device("meta"):
-                layer = Dense(**arguments)
-            files.load_state_dict(layer, state, prefix="", ignore=())
-            dense.append(layer)
-        config = ColBERTConfig(**settings)
-        colbert_files.check(folder, encoder.config, tokenizer, dense, config)
+        config, dense = colbert_files.read(
+            folder, encoder.config, tokenizer, device=device or "cpu", dtype=dtype or torch.float32
+        )
         return cls(encoder, tokenizer, dense, config).eval()
 
     @classmethod
@@ -139,7 +104,7 @@ class ColBERT(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that PyLate and sentence-transformers read. Atomic."""
-        colbert_files.write(folder, self)
+        colbert_files.write(folder, self.encoder, self.tokenizer, self.dense, self.config)
 
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.
@@ -208,48 +173,95 @@ class ColBERT(nn.Module):
         Without `spans`, which encoding does not need, it is a good deal faster.
         """
         c = self.config
-        ids, found = self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, spans)
-        key_lengths = [len(row) for row in ids]
-        if c.do_query_expansion:
-            mask = self.tokenizer.mask_token_id
-            assert mask is not None  # __init__ has seen to it
-            ids = [row + [mask] * (c.query_length - len(row)) for row in ids]
-            found = [row + [None] * (c.query_length - len(row)) for row in found]
-        batch = pack(ids)
-        if c.do_query_expansion and not c.attend_to_expansion_tokens:
-            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
-        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
+        return self.query_tokens(*self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, spans))
 
     def tokenize_documents(self, texts: Sequence[str], *, truncate: bool = True, spans: bool = True) -> Tokens:
         """What `encode_documents` feeds the encoder, and which rows it keeps; all of the text without `truncate`."""
         c = self.config
         length = c.document_length if truncate else sys.maxsize
         ids, found = self._tokenize(texts, c.document_prompt, c.document_prefix, length, spans)
-        batch = pack(ids)
+        return self.document_tokens(ids, found, truncate=truncate)
+
+    def query_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of queries as `tokenize_queries` cuts them, without prefix and special tokens: for `query_tokens`."""
+        c = self.config
+        return self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, False)[0]
+
+    def document_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of documents, for `document_tokens`, as `query_ids` gives those of queries."""
+        c = self.config
+        return self._tokenize(texts, c.document_prompt, c.document_prefix, c.document_length, False)[0]
+
+    def query_tokens(self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]] = ()) -> Tokens:
+        """The `Tokens` of queries that are ids already: prefix, special tokens and expansion are added.
+
+        A query that would be longer than `query_length` loses its end. spans: as in `Tokens`, of these ids; or none.
+        """
+        c = self.config
+        rows, found = self._frame(ids, spans, c.query_prefix, c.query_length)
+        key_lengths = [len(row) for row in rows]
+        if c.do_query_expansion:
+            mask = self.tokenizer.mask_token_id
+            assert mask is not None  # __init__ has seen to it
+            rows = [row + [mask] * (c.query_length - len(row)) for row in rows]
+            found = [row + [None] * (c.query_length - len(row)) for row in found]
+        batch = pack(rows)
+        if c.do_query_expansion and not c.attend_to_expansion_tokens:
+            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
+        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
+
+    def document_tokens(
+        self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]] = (), *, truncate: bool = True
+    ) -> Tokens:
+        """The `Tokens` of documents that are ids already, as `query_tokens`; rows on the skiplist are not kept."""
+        c = self.config
+        length = c.document_length if truncate else sys.maxsize
+        rows, found = self._frame(ids, spans, c.document_prefix, length)
+        batch = pack(rows)
         return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), found)
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str, prefix: str, length: int, with_spans: bool
     ) -> tuple[list[list[int]], list[list[Span]]]:
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of str, got one str: put it in a list")
-        inserted = [] if not prefix else [self.tokenizer.token_to_id(prefix)]
+        """Text to ids and their spans, without what `_frame` adds, but with room for it in `length`."""
+        texts = list_of_texts(texts)
         prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
         # Cutting to query_length or document_length is the model's definition, as in every ColBERT: no warning.
-        room = length - len(inserted)
+        room = length - bool(prefix)
         encodings = self.tokenizer.encode_batch(prepared, max_length=room, offsets=with_spans, warn=False)
+        before, after = map(len, self._template)
         ids, spans = [], []
         for text, clean, encoding in zip(texts, prepared, encodings, strict=True):
-            ids.append([*encoding.ids[:1], *inserted, *encoding.ids[1:]])
+            own = slice(before, len(encoding.ids) - after)
+            ids.append(encoding.ids[own])
             if not with_spans:
                 continue
             shift = (prompt + text).find(clean) - len(prompt)
             rows: list[Span] = [
                 (max(0, start + shift), end + shift) if end > start and end + shift > 0 else None
-                for start, end in encoding.offsets
+                for start, end in encoding.offsets[own]
             ]
-            spans.append([*rows[:1], *[None] * len(inserted), *rows[1:]])
+            spans.append(rows)
         return ids, spans
+
+    def _frame(
+        self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]], prefix: str, length: int
+    ) -> tuple[list[list[int]], list[list[Span]]]:
+        """`[CLS] prefix ids [SEP]`, at most `length` of them."""
+        head, tail = self._template
+        head = [*head, self.tokenizer.token_to_id(prefix)] if prefix else head
+        room = length - len(head) - len(tail)
+        if room < 0:
+            raise ValueError(f"a length of {length} has no room for the {len(head) + len(tail)} tokens around a text")
+        rows = [[*head, *row[:room], *tail] for row in ids]
+        return rows, [[*[None] * len(head), *row[:room], *[None] * len(tail)] for row in spans]
+
+    @cached_property
+    def _template(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts in front of a text and after it."""
+        specials = self.tokenizer.encode_batch([""], offsets=False)[0].ids
+        front = int(specials[:1] == [self.tokenizer.cls_token_id])
+        return specials[:front], specials[front:]
 
 
 def _skip_ids(tokenizer: Tokenizer, config: ColBERTConfig) -> set[int]:

@@ -1,240 +1,257 @@
-"""ColBERT folders of PyLate 1.x, sentence-transformers 6 and Stanford: settings and head in, a PyLate folder out."""
+"""The settings and the head of a ColBERT folder. Reads PyLate 1.x, sentence-transformers 6 and Stanford; writes PyLate.
+
+Every function that reads a file raises a ValueError with the file, the key and the value for one that is not supported.
+"""
 
 from __future__ import annotations
 
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from torch import nn
 
-from .. import checkpoint as files
-from ..config import KINDS, EncoderConfig
+from .. import checkpoint
+from ..config import FLAG, NAME, OBJECT, SIZE, TEXT, WORDS, EncoderConfig, Kind
+from ..encoder import Encoder
 from ..tokenizer import Tokenizer
+from .dense import Dense
 
-if TYPE_CHECKING:
-    from .colbert import ColBERT, ColBERTConfig
-    from .dense import Dense
+T = TypeVar("T")
 
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
 METADATA = "artifact.metadata"
 
-# Modules by the last part of their type; the others have no meaning for late interaction.
+# Modules by the last part of their type; all others have no meaning for late interaction.
 READ = ("Transformer", "Dense", "MultiVectorMask")
 SKIPPED = ("Normalize", "Pooling")  # normalising is part of our forward pass; PyLate drops both as well
 
-# What values there may be, as rows of `config.KINDS`: of the fields of `ColBERTConfig`, of the arguments of `Dense`.
-SETTING_KINDS: dict[str, str] = {
-    "query_prefix": "Text",
-    "document_prefix": "Text",
-    "query_prompt": "Text",
-    "document_prompt": "Text",
-    "query_length": "Size",
-    "document_length": "Size",
-    "do_query_expansion": "bool",
-    "attend_to_expansion_tokens": "bool",
-    "skiplist_words": "Words",
-    "skip_unknown": "bool",
-    "strip": "bool",
-}
-DENSE_KINDS = {"in_features": "Size", "out_features": "Size", "bias": "bool", "activation": "Text", "residual": "bool"}
-# Of torch.nn, those that have no parameters and take each number by itself.
+# The classes of torch.nn that have no parameters and act on each number alone.
 ACTIVATIONS = (
     "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid "
     "Softplus Softsign Tanh Tanhshrink"
 )
 
 
-class Layer(NamedTuple):
-    """One layer of the head: the arguments of `Dense`, and its weights."""
+@dataclass(frozen=True)
+class ColBERTConfig:
+    """How texts become rows; the names are PyLate's.
 
-    arguments: dict[str, Any]
-    state: dict[str, Tensor]
+    Attributes:
+        query_prefix, document_prefix: a token inserted after [CLS], or "".
+        query_prompt, document_prompt: text put in front of every text, or "".
+        query_length, document_length: maximum number of rows of a text, special tokens and prefix included.
+        do_query_expansion: fill queries with [MASK] rows up to `query_length`; these rows take part in the score.
+        attend_to_expansion_tokens: whether real tokens attend to those rows.
+        skiplist_words: tokens whose rows are dropped from documents (one id each, as in PyLate: "." but not " .").
+        skip_unknown: a skiplist word outside the vocabulary means [UNK] (PyLate) instead of nothing.
+        strip: remove blanks around a text (PyLate).
+    """
+
+    query_prefix: str = "[Q] "
+    document_prefix: str = "[D] "
+    query_prompt: str = ""
+    document_prompt: str = ""
+    query_length: int = 32
+    document_length: int = 180
+    do_query_expansion: bool = False
+    attend_to_expansion_tokens: bool = False
+    skiplist_words: tuple[str, ...] = tuple(string.punctuation)
+    skip_unknown: bool = True
+    strip: bool = True
 
 
 def read(
-    folder: Path, tokenizer: Tokenizer, device: torch.device | str, dtype: torch.dtype
-) -> tuple[dict[str, Any], list[Layer]]:
-    """Fields of `ColBERTConfig`, and the layers of the head."""
-    if files.read_json(folder, "config.json").get("architectures") == ["HF_ColBERT"]:
-        weight = files.read_state_dict(folder, device=device, dtype=dtype).get("linear.weight")
-        if weight is None or weight.dim() != 2:
-            raise ValueError(f"{folder} has no matrix linear.weight, which is the head of a HF_ColBERT")
-        head = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
-        return _stanford(folder), [Layer(head, {"linear.weight": weight})]
-    if not files.has_file(folder / "modules.json"):
-        raise ValueError(
-            f"{folder} has no modules.json, so no late-interaction head: make one with "
-            "ColBERT.from_encoder(Encoder.from_pretrained(...), Tokenizer.from_pretrained(...))"
-        )
-    modules: dict[str, list[Path]] = {}
-    for module in files.read_json(folder, "modules.json", list):
-        module = _checked(folder / "modules.json", module, {"type": "Text", "path": "Text"})
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind not in (*READ, *SKIPPED):
-            raise ValueError(
-                f"{folder}/modules.json: module {module['type']!r} is not supported; known: {READ + SKIPPED}"
-            )
-        modules.setdefault(kind, []).append(_inside(folder, module["path"]))
-    if not modules.get("Dense"):
-        raise ValueError(f"{folder}/modules.json lists no Dense module: this is no late-interaction checkpoint")
-    written = files.read_json(folder, SETTINGS) if files.has_file(folder / SETTINGS) else {}
-    native = written.get("model_type") == "MultiVectorEncoder"
-    written |= _checked(folder / SETTINGS, written, {"prompts": "Object", "default_prompt_name": "Name"})
-    settings = _native(folder, written, modules, tokenizer) if native else _pylate(written)
-    layers = [
-        Layer(_dense_arguments(path), files.read_state_dict(path, device=device, dtype=dtype))
-        for path in modules["Dense"]
-    ]
-    return _checked(folder / SETTINGS, settings, {name: SETTING_KINDS[name] for name in settings}), layers
+    folder: Path, encoder: EncoderConfig, tokenizer: Tokenizer, *, device: torch.device | str, dtype: torch.dtype
+) -> tuple[ColBERTConfig, list[Dense]]:
+    """The settings and the layers of the head. Raises a ValueError where they do not fit `encoder` and `tokenizer`."""
+    if checkpoint.read_json(folder, "config.json").get("architectures") == ["HF_ColBERT"]:
+        config, dense = _stanford(folder), [_stanford_head(folder, device, dtype)]
+    else:
+        modules = _modules(folder)
+        where, written = folder / SETTINGS, _read_if_there(folder, SETTINGS)
+        native = written.get("model_type") == "MultiVectorEncoder"
+        config = _native(folder, written, modules, tokenizer) if native else _pylate(where, written)
+        dense = [_dense(path, device, dtype) for path in modules["Dense"]]
 
-
-def _checked(where: Path, values: Any, kinds: dict[str, str]) -> dict[str, Any]:
-    """The values named in `kinds`, as `config.KINDS` has them stored; ValueError for one that is not of its kind."""
-    found = {name: values.get(name) if isinstance(values, dict) else None for name in kinds}
-    for name, kind in kinds.items():
-        accepts, _, wanted = KINDS[kind]
-        if not accepts(found[name]):
-            raise ValueError(f"{where}: {name} is {found[name]!r:.80}, but must be {wanted}")
-    return {name: KINDS[kind][1](found[name]) for name, kind in kinds.items()}
-
-
-def _stanford(folder: Path) -> dict[str, Any]:
-    """artifact.metadata as PyLate reads it: always expansion, the whole skiplist, and its own defaults for the rest."""
-    written = files.read_json(folder, METADATA) if files.has_file(folder / METADATA) else {}
-    names = {
-        "query_prefix": ("query_token_id", "[unused0]"),
-        "document_prefix": ("doc_token_id", "[unused1]"),
-        "query_length": ("query_maxlen", 32),
-        "document_length": ("doc_maxlen", 180),
-        "attend_to_expansion_tokens": ("attend_to_mask_tokens", False),
-    }
-    settings = {ours: written.get(theirs, default) for ours, (theirs, default) in names.items()}
-    return _checked(folder / METADATA, settings, {name: SETTING_KINDS[name] for name in names}) | {
-        "do_query_expansion": True
-    }
-
-
-def _pylate(written: dict[str, Any]) -> dict[str, Any]:
-    """PyLate: prefixes are tokens, and a default prompt (rare) goes before queries and documents alike."""
-    prompt = written["prompts"].get(written["default_prompt_name"] or "", "")
-    expansion = written.get("do_query_expansion", True)
-    words = written.get("skiplist_words")
-    return {
-        "query_prefix": written.get("query_prefix", "[Q] "),
-        "document_prefix": written.get("document_prefix", "[D] "),
-        "query_prompt": prompt,
-        "document_prompt": prompt,
-        "query_length": written.get("query_length", 32),
-        "document_length": written.get("document_length", 180),
-        "do_query_expansion": expansion,
-        "attend_to_expansion_tokens": expansion and written.get("attend_to_expansion_tokens", False),
-        "skiplist_words": tuple(string.punctuation) if words is None else words,
-    }
-
-
-def _native(
-    folder: Path, written: dict[str, Any], modules: dict[str, list[Path]], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """sentence-transformers: prefixes are text (one token, where it was added to the vocabulary), blanks stay."""
-    transformer = files.read_json(folder, TRANSFORMER)
-    expansion = _checked(folder / TRANSFORMER, transformer, {"query_expansion": "Object"})["query_expansion"]
-    if expansion and (expansion.get("strategy") != "fixed" or expansion.get("token") not in (None, "[MASK]")):
-        raise ValueError(
-            f"{folder}/{TRANSFORMER}: query_expansion {expansion} is not supported; only 'fixed' with [MASK]"
-        )
-    mask = files.read_json(modules["MultiVectorMask"][0], "config.json") if "MultiVectorMask" in modules else {}
-    if mask.get("keep_only_token_ids") is not None or mask.get("skiplist_tasks", ["document"]) != ["document"]:
-        raise ValueError(f"{folder}: MultiVectorMask {mask} is not supported; only a skiplist on documents")
-    limit = tokenizer.max_length or 8192
-    settings = {
-        "query_length": expansion.get("length") if expansion else transformer.get("query_length") or limit,
-        "document_length": transformer.get("document_length") or limit,
-        "do_query_expansion": bool(expansion),
-        "attend_to_expansion_tokens": expansion.get("attend", False),
-        "skiplist_words": mask.get("skiplist_words") or (),
-        "skip_unknown": False,
-        "strip": False,
-    }
-    prompts = _checked(folder / SETTINGS, written["prompts"], {"query": "Name", "document": "Name"})
-    for role in ("query", "document"):
-        prompt = prompts[role] or ""
-        is_token = prompt in tokenizer.added_tokens  # an ordinary word could merge with what follows it
-        settings |= {f"{role}_prefix": prompt if is_token else "", f"{role}_prompt": "" if is_token else prompt}
-    return settings
-
-
-def _dense_arguments(folder: Path) -> dict[str, Any]:
-    config = files.read_json(folder, "config.json")
-    arguments = {
-        "in_features": config.get("in_features"),
-        "out_features": config.get("out_features"),
-        "bias": config.get("bias", True),
-        "activation": config.get("activation_function", "torch.nn.modules.linear.Identity"),
-        "residual": config.get("use_residual", False),
-    }
-    arguments = _checked(folder / "config.json", arguments, DENSE_KINDS)
-    path, name = arguments["activation"].rpartition(".")[::2]
-    if not path.startswith("torch.nn") or name not in ACTIVATIONS.split():
-        raise ValueError(f"{folder}/config.json: activation {arguments['activation']!r:.80} is none of {ACTIVATIONS}")
-    return arguments | {"activation": name}
-
-
-def check(
-    folder: Path, encoder: EncoderConfig, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig
-) -> None:
-    """Raise a ValueError where parts that are each sound are not of one model."""
     width = encoder.hidden_size
     for layer in dense:
         if layer.linear.in_features != width:
             raise ValueError(f"{folder}: a Dense takes {layer.linear.in_features} features, but is given {width}")
         width = layer.linear.out_features
-    # Tokens around a text have ids of their own in tokenizer.json, which its vocabulary need not have.
+    # The special tokens around a text have ids of their own in tokenizer.json, which may be outside its vocabulary.
     largest = max([tokenizer.vocab_size - 1, *tokenizer.encode_batch([""])[0].ids])
     if largest >= encoder.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has id {largest}, but the encoder only {encoder.vocab_size} tokens")
     if config.do_query_expansion and config.query_length > encoder.max_position_embeddings:
         limit = f"max_position_embeddings {encoder.max_position_embeddings}"
         raise ValueError(f"{folder}: queries are expanded to {config.query_length} tokens, beyond {limit}")
+    return config, dense
 
 
-def _inside(folder: Path, name: str) -> Path:
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise ValueError(f"{folder}/modules.json points to {name!r}, outside of the folder")
-    return folder / name
+def _get(where: Path, content: Mapping[str, Any], kind: Kind[T], name: str, default: object = None) -> T:
+    return kind.check(f"{where}: {name}", content.get(name, default))
 
 
-def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:
+def _read_if_there(folder: Path, name: str) -> dict[str, Any]:
+    return checkpoint.read_json(folder, name) if checkpoint.has_file(folder / name) else {}
+
+
+def _stanford(folder: Path) -> ColBERTConfig:
+    """artifact.metadata as PyLate reads it: always with expansion and the whole skiplist, else its own defaults."""
+    where, written = folder / METADATA, _read_if_there(folder, METADATA)
+    return ColBERTConfig(
+        query_prefix=_get(where, written, TEXT, "query_token_id", "[unused0]"),
+        document_prefix=_get(where, written, TEXT, "doc_token_id", "[unused1]"),
+        query_length=_get(where, written, SIZE, "query_maxlen", 32),
+        document_length=_get(where, written, SIZE, "doc_maxlen", 180),
+        do_query_expansion=True,
+        attend_to_expansion_tokens=_get(where, written, FLAG, "attend_to_mask_tokens", False),
+    )
+
+
+def _stanford_head(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dense:
+    weight = checkpoint.read_state_dict(folder, device=device, dtype=dtype).get("linear.weight")
+    if weight is None or weight.dim() != 2:
+        raise ValueError(f"{folder} has no matrix linear.weight, which is the head of a HF_ColBERT")
+    with torch.device("meta"):
+        layer = Dense(weight.shape[1], weight.shape[0])
+    checkpoint.load_state_dict(layer, {"linear.weight": weight}, prefix="", ignore=())
+    return layer
+
+
+def _modules(folder: Path) -> dict[str, list[Path]]:
+    """The folders of the modules in modules.json, by the kind of module; at least one is a Dense."""
+    where = folder / "modules.json"
+    if not checkpoint.has_file(where):
+        raise ValueError(
+            f"{folder} has no modules.json, and so no late-interaction head: make one with "
+            "ColBERT.from_encoder(Encoder.from_pretrained(...), Tokenizer.from_pretrained(...))"
+        )
+    modules: dict[str, list[Path]] = {}
+    for entry in checkpoint.read_json(folder, where.name, list):
+        module = OBJECT.check(f"{where}: a module", entry)
+        name, path = _get(where, module, TEXT, "type"), _get(where, module, TEXT, "path")
+        kind = name.rsplit(".", 1)[-1]
+        if kind not in (*READ, *SKIPPED):
+            raise ValueError(f"{where}: module {name!r} is not supported; known: {READ + SKIPPED}")
+        if ".." in Path(path).parts or Path(path).is_absolute():
+            raise ValueError(f"{where} points to {path!r}, outside the folder")
+        modules.setdefault(kind, []).append(folder / path)
+    if not modules.get("Dense"):
+        raise ValueError(f"{where} lists no Dense module: this is not a late-interaction checkpoint")
+    return modules
+
+
+def _pylate(where: Path, written: Mapping[str, Any]) -> ColBERTConfig:
+    """PyLate: prefixes are tokens, and a default prompt (rare) is put in front of queries and documents alike."""
+    prompts, name = _get(where, written, OBJECT, "prompts"), _get(where, written, NAME, "default_prompt_name")
+    prompt = _get(where, prompts, TEXT, name or "", "")
+    expansion = _get(where, written, FLAG, "do_query_expansion", True)
+    words = written.get("skiplist_words")
+    return ColBERTConfig(
+        query_prefix=_get(where, written, TEXT, "query_prefix", "[Q] "),
+        document_prefix=_get(where, written, TEXT, "document_prefix", "[D] "),
+        query_prompt=prompt,
+        document_prompt=prompt,
+        query_length=_get(where, written, SIZE, "query_length", 32),
+        document_length=_get(where, written, SIZE, "document_length", 180),
+        do_query_expansion=expansion,
+        attend_to_expansion_tokens=expansion and _get(where, written, FLAG, "attend_to_expansion_tokens", False),
+        skiplist_words=tuple(string.punctuation) if words is None else _get(where, written, WORDS, "skiplist_words"),
+    )
+
+
+def _native(
+    folder: Path, written: Mapping[str, Any], modules: Mapping[str, Sequence[Path]], tokenizer: Tokenizer
+) -> ColBERTConfig:
+    """sentence-transformers: prefixes are text (one token if it was added to the vocabulary), blanks are kept."""
+    where, transformer = folder / TRANSFORMER, checkpoint.read_json(folder, TRANSFORMER)
+    expansion = _get(where, transformer, OBJECT, "query_expansion")
+    if expansion and (expansion.get("strategy") != "fixed" or expansion.get("token") not in (None, "[MASK]")):
+        raise ValueError(f"{where}: query_expansion {expansion} is not supported; only 'fixed' with [MASK]")
+    mask = checkpoint.read_json(modules["MultiVectorMask"][0], "config.json") if "MultiVectorMask" in modules else {}
+    if mask.get("keep_only_token_ids") is not None or mask.get("skiplist_tasks", ["document"]) != ["document"]:
+        raise ValueError(f"{folder}: MultiVectorMask {mask} is not supported; only a skiplist on documents")
+    limit = tokenizer.max_length or 8192
+    query_length = expansion.get("length") if expansion else transformer.get("query_length") or limit
+    prompts = _get(folder / SETTINGS, written, OBJECT, "prompts")
+    query, document = (_get(folder / SETTINGS, prompts, NAME, role) or "" for role in ("query", "document"))
+    tokens = tokenizer.added_tokens  # any other word could merge with the text after it, so it is a prompt
+    return ColBERTConfig(
+        query_prefix=query if query in tokens else "",
+        document_prefix=document if document in tokens else "",
+        query_prompt="" if query in tokens else query,
+        document_prompt="" if document in tokens else document,
+        query_length=SIZE.check(f"{where}: query_length", query_length),
+        document_length=SIZE.check(f"{where}: document_length", transformer.get("document_length") or limit),
+        do_query_expansion=bool(expansion),
+        attend_to_expansion_tokens=_get(where, expansion, FLAG, "attend", False),
+        skiplist_words=WORDS.check(f"{folder}: skiplist_words", mask.get("skiplist_words") or ()),
+        skip_unknown=False,
+        strip=False,
+    )
+
+
+def _dense(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dense:
+    where, config = folder / "config.json", checkpoint.read_json(folder, "config.json")
+    activation = _get(where, config, TEXT, "activation_function", "torch.nn.modules.linear.Identity")
+    package, _, name = activation.rpartition(".")
+    if not package.startswith("torch.nn") or name not in ACTIVATIONS.split():
+        raise ValueError(f"{where}: activation_function {activation!r:.80} is not one of {ACTIVATIONS}")
+    with torch.device("meta"):
+        layer = Dense(
+            _get(where, config, SIZE, "in_features"),
+            _get(where, config, SIZE, "out_features"),
+            bias=_get(where, config, FLAG, "bias", True),
+            activation=name,
+            residual=_get(where, config, FLAG, "use_residual", False),
+        )
+    state = checkpoint.read_state_dict(folder, device=device, dtype=dtype)
+    checkpoint.load_state_dict(layer, state, prefix="", ignore=())
+    return layer
+
+
+def write(
+    folder: str | os.PathLike[str],
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+    dense: Iterable[nn.Module],
+    config: ColBERTConfig,
+) -> None:
     """Write a PyLate 1.6 folder: the backbone at its root, each Dense in a folder of its own. Atomic.
 
-    PyLate strips blanks around every text; a model that does not (`strip=False`, read from a sentence-transformers
-    folder) does so once it is read back.
+    PyLate strips blanks around every text. A model that does not (`strip=False`, read from a sentence-transformers
+    folder) will do so after it is read back.
+
+    Raises:
+        TypeError: a layer of the head is not a Dense.
+        ValueError: queries and documents have different prompts, which PyLate folders cannot express.
     """
-    config, tokenizer = colbert.config, colbert.tokenizer
+    if config.query_prompt != config.document_prompt:
+        raise ValueError("PyLate folders hold no separate prompts for queries and documents: put them into the texts")
     skiplist = [
         word for word in config.skiplist_words if config.skip_unknown or tokenizer.token_to_id(word) is not None
     ]
-    if config.query_prompt != config.document_prompt:
-        raise ValueError("PyLate folders hold no separate prompts for queries and documents: put them into the texts")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-    extra: dict[str, Any] = dict(tokenizer.files())
-    for index, layer in enumerate(colbert.dense, 1):
+    files: dict[str, bytes | dict[str, Any] | list[Any]] = dict(tokenizer.files())
+    for index, layer in enumerate(dense, 1):
+        if not isinstance(layer, Dense):
+            raise TypeError(f"layer {index} of the head is a {type(layer).__name__}; PyLate folders hold Dense layers")
         name = f"{index}_Dense"
         modules.append({"idx": index, "name": str(index), "path": name, "type": "pylate.models.Dense.Dense"})
-        extra[f"{name}/config.json"] = _dense_config(layer)  # pyright: ignore
+        files[f"{name}/config.json"] = _dense_config(layer)
         state = {key: value.detach().cpu().contiguous() for key, value in layer.state_dict().items()}
-        extra[f"{name}/model.safetensors"] = to_safetensors(state)
-    extra["modules.json"] = modules
-    extra[TRANSFORMER] = {
-        "max_seq_length": config.document_length - 1,
-        "do_lower_case": tokenizer.do_lower_case,
-    }
-    extra[SETTINGS] = {
+        files[f"{name}/model.safetensors"] = to_safetensors(state)
+    files["modules.json"] = modules
+    files[TRANSFORMER] = {"max_seq_length": config.document_length - 1, "do_lower_case": tokenizer.do_lower_case}
+    files[SETTINGS] = {
         "__version__": {"pytorch": torch.__version__},
         "model_type": "ColBERT",
         "prompts": {"query": "", "document": "", **({"default": config.query_prompt} if config.query_prompt else {})},
@@ -248,8 +265,7 @@ def write(folder: str | os.PathLike[str], colbert: ColBERT) -> None:
         "skiplist_words": skiplist,
         "do_query_expansion": config.do_query_expansion,
     }
-    encoder = colbert.encoder
-    files.save(folder, config=encoder.config.to_hf(), state=encoder.state_dict(), files=extra)
+    checkpoint.save(folder, config=encoder.config.to_hf(), state=encoder.state_dict(), files=files)
 
 
 def _dense_config(layer: Dense) -> dict[str, Any]:
@@ -259,5 +275,5 @@ def _dense_config(layer: Dense) -> dict[str, Any]:
         "out_features": layer.linear.out_features,
         "bias": layer.linear.bias is not None,
         "activation_function": f"{activation.__module__}.{activation.__qualname__}",
-        "use_residual": layer.use_residual,
+        "use_residual": layer.residual is not None,
     }

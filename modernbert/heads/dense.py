@@ -8,7 +8,12 @@ from ..encoder import Linear
 
 
 class Dense(nn.Module):
-    """One layer of the head: `activation(W x + b)`, plus `x` or `R x` if residual."""
+    """`[T, in_features]` to `[T, out_features]`: `activation(W x + b)`, plus `x` or `R x` with `residual`.
+
+    Args:
+        activation: name of a class in `torch.nn` without parameters.
+        residual: add the input, projected by a matrix R where the two widths differ.
+    """
 
     def __init__(
         self,
@@ -19,20 +24,18 @@ class Dense(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        self.use_residual = residual
         self.linear = Linear(in_features, out_features, bias=bias)
-        self.residual = (
-            Linear(in_features, out_features, bias=False) if residual and in_features != out_features else None
-        )
         self.activation: nn.Module = getattr(nn, activation)()
+        self.residual: nn.Module | None = None
+        if residual:
+            same = in_features == out_features
+            self.residual = nn.Identity() if same else Linear(in_features, out_features, bias=False)
 
     @property
     def is_projection(self) -> bool:
-        """Whether it is `W x + b` and nothing else, of a matrix that nobody has replaced or wrapped."""
-        return type(self.linear) is Linear and type(self.activation) is nn.Identity and not self.use_residual
+        """Whether it computes only `W x + b`, and `linear` has not been replaced or wrapped."""
+        return type(self.linear) is Linear and type(self.activation) is nn.Identity and self.residual is None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TE = self.activation(self.linear(x_TD))
-        if self.residual is not None:
-            return y_TE + self.residual(x_TD)
-        return y_TE + x_TD if self.use_residual else y_TE
+        return y_TE if self.residual is None else y_TE + self.residual(x_TD)

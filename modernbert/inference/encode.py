@@ -102,7 +102,7 @@ def encode_tokens(
     tokens: Tokens,
     *,
     batch_tokens: int | None = None,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] | None = None,
 ) -> Ragged:
     """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts."""
     return Ragged.from_list(_encode(caller, [tokens], batch_tokens, advance))
@@ -127,7 +127,7 @@ def one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def _encode(
-    caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None, advance: Callable[[int], None]
+    caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None, advance: Callable[[int], None] | None
 ) -> list[Tensor]:
     """The matrix of each text of all `parts`."""
     run = _overlapped if caller.device.type == "cuda" else _called
@@ -136,7 +136,8 @@ def _encode(
         matrices += [torch.empty(0)] * (max(indices, default=-1) + 1 - len(matrices))
         for index, matrix in zip(indices, rows, strict=True):
             matrices[index] = matrix
-        advance(len(indices))
+        if advance is not None:
+            advance(len(indices))
     return matrices
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modernbert_kernels.flash_attention import LONG
+from modernbert_kernels.dispatch import LONG
 
 from ..packing import Packed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from operator import attrgetter, is_
+from typing import Generic, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,18 @@ from .batches import CPU_TOKENS, micro_batches, split_rows
 from .callers import callers, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, list_of_texts, placement
 from .graphs import Graphs
-from .replica import replicate, with_weight
+from .replica import evaluated, replicate, with_weight
 from .short import LONGEST, Layouts, ShortEncoder, has_short_way
 
+M = TypeVar("M", bound=nn.Module)
 
-class Session:
+
+class Session(Generic[M]):
     """An encoder or a head, ready to answer: called like the model, with batches that are on the CPU.
 
-    It holds the weights of the moment it was made. Make a new one after the weights change; what can be seen of a
-    change at little cost raises an error. Results have no gradient, and are the model's within rounding. Threads may
-    share it.
+    It holds the weights of the moment it was made, and answers in evaluation mode, whatever mode the modules are in.
+    Make a new one after the weights change: what can be seen of a change at little cost raises an error. Results have
+    no gradient, and are the model's within rounding. Threads may share it.
 
     - On a CPU one short text takes bare operations on weights in the layout that was measured to be the fastest; large
       batches are cut, and a thread a core calls the model. With AVX-512 weights are packed for oneDNN. That costs the
@@ -40,21 +43,12 @@ class Session:
         model: what it was made of. device: of the model. width: of its embeddings.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Prepare `model`, which must be in evaluation mode and stays as it is.
-
-        Raises:
-            ValueError: a module is in training mode.
-        """
-        if training := [name or "the model" for name, module in model.named_modules() if module.training]:
-            raise ValueError(
-                f"a Session answers in evaluation mode, and {training[0]} is in training mode: model.eval()"
-            )
+    def __init__(self, model: M) -> None:
         self.model = model
         self.device, self.width = placement(model)
         self._weights = _Weights(model)
-        self._modules = replicate(model, _pack_linear) if self.device.type == "cpu" else model
-        self._graphs = Graphs(model, self.device) if self.device.type == "cuda" else None
+        self._modules = replicate(model, _pack_linear) if self.device.type == "cpu" else evaluated(model)
+        self._graphs = Graphs(self._modules, self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """The model's rows, `[T, ...]`, or those of `rows` `[Q]`, on the model's device.
@@ -80,8 +74,14 @@ class Session:
     ) -> Ragged:
         """As the model's `encode_queries`."""
         model = self._text_model()
-        options = {"batch_tokens": batch_tokens, "progress": progress}
-        return encode_texts(self, model.tokenize_queries, list_of_texts(texts), dim=model.dim, **options)
+        return encode_texts(
+            self,
+            model.tokenize_queries,
+            list_of_texts(texts),
+            dim=model.dim,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
 
     def encode_documents(
         self,
@@ -93,8 +93,14 @@ class Session:
     ) -> Ragged:
         """As the model's `encode_documents`."""
         model = self._text_model()
-        options = {"batch_tokens": batch_tokens, "progress": progress}
-        ragged = encode_texts(self, model.tokenize_documents, list_of_texts(texts), dim=model.dim, **options)
+        ragged = encode_texts(
+            self,
+            model.tokenize_documents,
+            list_of_texts(texts),
+            dim=model.dim,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
         return pool_documents(ragged, pool_factor)
 
     def encode_tokens(
@@ -102,9 +108,9 @@ class Session:
         tokens: Tokens,
         *,
         batch_tokens: int | None = None,
-        advance: Callable[[int], None] = lambda count: None,
+        advance: Callable[[int], None] | None = None,
     ) -> Ragged:
-        """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` is told counts of texts.
+        """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts.
 
         The same tokens give the same bits in every session on a machine: no layout of a weight is chosen by measuring.
         """
@@ -160,10 +166,10 @@ class _Weights:
         members = [(m._parameters, *item) for m in model.modules() for item in m._parameters.items()]
         members += [(m._modules, *item) for m in model.modules() for item in m._modules.items()]
         self._owners, self._names, self._members = zip(*members, strict=True)
-        self._parameters = list(model.parameters())
-        self._counted = [p for p in self._parameters if not p.is_inference()]
+        self._tensors = list(model.parameters())
+        self._counted = [p for p in self._tensors if not p.is_inference()]
         # A copy of these from a GPU would wait for it.
-        self._samples = [_few(p) for p in self._parameters if p.is_cpu and p.numel()]
+        self._samples = [_few(p) for p in self._tensors if p.is_cpu and p.numel()]
         self._state = self._now()
         self._numbers = torch.cat(self._samples) if self._samples else None
 
@@ -178,7 +184,7 @@ class _Weights:
             raise RuntimeError("the model's weights have changed since this Session was made: make a new one")
 
     def _now(self) -> tuple[list[int], list[int]]:
-        return list(map(Tensor.data_ptr, self._parameters)), list(map(attrgetter("_version"), self._counted))
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(attrgetter("_version"), self._counted))
 
 
 def _few(parameter: nn.Parameter, count: int = 4) -> Tensor:
@@ -187,11 +193,12 @@ def _few(parameter: nn.Parameter, count: int = 4) -> Tensor:
     return flat[:: max(1, flat.numel() // count)][:count]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[Linear]:
     return type(module) is Linear and module.weight.is_cpu and module.weight.dtype is torch.float32
 
 
 def _pack_linear(module: nn.Module) -> nn.Module | None:
     """A linear layer with its weight packed for oneDNN, where that is faster at any number of rows."""
-    packs = linear.FASTER_THAN_MKL and linear.AVAILABLE and _is_plain(module)
-    return with_weight(module, linear.pack_weight(module.weight)) if packs else None
+    if linear.FASTER_THAN_MKL and linear.AVAILABLE and _is_plain(module):
+        return with_weight(module, linear.pack_weight(module.weight))
+    return None

@@ -53,7 +53,8 @@ class Layouts:
 
     def _measure(self, weight_FD: Tensor, rounds: int = 5) -> Layout:
         layouts: list[Layout] = [linear.transpose_weight, *([linear.pack_weight] if linear.AVAILABLE else [])]
-        x_TD, weights = torch.rand(ROWS, weight_FD.shape[1]), [layout(weight_FD) for layout in layouts]
+        x_TD = torch.rand(ROWS, weight_FD.shape[1], dtype=torch.float32, device="cpu")
+        weights = [layout(weight_FD) for layout in layouts]
         seconds = [float("inf")] * len(layouts)
         for _ in range(1 + rounds):  # the first ones are slower for all, and never the fastest
             for index, weight in enumerate(weights):
@@ -105,18 +106,18 @@ class ShortEncoder(nn.Module):
             _Layer(
                 theta,
                 _qkv(layer.attn, layouts),
-                (layouts(layer.attn.Wo.weight), layer.attn.Wo.bias),
+                _linear(layer.attn.Wo, layouts),
                 _norm(layer.mlp_norm),
-                (layouts(layer.mlp.Wi.weight), layer.mlp.Wi.bias),
+                _linear(layer.mlp.Wi, layouts),
                 ACTIVATIONS[layer.mlp.activation],
-                (layouts(layer.mlp.Wo.weight), layer.mlp.Wo.bias),
+                _linear(layer.mlp.Wo, layouts),
                 _norm(following),
             )
             for layer, theta, following in zip(layers, encoder.thetas, norms, strict=True)
         ]
         windows = [layer.attn.window for layer in layers if layer.attn.window is not None]
         self.longest = min([LONGEST, *(window + 1 for window in windows)])
-        self.positions = torch.arange(self.longest)
+        self.positions = torch.arange(self.longest, device="cpu")
         width = encoder.config.head_dim
         self.rope_of = {
             theta: torch.complex(*ops.rotary_table(self.positions, theta, width))[:, None, None]
@@ -167,12 +168,16 @@ def _norm(norm: nn.Module | None) -> _Norm:
     return _Norm(tuple(norm.weight.shape), norm.weight, norm.bias, norm.eps)
 
 
+def _linear(module: nn.Linear, layouts: Layouts) -> tuple[Tensor, Tensor | None]:
+    return layouts(module.weight), module.bias
+
+
 def _qkv(attn: Attention, layouts: Layouts) -> tuple[Tensor, Tensor | None]:
     """Wqkv for complex rotary: the rows of a pair are neighbours, in q and in k, and q has the scale of the scores."""
-    rows = torch.arange(3 * attn.heads * attn.head_dim, device="cpu")
-    rows = rows.unflatten(0, (3, attn.heads, 2, attn.head_dim // 2))
-    rows[:2] = rows[:2].transpose(2, 3).reshape(2, *rows.shape[1:])
-    scale_3 = attn.Wqkv.weight.new_tensor([attn.head_dim**-0.5, 1.0, 1.0]).repeat_interleave(len(rows[0].flatten()))
-    weight_FD, bias_F = attn.Wqkv.weight, attn.Wqkv.bias
-    arranged_FD = weight_FD[rows.flatten()] * scale_3[:, None]
-    return layouts(arranged_FD), None if bias_F is None else bias_F[rows.flatten()] * scale_3
+    heads, width = attn.heads, attn.head_dim
+    rows_3H2R = torch.arange(3 * heads * width, device="cpu").view(3, heads, 2, width // 2)
+    pairs_2HR2 = rows_3H2R[:2].transpose(2, 3)
+    order = torch.cat([pairs_2HR2.flatten(), rows_3H2R[2].flatten()])
+    scale = attn.Wqkv.weight.new_tensor([width**-0.5, 1.0, 1.0]).repeat_interleave(heads * width)
+    bias_F = None if attn.Wqkv.bias is None else attn.Wqkv.bias[order] * scale
+    return layouts(attn.Wqkv.weight[order] * scale[:, None]), bias_F

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+import modernbert_kernels as ops
 
 from ..encoder import Encoder, EncoderOutput
 from ..packing import Packed, pack, padded_ids, unpack
@@ -67,22 +71,21 @@ class TransformersEncoder(nn.Module):
             masks = {"query_mask": query_mask, "position_ids": position_ids}
             batch, restore = pack(ids_BS, attention_mask, **masks, vocab_size=self.config.vocab_size), unpack
         embeds_TD = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[batch.padded_rows]
-        states: list[Tensor] = []
+        if not output_hidden_states:
+            return EncoderOutput(restore(self.encoder(batch, inputs_embeds=embeds_TD), batch))
+        states = tuple(restore(state_TD, batch) for state_TD in hidden_states(self.encoder, batch, embeds_TD))
+        return EncoderOutput(states[-1], states)
 
-        def keep(_: nn.Module, inputs: tuple[Tensor, Tensor | None, Packed]) -> None:
-            x_TD, delta_TD, of, *_ = inputs
-            if of is batch:  # another thread may be in the same layer
-                states.append(x_TD if delta_TD is None else x_TD + delta_TD)
 
-        layers = self.encoder.layers if output_hidden_states else ()
-        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-        try:
-            x_TD = self.encoder(batch, inputs_embeds=embeds_TD)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        hidden = tuple(restore(state, batch) for state in [*states, x_TD]) if output_hidden_states else None
-        return EncoderOutput(restore(x_TD, batch), hidden)
+def hidden_states(encoder: Encoder, batch: Packed, inputs_embeds: Tensor | None = None) -> Iterator[Tensor]:
+    """The N + 1 tensors `[T, D]` on the way of `Encoder.forward`, whose loop this is."""
+    width = encoder.config.head_dim
+    rope_of = {theta: ops.rotary_table(batch.positions, theta, width) for theta in set(encoder.thetas)}
+    x_TD, delta_TD = encoder.embeddings(batch.input_ids, inputs_embeds), None
+    for layer, theta in zip(encoder.layers, encoder.thetas, strict=True):
+        yield x_TD if delta_TD is None else x_TD + delta_TD
+        x_TD, delta_TD = layer(x_TD, delta_TD, batch, rope_of[theta])
+    yield encoder.final_norm(x_TD, delta_TD)[1]
 
 
 def pack_static(

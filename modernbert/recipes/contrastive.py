@@ -2,101 +2,73 @@
 
     python -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER
 
-The defaults are those of the model that ships in `modernbert/assets/default`. A run that was stopped goes
-on from its last checkpoint, to the same weights, when the same command is given again. `OUTPUT/model` is the
-result.
+The defaults are those of the model that ships in `modernbert/assets/default`. When a run was stopped, the same command
+goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the result.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import os
-import time
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import modernbert_kernels as ops
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
-from modernbert.packing import Packed, pack
+from modernbert.late_interaction import Ragged, maxsim
+from modernbert.packing import Tokens
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
+from modernbert.train.batching import epochs, topic_vectors
+from modernbert.train.loop import BatchLoss, check_finite, fit
 from modernbert.train.losses import info_nce, kl_distill
-from modernbert.train.teacher import Teacher, write_teacher
+from modernbert.train.optim import adamw, warmup_and_decay
+from modernbert.train.options import fixed, option, parse
+from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
+from modernbert.train.vocabulary import train_tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
-    pairs: str  # a folder of *.jsonl or *.jsonl.zst, see train/data.py
-    output: str
-    drop: tuple[str, ...] = ("nl2bash",)  # sources left out (this one is GPL)
-    held_out: tuple[str, ...] = ()  # BEIR folders; pairs that overlap with their texts are left out
-    teacher: str = ""  # a folder of vectors, see train/teacher.py
-    label_with: str = ""  # a sentence-transformers model that writes `teacher` if it is not there
-    label_pairs: int = 0  # pairs of each source that it embeds, besides the tokens of the vocabulary
+    pairs: str = option("folder of *.jsonl or *.jsonl.zst files: one pair a line, see train/data.py", free=True)
+    output: str = option("folder of the run and its result", free=True)
+    exclude_sources: tuple[str, ...] = option("sources of pairs that are left out", ())
+    decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs sharing 8 words in a row are left out", ())
+    teacher: str = option("folder of a teacher's vectors, see train/teacher.py", "", free=True)
+    teacher_model: str = option("sentence-transformers model that fills this folder if it is new", "", free=True)
+    teacher_pairs: int = option("pairs of each source that it embeds, besides the tokens of the vocabulary", 0)
 
-    vocab_size: int = 8192
-    hidden_size: int = 256
-    intermediate_size: int = 256
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-    rope_theta: float = 10_000.0
-    dim: int = 64
-    query_length: int = 48
-    document_length: int = 224
-    train_query_length: int = 32  # texts are cut shorter in training, for speed
-    train_document_length: int = 96
+    vocab_size: int = option("tokens of the vocabulary", 8192)
+    hidden_size: int = option("width of the encoder", 256)
+    intermediate_size: int = option("width of its MLP", 256)
+    num_hidden_layers: int = option("layers", 3)
+    num_attention_heads: int = option("attention heads of a layer", 4)
+    rope_theta: float = option("base of the rotary positions of all layers", 10_000.0)
+    dim: int = option("width of the vector of a token", 64)
+    query_length: int = option("longest query of the finished model, in tokens", 48, free=True)
+    document_length: int = option("longest document of the finished model, in tokens", 224, free=True)
+    train_query_length: int = option("longest query in training; shorter is faster", 32)
+    train_document_length: int = option("longest document in training", 96)
 
-    steps: int = 1500
-    batch_pairs: int = 256
-    batch_tokens: int = 24_000
-    learning_rate: float = 2e-3
-    embedding_learning_rate: float = 5e-4
-    temperature: float = 0.5  # of the sum over query tokens
-    warmup: float = 0.03  # of the steps, linear from nothing
-    decay: float = 0.4  # of the steps, linear to nothing at the end
-    teacher_weight: float = 0.5  # of KL(teacher || student) in batches that the teacher has labelled
-    teacher_temperature: float = 0.05
-    seed: int = 0
-    threads: int = 2
-    save_minutes: float = 5.0
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The pairs as token ids, and what a batch needs to know of them; `*_rows`: of the teacher, or -1."""
-
-    queries: data.Rows
-    positives: data.Rows
-    sources: np.ndarray
-    groups: np.ndarray
-    query_rows: np.ndarray
-    positive_rows: np.ndarray
-
-    def save(self, file: Path) -> None:
-        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        for side, rows in (("q", self.queries), ("p", self.positives)):
-            arrays |= {f"{side}_{name}": value for name, value in vars(rows).items()}
-        with file.with_suffix(".tmp").open("wb") as part:
-            np.savez(part, allow_pickle=False, **arrays)
-        os.replace(file.with_suffix(".tmp"), file)
-
-    @classmethod
-    def load(cls, file: Path) -> Tokens:
-        with np.load(file) as arrays:
-            queries, positives = (data.Rows(arrays[f"{side}_values"], arrays[f"{side}_offsets"]) for side in "qp")
-            rest = {name: arrays[name] for name in arrays.files if name[:2] not in ("q_", "p_")}
-            return cls(queries, positives, **rest)
+    steps: int = option("steps of the optimizer", 1500, free=True)
+    batch_pairs: int = option("most pairs of a batch", 256)
+    batch_tokens: int = option("most tokens of a batch", 24_000)
+    accumulate: int = option("batches of a step; each scores its own pairs only", 1)
+    learning_rate: float = option("highest learning rate", 2e-3)
+    embedding_learning_rate: float = option("highest learning rate of the token embeddings", 5e-4)
+    temperature: float = option("temperature of the score, a sum over query tokens", 0.5)
+    warmup: float = option("share of the steps in which the learning rate rises", 0.03)
+    decay: float = option("share of the steps, the last ones, in which it falls to nothing", 0.4, free=True)
+    teacher_weight: float = option("weight of KL(teacher || student) in batches that the teacher has embedded", 0.5)
+    teacher_temperature: float = option("temperature of the teacher's cosines", 0.05)
+    seed: int = option("seed of the weights and of the order of the pairs", 0)
+    device: str = option("where to train, such as cuda", "cpu", free=True)
+    threads: int = option("threads of a CPU", 2)
+    save_minutes: float = option("minutes between two checkpoints", 5.0, free=True)
 
 
 def main(config: Config) -> ColBERT:
@@ -104,65 +76,71 @@ def main(config: Config) -> ColBERT:
     torch.set_num_threads(config.threads)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    backend, tokens, teacher = prepare(config, output)
-    model = build(config, backend, teacher)
-    fit(config, model, tokens, teacher, output)
+    model, pairs, teacher = prepare(config, output)
+    table = model.encoder.embeddings.tok_embeddings.weight
+    batches = epochs(
+        pairs.lengths,
+        # Pairs with and without a teacher's vectors never share a batch.
+        strata=pairs.sources * 2 + (pairs.teacher_index >= 0).all(1),
+        topics=topic_vectors(pairs.positives, table.detach().float().cpu().numpy()),
+        max_pairs=config.batch_pairs,
+        max_tokens=config.batch_tokens,
+        seed=config.seed,
+    )
+    fit(
+        model,
+        adamw(model, table, learning_rate=config.learning_rate, table_rate=config.embedding_learning_rate),
+        batches,
+        partial(batch_loss, config, model, pairs, teacher),
+        output=output,
+        settings=fixed(config) | inputs(config),
+        steps=config.steps,
+        schedule=partial(warmup_and_decay, steps=config.steps, warmup=config.warmup, decay=config.decay),
+        accumulate=config.accumulate,
+        save_minutes=config.save_minutes,
+    )
     model.eval()
-    copy.deepcopy(model).half().save_pretrained(output / "model")
+    model.config = replace(model.config, query_length=config.query_length, document_length=config.document_length)
+    half = copy.deepcopy(model).half()
+    check_finite(half, "the result in float16")
+    half.save_pretrained(output / "model")
     return model
 
 
-def prepare(config: Config, output: Path) -> tuple[tokenizers.Tokenizer, Tokens, Teacher | None]:
-    """Pairs to a tokenizer, token ids and a teacher; the output folder keeps them for the next start."""
-    if (output / "tokens.npz").exists():
-        backend = tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
+def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs, Teacher | None]:
+    """The untrained model, the pairs as its token ids, and the teacher; `output` keeps them for the next start."""
+    file = output / "tokens.npz"
+    if file.exists():
+        tokens = data.TokenizedPairs.load(file, inputs(config))
         teacher = Teacher(config.teacher) if config.teacher else None
-        return backend, Tokens.load(output / "tokens.npz"), teacher
-    pairs = data.read_pairs(config.pairs, drop=config.drop)
-    if config.held_out:
-        held_out = (text for folder in config.held_out for text in data.read_corpus(folder))
-        pairs = data.without_overlap(pairs, held_out)
-    pairs = [pair for pair in pairs if pair.query.strip() and pair.positive.strip()]
-    print(f"{len(pairs):,} pairs", flush=True)
-
+        return build(config, Tokenizer.from_pretrained(output), teacher), tokens, teacher
+    choice = {"exclude_sources": config.exclude_sources, "decontaminate_against": config.decontaminate_against}
+    pairs = data.choose_pairs(config.pairs, **choice)
     texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
-    backend = data.train_tokenizer(texts, vocab_size=config.vocab_size)
-    backend.save(str(output / "tokenizer.json"), pretty=False)
-
-    teacher = None
-    if config.teacher:
-        if config.label_with and not Path(config.teacher, "keys.npy").exists():
-            chosen = data.first_per_source(pairs, config.label_pairs)
-            texts = token_texts(backend) + [text for pair in chosen for text in (pair.query, pair.positive)]
-            write_teacher(texts, config.label_with, config.teacher)
-        teacher = Teacher(config.teacher)
-
-    queries, positives = [pair.query for pair in pairs], [pair.positive for pair in pairs]
-    sources: dict[str, int] = {}
-    groups: dict[tuple[str, str], int] = {}
-    unlabelled = np.full(len(pairs), -1)
-    tokens = Tokens(
-        queries=data.Rows.from_texts(queries, backend, config.train_query_length - 3),
-        positives=data.Rows.from_texts(positives, backend, config.train_document_length - 3),
-        sources=np.array([sources.setdefault(pair.source, len(sources)) for pair in pairs]),
-        groups=np.array([groups.setdefault((pair.source, pair.group), len(groups)) for pair in pairs]),
-        query_rows=teacher.rows(queries) if teacher else unlabelled,
-        positive_rows=teacher.rows(positives) if teacher else unlabelled,
-    )
-    tokens.save(output / "tokens.npz")
-    return backend, tokens, teacher
+    tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
+    tokenizer.save_pretrained(output)
+    if config.teacher and config.teacher_model and not Path(config.teacher, "keys.npy").exists():
+        chosen = data.first_per_source(pairs, config.teacher_pairs)
+        texts = token_texts(tokenizer) + [text for pair in chosen for text in (pair.query, pair.positive)]
+        write_teacher(texts, config.teacher_model, config.teacher)
+    teacher = Teacher(config.teacher) if config.teacher else None
+    model = build(config, tokenizer, teacher)
+    tokens = data.TokenizedPairs.from_pairs(pairs, model, teacher)
+    tokens.save(file, inputs(config))
+    return model, tokens, teacher
 
 
-def token_texts(backend: tokenizers.Tokenizer) -> list[str]:
-    """Each token of the vocabulary as a text that a teacher can embed."""
-    ids = range(backend.get_vocab_size())
-    return [backend.decode([i]).strip() or str(backend.id_to_token(i)) for i in ids]
+def inputs(config: Config) -> dict[str, object]:
+    """What the token ids depend on. Folders may move; a hash knows the files in them."""
+    names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
+    files = [*data.pair_files(config.pairs), *([Path(config.teacher, "keys.npy")] if config.teacher else [])]
+    found: dict[str, object] = {name: getattr(config, name) for name in names}
+    return found | {"hash of pairs and teacher": data.digest(files)}
 
 
-def build(config: Config, backend: tokenizers.Tokenizer, teacher: Teacher | None) -> ColBERT:
-    """The untrained model; a teacher that knows the tokens gives their embeddings."""
+def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColBERT:
+    """The untrained model, with the lengths of training; a teacher that knows the tokens gives their embeddings."""
     torch.manual_seed(config.seed)
-    tokenizer = Tokenizer(backend, {"do_lower_case": True})
     encoder = Encoder(
         EncoderConfig(
             vocab_size=tokenizer.vocab_size,
@@ -179,151 +157,38 @@ def build(config: Config, backend: tokenizers.Tokenizer, teacher: Teacher | None
         )
     )
     if teacher is not None:
-        rows = teacher.rows(token_texts(backend))
-        if (rows >= 0).all():
-            vectors = teacher[rows] - teacher[rows].mean(0)
-            _, _, axes = torch.linalg.svd(vectors, full_matrices=False)
-            vectors = F.normalize(vectors @ axes[: config.hidden_size].T, dim=-1)
-            # A unit vector's elements deviate by hidden_size ** -0.5, the table's by initializer_range.
-            scale = encoder.config.initializer_range * config.hidden_size**0.5
-            with torch.no_grad():
-                encoder.embeddings.tok_embeddings.weight[:, : vectors.shape[1]] = vectors * scale
-    settings = ColBERTConfig(query_length=config.query_length, document_length=config.document_length)
-    return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=settings)
+        table = encoder.embeddings.tok_embeddings.weight
+        teach_embeddings(table, tokenizer, teacher, deviation=encoder.config.initializer_range)
+    lengths = ColBERTConfig(query_length=config.train_query_length, document_length=config.train_document_length)
+    return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=lengths).to(config.device)
 
 
-def fit(config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None, output: Path) -> None:
-    """Train from the checkpoint in `output`, if there is one, to the last step."""
-    table = model.encoder.embeddings.tok_embeddings.weight
-    others = [parameter for parameter in model.parameters() if parameter is not table]
-    rates = (config.embedding_learning_rate, config.learning_rate)
-    optimizer = torch.optim.AdamW([{"params": [table]}, {"params": others}], betas=(0.9, 0.98), weight_decay=0.01)
-    plan = Plan(config, tokens, table.detach().numpy())
-    first = load_checkpoint(output, config, model, optimizer)
-    model.train()
-    saved = logged = time.perf_counter()
-    seen, history = 0, []
-    for step in range(first, config.steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step, config)
-        loss, accuracy, size = train_step(config, model, tokens, teacher, plan[step])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen += size
-        history.append((loss.item(), accuracy))
-        now = time.perf_counter()
-        if (step + 1) % 20 == 0 or step + 1 == config.steps:
-            mean_loss, mean_accuracy = np.mean(history, axis=0)
-            line = {
-                "step": step + 1,
-                "loss": round(mean_loss, 4),
-                "in_batch_accuracy": round(mean_accuracy, 4),
-            }
-            line |= {"tokens_per_s": round(seen / (now - logged)), "cpu_s": round(time.process_time())}
-            print(json.dumps(line), flush=True)
-            seen, history, logged = 0, [], now
-        if now - saved > 60 * config.save_minutes or step + 1 == config.steps:
-            save_checkpoint(output, config, model, optimizer, step + 1)
-            saved = now
-
-
-def schedule(step: int, config: Config) -> float:
-    """Warm-up, a plateau, and a linear decay to nothing: until it begins, more steps can be asked for."""
-    rise = (step + 1) / max(1, config.warmup * config.steps)
-    fall = (config.steps - step) / max(1, config.decay * config.steps)
-    return min(1.0, rise, fall)
-
-
-class Plan:
-    """The batch of every step, epoch after epoch: a function of the config and the pairs."""
-
-    def __init__(self, config: Config, tokens: Tokens, table: np.ndarray) -> None:
-        self.config, self.batches, self.epoch_ends = config, [], [0]
-        self.lengths = tokens.queries.lengths + tokens.positives.lengths + 6
-        # Pairs with and without a teacher's vectors never share a batch.
-        self.strata = tokens.sources * 2 + ((tokens.query_rows >= 0) & (tokens.positive_rows >= 0))
-        self.topics = data.topic_vectors(tokens.positives, table)
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        while step >= len(self.batches):
-            seed = self.config.seed + len(self.epoch_ends)
-            limits = {"max_pairs": self.config.batch_pairs, "max_tokens": self.config.batch_tokens}
-            self.batches += data.plan_batches(self.lengths, self.strata, self.topics, **limits, seed=seed)
-            self.epoch_ends.append(len(self.batches))
-            print(f"epoch {len(self.epoch_ends) - 1} ends with step {len(self.batches):,}", flush=True)
-        return self.batches[step]
-
-
-def train_step(
-    config: Config, model: ColBERT, tokens: Tokens, teacher: Teacher | None, batch: np.ndarray
-) -> tuple[Tensor, float, int]:
-    """The loss of one batch of pairs, how often the positive came first, and the number of tokens."""
-    queries = with_specials(model, tokens.queries, batch, model.config.query_prefix)
-    positives = with_specials(model, tokens.positives, batch, model.config.document_prefix)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores_BB = ops.maxsim(model(queries), queries.cu_seqlens, model(positives), positives.cu_seqlens)
-    loss = info_nce(scores_BB / config.temperature, torch.from_numpy(tokens.groups[batch]))
-    query_rows, positive_rows = tokens.query_rows[batch], tokens.positive_rows[batch]
-    if teacher is not None and min(query_rows.min(), positive_rows.min()) >= 0:
-        teacher_BB = teacher[query_rows] @ teacher[positive_rows].T
+def batch_loss(
+    config: Config, model: ColBERT, pairs: data.TokenizedPairs, teacher: Teacher | None, batch: np.ndarray
+) -> BatchLoss:
+    """The loss of one batch of pairs, and how often the positive came first."""
+    queries = model.query_tokens(pairs.queries.select(batch))
+    documents = model.document_tokens(pairs.positives.select(batch))
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
+        scores_BB = maxsim(vectors(model, queries), vectors(model, documents))
+    loss = info_nce(scores_BB / config.temperature, torch.as_tensor(pairs.positive_groups[batch], device=device))
+    index_B2 = pairs.teacher_index[batch]
+    if teacher is not None and index_B2.min() >= 0:
+        teacher_BB = (teacher[index_B2[:, 0]] @ teacher[index_B2[:, 1]].T).to(device)
         kl = kl_distill(scores_BB / config.temperature, teacher_BB / config.teacher_temperature)
         loss = (1 - config.teacher_weight) * loss + config.teacher_weight * kl
-    accuracy = (scores_BB.argmax(1) == torch.arange(len(batch))).float().mean().item()
-    return loss, accuracy, queries.num_tokens + positives.num_tokens
+    first_B = scores_BB.argmax(1) == torch.arange(len(batch), device=device)
+    size = queries.batch.num_tokens + documents.batch.num_tokens
+    return BatchLoss(loss, size, {"in_batch_accuracy": first_B.float().mean()})
 
 
-def with_specials(model: ColBERT, rows: data.Rows, batch: np.ndarray, prefix: str) -> Packed:
-    """[CLS] prefix text [SEP], as `ColBERT.tokenize_queries` and `tokenize_documents` build it."""
-    tokenizer = model.tokenizer
-    head, tail = [tokenizer.cls_token_id, tokenizer.token_to_id(prefix)], [tokenizer.sep_token_id]
-    return pack([[*head, *rows[i].tolist(), *tail] for i in batch])  # pyright: ignore[reportArgumentType]
-
-
-def save_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Atomic: a run killed here goes on from the checkpoint before."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({"config": asdict(config), "step": step, **state}, output / "checkpoint.tmp")
-    os.replace(output / "checkpoint.tmp", output / "checkpoint.pt")
-
-
-def load_checkpoint(output: Path, config: Config, model: ColBERT, optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on from: 0 without a checkpoint.
-
-    Its config must be ours, but for what does not change the past: before the decay has begun, another number
-    of steps may be asked for.
-    """
-    file = output / "checkpoint.pt"
-    if not file.exists():
-        return 0
-    state = torch.load(file, weights_only=True)
-    free = {"pairs", "output", "teacher", "label_with", "steps", "decay", "save_minutes"}
-    free |= {"query_length", "document_length"}
-    ours = asdict(config)
-    differs = {k: (v, ours[k]) for k, v in state["config"].items() if k not in free and v != ours[k]}
-    if differs:
-        raise ValueError(f"{file} is of another run: {differs} (checkpoint, asked for). Choose another --output")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"resumed at step {state['step']:,}", flush=True)
-    return state["step"]
-
-
-def parse(arguments: list[str] | None = None) -> Config:
-    """A command line to a `Config`: one option for each field."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    for field in fields(Config):
-        option: dict[str, Any] = {"required": True}
-        if field.default is not MISSING:
-            option = {"default": field.default, "help": f"default: {field.default!r}"}
-            option |= {"nargs": "*"} if isinstance(field.default, tuple) else {"type": type(field.default)}
-        parser.add_argument("--" + field.name.replace("_", "-"), **option)
-    values: dict[str, Any] = vars(parser.parse_args(arguments))
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Config(**values)
+def vectors(model: ColBERT, tokens: Tokens) -> Ragged:
+    """The scored rows of texts, with their graph."""
+    device, rows = next(model.parameters()).device, tokens.rows
+    x_QE = model(tokens.batch.to(device), rows=None if rows is None else rows.to(device))
+    return Ragged(x_QE, tokens.offsets)
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(parse(Config, __doc__))

@@ -1,6 +1,6 @@
-"""Documents in, ranked passages out, with reasons: `index` makes a store on disk, `Store` searches it."""
+"""Documents in, ranked passages out, with reasons: `index` makes a store on disk, and `Store` searches it."""
 
-from .indexing import forget, index
+from .build import forget, index
 from .store.search import Hit, Store
 
 __all__ = ["Hit", "Store", "forget", "index"]

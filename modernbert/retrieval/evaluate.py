@@ -1,4 +1,4 @@
-"""How good a search is: BEIR folders and TREC runs in, nDCG@10, MRR@10 and recall@100 with intervals out."""
+"""How good a search is: nDCG@10, MRR@10 and recall@100 with intervals, for BEIR folders and TREC runs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import math
 import os
 import re
 import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .store.format import replacing
+from ..files import replacing
+from .documents.text import OnNote, gzip_errors
 
 Run = dict[str, dict[str, float]]
-"""Query id to document id to score. Of documents with equal scores, the one that comes first is ranked first."""
+"""Query id to document id to score. Among equal scores, the document that comes first is ranked first."""
 Qrels = dict[str, dict[str, int]]
-"""Query id to document id to relevance: 0 and below is not relevant, what is not listed is not relevant either."""
+"""Query id to document id to relevance. Documents with 0 or less, and those that are not listed, are not relevant."""
 
-MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "recall@100": "R@100"}  # our name: that of ir-measures
+METRICS = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "recall@100": "R@100"}  # our names, and those of ir-measures
 RESAMPLES, SEED = 10_000, 0
 
 
 class Dataset(NamedTuple):
-    """The three files of a set in BEIR's layout."""
+    """The three files of a data set in BEIR's layout."""
 
     corpus: Path
     queries: Path
@@ -36,8 +36,8 @@ class Dataset(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A measure, its mean over queries, the ends of the mean's 95 % interval, and its value for every query."""
+class Metric:
+    """A metric: its mean over queries, the 95 % interval of the mean, and its value for every query."""
 
     name: str
     mean: float
@@ -49,11 +49,11 @@ class Measured:
 def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Dataset:
     """The files of a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`, each `.gz` or not.
 
-    `split` is test if there is one, else the only one there is.
+    The default `split` is test, or else the only one.
 
     Raises:
-        FileNotFoundError: a file that is not there, by name.
-        ValueError: several splits, none of them test.
+        FileNotFoundError: a file is missing.
+        ValueError: there are several splits, and none of them is test.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -71,7 +71,7 @@ def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Da
 def read_queries(path: str | os.PathLike[str]) -> dict[str, str]:
     """Query texts by id, from JSON lines with `_id` and `text` (BEIR's `queries.jsonl`, `.gz` or not), in order.
 
-    Raises ValueError with file and line for a broken record or an id that comes twice.
+    Raises ValueError with file and line for a broken record or a repeated id.
     """
     queries: dict[str, str] = {}
     for where, line in _lines(path):
@@ -84,7 +84,7 @@ def read_queries(path: str | os.PathLike[str]) -> dict[str, str]:
             raise ValueError(f'{where}: expected an object with "_id" and a string "text", got {line.strip()[:80]}')
         if str(name) in queries:
             raise ValueError(f"{where}: the query id {name} comes twice; ids must be unique")
-        # JSON can spell half a surrogate pair ("\ud800"), which is no character and which no tokenizer takes.
+        # JSON can contain half a surrogate pair ("\ud800"), which is not a character: tokenizers fail on it.
         queries[str(name)] = record["text"].encode("utf-8", "replace").decode()
     if not queries:
         raise ValueError(f"{path} holds no query")
@@ -94,7 +94,7 @@ def read_queries(path: str | os.PathLike[str]) -> dict[str, str]:
 def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
     """Judgements, from BEIR's tsv (`query-id corpus-id score` under a header) or TREC's four columns.
 
-    Raises ValueError with file and line for a broken line or a pair that is judged twice, differently.
+    Raises ValueError with file and line for a broken line or a pair with two different judgements.
     """
     qrels: dict[str, dict[str, int]] = {}
     for number, (where, line) in enumerate(_lines(path)):
@@ -119,12 +119,12 @@ def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
 def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -> None:
     """Write a TREC run: `query Q0 document rank score tag`, ranks from 1, best first. Atomic.
 
-    Scores are float32 and read back as such. Tools rank a run by its scores and break ties by document id, each in
-    its own way; so that all of them see our ranks, a score that ties is lowered to the next float32.
+    Scores are written as float32. Tools rank a run by its scores and break ties by document id, each in a different
+    way. To give them all the same ranks, a tied score is lowered to the next float32.
 
     Raises:
-        ValueError: an id with blanks, which the format cannot hold; a score that is no finite number.
-        OSError: the file cannot be written; one that was there is then as it was.
+        ValueError: an id contains white space, which the format does not allow, or a score is not finite.
+        OSError: the file cannot be written. An existing file is then unchanged.
     """
     with replacing(Path(path).resolve()) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         for query, scores in run.items():
@@ -132,20 +132,22 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -
             for rank, (document, score) in enumerate(_ranked(scores), start=1):
                 for name in (query, document, tag):
                     if len(name.split()) != 1 or name != name.strip():
-                        raise ValueError(f"the id {name!r} is empty or has blanks, which a TREC run cannot hold")
+                        raise ValueError(
+                            f"the id {name!r} is empty or contains white space, which a TREC run does not allow"
+                        )
                 if not math.isfinite(score):
-                    raise ValueError(f"the score of query {query}, document {document} is {score}, no finite number")
+                    raise ValueError(f"the score of query {query}, document {document} is {score}, which is not finite")
                 last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
                 file.write(f"{query} Q0 {document} {rank} {last!s} {tag}\n")
 
 
-def measure(run: Run, qrels: Qrels, *, note: Callable[[str], None] = warnings.warn) -> list[Measured]:
-    """nDCG@10, MRR@10 and recall@100 of a run, through ir-measures (extra `retrieval`).
+def evaluate(run: Run, qrels: Qrels, *, on_note: OnNote = warnings.warn) -> list[Metric]:
+    """nDCG@10, MRR@10 and recall@100 of a run, computed by ir-measures (extra `retrieval`).
 
-    The mean is over the queries of `qrels`. One without a result, or without a relevant document, counts 0, as
-    `trec_eval -c` has it; one without judgements is left out. `note` is told of each of these. Ranks are those that
-    `write_run` writes. The interval is a percentile bootstrap over queries, 10,000 resamples of a fixed seed: it says
-    how far the mean would move with other queries of the same kind, and little where there are few.
+    The mean is over the queries of `qrels`. A query without a result or without a relevant document counts as 0, as
+    in `trec_eval -c`; a query without judgements is left out. `on_note` is called with their numbers. The ranks are
+    those that `write_run` writes. The interval is a percentile bootstrap over queries with 10,000 resamples and a fixed
+    seed. It shows how far the mean would move with other queries of the same kind; with few queries it is unreliable.
 
     Raises:
         ValueError: no query of the run is judged.
@@ -154,7 +156,7 @@ def measure(run: Run, qrels: Qrels, *, note: Callable[[str], None] = warnings.wa
     try:
         import ir_measures
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("measuring needs ir-measures: pip install 'modernbert[retrieval]'") from error
+        raise ModuleNotFoundError("evaluation needs ir-measures: pip install 'modernbert[retrieval]'") from error
     if not run.keys() & qrels.keys():
         raise ValueError(
             f"none of {len(run)} queries of the run is among the {len(qrels)} judged ones: do they belong together?"
@@ -162,23 +164,23 @@ def measure(run: Run, qrels: Qrels, *, note: Callable[[str], None] = warnings.wa
     unanswered = sum(not run.get(query) for query in qrels)
     barren = sum(all(grade < 1 for grade in grades.values()) for grades in qrels.values())
     for count, kind in (
-        (unanswered, "judged queries without a result, which count 0"),
-        (barren, "judged queries without a relevant document, which count 0"),
+        (unanswered, "judged queries without a result, which count as 0"),
+        (barren, "judged queries without a relevant document, which count as 0"),
         (len(run.keys() - qrels.keys()), "queries without a judgement, which are left out"),
     ):
         if count:
-            note(f"{kind}: {count}")
-    # Descending whole numbers in place of scores: a tie would be broken by document id.
+            on_note(f"{kind}: {count}")
+    # Ranks in place of scores, because ir-measures would break ties by document id.
     ranked = {query: {d: -float(i) for i, (d, _) in enumerate(_ranked(scores))} for query, scores in run.items()}
-    values = {name: dict.fromkeys(qrels, 0.0) for name in MEASURES}
-    names = {ir_measures.parse_measure(theirs): ours for ours, theirs in MEASURES.items()}
+    values = {name: dict.fromkeys(qrels, 0.0) for name in METRICS}
+    names = {ir_measures.parse_measure(theirs): ours for ours, theirs in METRICS.items()}
     for metric in ir_measures.iter_calc(list(names), qrels, ranked):
         values[names[metric.measure]][metric.query_id] = float(metric.value)
-    return [Measured(name, *_mean(np.array([*found.values()])), found) for name, found in values.items()]
+    return [Metric(name, *_mean(np.array([*found.values()])), found) for name, found in values.items()]
 
 
 def _mean(values: np.ndarray) -> tuple[float, float, float]:
-    """The mean and the ends of its interval."""
+    """The mean, and the ends of its interval."""
     random, n = np.random.default_rng(SEED), len(values)
     rows = max(1, (1 << 20) // n)  # resamples at a time, so that memory stays small
     sizes = [min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows)]
@@ -192,7 +194,7 @@ def _ranked(scores: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def _either(path: Path) -> Path:
-    """The file, or the same with `.gz`."""
+    """The file, or its `.gz` variant."""
     packed = path.with_name(f"{path.name}.gz")
     for file in (path, packed):
         if file.is_file():
@@ -204,17 +206,14 @@ def _either(path: Path) -> Path:
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """Where each line that is not blank stands, and the line."""
+    """File and line number of every line that is not blank, as text for messages, and the line."""
     path = Path(path)
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, raw in enumerate(lines, start=1):
-                where = f"{path}, line {number}"
-                try:
-                    line = raw.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{where}: not UTF-8 ({error})") from error
-                if line.strip():
-                    yield where, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: broken gzip file ({error}); fetch or compress it again") from error
+    with gzip_errors(str(path)), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error})") from error
+            if line.strip():
+                yield where, line

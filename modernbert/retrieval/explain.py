@@ -1,4 +1,4 @@
-"""Why a passage matched: the token that each query token found in it, and what that gave to the score."""
+"""Why a passage matched: the token that each query token found in it, and its contribution to the score."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from rich.text import Text
     from torch import Tensor
 
-    from ..heads.colbert import ColBERT
-
-Span = tuple[int, int]
+    from ..inference.session import Session
+    from ..packing import Span
+    from .queries import EncodedQuery
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class TokenMatch:
     Spans are characters of the query and of the document; None for a token without text, such as [CLS].
     """
 
-    query: Span | None
-    document: Span | None
+    query: Span
+    document: Span
     contribution: float
 
 
 @dataclass(frozen=True)
 class WordMatch:
-    """A query word, the document word most of it was found in (None: tokens without text), and its share."""
+    """A query word, the document word with most of its contribution (None: tokens without text), and its sum."""
 
     query: str
     document: str | None
@@ -47,8 +47,9 @@ class Place:
     """A word of a document that query tokens found: characters `start` to `end`.
 
     Attributes:
-        matches: which ones (numbers in the list of matches), strongest first.
-        contribution: what those with text gave. [CLS] and its like find words too, but nobody has asked for them.
+        matches: their indices in the list of matches, strongest first.
+        contribution: the sum over those with text. Tokens such as [CLS] also find words, but are not counted: they are
+            not part of the question.
     """
 
     start: int
@@ -57,38 +58,36 @@ class Place:
     contribution: float
 
 
-def explain(colbert: ColBERT, query: str, documents: Sequence[str]) -> list[list[TokenMatch]]:
-    """For each document a match per query token, in query order; contributions sum to the MaxSim score."""
-    query_QE = colbert.encode_queries([query]).values
-    query_spans = colbert.tokenize_queries([query]).spans[0]
-    tokens = colbert.tokenize_documents(documents)
+def explain(session: Session, query: EncodedQuery, documents: Sequence[str]) -> list[list[TokenMatch]]:
+    """For each document one match per query token, in query order; contributions sum to the MaxSim score."""
+    tokens = session.model.tokenize_documents(documents)
     kept = tokens.keep.split(tokens.batch.lengths)
     explanations = []
-    for document_SE, spans, keep in zip(colbert.encode_documents(documents), tokens.spans, kept, strict=True):
+    for document_SE, spans, keep in zip(session.encode_tokens(tokens), tokens.spans, kept, strict=True):
         rows = keep.nonzero().flatten().tolist()
-        explanations.append(match(query_QE, query_spans, document_SE, [spans[row] for row in rows]))
+        explanations.append(match(query.vectors, query.spans, document_SE, [spans[row] for row in rows]))
     return explanations
 
 
 def match(
-    query_QE: Tensor, query_spans: Sequence[Span | None], document_SE: Tensor, document_spans: Sequence[Span | None]
+    query_QE: Tensor, query_spans: Sequence[Span], document_SE: Tensor, document_spans: Sequence[Span]
 ) -> list[TokenMatch]:
-    """A match per query row: its best document row, the first of equal ones. Contributions sum to the MaxSim score."""
+    """One match per query row, with the first of its best document rows. Contributions sum to the MaxSim score."""
     best = (query_QE @ document_SE.T).max(dim=1)
     found = [document_spans[row] for row in best.indices.tolist()]
     return [TokenMatch(*row) for row in zip(query_spans, found, best.values.tolist(), strict=True)]
 
 
 def strongest_words(matches: Sequence[TokenMatch], query: str, document: str, *, limit: int = 6) -> list[WordMatch]:
-    """The `limit` query words that gave most to the score, strongest first. Punctuation is no word."""
-    tokens_of: dict[Span, list[TokenMatch]] = {}
+    """The `limit` query words with the largest contributions, strongest first. Punctuation is not a word."""
+    tokens_of: dict[tuple[int, int], list[TokenMatch]] = {}
     for match in matches:
         word = _word(query, match.query)
         if word:
             tokens_of.setdefault(word, []).append(match)
     words = []
     for (start, end), tokens in tokens_of.items():
-        shares: dict[Span | None, float] = {}
+        shares: dict[Span, float] = {}
         for token in tokens:
             place = _word(document, token.document) or token.document
             shares[place] = shares.get(place, 0.0) + token.contribution
@@ -99,21 +98,21 @@ def strongest_words(matches: Sequence[TokenMatch], query: str, document: str, *,
 
 
 def places(content: str, matches: Sequence[TokenMatch]) -> list[Place]:
-    """Where the matches lie in a document, in the order of the text; those that overlap are one place.
+    """The words of a document that matched, in the order of the text. Matches that overlap share a place.
 
-    A token that is part of a word stands for the word; any other (punctuation, an emoji) stands for itself.
+    A token inside a word counts for the whole word; any other token (punctuation, an emoji) for itself.
     Raises ValueError if a span is outside of `content`.
     """
     words = [word.span() for word in _WORD.finditer(content)]
     starts, ends = [start for start, _ in words], [end for _, end in words]
     spans = []
-    for number, match in enumerate(matches):
+    for index, match in enumerate(matches):
         if match.document is None:
             continue
         start, end = match.document
         if not 0 <= start < end <= len(content):
             raise ValueError(
-                f"a match lies at characters {start} to {end}, but the text has {len(content)}: it explains another"
+                f"a match covers characters {start} to {end}, but the text has {len(content)}: it is of another text"
             )
         touched = words[bisect_right(ends, start) : bisect_left(starts, end)]
         token = content[start:end].strip()
@@ -122,35 +121,35 @@ def places(content: str, matches: Sequence[TokenMatch]) -> list[Place]:
         elif token:
             start = content.index(token, start)
             end = start + len(token)
-        spans.append((start, end, number))
+        spans.append((start, end, index))
     joined: list[tuple[int, int, list[int]]] = []
-    for start, end, number in sorted(spans):
+    for start, end, index in sorted(spans):
         if joined and start < joined[-1][1]:
-            first, last, numbers = joined.pop()
-            joined.append((first, max(last, end), [*numbers, number]))
+            first, last, indices = joined.pop()
+            joined.append((first, max(last, end), [*indices, index]))
         else:
-            joined.append((start, end, [number]))
+            joined.append((start, end, [index]))
     found = []
-    for start, end, numbers in joined:
-        numbers.sort(key=lambda number: -matches[number].contribution)
-        share = sum(matches[number].contribution for number in numbers if matches[number].query)
-        found.append(Place(start, end, tuple(numbers), share))
+    for start, end, indices in joined:
+        indices.sort(key=lambda index: -matches[index].contribution)
+        share = sum(matches[index].contribution for index in indices if matches[index].query)
+        found.append(Place(start, end, tuple(indices), share))
     return found
 
 
 def level(contribution: float, strongest: float, levels: int) -> int:
-    """A contribution in equal steps, from 1 to `levels` where `strongest` is the highest; 0 if it gave nothing."""
+    """A contribution as one of `levels` equal steps, the last of which ends at `strongest`; 0 if it is not positive."""
     return min(levels, ceil(levels * contribution / strongest)) if contribution > 0 else 0
 
 
-# Weak to strong. Without colour there are still three: underlined, bold, reversed.
+# Weak to strong. Without colour, three strengths remain: underlined, bold, reversed.
 STYLES = ("underline green", "bold underline green", "bold reverse green")
 
 
 def highlight(content: str, matches: Sequence[TokenMatch]) -> Text:
-    """The document for a terminal, its matched words in three strengths, relative to the strongest of them.
+    """The document for a terminal, with its matched words in three strengths relative to the strongest.
 
-    Every newline, tab or control character becomes a space, one for one: a span of `content` cuts the result too.
+    Every newline, tab or control character becomes one space, so a span of `content` is also a span of the result.
     """
     from rich.text import Text
 
@@ -162,10 +161,10 @@ def highlight(content: str, matches: Sequence[TokenMatch]) -> Text:
     return shown
 
 
-def excerpt(content: str, matches: Sequence[TokenMatch], *, words: int = 60) -> Span:
-    """The `words` words of a document in a row that gave most to the score, with even margins around what matched.
+def excerpt(content: str, matches: Sequence[TokenMatch], *, words: int = 60) -> tuple[int, int]:
+    """The span of the `words` consecutive words with the largest contribution, with even margins around the matches.
 
-    All of `content` if it is no longer than that, and its beginning if nothing matched.
+    All of `content` if it is not longer than that; its beginning if nothing matched.
     """
     if words < 1:
         raise ValueError(f"words is {words}; an excerpt needs 1 or more")
@@ -186,11 +185,11 @@ def excerpt(content: str, matches: Sequence[TokenMatch], *, words: int = 60) -> 
     return spans[first][0] if first else 0, spans[last][1] if last + 1 < len(spans) else len(content)
 
 
-# A run of letters and digits with inner apostrophes and hyphens; in scripts without spaces a character.
+# Letters and digits with inner apostrophes and hyphens; in scripts without spaces, one character.
 _WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|(?<=\w)['’-](?=\w))+")
 
 
-def _word(text: str, span: Span | None) -> Span | None:
+def _word(text: str, span: Span) -> Span:
     """The word of `text` that a token belongs to, or None."""
     if span is None:
         return None

@@ -1,7 +1,7 @@
-"""One HTML page on why passages matched: a heat map of their words, and a table with every number behind it.
+"""An HTML page that explains hits: a heat map of their words, and a table with every contribution.
 
-The page loads nothing. Its style and its script (`assets/explain.html`) are all that its content security policy
-lets run, and the script only adds the choosing of query tokens: heat map and tables are there without it.
+The page loads nothing. Its content security policy allows only its own style and script (`assets/explain.html`). The
+script only adds the selection of query tokens; the heat map and the tables work without it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEVELS = 5  # of shading; the template has a colour for each
 def explain_page(query: str, hits: Sequence[tuple[Hit, list[TokenMatch]]]) -> str:
     """The page for a query and its hits, in the order given, each with its matches (`explain`, `Store.explain`).
 
-    The same arguments give the same text. Raises ValueError if matches are not of this query or not of their hit.
+    Deterministic. Raises ValueError if matches belong to another query or another hit.
     """
     _check(query, hits)
     found = [places(hit.passage.content, matches) for hit, matches in hits]
@@ -56,7 +56,9 @@ def _check(query: str, hits: Sequence[tuple[Hit, list[TokenMatch]]]) -> None:
     for hit, matches in hits:
         total = sum(match.contribution for match in matches)
         if abs(hit.score - total) > 0.01 + 0.001 * len(matches):  # room for scores from half-precision vectors
-            raise ValueError(f"hit {hit.rank} scores {hit.score:.3f}, but its matches sum to {total:.3f}: not its own")
+            raise ValueError(
+                f"hit {hit.rank} scores {hit.score:.3f}, but its matches sum to {total:.3f}: they belong to another hit"
+            )
         if any(match.query and match.query[1] > len(query) for match in matches):
             raise ValueError(f"hit {hit.rank} was explained for a longer query than {query[:80]!r}")
         if [match.query for match in matches] != [match.query for match in hits[0][1]]:
@@ -64,7 +66,7 @@ def _check(query: str, hits: Sequence[tuple[Hit, list[TokenMatch]]]) -> None:
 
 
 def _policy(template: str) -> str:
-    """Nothing may load or run but the template's style and script, named by their hashes."""
+    """Allow the template's style and script, by their hashes, and nothing else."""
     allowed = [
         f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
         for tag, inner in re.findall(r"<(style|script)>(.*?)</\1>", template, re.DOTALL)
@@ -73,14 +75,14 @@ def _policy(template: str) -> str:
 
 
 def _query_line(query: str, explained: Sequence[Sequence[TokenMatch]], strongest: float) -> str:
-    """The query, its tokens as buttons over their mean contribution. They are inert until the script enables them."""
+    """The query with its tokens as buttons over their mean contribution. They are disabled until the script runs."""
     pieces, at, others = [], 0, []
     for number, column in enumerate(zip(*explained, strict=True)):
         span, mean = column[0].query, sum(match.contribution for match in column) / len(column)
         if span is None:
             others.append(mean)
             continue
-        # Tokens that share a character, as the bytes of an emoji do, show it each.
+        # Tokens that share a character, such as the bytes of an emoji, all show it.
         token = query[max(at, span[0]) : span[1]] or query[span[0] : span[1]]
         gap = query[at : span[0]] + token[: len(token) - len(token.lstrip())]
         if gap:
@@ -149,7 +151,7 @@ def _article(
 
 
 def _bar(matches: Sequence[TokenMatch], keys: Sequence[str], best: float) -> str:
-    """The contributions side by side, as long as the score (negative ones aside) on a scale that ends with `best`."""
+    """The positive contributions side by side, on a scale that ends at `best`."""
     pieces, at = [], 0.0
     for match, key in sorted(zip(matches, keys, strict=True), key=lambda pair: pair[1] == "other"):
         width = max(0.0, 100 * match.contribution / best) if best > 0 else 0.0
@@ -184,14 +186,14 @@ def _table(query: str, content: str, matches: Sequence[TokenMatch], keys: Sequen
 
 
 def _names(passages: Sequence[Passage]) -> list[str]:
-    """Where each passage is, as in `id in path:line`, without the folders that all share."""
+    """The location of each passage, such as `id in path:line`, without the folders that all share."""
     paths = [Path(passage.path) for passage in passages]
     folders = zip(*(path.parent.parts for path in paths), strict=False)
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, folders)))
     names = []
     for passage, path in zip(passages, paths, strict=True):
-        place = f"{Path(*path.parts[shared:])}:{passage.line}" if passage.line else str(Path(*path.parts[shared:]))
-        names.append(place if passage.id == passage.path else f"{passage.id} in {place}")
+        location = f"{Path(*path.parts[shared:])}:{passage.line}" if passage.line else str(Path(*path.parts[shared:]))
+        names.append(location if passage.id == passage.path else f"{passage.id} in {location}")
     return names
 
 
@@ -212,7 +214,7 @@ def _number(value: float, digits: int = 3) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.000"
 
 
-# HTML has no place for control characters, halves of surrogate pairs and noncharacters; each has a visible stand-in.
+# HTML does not allow control characters, halves of surrogate pairs and noncharacters: visible characters replace them.
 _VISIBLE = {
     **{code: 0x2400 + code for code in range(0x20)},
     **{code: code for code in b"\t\n"},
@@ -224,5 +226,5 @@ _VISIBLE = {
 
 
 def _text(text: str) -> str:
-    """Text as HTML shows it, in an element or in a quoted attribute."""
+    """Text, escaped for an element or a quoted attribute."""
     return html.escape(text.translate(_VISIBLE))

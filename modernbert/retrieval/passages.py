@@ -1,7 +1,7 @@
-"""Where a document is cut into passages, which a model reads whole and a person at a glance.
+"""Documents are cut into passages, short enough for a model to read at once and for a person to read at a glance.
 
-A document is cut at its headings first, then, where a section is too long, at paragraphs, list items and
-sentences. Each passage is titled with the headings above it: it can be understood, and found, on its own.
+A document is first cut at its headings. Sections that are too long are cut at paragraphs, list items and sentences.
+The title of each passage is made of the headings above it, so that it can be found and understood on its own.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MARKDOWN = frozenset({".md", ".markdown", ".mdx"})
-HTML = frozenset({".html", ".htm", ".xhtml"})  # which is read as markdown
+HTML = frozenset({".html", ".htm", ".xhtml"})  # converted to markdown when it is read
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text file (`id` is its path), or a record in a file (`id` is its `_id`, `line` its place, from 1).
+    """A text file, or a record in a file.
 
-    `metadata` holds the other fields of a record, `digest` the SHA-256 of what the document was read from.
+    Attributes:
+        path: the file. id: the path again, or the `_id` of a record.
+        line: of a record, from 1; None for a text file.
+        metadata: the other fields of a record. digest: the SHA-256 of the content that the document was read from.
     """
 
     path: str
@@ -35,13 +38,13 @@ class Document:
 
     @property
     def content(self) -> str:
-        """What a model reads: title, space, text, as BEIR defines it."""
+        """The text that a model reads: title, space, text, as BEIR defines it."""
         return f"{self.title} {self.text}" if self.title else self.text
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Characters `start` to `end` of a document, under a title; it begins in `line` of `path`, from 1."""
+    """Characters `start` to `end` of a document, with a title. It begins in `line` of `path`, from 1."""
 
     path: str
     id: str
@@ -54,7 +57,7 @@ class Passage:
 
     @property
     def content(self) -> str:
-        """What a model reads, as for a document."""
+        """The text that a model reads, as for a document."""
         return f"{self.title} {self.text}" if self.title else self.text
 
 
@@ -84,7 +87,7 @@ _FRONT_TITLE = re.compile(r"^title:(.*\S)", re.MULTILINE)
 def sections(document: Document) -> Iterator[Section]:
     """The text between headings, titled "document: heading > heading", without white space around it.
 
-    A word is in one of them, or in a heading or the front matter. A record is one section, even if it has but a title.
+    Every word is in a section, a heading or the front matter. A record is one section, even if it has only a title.
     """
     for title, start, end in _between_headings(document):
         text = document.text[start:end]
@@ -115,12 +118,12 @@ def _between_headings(document: Document) -> Iterator[Section]:
         inner = " > ".join(above.title for above in trail if above.title != name)
         start, end = heading.end, following.start
         if not text[start:end].strip() and following.level <= heading.level:
-            start = heading.start  # a heading with nothing below it is the text
+            start = heading.start  # a heading with no text below it becomes the text
         yield Section(f"{name}: {inner}" if inner else name, start, end)
 
 
 def _headings(text: str, suffix: str) -> Iterator[Heading]:
-    """Markdown's `# heading` and underlined headings; reStructuredText's, levels in order of appearance."""
+    """`# heading` and underlined headings in markdown; in reStructuredText, levels follow the order of appearance."""
     markdown = suffix in MARKDOWN | HTML
     if not markdown and suffix != ".rst":
         return
@@ -152,7 +155,7 @@ def _headings(text: str, suffix: str) -> Iterator[Heading]:
 
 
 def _without_hashes(title: str) -> str:
-    """`Birds ##` is closed by its hashes, and `C#` is not."""
+    """Remove closing hashes, as in `Birds ##`, but not the hash of `C#`."""
     title = title.strip()
     bare = title.rstrip("#")
     return title if bare[-1:].strip() else bare.rstrip()
@@ -163,20 +166,20 @@ UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 
 _LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])[ \t]")
 _SENTENCE_END = re.compile(r"[.!?:][\"')\]”’»]*$")
-SENTENCE_ENDS = frozenset("。！？")  # which need no space behind them
+SENTENCE_ENDS = frozenset("。！？")  # no space follows them
 
 
 def cut(text: str, tokens: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
-    """Runs of at most `limit` tokens that cover all of them, cut at the best borders of `text`.
+    """Runs of at most `limit` tokens that cover all tokens, cut at the best borders of `text`.
 
-    `tokens` are characters of `text`, in order; a run is its first token and the one behind its last.
+    `tokens` are spans of characters of `text`, in order. A run `first, last` is the tokens `first` to `last - 1`.
     """
     first = 0
     while first < len(tokens):
         left = len(tokens) - first
         last = first + left
         if left > limit:
-            target = ceil(left / ceil(left / limit))  # equal shares, so that no crumb is left at the end
+            target = ceil(left / ceil(left / limit))  # equal shares, so that the last run is not tiny
             last = max(
                 range(first + max(1, limit // 4), first + limit + 1),
                 key=lambda i: (_border(text, tokens[i - 1][1], tokens[i][0]), -abs(i - first - target)),
@@ -186,10 +189,10 @@ def cut(text: str, tokens: Sequence[tuple[int, int]], limit: int) -> Iterator[tu
 
 
 def _border(text: str, before: int, after: int) -> int:
-    """How good the place between two tokens is: paragraph, list item, sentence, space, none, inside a character."""
+    """The quality of a cut between two tokens: 4 paragraph, 3 list item, 2 sentence, 1 space, 0 word, -1 character."""
     if after < before:
         return -1
-    while before > 0 and text[before - 1].isspace():  # a token of white space
+    while before > 0 and text[before - 1].isspace():  # the token may end in white space
         before -= 1
     while after < len(text) and text[after].isspace():
         after += 1

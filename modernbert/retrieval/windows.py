@@ -1,8 +1,8 @@
-"""Passages as a model reads them: windows that overlap, where every token of a document belongs to exactly one.
+"""Windows: passages with their context, as a model reads them. Every token of a document belongs to one passage.
 
-A section that fits into the model is one passage and is encoded as `ColBERT.encode_documents` does. A longer one is
-cut where a reader would cut it. The model then sees a window: the title, the passage, and up to `OVERLAP` tokens of
-text on either side, whose rows are dropped. MaxSim takes each passage by itself, so nothing is merged afterwards.
+A section that fits into the model is one passage, encoded as by `ColBERT.encode_documents`. A longer section is cut at
+paragraphs, list items and sentences. The model then reads a window: the title, the passage, and up to `OVERLAP`
+tokens of text on either side, whose rows are dropped. MaxSim scores each passage alone, so nothing is merged later.
 """
 
 from __future__ import annotations
@@ -10,34 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..packing import pack
+from ..heads.colbert import ColBERT
+from ..packing import Tokens, pack
 from .passages import Document, Passage, cut, sections
-
-if TYPE_CHECKING:
-    from ..heads.colbert import ColBERT
-    from ..packing import Tokens
 
 OVERLAP = 16
 """Tokens of context on either side of a passage. 0, 16 and 32 gave the same nDCG@10 within 0.006 (cranfield, cacm)."""
 
 BLOCK = 1 << 18
-"""Characters tokenised at a time. A longer section is cut there first, at white space and without overlap."""
+"""Characters tokenised at a time. A longer section is first cut into blocks, at white space and without overlap."""
 
 NOWHERE = (0, 0)
-"""The span of a row without text of its own: of [CLS], the prefix, [SEP], context."""
+"""The span of a row without text of the passage: [CLS], the prefix, [SEP], context."""
 
 
 class Window(NamedTuple):
-    """A passage and the tokens that the model reads for it.
+    """A passage and the tokens that the model reads.
 
     Attributes:
         ids: `[n]` int64. keep: `[n]` bool, the rows that are scored.
-        spans: `[n, 2]` int64, characters of `passage.content`, or `NOWHERE`.
+        spans: `[n, 2]` int64, the characters of `passage.content` that a row stands for, or `NOWHERE`.
     """
 
     passage: Passage
@@ -47,7 +44,7 @@ class Window(NamedTuple):
 
 
 def windows(colbert: ColBERT, documents: Iterable[Document]) -> Iterator[Window]:
-    """The windows of documents, in order: of an empty document none, of one that the model reads at once just one."""
+    """The windows of documents, in order. An empty document has none; one that fits into the model has one."""
     parts = chain.from_iterable(map(_parts, documents))
     while group := _group(parts):
         for whole in _tokenize(colbert, group):
@@ -55,15 +52,13 @@ def windows(colbert: ColBERT, documents: Iterable[Document]) -> Iterator[Window]
 
 
 def batch(windows: Sequence[Window]) -> Tokens:
-    """What `ColBERT` encodes: the tokens of these windows. Their spans stay behind."""
-    from ..packing import Tokens
-
+    """The tokens of windows, to be encoded. Their spans are left out."""
     keep = torch.from_numpy(np.concatenate([window.keep for window in windows]))
     return Tokens(pack([window.ids.tolist() for window in windows]), keep, [])
 
 
 def _parts(document: Document) -> Iterator[Passage]:
-    """The sections of a document as passages, those longer than `BLOCK` in parts."""
+    """The sections of a document as passages. Sections longer than `BLOCK` are cut."""
     text, line, counted = document.text, document.line or 1, 0
     for title, start, end in sections(document):
         borders = [start]
@@ -78,7 +73,7 @@ def _parts(document: Document) -> Iterator[Passage]:
 
 
 def _group(parts: Iterator[Passage]) -> list[Passage]:
-    """The next parts, of about `BLOCK` characters together: one call tokenises many short ones."""
+    """The next parts, about `BLOCK` characters together, so that one call tokenises many short ones."""
     group, size = [], 0
     for part in parts:
         group.append(part)
@@ -89,7 +84,7 @@ def _group(parts: Iterator[Passage]) -> list[Passage]:
 
 
 def _tokenize(colbert: ColBERT, passages: Sequence[Passage]) -> Iterator[Window]:
-    """Each passage as one window, however long."""
+    """Each passage as one window of any length."""
     tokens = colbert.tokenize_documents([passage.content for passage in passages], truncate=False)
     ids, keeps = (rows.split(tokens.batch.lengths) for rows in (tokens.batch.input_ids, tokens.keep))
     for passage, row_ids, keep, spans in zip(passages, ids, keeps, tokens.spans, strict=True):
@@ -97,7 +92,7 @@ def _tokenize(colbert: ColBERT, passages: Sequence[Passage]) -> Iterator[Window]
 
 
 def _cut(whole: Window, limit: int) -> Iterator[Window]:
-    """The windows of at most `limit` tokens of a passage of any length."""
+    """Cut a passage of any length into windows of at most `limit` tokens."""
     passage, ids, keep, spans = whole
     if len(ids) <= limit:
         yield whole
@@ -106,13 +101,15 @@ def _cut(whole: Window, limit: int) -> Iterator[Window]:
     shift = len(content) - len(passage.text)  # where the text begins in the content
     worded = np.flatnonzero(spans[:, 1])
     first, last = int(np.argmax(spans[:, 1] > shift)), int(worded[-1]) + 1  # the rows of the text
-    if first > limit // 2:  # A title that would crowd out the text is cut with it.
+    if first > limit // 2:  # A title that leaves little room becomes part of the text.
         first, title = int(worded[0]), ""
-    is_record = passage.id != passage.path  # which is one line of its file
+    is_record = passage.id != passage.path  # a record is one line of its file
     header = len(title) + 1 if title else 0
     room = limit - first - (len(ids) - last)
     overlap = min(OVERLAP, room // 8)
-    ends = np.maximum.accumulate(spans[first:last, 1])  # a row without characters stands behind the one before
+    ends = np.maximum.accumulate(
+        spans[first:last, 1]
+    )  # a row without characters is empty, at the end of the row before
     starts = np.where(spans[first:last, 1] > 0, spans[first:last, 0], ends)
     for start, stop in cut(content, list(zip(starts.tolist(), ends.tolist(), strict=True)), room - 2 * overlap):
         text = content[starts[start] : ends[stop - 1]]
@@ -122,8 +119,8 @@ def _cut(whole: Window, limit: int) -> Iterator[Window]:
         rows = np.r_[0:first, before:after, last : len(ids)]
         context = (rows >= before) & (rows < after) & ~((rows >= first + start) & (rows < first + stop))
         inside = (rows >= first + start) & (rows < first + stop) & (spans[rows, 1] > 0)
-        places = np.where(inside[:, None], (spans[rows] - begin).clip(0, len(text)) + header, spans[rows])
-        places[context] = NOWHERE
+        piece_spans = np.where(inside[:, None], (spans[rows] - begin).clip(0, len(text)) + header, spans[rows])
+        piece_spans[context] = NOWHERE
         from_text, to_text = (max(0, character - shift) for character in (begin, begin + len(text)))
         piece = replace(
             passage,
@@ -133,4 +130,4 @@ def _cut(whole: Window, limit: int) -> Iterator[Window]:
             end=passage.start + to_text,
             line=passage.line + (0 if is_record else passage.text.count("\n", 0, from_text)),
         )
-        yield Window(piece, ids[rows], keep[rows] & ~context, places)
+        yield Window(piece, ids[rows], keep[rows] & ~context, piece_spans)

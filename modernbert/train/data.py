@@ -1,97 +1,111 @@
-"""Query-passage pairs: from files to token ids to batches that can be resumed."""
+"""Query-passage pairs: from files to token ids."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-SPECIAL_TOKENS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
-
-# What becomes a token: words with their accents, numbers in groups of at most four digits, and the symbols
-# that mean something in code and mathematics. Other punctuation (late interaction would skip it in documents
-# anyway), spaces and underscores only separate: "file" is one token in "a file", "(file)" and "read_file".
-WORDS = r"[\p{L}\p{M}]+|\p{N}{1,4}|[$+<=>^|~#*%&@]|[^\s\p{L}\p{M}\p{N}\p{P}\p{C}`]"
+from ..files import replacing
+from ..heads.colbert import ColBERT
+from ..packing import Tokens
+from .options import check_same
+from .teacher import Teacher
 
 
 class Pair(NamedTuple):
     query: str
     positive: str
     source: str
-    group: str
+    group: str | int
 
 
-def read_pairs(folder: str | os.PathLike, *, drop: Collection[str] = ()) -> Iterator[Pair]:
-    """The pairs of a folder's `*.jsonl` and `*.jsonl.zst` files in name order, but for the sources in `drop`.
+def read_pairs(folder: str | os.PathLike, *, exclude_sources: Collection[str] = ()) -> Iterator[Pair]:
+    """The pairs of a folder's `*.jsonl` and `*.jsonl.zst` files in name order, except those of excluded sources.
 
     A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name)
     and "group" (default: the positive itself). Pairs of one group never serve as each other's negatives.
+
+    Raises:
+        ValueError: no such file, a damaged file, or a line that is not a pair, with its file and number.
     """
+    for path in pair_files(folder):
+        for number, line in enumerate(_lines(path), start=1):
+            try:
+                pair = _pair(json.loads(line), path.name.split(".")[0])
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            if pair.source not in exclude_sources:
+                yield pair
+
+
+def pair_files(folder: str | os.PathLike) -> list[Path]:
     files = sorted(path for path in Path(folder).iterdir() if path.name.endswith((".jsonl", ".jsonl.zst")))
     if not files:
         raise ValueError(f"no *.jsonl or *.jsonl.zst file in {folder}: --pairs wants a folder of such files")
-    for path in files:
-        for number, line in enumerate(_lines(path), start=1):
-            row = json.loads(line)
-            if "query" not in row or "positive" not in row:
-                raise ValueError(f'{path}:{number}: a pair needs "query" and "positive", got keys {sorted(row)}')
-            source, group = row.get("source", path.name.split(".")[0]), row.get("group", row["positive"])
-            if source not in drop:
-                yield Pair(row["query"], row["positive"], source, group)
+    return files
 
 
-def _lines(path: Path) -> Iterator[str]:
-    if path.suffix == ".zst":
-        import zstandard
+def _pair(row: object, source: str) -> Pair:
+    if not isinstance(row, dict) or not {"query", "positive"} <= row.keys():
+        got = f"keys {sorted(row)}" if isinstance(row, dict) else f"{row!r:.60}"
+        raise ValueError(f'a pair needs "query" and "positive", got {got}')
+    pair = Pair(row["query"], row["positive"], row.get("source", source), row.get("group", row["positive"]))
+    for name, value in zip(Pair._fields, pair, strict=True):
+        if not isinstance(value, str) and not (name == "group" and isinstance(value, int)):
+            raise ValueError(f'"{name}" must be a string, got {value!r:.60}')
+        str(value).encode()  # half a surrogate pair raises here, and not hours later in a tokenizer
+    return pair
 
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.suffix != ".zst":
         with path.open("rb") as file:
-            yield from io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8")
-    else:
-        with path.open(encoding="utf-8") as file:
             yield from file
+        return
+    import zstandard
+
+    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as text:
+        try:
+            yield from io.BufferedReader(text)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer for lower-cased text with ModernBERT's special tokens at ids 0 to 4.
+def digest(paths: Iterable[Path]) -> str:
+    """A hash of the names and the content of files."""
+    total = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        total.update(path.name.encode())
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                total.update(block)
+    return total.hexdigest()
 
-    The texts are lower-cased here; whoever uses the tokenizer lower-cases first (`do_lower_case`). Every word
-    starts with the byte-level space, whatever stood before it.
-    """
-    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text.lower() for text in texts), trainer)
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
-    )
-    return tokenizer
+
+def choose_pairs(
+    folder: str | os.PathLike, *, exclude_sources: Collection[str], decontaminate_against: Iterable[str]
+) -> list[Pair]:
+    """`read_pairs` without empty texts and without overlap with the corpora of BEIR folders."""
+    pairs = read_pairs(folder, exclude_sources=exclude_sources)
+    if decontaminate_against:
+        pairs = without_overlap(pairs, (text for corpus in decontaminate_against for text in read_corpus(corpus)))
+    chosen = [pair for pair in pairs if pair.query.strip() and pair.positive.strip()]
+    if not chosen:
+        raise ValueError(f"no pair of {folder} is left: all are empty, excluded or overlap")
+    print(f"{len(chosen):,} pairs", flush=True)
+    return chosen
 
 
 def without_overlap(pairs: Iterable[Pair], held_out: Iterable[str], *, n: int = 8) -> Iterator[Pair]:
@@ -122,25 +136,11 @@ def first_per_source(pairs: Iterable[Pair], limit: int, *, seed: int = 0) -> lis
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Ragged rows of token ids: `values` uint16 or int32 [n], `offsets` int64 [N + 1]."""
+class RaggedIds:
+    """The token ids of many texts: `values` uint16 or int32 [n], of text i from `offsets[i]` to `offsets[i + 1]`."""
 
     values: np.ndarray
     offsets: np.ndarray
-
-    @classmethod
-    def from_texts(cls, texts: Sequence[str], tokenizer: tokenizers.Tokenizer, limit: int) -> Rows:
-        """The first `limit` tokens of each lower-cased text, without special tokens."""
-        parts, lengths = [], [0]
-        dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
-        for start in range(0, len(texts), 4096):
-            # Tokens of ordinary text are far shorter than 32 characters; the cut saves most of the work.
-            lowered = [text[: 32 * limit].lower() for text in texts[start : start + 4096]]
-            encodings = tokenizer.encode_batch_fast(lowered, add_special_tokens=False)
-            ids = [encoding.ids[:limit] for encoding in encodings]
-            lengths += map(len, ids)
-            parts.append(np.fromiter(chain.from_iterable(ids), dtype))
-        return cls(np.concatenate(parts), np.cumsum(lengths))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -149,46 +149,82 @@ class Rows:
     def __getitem__(self, i: int) -> np.ndarray:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
+    def select(self, indices: Iterable[int]) -> list[list[int]]:
+        """Lists of ids, as `ColBERT.query_tokens` takes them."""
+        return [self[i].tolist() for i in indices]
 
-def plan_batches(
-    lengths: np.ndarray, strata: np.ndarray, topics: np.ndarray, *, max_pairs: int, max_tokens: int, seed: int
-) -> list[np.ndarray]:
-    """Index arrays that cover every pair once: the same list for the same arguments.
 
-    A batch holds pairs of one stratum whose documents are alike, because such documents are harder negatives:
-    a stratum is shuffled, cut into windows of about 64 batches, and a window is halved along the line between
-    two of its own topic vectors until a part fits a batch. The order of the batches is random.
+@dataclass(frozen=True, eq=False)
+class TokenizedPairs:
+    """Pairs as token ids, and what a batch needs to know about them.
 
-    Args:
-        lengths: tokens of each pair, int [N]. strata: int [N]. topics: float [N, k].
-        max_pairs, max_tokens: what a batch holds. A pair longer than `max_tokens` is a batch of its own.
+    Attributes:
+        queries, positives: ids without special tokens.
+        lengths: int [N], the tokens that a pair takes of a batch, special tokens included.
+        sources, positive_groups: int [N].
+        teacher_index: int [N, 2], the rows of query and positive in the teacher's vectors, or -1.
     """
-    rng = np.random.default_rng(seed)
-    # What a pair takes of a batch: of its tokens or of its places, whichever is scarcer.
-    cost = np.minimum(np.maximum(lengths / max_tokens, 1 / max_pairs), 1)
-    plan: list[np.ndarray] = []
-    parts = []
-    for stratum in np.unique(strata):
-        members = rng.permutation(np.flatnonzero(strata == stratum))
-        parts += np.array_split(members, max(1, round(cost[members].sum() / 64)))
-    while parts:
-        part = parts.pop()
-        if cost[part].sum() <= 1 + 1e-9:
-            plan.append(part)
-            continue
-        first, second = rng.choice(part, 2, replace=False)
-        part = part[np.argsort(topics[part] @ (topics[first] - topics[second]), kind="stable")]
-        filled, batches = np.cumsum(cost[part]), np.ceil(cost[part].sum())
-        cut = int(np.searchsorted(filled, filled[-1] * (batches // 2) / batches + 1e-9, side="right"))
-        parts += np.split(part, [min(max(cut, 1), len(part) - 1)])
-    return [plan[i] for i in rng.permutation(len(plan))]
+
+    queries: RaggedIds
+    positives: RaggedIds
+    lengths: np.ndarray
+    sources: np.ndarray
+    positive_groups: np.ndarray
+    teacher_index: np.ndarray
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[Pair], model: ColBERT, teacher: Teacher | None) -> TokenizedPairs:
+        """Tokenise as `model` does, to the lengths of its config."""
+        texts = [pair.query for pair in pairs], [pair.positive for pair in pairs]
+        c, sources, groups = model.config, {}, {}
+        queries, query_lengths = _tokenize(texts[0], model.query_ids, model.query_tokens, c.query_length)
+        positives, lengths = _tokenize(texts[1], model.document_ids, model.document_tokens, c.document_length)
+        return cls(
+            queries=queries,
+            positives=positives,
+            lengths=query_lengths + lengths,
+            sources=np.array([sources.setdefault(pair.source, len(sources)) for pair in pairs]),
+            positive_groups=np.array([groups.setdefault((pair.source, pair.group), len(groups)) for pair in pairs]),
+            teacher_index=np.stack(
+                [teacher.index(side) if teacher else np.full(len(pairs), -1) for side in texts], axis=1
+            ),
+        )
+
+    def save(self, file: Path, inputs: dict[str, object]) -> None:
+        """Write an .npz file that remembers what the pairs were made of."""
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        for side in ("queries", "positives"):
+            arrays |= {f"{side}.{name}": value for name, value in vars(getattr(self, side)).items()}
+        with replacing(file) as beside, beside.open("wb") as part:
+            np.savez(part, allow_pickle=False, inputs=np.array(json.dumps(inputs)), **arrays)
+
+    @classmethod
+    def load(cls, file: Path, inputs: dict[str, object]) -> TokenizedPairs:
+        """Read what `save` has written. ValueError: it was made of something else than `inputs`."""
+        with np.load(file) as arrays:
+            check_same(file, json.loads(str(arrays["inputs"])) if "inputs" in arrays else {}, inputs)
+            queries, positives = (
+                RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"]) for side in ("queries", "positives")
+            )
+            rest = {name: arrays[name] for name in arrays.files if "." not in name and name != "inputs"}
+            return cls(queries, positives, **rest)
 
 
-def topic_vectors(rows: Rows, table: np.ndarray) -> np.ndarray:
-    """The mean of each text's token vectors `table [V, k]`, weighted by -log(frequency): float32 [N, k]."""
-    counts = np.bincount(rows.values, minlength=len(table))
-    weighted = (table * np.log(counts.sum() / np.maximum(counts, 1))[:, None]).astype(np.float32)
-    topics = np.zeros((len(rows.lengths), table.shape[1]), np.float32)
-    for i in np.flatnonzero(rows.lengths).tolist():
-        topics[i] = weighted[rows[i]].mean(0)
-    return topics
+def _tokenize(
+    texts: Sequence[str],
+    ids_of: Callable[[Sequence[str]], list[list[int]]],
+    tokens_of: Callable[[Sequence[Sequence[int]]], Tokens],
+    longest: int,
+) -> tuple[RaggedIds, np.ndarray]:
+    """The ids of texts, and the tokens that the model reads of each."""
+    parts: list[np.ndarray] = [np.zeros(0, np.int32)]
+    lengths, read = [0], []
+    for start in range(0, len(texts), 4096):
+        # Tokens of ordinary text are far shorter than 32 characters; the cut saves most of the work.
+        ids = ids_of([text[: 32 * longest] for text in texts[start : start + 4096]])
+        parts.append(np.fromiter(chain.from_iterable(ids), np.int32))
+        lengths += map(len, ids)
+        read += tokens_of(ids).batch.lengths
+    values = np.concatenate(parts)
+    small = values.max(initial=0) < 1 << 16
+    return RaggedIds(values.astype(np.uint16) if small else values, np.cumsum(lengths)), np.array(read)

@@ -12,7 +12,7 @@ def info_nce(scores_BB: Tensor, groups_B: Tensor) -> Tensor:
 
     Args:
         scores_BB: float, queries by documents, divided by the temperature already.
-        groups_B: int. Another pair's document is no negative of a query whose group it shares.
+        groups_B: int. Another pair's document is not a negative of a query whose group it shares.
     """
     same_BB = (groups_B[:, None] == groups_B).fill_diagonal_(False)
     target_B = torch.arange(len(scores_BB), device=scores_BB.device)

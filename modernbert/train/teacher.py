@@ -1,4 +1,4 @@
-"""A teacher folder: the vectors that a single-vector model gives to texts, found again by the text."""
+"""A teacher folder: the vectors that a single-vector model gives to texts, looked up by text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..files import replacing
+from ..tokenizer import Tokenizer
 
 
 class Teacher:
@@ -26,15 +31,15 @@ class Teacher:
             shapes = f"{self.keys.shape} and {self.vectors.shape}"
             raise ValueError(f"{folder}: keys.npy must ascend and be as long as vectors.npy, got {shapes}")
 
-    def rows(self, texts: Iterable[str]) -> np.ndarray:
+    def index(self, texts: Iterable[str]) -> np.ndarray:
         """The row of each text in `vectors`, int64 [N]; -1 where the teacher has not seen the text."""
         keys = np.fromiter((text_key(text) for text in texts), np.uint64)
-        rows = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[rows] == keys, rows, -1)
+        index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[index] == keys, index, -1)
 
-    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
-        """float32 [n, E], of length one."""
-        return torch.nn.functional.normalize(torch.from_numpy(self.vectors[rows].astype(np.float32)), dim=-1)
+    def __getitem__(self, index: np.ndarray) -> Tensor:
+        """float32 [n, E] on the CPU, of length one."""
+        return F.normalize(torch.as_tensor(self.vectors[index].astype(np.float32)), dim=-1)
 
 
 def text_key(text: str) -> int:
@@ -59,6 +64,31 @@ def write_teacher(texts: Sequence[str], model: str, folder: str | os.PathLike, *
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "vectors.npy", np.concatenate(vectors))
-    np.save(folder / "keys.npy", np.array([key for key, _ in unique], np.uint64))
     about = {"model": Path(model).name, "texts": len(unique), "max_length": max_length}
     (folder / "teacher.json").write_text(json.dumps(about))
+    # Last and in one step: a folder without keys is written again.
+    with replacing(folder / "keys.npy") as beside, beside.open("wb") as file:
+        np.save(file, np.array([key for key, _ in unique], np.uint64))
+
+
+def token_texts(tokenizer: Tokenizer) -> list[str]:
+    """Each token of the vocabulary as a text that a teacher can embed."""
+    return [tokenizer.decode([i]).strip() or str(tokenizer.id_to_token(i)) for i in range(tokenizer.vocab_size)]
+
+
+def teach_embeddings(table_VD: Tensor, tokenizer: Tokenizer, teacher: Teacher, *, deviation: float) -> None:
+    """Copy the teacher's vectors of the tokens, on their D main axes, into the table; nothing if it lacks a token.
+
+    Args:
+        deviation: standard deviation of the new elements.
+    """
+    index = teacher.index(token_texts(tokenizer))
+    if (index < 0).any():
+        return
+    vectors = teacher[index] - teacher[index].mean(0)
+    _, _, axes = torch.linalg.svd(vectors, full_matrices=False)
+    width = table_VD.shape[1]
+    vectors = F.normalize(vectors @ axes[:width].T, dim=-1)
+    # The elements of a unit vector deviate by width ** -0.5.
+    with torch.no_grad():
+        table_VD[:, : vectors.shape[1]] = vectors * (deviation * width**0.5)

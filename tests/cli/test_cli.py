@@ -1,4 +1,4 @@
-"""The command line as a person or a pipe sees it."""
+"""The command line, as used by a person or in a pipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.cli import main
 from modernbert.cli.search import QUESTIONS
 from modernbert.heads.colbert import ColBERTConfig
-from modernbert.retrieval.indexing import index
+from modernbert.retrieval import index
 from modernbert.retrieval.store.search import Store
 
 OWLS = "# Birds\n\nDay birds sing.\n\n## Owls\n\nOwls hunt mice at midnight.\n"
@@ -72,7 +72,7 @@ def modernbert(capsys):
 
 
 def test_help_imports_nothing_heavy():
-    """That is what makes it instant: no torch, no numpy, no tokenizers, no hub client."""
+    """So it is instant: no torch, no numpy, no tokenizers, no hub client."""
     heavy = "torch numpy tokenizers safetensors huggingface_hub transformers"
     code = (
         "import sys; from modernbert.cli import main\n"
@@ -176,7 +176,7 @@ def test_notes_before_the_error_say_why_there_is_nothing(modernbert, tmp_path):
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("role", ["documents", "queries"])
 def test_encoded_vectors_are_the_models(modernbert, model, tmp_path, suffix, role):
-    """What is read back equals `encode_documents` or `encode_queries` bit for bit."""
+    """The file equals `encode_documents` or `encode_queries` bit for bit."""
     records = [{"_id": "ä1", "title": "Owls", "text": "hunt mice"}, {"text": "Glaciers, move!"}]
     source, output = tmp_path / "texts.jsonl", tmp_path / f"vectors{suffix}"
     source.write_text("\n".join(map(json.dumps, records)))
@@ -237,7 +237,7 @@ def test_info_says_what_each_layer_uses(modernbert, model):
 
 
 def test_info_of_a_preset_needs_no_weights(modernbert):
-    """The size is the published one of Ettin-17m, counted without its head."""
+    """The size is that published for Ettin-17m, without its head."""
     status, out, _ = modernbert("info", "ettin-17m")
     assert status == 0
     assert re.search(r"parameters\s+16,\d{3},\d{3} in", out)
@@ -289,7 +289,7 @@ def test_a_reader_that_leaves_early_is_no_error(modernbert, model, notes, monkey
     """`modernbert search ... | head -1` ends without a traceback."""
     reading, writing = os.pipe()
     os.close(reading)
-    # What could not be written is still in the buffer when the test closes its file.
+    # The unwritten output is still in the buffer when the test closes its file.
     with contextlib.suppress(BrokenPipeError), open(writing, "w", encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         arguments = ["search", "owls", notes / "night.md", "--model", model]
@@ -299,7 +299,7 @@ def test_a_reader_that_leaves_early_is_no_error(modernbert, model, notes, monkey
 
 
 def test_documents_cannot_drive_the_terminal_nor_break_its_encoding(modernbert, model, tmp_path, monkeypatch):
-    """Escape sequences are not passed on, and what the encoding lacks is a question mark."""
+    """Escape sequences are removed, and characters that the encoding lacks become question marks."""
     (tmp_path / "trap.txt").write_text("owls \x1b[31mhunt\x07 mice\n猫\n")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))

@@ -1,4 +1,4 @@
-"""`modernbert index`, `search --index`, `evaluate` and `export`, as a person or a pipe sees them."""
+"""`modernbert index`, `search --index`, `evaluate` and `export`, as used by a person or in a pipe."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_filters(modernbert, store):
 
 
 def test_a_run_is_trec(modernbert, store, tmp_path):
-    """Queries in BEIR's form in; ids once each, ranks from 1, scores that fall."""
+    """From queries in BEIR's format: each id once, ranks from 1, decreasing scores."""
     (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "owl night"}\n{"_id": "q2", "text": "ice"}\n')
     status, out, err = modernbert(
         "search", "--index", store, "--queries", tmp_path / "queries.jsonl", "--run", tmp_path / "out.trec", "--top", 7
@@ -110,7 +110,7 @@ def test_a_run_is_trec(modernbert, store, tmp_path):
 
 
 def test_questions_that_are_piped_in(modernbert, store, monkeypatch):
-    """One model load, an answer a line; a line with a colon is a command, a wrong one is no end."""
+    """The model is loaded once; a line with a colon is a command, and a wrong one does not end the loop."""
     lines = "owls\n\n:top 1\nice\n:path docs/*.md\nowls\n:where year\n:nonsense\n:path\nglaciers move\n:quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     status, out, err = modernbert("search", "--index", store, "--json")
@@ -133,7 +133,7 @@ def test_a_conversation_on_a_terminal(store):
     os.close(theirs)
     os.write(ours, b"owls hunt\n:why 1\n:quit\n")
     said = b""
-    with contextlib.suppress(OSError):  # which is how a terminal says that nobody is left
+    with contextlib.suppress(OSError):  # a terminal fails like this when the other end is closed
         while part := os.read(ours, 4096):
             said += part
     assert run.wait(timeout=60) == 0
@@ -160,12 +160,12 @@ def test_the_page_is_written(modernbert, store, tmp_path):
         (["search", "owls", "--index", "nowhere"], "nowhere does not exist; make one with: modernbert index PATH..."),
         (["search", "owls", "--index", "docs"], "docs holds no store; make one with: modernbert index PATH..."),
         (["search", "--index", "store", "--queries", "q.jsonl"], "a run needs --index STORE, --queries FILE"),
-        (["search", "owls", "--index", "qdrant:"], "'qdrant:' is no target; a target is one of"),
+        (["search", "owls", "--index", "qdrant:"], "'qdrant:' is not a target; a target is one of"),
         (["index", "nothing", "--output", "new"], "no such file or folder: "),
         (["index", "docs", "--output", "store", "--dtype", "int8"], "the store store holds fp16, not int8"),
-        (["index", "docs", "--output", "docs"], "docs is no store, and not empty"),
+        (["index", "docs", "--output", "docs"], "docs is not a store, and not empty"),
         (["evaluate", "docs"], "no corpus.jsonl or corpus.jsonl.gz in docs"),
-        (["export", "store", "elsewhere"], "'elsewhere' is no target"),
+        (["export", "store", "elsewhere"], "'elsewhere' is not a target"),
     ],
 )
 def test_an_error_is_one_line_that_says_what_to_do(modernbert, store, monkeypatch, arguments, message):
@@ -199,7 +199,7 @@ def test_evaluation_agrees_with_a_count_by_hand(modernbert, model, tmp_path):
     each = [json.loads(line) for line in (tmp_path / "each.jsonl").read_text().splitlines()]
     assert [(row["query"], row["MRR@10"]) for row in each] == [("q1", 1.0), ("q2", pytest.approx(1 / 3))]
     assert [line.split()[2] for line in run.read_text().splitlines()] == [*ranks["q1"], *ranks["q2"]]
-    # What else the store holds, under the same ids, changes nothing.
+    # Other documents in the store with the same ids change nothing.
     (tmp_path / "other").mkdir()
     write_corpus(tmp_path / "other" / "corpus.jsonl", corpus(20))
     modernbert("index", tmp_path / "other", "--output", tmp_path / "store", "--model", model)

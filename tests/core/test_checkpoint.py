@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from modernbert import checkpoint
+from modernbert import checkpoint, files
 from modernbert.checkpoint import load_state_dict, locate, read_json, read_state_dict, save
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -120,7 +120,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, zipped: bool) -
 @pytest.mark.parametrize("content", [{"state_dict": {"w": torch.zeros(2)}}, [torch.zeros(2)]])
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="is no state dict"):
+    with pytest.raises(ValueError, match="is not a state dict"):
         read_state_dict(tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes('{"a": "é"}'.encode())
     assert read_json(tmp_path, "config.json") == {"a": "é"}
-    with pytest.raises(FileNotFoundError, match=r"modules\.json is missing; beside it: \['config\.json'\]"):
+    with pytest.raises(FileNotFoundError, match=r"modules\.json is missing; next to it: \['config\.json'\]"):
         read_json(tmp_path, "modules.json")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_json(tmp_path / "gone", "modules.json")
@@ -405,7 +405,7 @@ def test_large_weights_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_file_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
     for name in ("../x", "a/../../x", str(tmp_path / "x")):
-        with pytest.raises(ValueError, match="lies outside"):
+        with pytest.raises(ValueError, match="is outside"):
             save(tmp_path / "model", config={}, state={}, files={name: b""})
     assert list(tmp_path.iterdir()) == []
 
@@ -414,7 +414,7 @@ def test_a_file_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to replace a folder."""
     if request.param == "moved":
-        monkeypatch.setattr(checkpoint, "_swap", lambda new, target: False)
+        monkeypatch.setattr(files, "_swap", lambda new, target, stale: False)
     elif sys.platform != "linux":
         pytest.skip("folders are swapped on Linux only")
     return request.param
@@ -474,7 +474,7 @@ def test_a_mount_point_is_written_into(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "volume" / "README.md").write_text("card")
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
     renamed: list[Path] = []
-    monkeypatch.setattr(checkpoint, "_swap", lambda new, target: renamed.append(target))
+    monkeypatch.setattr(files, "_swap", lambda new, target, stale: renamed.append(target))
     save(tmp_path / "volume", config={}, state=small_state())
     assert renamed == []
     assert set(tree(tmp_path / "volume")) == {"README.md", "config.json", "model.safetensors"}
@@ -496,14 +496,14 @@ def test_a_file_that_comes_during_the_save_is_kept(tmp_path: Path, monkeypatch: 
     """A log begun between the copy of the old folder's entries and the swap would go with the old folder."""
     save(tmp_path / "model", config={}, state=small_state())
 
-    calls: list[Iterable[Path]] = []
+    calls: list[tuple[Path, ...]] = []
 
-    def begin_a_log(paths: Iterable[Path]) -> None:
+    def begin_a_log(*paths: Path) -> None:
         calls.append(paths)
         if len(calls) == 2:  # of the folders, when all is copied
             (tmp_path / "model" / "log").write_text("1")
 
-    monkeypatch.setattr(checkpoint, "_flush", begin_a_log)
+    monkeypatch.setattr(files, "flush", begin_a_log)
     save(tmp_path / "model", config={"new": 1}, state=small_state())
     assert read_json(tmp_path / "model", "config.json") == {"new": 1}
     assert (tmp_path / "model" / "log").read_text() == "1"
@@ -646,5 +646,5 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         locate(tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match=r"gone' is no folder here"):
+    with pytest.raises(FileNotFoundError, match=r"gone' is not a local folder"):
         locate(tmp_path / "gone")

@@ -242,7 +242,7 @@ def linked(draw: Draw, folder: Path) -> str:
 
 
 def strange(draw: Draw, folder: Path) -> str:
-    """No file: a link to itself, to nowhere, to what has no end; a pipe that nobody writes to; a folder."""
+    """No file: a link to itself, to nowhere, to what has no end; a pipe without a writer; a folder."""
     path = pick(draw, folder)
     path.unlink()
     kind = one(draw, [path.name, "nowhere", "/dev/zero", "/dev/full", ".", "pipe", "folder"])
@@ -697,9 +697,9 @@ FOUND = [
         "expanded to 100000 tokens, beyond max_pos",
     ),
     ("stanford", "artifact.metadata", "query_maxlen", 100_000, "expanded to 100000 tokens, beyond max_position_emb"),
-    ("colbert", "modules.json", "1", "1_Dense", "modules.json: type is None, but must be a text"),
+    ("colbert", "modules.json", "1", "1_Dense", "modules.json: a module is '1_Dense', but must be a JSON object"),
     ("colbert", DENSE, "in_features", None, "1_Dense/config.json: in_features is None, but"),
-    ("colbert", DENSE, "activation_function", "torch.nn.modules.transformer.Transformer", "is none of .* Identity"),
+    ("colbert", DENSE, "activation_function", "torch.nn.modules.transformer.Transformer", "is not one of .* Identity"),
     ("colbert", TOKENS, "normalizer", {"type": "Precompiled"}, "tokenizer.json is damaged, or too new"),
     ("colbert", TOKENS, "post_processor/single/2/SpecialToken/id", "[GONE]", "tokenizer.json is damaged, or too new"),
     (
@@ -718,7 +718,7 @@ FOUND = [
         "model.safetensors.index.json",
         "weight_map/final_norm.weight",
         3,
-        "points to 3, which is no file",
+        "points to 3, which is not a file",
     ),
 ]
 
@@ -797,14 +797,14 @@ def test_a_text_that_the_vocabulary_cannot_hold() -> None:
         tokenizer("b")
 
 
-NO_FILE = "is no file, or a link that leads to none"
+NO_FILE = "is not a file, or is a broken link"
 MENDED = {
     "an endless pattern": ("encoder", endless_pattern, "layer_types is .* but must be a list of 1 to 1,000"),
-    "a long json": ("colbert", long_json, "36,000,011 bytes; of JSON no more than 33,554,432 are read"),
+    "a long json": ("colbert", long_json, "36,000,011 bytes; JSON files of at most 33,554,432 bytes are read"),
     "compressed": ("pickled encoder", deflated, "it is compressed, so that it cannot be mapped"),
     "an array": ("pickled encoder", pickled("w", Swollen()), r"it calls \['__builtin__ bytearray'\]"),
-    "a repeated view": ("pickled encoder", pickled("w", torch.zeros(1).expand(2**20, 2**20)), "is no state dict"),
-    "a number for a name": ("pickled encoder", pickled(5, torch.zeros(1)), "is no state dict"),
+    "a repeated view": ("pickled encoder", pickled("w", torch.zeros(1).expand(2**20, 2**20)), "is not a state dict"),
+    "a number for a name": ("pickled encoder", pickled(5, torch.zeros(1)), "is not a state dict"),
     "a tensor without data": ("pickled encoder", pickled("w", torch.zeros(2, device="meta")), "it calls"),
     "another width": ("colbert", other_width, "a Dense takes 32 features, but is given 64"),
     "a head without a matrix": ("stanford", headless, "has no matrix linear.weight"),

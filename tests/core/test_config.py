@@ -132,7 +132,7 @@ PUBLISHED_MILLIONS = zip(PRESETS, (149.0, 394.8, 16.8, 31.9, 68.1, 149.0, 394.8,
 def test_presets_have_the_published_size(name: str, millions: float) -> None:
     c = PRESETS[name]
     layer = 4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-    # Layer 0 has no attn_norm; the norms of the embeddings and of the end stand in its place and beside it.
+    # Layer 0 has no attn_norm; there are the norms of the embeddings and of the end.
     count = c.vocab_size * c.hidden_size + c.num_hidden_layers * layer + c.hidden_size
     assert count / 1e6 == pytest.approx(millions, rel=2e-3)
 

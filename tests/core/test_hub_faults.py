@@ -133,12 +133,12 @@ def test_the_hub(tmp_path: Path) -> None:
         assert (tmp_path / "other" / "models--own--gated").is_dir()
         assert [kind for kind, _ in found[6:]] == ["FileNotFoundError"] * 4 + ["PermissionError"] * 2
         no_revision, no_repository, no_name, not_cached, no_token, wrong_token = (str(text) for _, text in found[6:])
-        assert no_revision.startswith("'own/model' at revision 'v2' is no folder here")
+        assert no_revision.startswith("'own/model' at revision 'v2' is not a local folder")
         assert "Revision Not Found" in no_revision
-        assert no_repository.startswith("'own/absent' is no folder here")
+        assert no_repository.startswith("'own/absent' is not a local folder")
         assert "if it is private, log in" in no_repository
-        assert no_name.startswith("'../own/model' is no folder here")
-        assert not_cached.startswith("'own/gated' is no folder here")
+        assert no_name.startswith("'../own/model' is not a local folder")
+        assert not_cached.startswith("'own/gated' is not a local folder")
         for message in (no_token, wrong_token):
             assert message.startswith("'own/gated' is gated: accept its terms, then log in")
         downloads = [request for request in hub.requests if request.startswith("GET /store/")]
@@ -287,7 +287,7 @@ def test_faults_that_are_overcome(client: Client) -> None:
         assert client.hub.requests == [f"GET /api/models/{repository}"], name
 
 
-# What goes wrong for ever, and what is said of it.
+# What goes wrong for good, and its message.
 REFUSED: dict[str, tuple[list[Fault], str]] = {
     "weights that never begin": ([Fault(WEIGHTS, inf, cut=0)], ""),
     "resets in the weights": ([Fault(WEIGHTS, inf, cut=50_000, reset=True)], ""),
@@ -325,7 +325,7 @@ def test_faults_without_an_end(client: Client) -> None:
         assert type(error) is OSError, name
         assert "\n" not in str(error), name
         with pytest.raises(
-            OSError, match=f"^'{repository}' is no folder here, and was not downloaded; try again, .*{words}"
+            OSError, match=f"^'{repository}' is not a local folder, and the download failed; try again, .*{words}"
         ):
             raise error
         assert sum(client.waits) <= 30, name
@@ -338,7 +338,7 @@ def test_faults_without_an_end(client: Client) -> None:
             fault.times = 0
         assert client.ask(repository) == files, name
         again = {request.rpartition("/")[2] for request in client.hub.requests if request.startswith("HEAD")}
-        assert not again & {*kept} - {"model.safetensors", "config.json"}, name  # which stand in two folders
+        assert not again & {*kept} - {"model.safetensors", "config.json"}, name  # which are in two folders
         assert client.ask(repository, local_files_only=True) == files, name
         if faults[0].at.startswith(LIST.format(name=repository)):  # the cache is complete: it serves at once
             faults[0].times = inf
@@ -389,7 +389,7 @@ def test_models_of_the_hub(client: Client) -> None:
     content = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     repository = client.hub.repositories["own/default"] = Repository({COMMIT: content}, {"main": COMMIT})
     hf_hub_download("own/default", "config.json")  # as AutoConfig of transformers does
-    with pytest.raises(FileNotFoundError, match=r"'own/default': a download was broken off.*load it again"):
+    with pytest.raises(FileNotFoundError, match=r"'own/default': a download was interrupted.*load it again"):
         ColBERT.from_pretrained("own/default", local_files_only=True)
 
     texts, want = ["Where does a cell get its energy?", "[CLS] <|padding|> ß"], ColBERT.default()
@@ -397,7 +397,7 @@ def test_models_of_the_hub(client: Client) -> None:
     tokenizer = Tokenizer.from_pretrained("own/default")
     assert tokenizer(texts).input_ids.tolist() == want.tokenizer(texts).input_ids.tolist()
     assert not any("safetensors" in request or "/store/" in request for request in client.hub.requests)
-    with pytest.raises(FileNotFoundError, match="'own/default': a download was broken off"):
+    with pytest.raises(FileNotFoundError, match="'own/default': a download was interrupted"):
         ColBERT.from_pretrained("own/default", local_files_only=True)
 
     for name in ("1_Dense/model.safetensors", "model.safetensors"):
@@ -405,7 +405,7 @@ def test_models_of_the_hub(client: Client) -> None:
         with pytest.raises(OSError, match=f"{name} came twice with other content"):
             ColBERT.from_pretrained("own/default")
         client.hub.faults.clear()
-        with pytest.raises(FileNotFoundError, match="'own/default': a download was broken off"):
+        with pytest.raises(FileNotFoundError, match="'own/default': a download was interrupted"):
             ColBERT.from_pretrained("own/default", local_files_only=True)
     for offline in (False, True):
         got = ColBERT.from_pretrained("own/default", local_files_only=offline).encode_queries(texts)
@@ -413,7 +413,7 @@ def test_models_of_the_hub(client: Client) -> None:
 
     del content["config.json"]
     repository.commits[LATER], repository.refs["main"] = content, LATER
-    with pytest.raises(FileNotFoundError, match=r"the repository has no config\.json, so it is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"the repository has no config\.json, so it is not a checkpoint"):
         ColBERT.from_pretrained("own/default")
 
 

@@ -201,7 +201,7 @@ CASED = [
 
 
 def test_lower_casing_offsets_are_into_the_callers_text(modernbert_tokenizer_file: Path) -> None:
-    """Sentence-transformers 6 lower-cases inside the tokenizer, which then tracks the offsets by itself.
+    """Sentence-transformers 6 lower-cases inside the tokenizer, which then tracks the offsets alone.
 
     'İ' becomes two characters, so offsets into `text.lower()` point beside the word from there on.
     """

@@ -15,6 +15,7 @@ from transformers.models.modernbert import modeling_modernbert
 
 from modernbert import Encoder, EncoderConfig, pack
 from modernbert.config import FULL, PRESETS, SLIDING
+from modernbert.integrations.transformers import TransformersEncoder
 from modernbert_kernels import backend
 
 LIMIT = 1e-4  # the bar of the project for float32. The weights are loud; most differences stay below 2e-5.
@@ -102,7 +103,7 @@ def test_a_text_beyond_8192_tokens() -> None:
 @pytest.mark.parametrize("name", ["ettin-17m", "all biases"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_packed_and_alone_are_equal(name: str, side: str) -> None:
-    """Four ways in, and transformers' padded batch, where positions count padding that stands left."""
+    """Four ways in, and transformers' padded batch, where positions count padding on the left."""
     config = CASES[name]
     theirs, ours = twins(config)
     texts = random_ids(LENGTHS[:-1], config.vocab_size)
@@ -163,23 +164,35 @@ def test_both_generations_of_config_are_one_model(config: EncoderConfig) -> None
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_hidden_states_are_those_of_transformers_5(layers: int, side: str) -> None:
-    """N + 1 of them; the last is after the final norm. A large batch in inference goes in parts: the same."""
+    """N + 1 of them; the last is after the final norm. Of large batches too."""
     theirs, ours = twins(replace(TINY, num_hidden_layers=layers, **BIASES))
     for texts in (random_ids([3, 40, 17], 100), random_ids([500, 480, 510, 490, 470, 5], 100)):
         ids, mask = pad(texts, side)
         real = mask.bool()
         with torch.inference_mode():
             wanted = theirs(ids, attention_mask=mask, output_hidden_states=True)
-            padded = ours(ids, mask, output_hidden_states=True)
-            packed = ours(pack(texts), output_hidden_states=True)
-        assert len(padded.hidden_states) == len(packed.hidden_states) == layers + 1
-        assert torch.equal(packed.hidden_states[-1], packed.last_hidden_state)
-        states = zip(padded.hidden_states, packed.hidden_states, wanted.hidden_states, strict=True)
-        for mine, flat, yours in states:
+            padded = TransformersEncoder(ours)(ids, mask, output_hidden_states=True)
+        assert len(padded.hidden_states) == layers + 1
+        assert torch.equal(padded.hidden_states[-1], padded.last_hidden_state)
+        for mine, yours in zip(padded.hidden_states, wanted.hidden_states, strict=True):
             assert worst(mine[real], yours[real]) <= LIMIT
-            assert worst(flat, yours[real]) <= LIMIT
             assert mine[~real].eq(0).all()
-        assert ours(ids, mask).hidden_states is None
+        assert TransformersEncoder(ours)(ids, mask).hidden_states is None
+
+
+def test_hooks_on_layers_see_the_residual_stream() -> None:
+    """Of a packed batch, as the docstring of `Layer` says: `x + delta` after a layer is transformers' hidden state."""
+    theirs, ours = twins(TINY)
+    texts = random_ids([3, 40, 17], 100)
+    ids, mask = pad(texts)
+    seen: list[Tensor] = []
+    for layer in ours.layers:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output[0] + output[1]))
+    with torch.inference_mode():
+        ours(pack(texts))
+        wanted = theirs(ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:-1]
+    for mine, yours in zip(seen[:-1], wanted, strict=True):
+        assert worst(mine, yours[mask.bool()]) <= LIMIT
 
 
 def test_inputs_embeds() -> None:
@@ -218,7 +231,7 @@ def test_position_ids(side: str) -> None:
     with torch.inference_mode():
         for positions in (steps, steps[:1]):
             wanted = theirs(ids, attention_mask=mask, position_ids=positions).last_hidden_state
-            got = ours(ids, mask, position_ids=positions).last_hidden_state
+            got = TransformersEncoder(ours)(ids, mask, position_ids=positions).last_hidden_state
             assert worst(got[real], wanted[real]) <= LIMIT
         assert worst(got[real], ours(ids, mask).last_hidden_state[real]) > LIMIT
 

@@ -7,9 +7,9 @@ import torch
 from hf_twin import TINY, random_ids, twins
 from torch import Tensor, nn
 
-from modernbert import ColBERT, Encoder, Packed, pack
+from modernbert import ColBERT, Encoder, Packed, Session, pack
 from modernbert.encoder import Layer
-from modernbert.inference.encode import split_rows
+from modernbert.inference.batches import split_rows
 
 LENGTHS = [5, 0, 70, 1, 33]
 
@@ -76,6 +76,7 @@ def test_rows_of_a_batch_that_runs_in_parts(encoder: Encoder) -> None:
         whole = encoder(batch)
         for rows in (batch.cu_seqlens[:-1], torch.arange(3, batch.num_tokens, 97), torch.tensor([1600, 5237])):
             torch.testing.assert_close(encoder(batch, rows=rows), whole[rows], rtol=0, atol=2e-5)
+            torch.testing.assert_close(Session(encoder)(batch, rows=rows), whole[rows], rtol=0, atol=2e-5)
 
 
 def test_split_rows() -> None:
@@ -108,8 +109,6 @@ def test_rows_that_cannot_be_meant(encoder: Encoder, batch: Packed, rows: Tensor
 
 def test_rows_with_what_contradicts_them(encoder: Encoder, batch: Packed) -> None:
     rows = torch.tensor([1])
-    with pytest.raises(ValueError, match="either rows or output_hidden_states"):
-        encoder(batch, rows=rows, output_hidden_states=True)
     with pytest.raises(ValueError, match="index last_hidden_state"):
         encoder(torch.zeros(1, 3, dtype=torch.int64), rows=rows)
 

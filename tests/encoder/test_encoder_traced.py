@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,6 @@ import torch
 from hf_twin import BIASES, TINY, pad, random_ids, twins
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.export import Dim, ExportedProgram
 
 from modernbert import Encoder, pack
 from modernbert.config import FULL, SLIDING
@@ -91,82 +89,5 @@ def test_the_padded_entrance_compiles_with_graph_breaks() -> None:
     ids, mask = pad(random_ids([3, 40, 17], 100), "left")
     with torch.no_grad():
         assert_same((compiled(ids, mask)[0],), (encoder(ids, mask)[0],))
-        ids, mask = pad(random_ids([3, 40, 17], 100))
-        masks = (mask, 1 - mask)
-        got, wanted = (model(ids, masks[0], query_mask=masks[1])[0] for model in (compiled, encoder))
-        assert_same((got,), (wanted,))
     with pytest.raises(ValueError, match="token id 100 is out of range"):
         compiled(ids.masked_fill(mask == 1, 100), mask)
-
-
-# Export
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return twins(replace(SMALL, **BIASES))[1]
-
-
-@pytest.fixture(scope="module")
-def program(encoder: Encoder) -> ExportedProgram:
-    sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    return torch.export.export(encoder, pad(random_ids([3, 40, 17], 100)), dynamic_shapes=(sizes, sizes))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("lengths", [[3, 40, 17], [100, 2], [5, 7, 64, 65, 130], [33]])
-def test_an_exported_program_at_other_sizes(
-    program: ExportedProgram, encoder: Encoder, side: str, lengths: list[int]
-) -> None:
-    ids, mask = pad(random_ids(lengths, 100), side, extra=3)
-    with torch.no_grad():
-        got, wanted = program.module()(ids, mask), encoder(ids, mask)
-    torch.testing.assert_close(got.last_hidden_state, wanted.last_hidden_state, rtol=0, atol=2e-5)
-    assert got.last_hidden_state[mask == 0].eq(0).all()
-
-
-def test_an_exported_program_is_saved_and_loaded(program: ExportedProgram, encoder: Encoder) -> None:
-    """Saving failed, because the class of the output was not known to torch's serialiser."""
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    ids, mask = pad(random_ids([5, 9], 100), "left")
-    with torch.no_grad():
-        got = torch.export.load(file).module()(ids, mask)
-        torch.testing.assert_close(got.last_hidden_state, encoder(ids, mask)[0], rtol=0, atol=2e-5)
-
-
-OTHERS = {
-    "position_ids": ("input_ids", "attention_mask", "position_ids"),
-    "inputs_embeds": ("inputs_embeds", "attention_mask"),
-    "no mask": ("input_ids",),
-}
-
-
-@pytest.mark.parametrize(("name", "strict"), [(name, False) for name in OTHERS] + [("position_ids", True)])
-def test_export_of_the_other_arguments(encoder: Encoder, name: str, strict: bool) -> None:
-    """Positions, embeddings, no mask; hidden states; strict is with dynamo. All sizes are open."""
-    ids, mask = pad(random_ids([3, 40, 17], 100), "left")
-    known = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": ids,
-        "inputs_embeds": torch.randn(3, 40, 64),
-    }
-    arguments = {key: known[key] for key in OTHERS[name]}
-    sizes: dict[str, Any] = {key: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for key in arguments}
-    sizes["output_hidden_states"] = None
-    options = {"output_hidden_states": True}
-    program = torch.export.export(encoder, (), {**arguments, **options}, dynamic_shapes=sizes, strict=strict)
-    others = {key: torch.cat([x, x])[:5, -20:] for key, x in arguments.items()}
-    with torch.no_grad():
-        got, wanted = program.module()(**others, **options), encoder(**others, **options)
-    assert len(got.hidden_states) == 3
-    for mine, yours in zip(got.hidden_states, wanted.hidden_states, strict=True):
-        torch.testing.assert_close(mine, yours, rtol=0, atol=2e-5)
-
-
-def test_export_refuses_query_rows(encoder: Encoder) -> None:
-    ids, mask = pad(random_ids([3, 40], 100))
-    with pytest.raises(ValueError, match="query_mask cannot be exported"):
-        torch.export.export(encoder, (ids, mask), {"query_mask": 1 - mask}, strict=False)

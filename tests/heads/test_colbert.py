@@ -16,7 +16,7 @@ from accuracy import assert_accurate
 from hf_twin import make_loud
 from torch import Tensor
 
-from modernbert import ColBERT, maxsim
+from modernbert import ColBERT, maxsim, pack
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.heads.dense import Dense
@@ -31,7 +31,7 @@ DOCUMENTS = ["To fold a tensor, reshape it first.", "The norm has a gradient; se
 
 @pytest.fixture(scope="module")
 def plain_tokenizer() -> Tokenizer:
-    """The fixture's tokenizer without "[Q] " and "[D] ", as every encoder has that is no ColBERT yet."""
+    """The fixture's tokenizer without "[Q] " and "[D] ", as of an encoder that is not yet a ColBERT."""
     content = json.loads((BACKBONE / "tokenizer.json").read_text("utf-8"))
     content["added_tokens"] = [x for x in content["added_tokens"] if x["content"] not in ("[Q] ", "[D] ")]
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
@@ -131,7 +131,8 @@ def dense_loss(colbert: ColBERT) -> Tensor:
         keys = None if part.batch.key_lengths is None else int(part.batch.key_lengths[0])
         ids = part.batch.input_ids[None]
         real = torch.arange(ids.shape[1])[None] < (ids.shape[1] if keys is None else keys)
-        x = colbert.encoder(ids, real, query_mask=~real if keys is not None else None).last_hidden_state[0]
+        batch = pack(ids, real, query_mask=~real) if keys is not None else pack(ids)
+        x = colbert.encoder(batch)
         y = x @ colbert.dense[0].linear.weight.T
         return (y / y.square().sum(-1, keepdim=True).sqrt())[part.keep]
 
@@ -220,12 +221,17 @@ def test_mistakes_are_named(plain_tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="put it in a list"):
         make(plain_tokenizer).tokenize_documents("one text")
     encoder = Encoder.from_pretrained(BACKBONE)
-    with pytest.raises(ValueError, match="prefix '\\[Q\\] ' is no token of the tokenizer"):
+    with pytest.raises(ValueError, match="prefix '\\[Q\\] ' is not a token of the tokenizer"):
         ColBERT(encoder, plain_tokenizer, make(plain_tokenizer).dense, ColBERTConfig())
     encoder.save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no late-interaction head|no modules\.json"):
         ColBERT.from_pretrained(tmp_path)
+    wrapped = make(plain_tokenizer)
+    wrapped.dense = torch.nn.ModuleList([torch.nn.Sequential(*wrapped.dense)])
+    with pytest.raises(TypeError, match="layer 1 of the head is a Sequential"):
+        wrapped.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_ragged_of_tokens_picks_the_scored_rows(plain_tokenizer: Tokenizer) -> None:

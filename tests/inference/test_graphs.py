@@ -1,4 +1,4 @@
-"""A batch in a graph's bucket gives the rows that it has alone; where no graph fits, that is said.
+"""A batch in a graph's bucket gives the rows that it has alone.
 
 Without a GPU a stand-in takes the place of the graph: it runs the captured function again on the same memory, which is
 all that a replay does. Captures of real graphs are marked `gpu`.
@@ -6,10 +6,9 @@ all that a replay does. Captures of real graphs are marked `gpu`.
 
 from __future__ import annotations
 
-import copy
-import pickle
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from hf_twin import TINY, random_ids, twins
-from torch import Tensor
+from torch import Tensor, nn
 
-from modernbert import ColBERT, Encoder, Packed, pack
-from modernbert.inference.graphs import LONG, Bucket, Graphed, bucket_sizes, fill
+from modernbert import ColBERT, Encoder, Packed, Session, pack
+from modernbert.inference import graphs
+from modernbert.inference.graphs import LONG, Bucket, Graphs, bucket_sizes, fill
 
 MIXES = {
     "one query": [7],
@@ -47,6 +47,17 @@ def encoder() -> Encoder:
     return twins(TINY)[1].eval()
 
 
+def replays(model: nn.Module, captures: list[Any] | None = None) -> Graphs:
+    return Graphs(model, torch.device("cpu"), capture=stand_in([] if captures is None else captures))
+
+
+@torch.no_grad()
+def replay(made: Graphs, batch: Packed, rows: Tensor | None = None) -> Tensor:
+    bucket = made.bucket(batch)
+    assert bucket is not None
+    return made.replay(bucket, batch, rows)
+
+
 def batch_of(lengths: list[int]) -> Packed:
     return pack(random_ids(lengths, TINY.vocab_size))
 
@@ -61,101 +72,72 @@ def expanded(lengths: list[int]) -> Packed:
 
 @pytest.mark.parametrize("name", MIXES)
 def test_a_graph_gives_the_rows_of_the_batch_alone(encoder: Encoder, name: str) -> None:
-    captures: list[Any] = []
-    graphed = Graphed(encoder, 512, capture=stand_in(captures))
+    made = replays(encoder)
     # What another batch left in the bucket must not be seen.
-    graphed(batch_of([4, 17, 9]))
+    replay(made, batch_of([4, 17, 9]))
     batch = batch_of(MIXES[name])
     with torch.no_grad():
         wanted = encoder(batch)
-    got = graphed(batch)
+    got = replay(made, batch)
     assert got.shape == wanted.shape
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
     rows = torch.arange(0, batch.num_tokens, 3)
-    torch.testing.assert_close(graphed(batch, rows=rows), wanted[rows], rtol=0, atol=2e-5)
+    torch.testing.assert_close(replay(made, batch, rows), wanted[rows], rtol=0, atol=2e-5)
 
 
 def test_query_rows_have_graphs_of_their_own(encoder: Encoder) -> None:
-    captures: list[Any] = []
-    graphed = Graphed(encoder, 512, capture=stand_in(captures))
+    made = replays(encoder)
     for lengths in ([5, 30, 80], [9], [64, 2]):
         batch = expanded(lengths)
         with torch.no_grad():
             wanted = encoder(batch)
-        torch.testing.assert_close(graphed(batch), wanted, rtol=0, atol=2e-5)
-    assert graphed(batch_of([9])).shape == (9, TINY.hidden_size)
-    assert {bucket.keys for bucket in graphed._graphs} == {True, False}
+        torch.testing.assert_close(replay(made, batch), wanted, rtol=0, atol=2e-5)
+    assert replay(made, batch_of([9])).shape == (9, TINY.hidden_size)
+    assert {bucket.keys for bucket in made._graphs} == {True, False}
 
 
-def test_a_bucket_is_captured_once_and_nothing_is_allocated(encoder: Encoder) -> None:
+def test_a_bucket_is_captured_once(encoder: Encoder) -> None:
     captures: list[Any] = []
-    graphed = Graphed(encoder, 512, capture=stand_in(captures))
-    addresses = {graphed(batch_of([length])).data_ptr() for length in (3, 20, 32)}
-    assert len(captures) == len(addresses) == 1
-    graphed(batch_of([33]))
+    made = replays(encoder, captures)
+    for length in (3, 20, 32):
+        replay(made, batch_of([length]))
+    assert len(captures) == 1
+    replay(made, batch_of([33]))
     assert len(captures) == 2
 
 
-def test_the_result_is_overwritten_by_the_next_call(encoder: Encoder) -> None:
-    graphed = Graphed(encoder, 512, capture=stand_in([]))
-    first = graphed(batch_of([20]))
+def test_the_result_is_the_callers(encoder: Encoder) -> None:
+    """The next replay overwrites the memory of the graph, not what was returned before."""
+    made = replays(encoder)
+    first = replay(made, batch_of([20]))
     kept = first.clone()
-    graphed(batch_of([21]))
-    assert not torch.equal(first, kept)
+    replay(made, batch_of([21]))
+    assert torch.equal(first, kept)
 
 
 def test_a_graph_made_in_inference_mode_serves_outside_of_it(encoder: Encoder) -> None:
-    graphed = Graphed(encoder, 64, capture=stand_in([]))
+    made = replays(encoder)
     with torch.inference_mode():
-        wanted = graphed(batch_of([9])).clone()
-    got = graphed(batch_of([9]))
+        wanted = replay(made, batch_of([9])).clone()
+    got = replay(made, batch_of([9]))
     assert not got.is_inference()
     assert not got.requires_grad
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-def test_a_bucket_longer_than_the_model_warns_nobody() -> None:
+def test_a_bucket_longer_than_the_model_does_not_warn() -> None:
     encoder = twins(replace(TINY, max_position_embeddings=1100))[1].eval()
-    graphed = Graphed(encoder, 2048, capture=stand_in([]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert graphed(batch_of([1099])).shape[0] == 1099
+        assert replay(replays(encoder), batch_of([1099])).shape[0] == 1099
 
 
-def test_what_no_graph_holds_runs_without_one_and_says_so_once(encoder: Encoder) -> None:
-    captures: list[Any] = []
-    graphed = Graphed(encoder, 64, capture=stand_in(captures))
-    for lengths in ([65], [1] * 9):
-        with torch.no_grad():
-            wanted = encoder(batch_of(lengths))
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            torch.testing.assert_close(graphed(batch_of(lengths)), wanted, rtol=0, atol=2e-5)
-        assert len(said) == (lengths == [65])
-        if said:
-            assert "65 tokens in 1 sequences" in str(said[0].message)
-            assert said[0].filename == __file__
-    assert not captures
-
-
-def test_what_cannot_be_replayed_is_refused(encoder: Encoder) -> None:
-    with pytest.raises(ValueError, match="need the model on a GPU"):
-        encoder.graphed()
-    with pytest.raises(ValueError, match="smallest graph has 32"):
-        Graphed(encoder, 31, capture=stand_in([]))
-    graphed = Graphed(encoder, capture=stand_in([]))
-    with pytest.raises(ValueError, match="leave it on the CPU"):
-        graphed(batch_of([5]).to("meta"))
-    with pytest.raises(ValueError, match="leave autocast"), torch.autocast("cpu", torch.bfloat16):
-        graphed(batch_of([5]))
-    with pytest.raises(ValueError, match="less than the 5 tokens"):
-        graphed(batch_of([5]), rows=torch.tensor([5]))
-    encoder.train()
-    with pytest.raises(ValueError, match=r"training mode: eval\(\)"):
-        graphed(batch_of([5]))
-    encoder.eval().double()
-    with pytest.raises(RuntimeError, match="weights have moved"):
-        graphed(batch_of([5]))
+def test_threads_take_turns(encoder: Encoder) -> None:
+    made, batches = replays(encoder), [batch_of([length, 3]) for length in (5, 9, 12, 20)] * 4
+    wanted = [replay(made, batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for got, exact in zip(pool.map(lambda batch: replay(made, batch), batches), wanted, strict=True):
+            assert torch.equal(got, exact)
 
 
 def test_bucket_sizes() -> None:
@@ -167,18 +149,21 @@ def test_bucket_sizes() -> None:
         assert smaller < larger <= 1.25 * smaller
 
 
-def test_a_bucket_has_room_for_tokens_and_texts_and_knows_long_ones(encoder: Encoder) -> None:
-    graphed = Graphed(encoder, 8192, capture=stand_in([]))
-    assert graphed.bucket(batch_of([32])) == Bucket(32, 32, False)
-    assert graphed.bucket(batch_of([8] * 4)) == Bucket(32, 32, False)
-    assert graphed.bucket(batch_of([1] * 4)) == Bucket(40, 40, False)  # what is left over needs a place
-    assert graphed.bucket(batch_of([500] * 4)) == Bucket(2048, LONG, False)
-    assert graphed.bucket(batch_of([LONG, LONG])) == Bucket(2048, LONG, False)
-    assert graphed.bucket(batch_of([LONG + 1, 5000])) == Bucket(6144, 6144, False)
-    assert graphed.bucket(batch_of([LONG + 1] * 5)) == Bucket(6144, 2048, False)
-    assert graphed.bucket(batch_of([8193])) is None
+def test_a_bucket_has_room_for_tokens_and_texts_and_knows_long_ones(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 8192)
+    made = replays(encoder)
+    assert made.bucket(batch_of([32])) == Bucket(32, 32, False)
+    assert made.bucket(batch_of([8] * 4)) == Bucket(32, 32, False)
+    assert made.bucket(batch_of([1] * 4)) == Bucket(40, 40, False)  # what is left over needs a place
+    assert made.bucket(batch_of([500] * 4)) == Bucket(2048, LONG, False)
+    assert made.bucket(batch_of([LONG, LONG])) == Bucket(2048, LONG, False)
+    assert made.bucket(batch_of([LONG + 1, 5000])) == Bucket(6144, 6144, False)
+    assert made.bucket(batch_of([LONG + 1] * 5)) == Bucket(6144, 2048, False)
+    assert made.bucket(batch_of([8193])) is None
     # One free place of 5,120 // 8 would have to take 3,203 tokens.
-    assert graphed.bucket(batch_of([3] * 639)) == Bucket(6144, LONG, False)
+    assert made.bucket(batch_of([3] * 639)) == Bucket(6144, LONG, False)
 
 
 @pytest.mark.parametrize("lengths", [[], [3], [10, 20], [32], [1, 1, 1], [0, 5, 0]])
@@ -203,27 +188,19 @@ def test_what_fills_up_sees_itself_alone() -> None:
     assert row[71:].tolist() == row[64:69].diff()[2:].tolist()
 
 
-def test_a_colbert_encodes_texts_through_its_graphs() -> None:
-    model = ColBERT.default()
-    model.graphs = Graphed(model, 256, capture=stand_in([]))
-    tokens = model.tokenize_documents(["one, two.", "three"])
-    with torch.no_grad():
-        wanted = model(tokens.batch, rows=tokens.rows)
-    torch.testing.assert_close(model.graphs(tokens.batch, rows=tokens.rows), wanted, rtol=0, atol=2e-5)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.graphs is None
+# On a GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MIXES)
-def test_a_real_graph_gives_the_rows_of_the_batch_alone(encoder: Encoder, name: str) -> None:
+def test_a_session_on_a_gpu_gives_the_rows_of_the_batch_alone(encoder: Encoder, name: str) -> None:
     encoder.to("cuda")
-    graphed = encoder.graphed(512)
-    for lengths in ([4, 17, 9], MIXES[name], [200, 3], MIXES[name]):
+    session = Session(encoder)
+    for lengths in ([4, 17, 9], MIXES[name], [200, 3], [9000, 9000], MIXES[name]):
         batch = batch_of(lengths)
         with torch.no_grad():
             wanted = encoder(batch.to("cuda"))
-        torch.testing.assert_close(graphed(batch), wanted, rtol=0, atol=2e-4)
+        torch.testing.assert_close(session(batch), wanted, rtol=0, atol=2e-4)
 
 
 @pytest.mark.gpu
@@ -233,8 +210,8 @@ def test_a_gpu_encodes_texts_as_a_cpu_does() -> None:
     model = ColBERT.default()
     wanted = model.encode_documents(texts)
     model.to("cuda")
+    session = Session(model)
     plain = model.encode_documents(texts, batch_tokens=4000)
-    model.graphs = model.graphed()
-    for got in (plain, model.encode_documents(texts, batch_tokens=4000), model.encode_documents(texts)):
+    for got in (plain, session.encode_documents(texts, batch_tokens=4000), session.encode_documents(texts)):
         assert torch.equal(got.offsets, wanted.offsets)
         torch.testing.assert_close(got.values, wanted.values, rtol=0, atol=1e-3)

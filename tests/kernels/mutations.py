@@ -1,6 +1,6 @@
-"""Ways to break each kernel that a test must notice: a mask, a sign, a scale.
+"""Ways to break each kernel that must make a test fail: a mask, a sign, a scale.
 
-    python tests/kernels/mutations.py            try all of them, and fail if one goes unnoticed
+    python tests/kernels/mutations.py            try all of them, and fail if the tests pass with one
     python tests/kernels/mutations.py geglu      those of one file
 
 Each row is applied to a copy of the sources, and the tests that it names are run there in Triton's interpreter.
@@ -29,41 +29,50 @@ class Mutation(NamedTuple):
 
 
 ROWS = "tests/kernels/test_rows.py -k"
-CROSS = "tests/kernels/test_cross_entropy.py -k"
+CROSS = "tests/kernels/test_linear_cross_entropy.py -k"
 ATTENTION = "tests/kernels/test_attention.py -k"
 EDGES = f"{ATTENTION} edges"
 MAXSIM = "tests/kernels/test_maxsim.py -k"
-POOL = "tests/kernels/test_pooling.py -k"
-PROJECT = "tests/kernels/test_projection.py -k"
+POOL = "tests/kernels/test_pool.py -k"
+PROJECT = "tests/kernels/test_project_normalize.py -k"
 TABLE = "tests/kernels/test_rotary_table.py"
 MUTATIONS = [
     Mutation("attention_kernels.py", "columns[None, :] < high[:, None]", "columns[None, :] <= high[:, None]", EDGES),
     Mutation("attention_kernels.py", "columns[None, :] >= low[:, None]", "columns[None, :] > low[:, None]", EDGES),
     Mutation("attention_kernels.py", "_between(queries, low, high)", "_between(queries, low, high + 1)", EDGES),
     Mutation("attention_kernels.py", "(b * c + a * s).to(dtype)", "(b * c - a * s).to(dtype)", EDGES),
-    Mutation("attention_kernels.py", "b * c - a * s, mask=inside)", "b * c + a * s, mask=inside)", EDGES),
+    Mutation("attention_kernels.py", "b * c - a * s, mask=row_mask)", "b * c + a * s, mask=row_mask)", EDGES),
     Mutation("attention_kernels.py", "scale = scale * LN_2\n    _store", "_store", EDGES),
-    Mutation("attention_kernels.py", "(dweights - mean[:, None])", "dweights", EDGES),
-    Mutation("attention_kernels.py", "shrink = tl.exp2(largest - larger)", "shrink = 1.0", EDGES),
+    Mutation("attention_kernels.py", "(dp - delta_i[:, None])", "dp", EDGES),
+    Mutation("attention_kernels.py", "alpha = tl.exp2(m_i - m_new)", "alpha = 1.0", EDGES),
     Mutation("attention_kernels.py", "tl.where(rows < keys_end, end, 0)", "end", f"{ATTENTION} queries_only"),
     Mutation("attention_kernels.py", "else keys_end", "else end", f"{ATTENTION} queries_only"),
     Mutation("attention_kernels.py", "<= rows).to(tl.int32)", "< rows).to(tl.int32)", f"{ATTENTION} more_sequences"),
-    Mutation("attention_kernels.py", "last += tl.sum", "last = tl.sum", f"{ATTENTION} more_sequences"),
+    Mutation("attention_kernels.py", "last_segment += tl.sum", "last_segment = tl.sum", f"{ATTENTION} more_sequences"),
     Mutation("geglu.py", "(rows < T)", "(rows < T - 1)", f"{ROWS} geglu"),
     Mutation("geglu.py", "sigmoid * (1 + a * (1 - sigmoid))", "sigmoid * (1 - a * (1 - sigmoid))", f"{ROWS} silu"),
     Mutation("geglu.py", "tl.exp(-0.5 * a * a)", "tl.exp(-a * a)", f"{ROWS} geglu"),
-    Mutation("norms.py", "tl.where(inside, values - mean[:, None], 0.0)", "values - mean[:, None]", f"{ROWS} norm"),
-    Mutation("norms.py", "axis=1) / D + eps", "axis=1) / COLUMNS + eps", f"{ROWS} norm"),
-    Mutation("norms.py", "values += tl.load(delta", "values -= tl.load(delta", f"{ROWS} add_layer_norm"),
-    Mutation("norms.py", "grad - level[:, None] - normal", "grad - level[:, None] + normal", f"{ROWS} norm"),
-    Mutation("norms.py", "tl.sum(grad, axis=1) / D", "tl.sum(grad, axis=1) / COLUMNS", f"{ROWS} norm"),
-    Mutation("norms.py", "grad += tl.load(ds", "grad -= tl.load(ds", f"{ROWS} add_layer_norm"),
-    Mutation("norms.py", "tl.num_programs(0), num", "2 * tl.num_programs(0), num", f"{ROWS} walk"),
-    Mutation("norms.py", "dy + here, mask=inside, other=0.0", "dy + here, mask=inside, other=1.0", f"{ROWS} bias"),
-    Mutation("norms.py", "tl.load(ids + rows", "tl.load(ids + rows * 0", f"{ROWS} embed_layer_norm"),
+    Mutation(
+        "layer_norm_kernels.py", "tl.where(mask, values - mean[:, None], 0.0)", "values - mean[:, None]", f"{ROWS} norm"
+    ),
+    Mutation("layer_norm_kernels.py", "axis=1) / D + eps", "axis=1) / COLUMNS + eps", f"{ROWS} norm"),
+    Mutation("layer_norm_kernels.py", "values += tl.load(delta", "values -= tl.load(delta", f"{ROWS} add_layer_norm"),
+    Mutation(
+        "layer_norm_kernels.py", "grad - mean_g[:, None] - x_hat", "grad - mean_g[:, None] + x_hat", f"{ROWS} norm"
+    ),
+    Mutation("layer_norm_kernels.py", "tl.sum(grad, axis=1) / D", "tl.sum(grad, axis=1) / COLUMNS", f"{ROWS} norm"),
+    Mutation("layer_norm_kernels.py", "grad += tl.load(ds", "grad -= tl.load(ds", f"{ROWS} add_layer_norm"),
+    Mutation("layer_norm_kernels.py", "tl.num_programs(0), num", "2 * tl.num_programs(0), num", f"{ROWS} walk"),
+    Mutation(
+        "layer_norm_kernels.py",
+        "dy + offsets, mask=mask, other=0.0",
+        "dy + offsets, mask=mask, other=1.0",
+        f"{ROWS} bias",
+    ),
+    Mutation("layer_norm_kernels.py", "tl.load(ids + rows", "tl.load(ids + rows * 0", f"{ROWS} embed_layer_norm"),
     Mutation("rotary.py", "a.to(tl.float32) * c - b", "a.to(tl.float32) * c + b", "tests/kernels/test_rotary.py"),
     Mutation("rotary.py", "if INVERSE:", "if not INVERSE:", "tests/kernels/test_rotary.py"),
-    Mutation("rotary.py", "inside & (head < 2 * HEADS)", "inside & (head < HEADS)", "tests/kernels/test_rotary.py"),
+    Mutation("rotary.py", "mask & (head < 2 * HEADS)", "mask & (head < HEADS)", "tests/kernels/test_rotary.py"),
     Mutation(
         "rotary.py",
         "tl.store(dqkv + target, a * c + b * s",
@@ -86,49 +95,62 @@ MUTATIONS = [
         f"{TABLE} -k last_bits",
     ),
     Mutation("rotary_table.py", "_float64(TWO_OVER_PI) + 0.5", "_float64(TWO_OVER_PI)", f"{TABLE} -k last_bits"),
-    Mutation("cross_entropy.py", 'tl.where(start + columns < V, x, float("-inf"))', "x", f"{CROSS} backend"),
-    Mutation("cross_entropy.py", "slope - tl.where(", "slope + tl.where(", f"{CROSS} backend"),
-    Mutation("cross_entropy.py", "1 + 2 * z_loss * lse", "1 + z_loss * lse", f"{CROSS} backend"),
-    Mutation("cross_entropy.py", "lse - hit + z_loss", "lse - hit - z_loss", f"{CROSS} backend"),
-    Mutation("cross_entropy.py", "highest = LOWEST", 'highest = float("-inf")', f"{CROSS} excluded"),
-    Mutation("cross_entropy.py", 'other=float("nan")', "other=0.0", f"{CROSS} no_class"),
-    Mutation("cross_entropy.py", "value * tl.load(scale), mask=at < N", "value, mask=at < N", f"{CROSS} backend"),
-    Mutation("cross_entropy.py", "tl.load(scale), mask=at < N", "tl.load(scale), mask=at < N - 1", f"{CROSS} backend"),
-    Mutation("cross_entropy.py", "dbias_V +=", "dbias_V -=", f"{CROSS} backend"),
-    Mutation("maxsim_forward.py", 'similarity, float("-inf"))', "similarity, 0.0)", f"{MAXSIM} negative"),
-    Mutation("maxsim_forward.py", "tl.where(top > best", "tl.where(top >= best", f"{MAXSIM} ties"),
-    Mutation("maxsim_forward.py", "mask=is_last & begins_here)", "mask=is_last)", f"{MAXSIM} any_length"),
-    Mutation("maxsim_forward.py", "tl.range(first + 1, last + 1)", "tl.range(first + 1, last)", f"{MAXSIM} any_length"),
-    Mutation("maxsim_forward.py", "a_owner == b_owner", "a_owner != b_owner", f"{MAXSIM} any_length"),
-    Mutation("maxsim_forward.py", "inside = rows < bottom", "inside = rows < bottom - 1", f"{MAXSIM} diagonal"),
+    Mutation("linear_cross_entropy.py", 'tl.where(start + columns < V, x, float("-inf"))', "x", f"{CROSS} backend"),
+    Mutation("linear_cross_entropy.py", "slope - tl.where(", "slope + tl.where(", f"{CROSS} backend"),
+    Mutation("linear_cross_entropy.py", "1 + 2 * z_loss * lse", "1 + z_loss * lse", f"{CROSS} backend"),
     Mutation(
-        "maxsim_backward.py", "total += weight[:, None] * d", "total -= weight[:, None] * d", f"{MAXSIM} diagonal"
+        "linear_cross_entropy.py", "lse - target_logit + z_loss", "lse - target_logit - z_loss", f"{CROSS} backend"
     ),
-    Mutation("maxsim_backward.py", "live = inside & (weight != 0)", "live = inside", f"{MAXSIM} leaves_out"),
-    Mutation("maxsim_backward.py", "total += peak * tl.dot", "total += tl.dot", f"{MAXSIM} again"),
+    Mutation("linear_cross_entropy.py", "m_i = LOWEST", 'm_i = float("-inf")', f"{CROSS} excluded"),
+    Mutation("linear_cross_entropy.py", 'other=float("nan")', "other=0.0", f"{CROSS} not_a_class"),
     Mutation(
-        "maxsim_backward.py",
+        "linear_cross_entropy.py",
+        "value * tl.load(scale), mask=offsets < N",
+        "value, mask=offsets < N",
+        f"{CROSS} backend",
+    ),
+    Mutation(
+        "linear_cross_entropy.py",
+        "tl.load(scale), mask=offsets < N",
+        "tl.load(scale), mask=offsets < N - 1",
+        f"{CROSS} backend",
+    ),
+    Mutation("linear_cross_entropy.py", "dbias_V +=", "dbias_V -=", f"{CROSS} backend"),
+    Mutation("maxsim_kernels.py", 'similarity, float("-inf"))', "similarity, 0.0)", f"{MAXSIM} negative"),
+    Mutation("maxsim_kernels.py", "tl.where(top > best", "tl.where(top >= best", f"{MAXSIM} ties"),
+    Mutation("maxsim_kernels.py", "mask=is_last & begins_here)", "mask=is_last)", f"{MAXSIM} any_length"),
+    Mutation("maxsim_kernels.py", "tl.range(first + 1, last + 1)", "tl.range(first + 1, last)", f"{MAXSIM} any_length"),
+    Mutation("maxsim_kernels.py", "a_segment == b_segment", "a_segment != b_segment", f"{MAXSIM} any_length"),
+    Mutation(
+        "maxsim_kernels.py", "rows < end_row\n        q =", "rows < end_row - 1\n        q =", f"{MAXSIM} diagonal"
+    ),
+    Mutation("maxsim_kernels.py", "total += weight[:, None] * d", "total -= weight[:, None] * d", f"{MAXSIM} diagonal"),
+    Mutation("maxsim_kernels.py", "has_grad = inside & (weight != 0)", "has_grad = inside", f"{MAXSIM} leaves_out"),
+    Mutation("maxsim_kernels.py", "has_grad = row_mask & (weight != 0)", "has_grad = row_mask", f"{MAXSIM} leaves_out"),
+    Mutation("maxsim_kernels.py", "total += peak * tl.dot", "total += tl.dot", f"{MAXSIM} again"),
+    Mutation(
+        "maxsim_kernels.py",
         "        if ADD:\n            total +=",
         "        if ADD:\n            total -=",
         f"{MAXSIM} again",
     ),
-    Mutation("maxsim_backward.py", "== (tokens - start)", "<= (tokens - start)", f"{MAXSIM} diagonal"),
-    Mutation("pooling.py", 'mask=inside, other=float("-inf")', "mask=inside, other=0", f"{POOL} backend"),
-    Mutation("pooling.py", "tl.where(top > best", "tl.where(top >= best", f"{POOL} ties"),
-    Mutation("pooling.py", "tl.maximum(end - start, 1)", "tl.maximum(end - start, 2)", f"{POOL} backend"),
-    Mutation("pooling.py", "(rows == end - 1)", "(rows == end)", f"{POOL} backend"),
-    Mutation("pooling.py", "share / (end - start)", "share * (end - start)", f"{POOL} backend"),
+    Mutation("maxsim_kernels.py", "== (tokens - start)", "<= (tokens - start)", f"{MAXSIM} diagonal"),
+    Mutation("pool.py", 'mask=mask, other=float("-inf")', "mask=mask, other=0", f"{POOL} backend"),
+    Mutation("pool.py", "tl.where(top > best", "tl.where(top >= best", f"{POOL} ties"),
+    Mutation("pool.py", "tl.maximum(end - start, 1)", "tl.maximum(end - start, 2)", f"{POOL} backend"),
+    Mutation("pool.py", "(rows == end - 1)", "(rows == end)", f"{POOL} backend"),
+    Mutation("pool.py", "share / (end - start)", "share * (end - start)", f"{POOL} backend"),
     Mutation(
-        "projection.py", "tl.maximum(length, SHORTEST)[:, None], mask", "length[:, None], mask", f"{PROJECT} shorter"
+        "project_normalize.py", "tl.maximum(norm, MIN_NORM)[:, None], mask", "norm[:, None], mask", f"{PROJECT} shorter"
     ),
-    Mutation("projection.py", "grad - y * along[:, None]", "grad + y * along[:, None]", f"{PROJECT} backend"),
+    Mutation("project_normalize.py", "grad - y * along[:, None]", "grad + y * along[:, None]", f"{PROJECT} backend"),
     Mutation(
-        "projection.py",
-        "tl.where(length > SHORTEST, tl.sum(grad * y, axis=1), 0.0)",
+        "project_normalize.py",
+        "tl.where(norm > MIN_NORM, tl.sum(grad * y, axis=1), 0.0)",
         "tl.sum(grad * y, axis=1)",
         f"{PROJECT} shorter",
     ),
-    Mutation("projection.py", "if CHOSEN else rows", "if False else rows", f"{PROJECT} chosen"),
+    Mutation("project_normalize.py", "if SELECT else rows", "if False else rows", f"{PROJECT} chosen"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What a caller may hand to any backend, and what a backend refuses: strides, second derivatives, devices, switches."""
+"""Arguments that every backend accepts, and those that it refuses: strides, second derivatives, devices, switches."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ def test_a_second_derivative_is_refused(name: str) -> None:
 
 
 def accepts(op: ops.Op, *arguments: Any, **options: Any) -> bool:
-    """Whether the triton backend would take the call, if the tensors were on a GPU."""
-    when = next(when for when, implementation in op._choices if implementation is op.backends["triton"])
+    """Whether the triton backend would take the call if the tensors were on a GPU."""
+    when = next(when for name, when, _ in op._choices if name == "triton")
     return when(*arguments, **options)
 
 
 @needs_triton
 def test_conditions_decline_what_the_kernels_would_get_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = ops.fused
-    for module in (fused.attention, fused.geglu, fused.maxsim, fused.pooling, fused.projection):
+    for module in (fused.attention, fused.geglu, fused.maxsim, fused.pool, fused.project_normalize):
         monkeypatch.setattr(module, "supported", lambda *_: True)
     qkv, x, (cos, sin) = randn(5, 3, 1, 32), randn(5, 8), rope([5], 32)
     assert accepts(ops.attention, qkv, cu([5]), 5, rope=(cos, sin))
@@ -137,7 +137,7 @@ def _switches() -> Iterator[None]:
     ids=["products", "everything", "older", "oldest"],
 )
 def test_precision_follows_every_switch(switch: Callable[[bool], None]) -> None:
-    """`allow_tf32`, which was asked, raises once somebody has used one of the newer switches."""
+    """`allow_tf32`, which was read, raises once one of the newer switches has been used."""
     for on in (True, False):
         switch(on)
         assert launch.precision(randn(1)) == ("tf32" if on else "ieee")
@@ -145,8 +145,8 @@ def test_precision_follows_every_switch(switch: Callable[[bool], None]) -> None:
 
 
 def test_tensors_of_two_devices_are_refused() -> None:
-    """On two GPUs a kernel would read an illegal address, after which nothing works any more."""
+    """On two GPUs a kernel would read an illegal address, after which every call fails."""
     here, there = torch.device("cuda", 0), torch.device("cuda", 1)
-    assert launch._shared([there, there]) == there
-    with pytest.raises(ValueError, match=r"tensors lie on cuda:0, cuda:1: move them to one device"):
-        launch._shared([here, there, here])
+    assert launch._common_device([there, there]) == there
+    with pytest.raises(ValueError, match=r"tensors are on cuda:0, cuda:1: move them to one device"):
+        launch._common_device([here, there, here])

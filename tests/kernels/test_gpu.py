@@ -1,4 +1,4 @@
-"""What only a GPU can show: races, addresses beyond 32 bits, long documents, the same bits twice."""
+"""Tests that need a GPU: races, addresses beyond 32 bits, long documents, the same bits twice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_documents_of_8192_tokens(window: int | None) -> None:
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_attention_over_a_million_tokens(window: int | None) -> None:
-    """More than 2 ** 31 numbers: the last sequences are what they are alone."""
+    """More than 2 ** 31 numbers: the last sequences give what they give alone."""
     length, last = 256, 8 * 256
     lengths = [length] * (MILLION // length)
     qkv = torch.randn(MILLION, 3, 12, 64, device="cuda", dtype=BFLOAT16, requires_grad=True)

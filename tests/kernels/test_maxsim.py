@@ -149,10 +149,9 @@ def test_maxsim_triton_of_any_width(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=TRITON) for dtype in (FLOAT32, torch.bfloat16, FLOAT16)])
-def test_maxsim_triton_finds_places_again(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they were too many to keep, in blocks that end within a query; pairs of no gradient are left out."""
-    monkeypatch.setattr(ops.fused.maxsim_forward, "KEPT", 100)
-    monkeypatch.setattr(ops.fused.maxsim_backward, "KEPT", 2 * 3 * 10)
+def test_maxsim_triton_finds_positions_again(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there are too many to store, in blocks that end within a query; pairs without a gradient are left out."""
+    monkeypatch.setattr(ops.fused.maxsim, "ARGMAX_BYTES", 2 * 3 * 10)
     weight = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [-2.0, 0.0, 1e-3]])
     runs = triton([3, 9, 12], [5, 70, 33])
     weighted = [lambda q, d, run=run: run(q, d) * weight.to(q.device) for run in runs]
@@ -163,7 +162,7 @@ def test_maxsim_triton_finds_places_again(dtype: torch.dtype, monkeypatch: pytes
 def test_maxsim_triton_leaves_out_pairs_without_gradient(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A document that no gradient reaches is not read again, not even if it is full of NaN by now."""
     if not kept:
-        monkeypatch.setattr(ops.fused.maxsim_forward, "KEPT", 1)
+        monkeypatch.setattr(ops.fused.maxsim, "ARGMAX_BYTES", 1)
     run, reference = triton([3, 4], [20, 30])
     q, d = randn(7, 32).to(DEVICE).requires_grad_(), randn(50, 32).to(DEVICE).requires_grad_()
     weight = torch.tensor([[1.0, 0.0], [0.5, 0.0]], device=DEVICE)
@@ -175,10 +174,10 @@ def test_maxsim_triton_leaves_out_pairs_without_gradient(kept: bool, monkeypatch
 
 @pytest.mark.parametrize("kept", [pytest.param(kept, marks=TRITON) for kept in (True, False)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_maxsim_triton_hands_on_bad_gradients(kept: bool, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maxsim_triton_passes_bad_gradients_on(kept: bool, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient scaler has to see them."""
     if not kept:
-        monkeypatch.setattr(ops.fused.maxsim_forward, "KEPT", 1)
+        monkeypatch.setattr(ops.fused.maxsim, "ARGMAX_BYTES", 1)
     q, d = randn(7, 32).to(DEVICE).requires_grad_(), randn(50, 32).to(DEVICE).requires_grad_()
     triton([3, 4], [20, 30])[0](q, d).backward(torch.tensor([[1.0, 0.0], [0.0, bad]], device=DEVICE))
     assert q.grad is not None
@@ -190,8 +189,8 @@ def test_maxsim_triton_hands_on_bad_gradients(kept: bool, bad: float, monkeypatc
 
 
 @pytest.mark.parametrize("paired", [pytest.param(paired, marks=TRITON) for paired in (False, True)])
-def test_maxsim_triton_says_when_16_bits_are_too_few(paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.fused.maxsim_forward, "LONGEST", 29)
+def test_maxsim_triton_gives_nan_when_16_bits_are_too_few(paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.fused.maxsim, "LONGEST", 29)
     run, reference = triton([3, 4], [29, 30], paired=paired)
     q, d = randn(7, 32).to(DEVICE), randn(59, 32).to(DEVICE)
     torch.testing.assert_close(run(q, d), reference(q, d))
@@ -211,7 +210,7 @@ def test_maxsim_triton_takes_views_and_gives_the_same_bits_again(paired: bool) -
 
 @pytest.mark.parametrize("paired", [pytest.param(paired, marks=TRITON) for paired in (False, True)])
 def test_maxsim_operators(paired: bool) -> None:
-    """What `torch.compile` needs to know of them is true."""
+    """Their schemas and fake outputs are right."""
     library = torch.ops.modernbert_kernels
     vectors = randn(7, 32).to(DEVICE), cu([3, 4]).to(DEVICE), randn(9, 32).to(DEVICE), cu([4, 5]).to(DEVICE)
     for gradient in (False, True):

@@ -1,4 +1,4 @@
-"""Rotary embedding: it turns pairs, every backend as accurately as the reference, in place where that is asked for."""
+"""Rotary embedding: it rotates pairs, every backend as accurately as the reference, in place or into a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import modernbert_kernels as ops
 from modernbert_kernels.reference import rotate_back
 
 
-def test_rotary_turns_pairs() -> None:
+def test_rotary_rotates_pairs() -> None:
     """Rotation keeps lengths, leaves v alone, and makes q k depend on the distance only."""
     cos, sin = rope([50], 16)
     qkv = randn(1, 3, 2, 16, dtype=FLOAT64).expand(50, -1, -1, -1)
@@ -46,7 +46,7 @@ def test_rotary_backend(
 @pytest.mark.parametrize("backend", fast(ops.rotary))
 @pytest.mark.parametrize("layout", ["whole", "view", "gaps"])
 def test_rotary_in_place_is_where_it_was(backend: str, layout: str) -> None:
-    """What is passed holds the result, its neighbours nothing new, and gradients go through; with views too."""
+    """The argument holds the result, memory around it is unchanged, and gradients pass; with views too."""
     cos, sin = (x.to(DEVICE) for x in rope([9], 32))
     leaf = randn(9, 2, 3, 2, 32).to(DEVICE).requires_grad_()
     view = {
@@ -71,7 +71,7 @@ def test_rotary_in_place_is_where_it_was(backend: str, layout: str) -> None:
 
 @TRITON
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
-def test_gradients_that_lie_apart_are_turned_back_and_packed(dtype: torch.dtype) -> None:
+def test_separate_gradients_are_rotated_back_and_packed(dtype: torch.dtype) -> None:
     cos, sin = rope([9, 40], 32)
     check(rotate_back, "triton", *randn(3, 49, 5, 32, dtype=dtype), gradients=False, cos_TR=cos, sin_TR=sin)
 

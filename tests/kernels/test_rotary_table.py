@@ -68,8 +68,8 @@ def test_rotary_table_backend_reads_views_and_is_compiled(backend: str) -> None:
 
 
 @pytest.mark.skipif("triton" not in ops.rotary_table.backends, reason="needs Triton")
-def test_what_is_no_position_is_left_to_the_reference() -> None:
-    when = ops.rotary_table._choices[0][0]
+def test_other_dtypes_of_positions_are_left_to_the_reference() -> None:
+    ((_, when, _),) = ops.rotary_table._choices
     positions = torch.arange(3)
     assert not when(positions, 10_000.0, 64)  # on a CPU
     gpu = mock.Mock(is_cuda=True, dtype=torch.int64, device=positions.device)

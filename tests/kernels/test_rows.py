@@ -30,7 +30,7 @@ import modernbert_kernels as ops
 @pytest.mark.parametrize(("tokens", "width", "out"), [(0, 64, 96), (1, 64, 96), (63, 33, 7), (300, 256, 768)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_backend(backend: str, tokens: int, width: int, out: int, bias: bool) -> None:
-    """The onednn backend is for float32 and inference; it says so when it is forced to do more."""
+    """The onednn backend is for float32 and inference; it raises when it is forced to do more."""
     x, weight = randn(tokens, width), randn(out, width, scale=width**-0.5)
     arguments = (x, weight, randn(out)) if bias else (x, weight)
     assert_as_accurate(ops.linear.backends[backend], ops.linear.reference, *arguments, gradients=False)
@@ -121,7 +121,7 @@ def test_norms_of_any_width(backend: str, width: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_norm_gradients_by_programs_that_walk(dtype: torch.dtype, programs: int, monkeypatch: Any) -> None:
     """Few programs for many rows, as on a GPU with many more; the last tile is short."""
-    monkeypatch.setattr(ops.fused.norms, "WARPS", 4 * programs)
+    monkeypatch.setattr(ops.fused.layer_norm_kernels, "WARPS", 4 * programs)
     for width in (96, 500):
         arguments = [randn(*n, width, dtype=dtype) for n in ((61,), (61,), (), ())]
         op = ops.add_layer_norm
@@ -155,7 +155,7 @@ def test_add_layer_norm_of_two_dtypes(backend: str, dtypes: tuple[torch.dtype, .
 
 @pytest.mark.parametrize("backend", fast(ops.add_layer_norm))
 @pytest.mark.parametrize("used", [0, 1])
-def test_add_layer_norm_of_which_half_is_used(backend: str, used: int) -> None:
+def test_add_layer_norm_of_which_one_output_is_used(backend: str, used: int) -> None:
     arguments = randn(9, 96), randn(9, 96), randn(96), randn(96), 1e-5
     half = lambda op: lambda *args: op(*args)[used]  # noqa: E731
     op = ops.add_layer_norm
@@ -212,8 +212,8 @@ def operator_calls() -> dict[str, list[tuple[Any, ...]]]:
 
 @pytest.mark.skipif("triton" not in ops.layer_norm.backends, reason="needs Triton")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=TRITON) for name in operator_calls()])
-def test_rowwise_operator_is_what_it_says(name: str) -> None:
-    """Its schema is true, and what it tells tracers about shapes, dtypes and strides too."""
+def test_rowwise_operator_keeps_the_rules(name: str) -> None:
+    """Its schema is right, and so are the shapes, dtypes and strides of its fake outputs."""
     for arguments in operator_calls()[name]:
         moved = tuple(x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments)
         torch.library.opcheck(getattr(torch.ops.modernbert_kernels, name).default, moved)

@@ -8,9 +8,11 @@ import torch
 
 from modernbert.heads.colbert import ColBERT
 from modernbert.recipes import contrastive
-from modernbert.recipes.contrastive import Config, main, parse, schedule
+from modernbert.recipes.contrastive import Config, main
+from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
-from modernbert.train.teacher import text_key
+from modernbert.train.options import parse
+from modernbert.train.teacher import Teacher, text_key, token_texts
 
 WORDS = ["river", "mountain", "engine", "pressure", "violin", "market", "planet", "protein"]
 
@@ -53,8 +55,8 @@ def config(toy, output, **changes) -> Config:
 
 def test_twenty_steps_learn(toy, tmp_path, monkeypatch):
     seen = []
-    step = contrastive.train_step
-    monkeypatch.setattr(contrastive, "train_step", lambda *args: seen.append(step(*args)) or seen[-1])
+    step = contrastive.batch_loss
+    monkeypatch.setattr(contrastive, "batch_loss", lambda *args: seen.append(step(*args)) or seen[-1])
     main(config(toy, tmp_path))
     loss = [loss.item() for loss, _, _ in seen]
     assert np.mean(loss[-5:]) < 0.7 * np.mean(loss[:5])
@@ -62,7 +64,7 @@ def test_twenty_steps_learn(toy, tmp_path, monkeypatch):
 
 def test_a_killed_run_resumes_to_bit_equal_weights(toy, tmp_path, monkeypatch):
     whole = main(config(toy, tmp_path / "whole"))
-    step, calls = contrastive.train_step, []
+    step, calls = contrastive.batch_loss, []
 
     def killed(*args):
         calls.append(1)
@@ -70,7 +72,7 @@ def test_a_killed_run_resumes_to_bit_equal_weights(toy, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(contrastive, "train_step", killed)
+    monkeypatch.setattr(contrastive, "batch_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         main(config(toy, tmp_path / "killed"))
     resumed = main(config(toy, tmp_path / "killed"))
@@ -101,23 +103,53 @@ def test_training_feeds_what_the_model_will_see(toy, tmp_path):
     model = main(config(toy, tmp_path, steps=1))
     _, tokens, _ = contrastive.prepare(config(toy, tmp_path), tmp_path)
     pairs = list(data.read_pairs(toy))[:3]
-    c = model.config
-    for rows, prefix, texts in (
-        (tokens.queries, c.query_prefix, model.tokenize_queries([pair.query for pair in pairs])),
-        (tokens.positives, c.document_prefix, model.tokenize_documents([pair.positive for pair in pairs])),
+    for training, inference in (
+        (model.query_tokens(tokens.queries.select(range(3))), model.tokenize_queries([pair.query for pair in pairs])),
+        (
+            model.document_tokens(tokens.positives.select(range(3))),
+            model.tokenize_documents([pair.positive for pair in pairs]),
+        ),
     ):
-        batch = contrastive.with_specials(model, rows, np.arange(3), prefix)
-        assert batch.input_ids.tolist() == texts.batch.input_ids.tolist()
+        assert training.batch.input_ids.tolist() == inference.batch.input_ids.tolist()
+        assert torch.equal(training.keep, inference.keep)
+
+
+def test_texts_are_cut_to_the_lengths_of_training(toy, tmp_path, monkeypatch):
+    seen = []
+    forward = ColBERT.forward
+    monkeypatch.setattr(
+        ColBERT, "forward", lambda self, batch, **rest: seen.append(batch) or forward(self, batch, **rest)
+    )
+    model = main(config(toy, tmp_path, steps=1, train_query_length=4, train_document_length=7))
+    assert [max(batch.lengths) for batch in seen] == [4, 7]
+    assert (model.config.query_length, model.config.document_length) == (48, 224)
+
+
+def test_rows_on_the_skiplist_are_not_scored(toy, tmp_path):
+    """As in inference: a document's row that is not kept changes no score; all documents hold the word."""
+    settings = config(toy, tmp_path, steps=0)
+    main(settings)
+    model, pairs, _ = contrastive.prepare(settings, tmp_path)
+    batch = np.arange(4)
+    before = contrastive.batch_loss(settings, model, pairs, None, batch)
+    tokens = model.document_tokens(pairs.positives.select(batch))
+    word = max(set(tokens.batch.input_ids.tolist()), key=tokens.batch.input_ids.tolist().count)
+    model.skip_ids = torch.tensor([word])
+    documents = contrastive.vectors(model, model.document_tokens(pairs.positives.select(batch)))
+    whole = contrastive.vectors(model, tokens)
+    assert len(documents.values) == (tokens.batch.input_ids != word).sum() < len(whole.values)
+    torch.testing.assert_close(documents.values, whole.values[tokens.batch.input_ids != word])
+    assert contrastive.batch_loss(settings, model, pairs, None, batch).loss != before.loss
 
 
 def test_a_teacher_gives_embeddings_and_its_loss(toy, tmp_path, monkeypatch):
     """Vectors for all tokens and all pairs: the table has the teacher's geometry, and KL enters the loss."""
     output = tmp_path / "out"
     main(config(toy, output, steps=0))
-    backend = contrastive.prepare(config(toy, output), output)[0]
+    tokenizer = Tokenizer.from_pretrained(output)
     texts = sorted(
         {
-            *contrastive.token_texts(backend),
+            *token_texts(tokenizer),
             *(t for p in data.read_pairs(toy) for t in (p.query, p.positive)),
         },
         key=text_key,
@@ -134,23 +166,92 @@ def test_a_teacher_gives_embeddings_and_its_loss(toy, tmp_path, monkeypatch):
     main(taught)
     assert len(calls) == 3
 
-    teacher = contrastive.Teacher(folder)
-    table = contrastive.build(taught, backend, teacher).encoder.embeddings.tok_embeddings.weight
-    ours = torch.nn.functional.normalize(table[: backend.get_vocab_size(), :24].detach(), dim=-1)
-    theirs = teacher[teacher.rows(contrastive.token_texts(backend))]
+    teacher = Teacher(folder)
+    table = contrastive.build(taught, tokenizer, teacher).encoder.embeddings.tok_embeddings.weight
+    ours = torch.nn.functional.normalize(table[: tokenizer.vocab_size, :24].detach(), dim=-1)
+    theirs = teacher[teacher.index(token_texts(tokenizer))]
     theirs = torch.nn.functional.normalize(theirs - theirs.mean(0), dim=-1)  # 24 of the 32 columns are the teacher's
     torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0, atol=1e-4)
 
 
-def test_schedule_rises_stays_and_falls():
-    c = Config(pairs="", output="", steps=100, warmup=0.1, decay=0.4)
-    rates = [schedule(step, c) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9:61] == pytest.approx([1.0] * 52)
-    assert rates[80] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(1 / 40)
-
-
 def test_the_command_line_is_the_config():
-    got = parse(["--pairs", "p", "--output", "o", "--steps", "7", "--held-out", "a", "b", "--learning-rate", "1e-3"])
-    assert got == Config(pairs="p", output="o", steps=7, held_out=("a", "b"), learning_rate=1e-3)
+    words = ["--pairs", "p", "--output", "o", "--steps", "7", "--learning-rate", "1e-3"]
+    got = parse(Config, None, [*words, "--decontaminate-against", "a", "b", "--exclude-sources", "c"])
+    wanted = {"steps": 7, "learning_rate": 1e-3, "decontaminate_against": ("a", "b"), "exclude_sources": ("c",)}
+    assert got == Config(pairs="p", output="o", **wanted)
+
+
+def test_the_defaults_are_those_of_the_built_in_model():
+    """All of its settings but the sources, corpora and teacher of its model card, which are this machine's files."""
+    c, model = Config(pairs="p", output="o"), ColBERT.default()
+    assert (model.encoder.config.hidden_size, model.encoder.config.intermediate_size) == (
+        c.hidden_size,
+        c.intermediate_size,
+    )
+    assert (len(model.encoder.layers), model.dim) == (c.num_hidden_layers, c.dim)
+    assert (model.config.query_length, model.config.document_length) == (c.query_length, c.document_length)
+    assert model.tokenizer.vocab_size == c.vocab_size + 2  # the prefixes
+
+
+def killed_before_the_first_checkpoint(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive, "batch_loss", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
+
+
+def test_other_pairs_are_refused_in_the_output_of_a_run_without_a_checkpoint(toy, tmp_path, monkeypatch):
+    killed_before_the_first_checkpoint(config(toy, tmp_path / "out"), monkeypatch)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "toy.jsonl").write_text((toy / "toy.jsonl").read_text(encoding="utf-8").replace("river", "brook"))
+    with pytest.raises(ValueError, match=r"tokens\.npz belongs to another run: hash of pairs and teacher is"):
+        main(config(other, tmp_path / "out"))
+    for change in ({"vocab_size": 300}, {"train_query_length": 9}, {"exclude_sources": ("a",)}):
+        with pytest.raises(ValueError, match=rf"tokens\.npz belongs to another run: {next(iter(change))} is"):
+            main(config(toy, tmp_path / "out", **change))
+    # A checkpoint knows its pairs too.
+    main(config(toy, tmp_path / "done", steps=1))
+    (tmp_path / "done" / "tokens.npz").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another run: hash of pairs and teacher is"):
+        main(config(other, tmp_path / "done"))
+    # The same pairs from elsewhere are the same run.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "toy.jsonl").write_bytes((toy / "toy.jsonl").read_bytes())
+    main(config(moved, tmp_path / "out", steps=1))
+
+
+def test_another_teacher_is_refused(toy, tmp_path, monkeypatch):
+    np.save(tmp_path / "keys.npy", np.array([text_key("find revir")], np.uint64))
+    np.save(tmp_path / "vectors.npy", np.ones((1, 4), np.float16))
+    killed_before_the_first_checkpoint(config(toy, tmp_path / "out", teacher=str(tmp_path)), monkeypatch)
+    np.save(tmp_path / "keys.npy", np.array([text_key("find enigne")], np.uint64))
+    with pytest.raises(ValueError, match="hash of pairs and teacher"):
+        main(config(toy, tmp_path / "out", teacher=str(tmp_path)))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_result_before(toy, tmp_path, monkeypatch):
+    main(config(toy, tmp_path, steps=2))
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    loss = contrastive.batch_loss
+    monkeypatch.setattr(contrastive, "batch_loss", lambda *args: loss(*args)._replace(loss=loss(*args).loss * np.nan))
+    with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+        main(config(toy, tmp_path, steps=4))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
+
+
+def test_a_result_beyond_float16_is_not_written(toy, tmp_path):
+    with pytest.raises(FloatingPointError, match="the result in float16"):
+        main(config(toy, tmp_path, steps=1, learning_rate=1e9, warmup=0.0, decay=0.0))
+    assert not (tmp_path / "model").exists()
+
+
+def test_more_steps_may_be_asked_for_and_a_loss_may_be_accumulated(toy, tmp_path, monkeypatch):
+    calls = []
+    loss = contrastive.batch_loss
+    monkeypatch.setattr(contrastive, "batch_loss", lambda *args: calls.append(args[-1]) or loss(*args))
+    main(config(toy, tmp_path, steps=2, accumulate=2))
+    main(config(toy, tmp_path, steps=3, accumulate=2))
+    assert len(calls) == 6
+    assert len({tuple(batch.tolist()) for batch in calls}) == 6

@@ -1,4 +1,4 @@
-"""Which files a corpus is, and the documents in them: nothing lost, nothing doubled, every repair said."""
+"""Which files a corpus is, and the documents in them: nothing is lost or doubled, and every repair is noted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEMO = files("modernbert") / "assets" / "demo" / "corpus.jsonl.gz"
 
 def read(*paths, **options):
     """All documents of files and folders, as `index` reads them."""
-    return [document for file in find_files(paths, note=lambda _: None) for document in read_file(file, **options)]
+    return [document for file in find_files(paths, on_note=lambda _: None) for document in read_file(file, **options)]
 
 
 def write(folder, content):
@@ -51,13 +51,13 @@ def test_a_folder_is_read_in_order_and_what_is_skipped_is_said(tmp_path):
     (tmp_path / "linked.txt").symlink_to(tmp_path / "b.md")
     (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
     notes = []
-    found = [file.relative_to(tmp_path).as_posix() for file in find_files([tmp_path], note=notes.append)]
+    found = [file.relative_to(tmp_path).as_posix() for file in find_files([tmp_path], on_note=notes.append)]
     assert found == ["b.md", "corpus.jsonl", "linked.txt", "p.PDF", "w.htm", *kept[4:]]
     assert len(notes) == 1
     what, kinds = notes[0].rsplit(": ", 1)
     assert what == f"skipped 11 files and folders in {tmp_path} that are not read"
     assert kinds.split(", ")[:2] == ["3 hidden or node_modules", "2 .tsv"]
-    once = {"1 .jsonl", "1 .png", "1 .js", "1 .yaml", "1 linked folder", "1 no regular file"}
+    once = {"1 .jsonl", "1 .png", "1 .js", "1 .yaml", "1 linked folder", "1 broken link or special file"}
     assert set(kinds.split(", ")[2:]) == once
 
 
@@ -72,9 +72,9 @@ def test_paths_that_overlap_give_each_file_once(tmp_path, monkeypatch):
     write(tmp_path, {"a/b/one.md": "1", "a/b/.two.md": "2", "a/three.md": "3", "four.md": "4"})
     monkeypatch.chdir(tmp_path)
     for paths in (["a", "."], [".", "a"], ["a/b", "a/b/one.md", "."], [".", "a/../a/b", "a/b/"], ["four.md", "."]):
-        found = [file.relative_to(tmp_path).as_posix() for file in find_files(paths, note=lambda _: None)]
+        found = [file.relative_to(tmp_path).as_posix() for file in find_files(paths, on_note=lambda _: None)]
         assert sorted(found) == ["a/b/one.md", "a/three.md", "four.md"]
-    found = [str(file) for file in find_files([".", "a/b/.two.md", "a/b/.two.md"], note=lambda _: None)]
+    found = [str(file) for file in find_files([".", "a/b/.two.md", "a/b/.two.md"], on_note=lambda _: None)]
     assert found.count(str(tmp_path / "a/b/.two.md")) == 1
     assert len(found) == 4
 
@@ -96,20 +96,20 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     notes = []
-    assert [file.name for file in find_files([tmp_path], note=notes.append)] == ["x.md", "z.md"]
+    assert [file.name for file in find_files([tmp_path], on_note=notes.append)] == ["x.md", "z.md"]
     assert notes == [f"skipped a folder: [Errno 13] Permission denied: '{tmp_path}/b'"]
 
 
 def test_digest_of_a_file_is_the_sha256_of_its_bytes(tmp_path):
     raw = b"\xef\xbb\xbf# T\r\n\r\nna\xefve\0"
     (tmp_path / "a.txt").write_bytes(b"x" * 9000 + raw)
-    (document,) = read_file(tmp_path / "a.txt", note=lambda _: None)
+    (document,) = read_file(tmp_path / "a.txt", on_note=lambda _: None)
     assert document.digest == hashlib.sha256(b"x" * 9000 + raw).hexdigest()
     assert (document.id, document.line, document.metadata) == (document.path, None, {})
 
 
 def test_digest_of_a_record_is_of_its_content_alone(tmp_path):
-    """Neither its place, its `_id` nor how JSON spells it matter; title, text and metadata do."""
+    """Its line, its `_id` and its JSON escapes do not matter; title, text and metadata do."""
     lines = [
         r'{"_id": "1", "title": "T", "text": "caf\u00e9", "tags": ["x"], "year": 1999}',
         "",
@@ -128,15 +128,15 @@ def test_digest_of_a_record_is_of_its_content_alone(tmp_path):
 
 def test_what_is_known_is_left_out_and_not_even_parsed(tmp_path):
     write(tmp_path, {"a.pdf": b"no PDF", "b.md": "text", "c.jsonl": '{"text": "x"}\n{"_id": "k", "text": "y"}\n'})
-    asked = []
+    asked, current = [], []
 
     def known(key):
         asked.append(key)
         return key.id != "1"
 
-    assert [document.text for document in read(tmp_path / "a.pdf", tmp_path, tmp_path / "c.jsonl", known=known)] == [
-        "x"
-    ]
+    found = read(tmp_path / "a.pdf", tmp_path, tmp_path / "c.jsonl", is_current=known, on_current=current.append)
+    assert [document.text for document in found] == ["x"]
+    assert current == [asked[0], asked[1], asked[3]]
     pdf, markdown, *records = asked
     digest = hashlib.sha256(b"no PDF").hexdigest()
     assert pdf == Key(str(tmp_path / "a.pdf"), str(tmp_path / "a.pdf"), digest, None)
@@ -152,14 +152,14 @@ def test_progress_sums_to_the_sizes_of_the_files(tmp_path):
     table = "id,text\n" + "".join(f'{i},"a\n{"b" * i}"\n' for i in range(500))
     write(tmp_path, {"a.md": "é" * 999, "b.jsonl": lines, "c.csv": table, "e.html": "<p>x", "f.txt": ""})
     write(tmp_path, {"d.jsonl.gz": gzip.compress(lines.encode()), "g.tsv": table.replace(",", "\t").encode("utf-16")})
-    # Tapes pad gzip files with zeros; these are read when no record is left.
+    # Tapes pad gzip files with zeros, which are read after the last record.
     write(tmp_path, {"h.jsonl.gz": gzip.compress(lines.encode()) + b"\0" * 300_000})
     for file in sorted(tmp_path.iterdir()):
         sizes = []
-        documents = [(document, len(sizes)) for document in read_file(file, advance=sizes.append)]
+        documents = [(document, len(sizes)) for document in read_file(file, on_bytes=sizes.append)]
         assert sum(sizes) == file.stat().st_size
         assert min(sizes) >= 0
-        if len(documents) > 1 and file.name != "h.jsonl.gz":  # told as it goes
+        if len(documents) > 1 and file.name != "h.jsonl.gz":  # reported on the way
             half = sum(sizes[: documents[len(documents) // 2][1]])
             assert 0.1 < half / sum(sizes) < 0.9
 
@@ -168,7 +168,7 @@ def test_progress_sums_to_the_sizes_of_the_files(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_a_table_is_a_file_of_records(tmp_path, suffix, encoding, ends):
-    """RFC 4180 by hand: quotes, doubled quotes, commas and line ends inside them; columns without a name are none."""
+    """RFC 4180 by hand: quotes, doubled quotes, commas and line ends inside them; unnamed columns are ignored."""
     rows = [
         ["_id", "title", "text", "year", "", "lang"],
         ["a", "Owls", '"Owls, at\tnight"', "1999", "0", "en"],
@@ -224,7 +224,7 @@ def test_a_broken_file_of_records_is_named_with_its_lines(tmp_path, name, conten
 
 
 def test_the_limit_of_csv_is_the_process_own_again_after_each_row(tmp_path):
-    """A long cell is read, and nobody else's limit is lifted meanwhile."""
+    """A long cell is read, and the limit of the process is raised only while the row is read."""
     write(tmp_path, {"a.csv": "text\n" + "x" * 300_000 + "\nshort\n"})
     limit = csv.field_size_limit()
     assert limit < 300_000
@@ -256,7 +256,7 @@ def test_broken_utf8_is_replaced_and_said(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfbyte order mark")
     (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "na\xefve \\ud800"}\n')
     notes = []
-    assert [document.text for document in read(tmp_path, note=notes.append)] == [
+    assert [document.text for document in read(tmp_path, on_note=notes.append)] == [
         "caf\ufffd and \ufffd; a real \ufffd is not counted",
         "byte order mark",
         "na\ufffdve ?",
@@ -274,7 +274,7 @@ def test_notes_are_warnings_unless_taken(tmp_path):
 
 
 def test_records_are_read_one_at_a_time(tmp_path):
-    """The first record is out before the second, broken one is touched."""
+    """The first record is yielded before the second, broken one is read."""
     broken = tmp_path / "b.jsonl"
     broken.write_text('{"text": "first"}\n{"text": \n')
     found = read_file(broken)

@@ -1,4 +1,4 @@
-"""Exports to other engines against the store's own search: the same passages, the same scores, and no other model."""
+"""Exports to other engines against the search of the store: same passages, same scores, and only for the same model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from stores import corpus, small_colbert, write_corpus
 from modernbert import ColBERT, maxsim
 from modernbert.heads.colbert import ASSETS
 from modernbert.late_interaction import Ragged
+from modernbert.retrieval import Hit, Store, index
 from modernbert.retrieval.engines import Engine, export, is_target
-from modernbert.retrieval.indexing import index
-from modernbert.retrieval.store.search import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:Failed to obtain server version")
 
@@ -43,6 +42,10 @@ EXACT = [
 qdrant = pytest.mark.skipif(
     importlib.util.find_spec("qdrant_client") is None, reason="qdrant_client is not installed (extra qdrant)"
 )
+
+
+def ids(found: list[list[Hit]]) -> list[list[int]]:
+    return [[hit.passage_id for hit in hits] for hits in found]
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +80,13 @@ def store(make) -> Store:
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "int8"])
 @pytest.mark.parametrize("name", EXACT)
 def test_the_top_ten_are_those_of_exact_search(name, dtype, make, colbert, tmp_path):
-    """With everything that a hit shows, and no store at hand."""
+    """With everything that a hit shows, and without the store."""
     store, target = make(60, dtype), f"{name}:{tmp_path / 'there'}"
     assert export(store, target) == len(store) > 60
     exact = store.search(QUERIES, top_k=10)
     with Engine(target, colbert) as engine:
         found = engine.search(QUERIES, top_k=10)
-        assert [[hit.number for hit in hits] for hits in found] == [[hit.number for hit in hits] for hits in exact]
+        assert ids(found) == [[hit.passage_id for hit in hits] for hits in exact]
         for ours, theirs in zip(exact, found, strict=True):
             np.testing.assert_allclose([hit.score for hit in theirs], [hit.score for hit in ours], atol=2e-5)
             assert [replace(hit, score=0) for hit in theirs] == [replace(hit, score=0) for hit in ours]
@@ -94,7 +97,7 @@ def test_the_top_ten_are_those_of_exact_search(name, dtype, make, colbert, tmp_p
 
 @pytest.mark.parametrize("name", EXACT)
 def test_equal_passages_come_in_the_order_of_the_store(name, colbert, tmp_path):
-    """Though they were exported backwards."""
+    """Also if they were exported in reverse order."""
     records = [{**corpus(1)[0], "_id": f"d{i}"} for i in range(8)]
     index([write_corpus(tmp_path / "c.jsonl", records)], tmp_path / "store", colbert)
     with Store(tmp_path / "store", colbert) as store:
@@ -132,7 +135,7 @@ def test_another_model_is_refused(name, make, colbert, modernbert_tokenizer_file
         Engine(target, small_colbert(modernbert_tokenizer_file.parent))
     with pytest.raises(ValueError, match="had no name") as none:
         Engine(target)
-    # Refusing has closed what was opened, though the errors still hold on to it: the right model finds the way free.
+    # A refused export was closed, although the errors still refer to it: the right model can open it.
     with Engine(target, colbert) as engine:
         assert engine.colbert is colbert
     assert other.tb
@@ -147,9 +150,7 @@ def test_a_model_with_a_name_is_found_by_it(name, colbert, tmp_path):
         export(store, f"{name}:{tmp_path / 'there'}")
         exact = store.search(QUERIES)
     with Engine(f"{name}:{tmp_path / 'there'}") as engine:
-        assert [[hit.number for hit in hits] for hits in engine.search(QUERIES)] == [
-            [hit.number for hit in hits] for hits in exact
-        ]
+        assert ids(engine.search(QUERIES)) == [[hit.passage_id for hit in hits] for hits in exact]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -165,7 +166,7 @@ def test_where_nothing_was_exported_nothing_is_searched(name, tmp_path):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_half_an_export_is_no_export(name, make, store, colbert, tmp_path, monkeypatch):
-    """LanceDB keeps the one before, Qdrant says that there is none."""
+    """LanceDB keeps the previous export; Qdrant has none."""
 
     def half():
         for numbers, passages, vectors in whole():
@@ -175,13 +176,13 @@ def test_half_an_export_is_no_export(name, make, store, colbert, tmp_path, monke
     small, target, whole = make(9, seed=5), f"{name}:{tmp_path / 'there'}", store.batches
     export(small, target)
     monkeypatch.setattr(store, "batches", half)
-    if name == "lancedb":  # which looks at the first batch by itself: the error comes from a later one
+    if name == "lancedb":  # LanceDB reads the first batch early: let the error come from a later one
         monkeypatch.setattr("modernbert.retrieval.engines.lancedb.ROWS", 8)
     with pytest.raises(OSError, match=r"^the disk has failed$"):
         export(store, target)
     monkeypatch.undo()
     if name == "qdrant":
-        with pytest.raises(FileNotFoundError, match="has not come to its end: run `modernbert export` again"):
+        with pytest.raises(FileNotFoundError, match="is unfinished: run `modernbert export` again"):
             Engine(target, colbert)
     else:
         with Engine(target, colbert) as engine:
@@ -199,10 +200,10 @@ def test_a_target_names_its_engine(store, colbert):
     assert not is_target("C:\\folder")
     for wrong in ("qdrnt:folder", "qdrant:", "folder"):
         with pytest.raises(
-            ValueError, match=r"is no target; a target is one of qdrant:PLACE, lancedb:PLACE, fast-plaid"
+            ValueError, match=r"is not a target; a target is one of qdrant:ADDRESS, lancedb:ADDRESS, fast-plaid"
         ):
             export(store, wrong)
-        with pytest.raises(ValueError, match="is no target"):
+        with pytest.raises(ValueError, match="is not a target"):
             Engine(wrong, colbert)
 
 
@@ -225,7 +226,7 @@ def test_searches_are_checked_before_they_run(name, make, colbert, tmp_path):
 
 
 @qdrant
-def test_a_collection_of_somebody_else_is_left_alone(make, colbert, tmp_path):
+def test_a_foreign_collection_is_left_alone(make, colbert, tmp_path):
     from qdrant_client import QdrantClient, models
 
     client = QdrantClient(path=str(tmp_path))
@@ -235,7 +236,7 @@ def test_a_collection_of_somebody_else_is_left_alone(make, colbert, tmp_path):
     for use in (lambda target: export(make(3), target), lambda target: Engine(target, colbert)):
         with pytest.raises(ValueError, match="the collection modernbert was not made by `modernbert export`") as error:
             use(f"qdrant:{tmp_path}")
-        client = QdrantClient(path=str(tmp_path))  # closed again, though the error still holds on to it
+        client = QdrantClient(path=str(tmp_path))  # closed again, although the error still refers to it
         assert client.count("modernbert").count == 1
         client.close()
         assert error.tb
@@ -254,7 +255,7 @@ def test_a_multivector_that_a_server_refuses_is_named(make, monkeypatch, tmp_pat
 
     monkeypatch.setattr(qdrant, "FLOATS", 16 * 12)
     with pytest.raises(
-        ValueError, match=r"has a passage of \d+ vectors of width 16; Qdrant takes less than 192 numbers"
+        ValueError, match=r"has a passage of \d+ vectors of width 16; Qdrant accepts less than 192 numbers"
     ):
         export(make(3), f"qdrant:{tmp_path}")
 
@@ -324,7 +325,7 @@ class QdrantServer:
             case "POST", "points/query/batch":
                 requests = [models.QueryRequest(**search) for search in body["searches"]]
                 return [found.model_dump(mode="json") for found in client.query_batch_points(name, requests)]
-        raise AssertionError(f"{method} {path} is no part of an export")
+        raise AssertionError(f"{method} {path} is not part of an export")
 
     def close(self) -> None:
         self.server.shutdown()
@@ -335,7 +336,7 @@ class QdrantServer:
 @qdrant
 @pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
 def test_a_server_is_asked_in_requests_that_it_takes(store, colbert, monkeypatch):
-    """Its address names the collection, its key comes from the environment, a request stays small."""
+    """The address names the collection, the key comes from the environment, and requests stay small."""
     from modernbert.retrieval.engines import qdrant
 
     monkeypatch.setattr(qdrant, "REQUEST", 40_000)
@@ -351,7 +352,7 @@ def test_a_server_is_asked_in_requests_that_it_takes(store, colbert, monkeypatch
         exact = store.search(QUERIES)
         with Engine(target, colbert) as engine:
             found = engine.search(QUERIES)
-        assert [[hit.number for hit in hits] for hits in found] == [[hit.number for hit in hits] for hits in exact]
+        assert ids(found) == [[hit.passage_id for hit in hits] for hits in exact]
         monkeypatch.setenv("QDRANT_API_KEY", "wrong")
         with pytest.raises(OSError, match=f"^Qdrant at {server.url}/my-docs: .*403"):
             Engine(target, colbert)
@@ -377,7 +378,7 @@ def test_a_real_server_finds_the_top_ten_of_exact_search(make, colbert):
                 found = engine.search(QUERIES)
             for ours, theirs in zip(exact, found, strict=True):
                 np.testing.assert_allclose([hit.score for hit in theirs], [hit.score for hit in ours], atol=2e-3)
-                assert [hit.number for hit in theirs] == [hit.number for hit in ours]
+                assert [hit.passage_id for hit in theirs] == [hit.passage_id for hit in ours]
     finally:
         client = QdrantClient(url=url, api_key=os.environ.get("QDRANT_API_KEY"))
         client.delete_collection(name)
@@ -388,7 +389,7 @@ lance = pytest.mark.skipif(importlib.util.find_spec("lancedb") is None, reason="
 
 
 @lance
-def test_a_table_of_somebody_else_is_left_alone(make, colbert, tmp_path):
+def test_a_foreign_table_is_left_alone(make, colbert, tmp_path):
     import lancedb
 
     lancedb.connect(tmp_path).create_table("passages", [{"vector": [1.0, 2.0]}])
@@ -400,7 +401,7 @@ def test_a_table_of_somebody_else_is_left_alone(make, colbert, tmp_path):
 
 @lance
 def test_an_index_of_lancedb_is_used_and_scores_stay_exact(make, colbert, tmp_path):
-    """Most of the top ten of a model whose vectors mean nothing, and their true scores."""
+    """Most of the top ten of an untrained model, with exact scores."""
     import lancedb
     from lancedb.index import IvfPq
 
@@ -413,16 +414,16 @@ def test_an_index_of_lancedb_is_used_and_scores_stay_exact(make, colbert, tmp_pa
         found = engine.search(QUERIES)
     recalls = []
     for ours, theirs in zip(exact, found, strict=True):
-        scores = {hit.number: hit.score for hit in ours}
-        np.testing.assert_allclose([hit.score for hit in theirs], [scores[hit.number] for hit in theirs], atol=2e-5)
-        recalls.append(len({hit.number for hit in ours[:10]} & {hit.number for hit in theirs}) / 10)
+        scores = {hit.passage_id: hit.score for hit in ours}
+        np.testing.assert_allclose([hit.score for hit in theirs], [scores[hit.passage_id] for hit in theirs], atol=2e-5)
+        recalls.append(len({hit.passage_id for hit in ours[:10]} & {hit.passage_id for hit in theirs}) / 10)
     assert np.mean(recalls) > 0.7
 
 
 @lance
 @pytest.mark.filterwarnings("ignore:optimize")
 def test_what_lancedb_keeps_does_not_grow(make, tmp_path, monkeypatch):
-    """Versions that are old enough go with the next export."""
+    """Old versions are deleted by the next export."""
     from datetime import timedelta
 
     from modernbert.retrieval.engines import lancedb
@@ -439,7 +440,7 @@ def test_what_lancedb_keeps_does_not_grow(make, tmp_path, monkeypatch):
 
 
 class FastPlaid:
-    """Stands in for fast-plaid, which fits one torch only: the same calls, exact, in a file."""
+    """A stand-in for fast-plaid, which works with one torch only: the same calls, exact, in a file."""
 
     def __init__(self, index: str, device: str) -> None:
         self.file, self.closed = f"{index}/vectors.pt", False
@@ -459,7 +460,7 @@ class FastPlaid:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Our half of fast-plaid's adapter, over a stand-in for the other."""
+    """Our adapter for fast-plaid, on top of the stand-in."""
     name = "modernbert.retrieval.engines.fast_plaid"
     before = sys.modules.pop(name, None)
     monkeypatch.setitem(sys.modules, "fast_plaid", types.ModuleType("fast_plaid"))
@@ -476,7 +477,7 @@ def stand_in(monkeypatch):
 
 
 def test_an_export_to_fast_plaid_holds_what_a_hit_shows(stand_in, make, store, colbert, tmp_path, monkeypatch):
-    """And replaces the one before, when it is complete."""
+    """It replaces the previous one when it is complete."""
     target = f"fast-plaid:{tmp_path / 'there'}"
     with pytest.raises(FileNotFoundError, match=r"no modernbert.json in"):
         Engine(target, colbert)
@@ -514,7 +515,7 @@ def fast_plaid_reason() -> str:
 
 @pytest.mark.skipif(bool(fast_plaid_reason()), reason=fast_plaid_reason())
 def test_fast_plaid_finds_most_of_the_top_ten(tmp_path):
-    """On paragraphs of Wikipedia, with the model that ships: vectors that mean nothing survive no compression."""
+    """On paragraphs of Wikipedia with the built-in model: vectors of an untrained one do not survive compression."""
     with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line, _ in zip(lines, range(200), strict=False)]
     index([write_corpus(tmp_path / "corpus.jsonl", records)], tmp_path / "store")
@@ -528,5 +529,5 @@ def test_fast_plaid_finds_most_of_the_top_ten(tmp_path):
     for ours, theirs in zip(exact, found, strict=True):
         assert theirs[0].passage == ours[0].passage
         assert abs(theirs[0].score - ours[0].score) < 0.05 * ours[0].score
-        recalls.append(len({hit.number for hit in ours} & {hit.number for hit in theirs}) / 10)
+        recalls.append(len({hit.passage_id for hit in ours} & {hit.passage_id for hit in theirs}) / 10)
     assert np.mean(recalls) > 0.85

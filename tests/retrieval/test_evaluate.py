@@ -1,4 +1,4 @@
-"""Measures against hand-computed values, formulas in plain numpy and scipy's bootstrap; files that fail in words."""
+"""Metrics against hand-computed values, formulas in NumPy and SciPy's bootstrap; errors of broken files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from modernbert.retrieval import evaluate
-from modernbert.retrieval.evaluate import find_dataset, measure, read_qrels, read_queries, write_run
+from modernbert.retrieval.evaluate import find_dataset, read_qrels, read_queries, write_run
 
 measures = pytest.mark.skipif(
     importlib.util.find_spec("ir_measures") is None, reason="ir-measures is not installed (extra retrieval)"
@@ -24,7 +24,7 @@ measures = pytest.mark.skipif(
 
 
 def by_name(run, qrels, note=lambda message: None):
-    return {measured.name: measured for measured in measure(run, qrels, note=note)}
+    return {measured.name: measured for measured in evaluate.evaluate(run, qrels, on_note=note)}
 
 
 def formulas(ranking: list[str], grades: dict[str, int]) -> tuple[float, float, float]:
@@ -76,7 +76,7 @@ def test_values_are_those_of_the_formulas():
 
 @measures
 def test_the_earlier_of_two_equal_scores_is_ranked_first():
-    """Where trec_eval would rank them by document id, descending."""
+    """trec_eval would rank them by document id, descending."""
     for order in itertools.permutations(["a", "b", "c"]):
         found = by_name({"q": dict.fromkeys(order, 1.0)}, {"q": {"b": 1}})
         assert found["MRR@10"].mean == pytest.approx(1 / (order.index("b") + 1))
@@ -92,8 +92,8 @@ def test_judged_queries_without_results_count_nothing_and_the_others_are_left_ou
         assert measured.per_query == {"found": 1.0, "empty": 0.0, "absent": 0.0, "barren": 0.0}
         assert measured.mean == 0.25
     assert notes == [
-        "judged queries without a result, which count 0: 3",
-        "judged queries without a relevant document, which count 0: 1",
+        "judged queries without a result, which count as 0: 3",
+        "judged queries without a relevant document, which count as 0: 1",
         "queries without a judgement, which are left out: 1",
     ]
 
@@ -105,7 +105,7 @@ def test_runs_of_nothing():
     assert (one.mean, one.low, one.high) == (1.0, 1.0, 1.0)
     assert by_name({"q": {}}, {"q": {"a": 1}})["nDCG@10"].mean == 0
     with pytest.raises(ValueError, match="none of 1 queries of the run is among the 2 judged ones"):
-        measure({"z": {"a": 1.0}}, {"q": {"a": 1}, "r": {"a": 1}})
+        evaluate.evaluate({"z": {"a": 1.0}}, {"q": {"a": 1}, "r": {"a": 1}})
 
 
 @measures
@@ -130,7 +130,7 @@ def test_intervals_are_those_of_scipys_percentile_bootstrap():
 
 @measures
 def test_many_queries_are_resampled_piece_by_piece():
-    """The size of a piece is a matter of memory, not of numbers."""
+    """The size of a block changes memory, not results."""
     values = np.random.default_rng(7).random(3000)
     low, high = stats.norm.interval(0.95, values.mean(), values.std() / math.sqrt(3000))
     mean, *ends = evaluate._mean(values)
@@ -141,12 +141,12 @@ def test_many_queries_are_resampled_piece_by_piece():
 def test_missing_ir_measures_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_measures", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'modernbert\[retrieval\]'"):
-        measure({"q": {"a": 1.0}}, {"q": {"a": 1}})
+        evaluate.evaluate({"q": {"a": 1.0}}, {"q": {"a": 1}})
 
 
 @measures
 def test_a_written_run_is_read_as_it_is_by_ir_measures(tmp_path):
-    """Ranks from 1; scores in float32, equal ones told apart by one step, so that every tool ranks as we do."""
+    """Ranks from 1; scores in float32, equal ones lowered by one step each, so that every tool gives the same ranks."""
     import ir_measures
 
     scores = {"b": 1 / 3, "z": 2.5, "c": 1 / 3, "a": 1 / 3, "y": -1e-7, "x": 31.123456789}
@@ -162,7 +162,7 @@ def test_a_written_run_is_read_as_it_is_by_ir_measures(tmp_path):
     assert written[2] == np.float32(1 / 3)
     read = [(row.query_id, row.doc_id) for row in ir_measures.read_trec_run(str(tmp_path / "run.trec"))]
     assert read == [(line[0], line[2]) for line in lines]
-    # trec_eval, which knows nothing of ranks, sees the same order: c is third among a, b and c by id, second by rank.
+    # trec_eval ignores ranks, but sees the same order: c is third among a, b and c by id, second by rank.
     (value,) = ir_measures.iter_calc(
         [ir_measures.RR], {"q1": {"c": 1}}, {"q1": {line[2]: float(line[4]) for line in lines[:6]}}
     )
@@ -172,10 +172,10 @@ def test_a_written_run_is_read_as_it_is_by_ir_measures(tmp_path):
 @pytest.mark.parametrize(
     ("run", "tag", "message"),
     [
-        ({"q 1": {"a": 1.0}}, "t", "'q 1' is empty or has blanks"),
-        ({"q": {"a\tb": 1.0}}, "t", r"'a\\tb' is empty or has blanks"),
+        ({"q 1": {"a": 1.0}}, "t", "'q 1' is empty or contains white space"),
+        ({"q": {"a\tb": 1.0}}, "t", r"'a\\tb' is empty or contains white space"),
         ({"q": {"": 1.0}}, "t", "'' is empty"),
-        ({"q": {"a": 1.0}}, "my run", "'my run' is empty or has blanks"),
+        ({"q": {"a": 1.0}}, "my run", "'my run' is empty or contains white space"),
         ({"q": {"a": math.nan}}, "t", "query q, document a is nan"),
         ({"q": {"a": -math.inf}}, "t", "query q, document a is -inf"),
     ],
@@ -190,7 +190,7 @@ def test_what_a_run_cannot_hold_leaves_the_old_one(tmp_path, run, tag, message):
 
 
 def test_a_run_appears_whole(tmp_path):
-    """A reader that looks all the time sees the old run or the new one."""
+    """A reader sees the old run or the new one at all times."""
     path, seen, done = tmp_path / "run.trec", set(), threading.Event()
     run = {f"q{q}": {f"d{i}": -float(i) for i in range(100)} for q in range(40)}
     write_run(path, {"old": {"a": 1.0}})
@@ -309,7 +309,7 @@ def beir(folder, *splits, packed=False):
 
 
 def test_the_files_of_a_set_are_found(tmp_path):
-    """The split that is asked for, test, or the only one."""
+    """The requested split, test, or the only one."""
     plain = beir(tmp_path / "plain", "test.tsv", "dev.tsv", "train.tsv")
     assert find_dataset(plain) == (plain / "corpus.jsonl", plain / "queries.jsonl", plain / "qrels/test.tsv")
     assert find_dataset(plain, "dev").qrels == plain / "qrels/dev.tsv"

@@ -16,7 +16,7 @@ def match(document: tuple[int, int] | None, contribution: float, query: tuple[in
 
 
 def test_places_are_whole_words_with_contributions_added():
-    """Tokens of a word, whatever blanks they come with, are the word; what [CLS] found there is told, not added."""
+    """Tokens of a word, whatever blanks they come with, are the word; matches of [CLS] are listed, but not added."""
     content = "  Hail forms,\tin storms (GR)."
     matches = [
         match((6, 9), 0.25),  # " fo" of forms
@@ -25,7 +25,7 @@ def test_places_are_whole_words_with_contributions_added():
         match((0, 4), 2.0, query=None),
         match(None, 4.0),
         match((14, 17), 0.125, query=None),
-        match((23, 25), -0.5),  # " (" is no word
+        match((23, 25), -0.5),  # " (" is not a word
     ]
     assert places(content, matches) == [
         Place(2, 6, (3, 2, 1), 1.5),

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modernbert import ColBERT
+from modernbert import ColBERT, Session
 from modernbert.retrieval.explain import TokenMatch, explain
 from modernbert.retrieval.page import explain_page
 from modernbert.retrieval.passages import Passage
+from modernbert.retrieval.queries import encode_queries
 from modernbert.retrieval.store.search import Hit
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser driver: pip install playwright")
@@ -68,7 +69,8 @@ def hits(colbert) -> list[tuple[Hit, list[TokenMatch]]]:
     query_QE = colbert.encode_queries([QUERY])[0].numpy()
     scores = [float((query_QE @ x.numpy().T).max(axis=1).sum()) for x in colbert.encode_documents(contents)]
     best = np.argsort(scores)[::-1][:5].tolist()
-    explained = explain(colbert, QUERY, [contents[i] for i in best])
+    session = Session(colbert)
+    explained = explain(session, encode_queries(session, [QUERY])[0], [contents[i] for i in best])
     return [
         (Hit(rank, scores[i], passages[i], i), matches)
         for rank, (i, matches) in enumerate(zip(best, explained, strict=True), start=1)
@@ -147,7 +149,7 @@ def marked(page) -> list[list[tuple[int, int]]]:
 
 
 def test_a_click_marks_the_word_that_numpy_finds(visit, colbert, hits, file):
-    """Every token of the query, in every hit: the argmax of float64 products lies in the one word marked."""
+    """Every token of the query, in every hit: the argmax of float64 products is inside the one marked word."""
     page = visit(file)
     query_QE = colbert.encode_queries([QUERY])[0].double().numpy()
     spans = colbert.tokenize_queries([QUERY]).spans[0]
@@ -179,7 +181,7 @@ def test_a_click_marks_the_word_that_numpy_finds(visit, colbert, hits, file):
 
 
 def test_what_has_no_text_is_one_choice(visit, hits, file):
-    """[CLS], the prefix and [SEP] together: all that they found is marked, their sum is told."""
+    """[CLS], the prefix and [SEP] together: all words that they found are marked, and their sum is announced."""
     page = visit(file)
     button(page, "without text").click()
     for (_, matches), places, note in zip(hits, marked(page), notes(page), strict=True):
@@ -401,7 +403,7 @@ def test_a_page_without_hits_runs_too(visit, tmp_path):
 
 
 def test_quiet_motion_and_paper(visit, file):
-    """No transition for who asked for none; on paper the query does not stick and shades are printed."""
+    """No transition where none is wanted; on paper the query does not stick and shades are printed."""
     styles = "['transitionDuration', 'printColorAdjust'].map(name => getComputedStyle(node)[name])"
     page = visit(file)
     assert page.locator("mark").first.evaluate(f"node => {styles}") == ["0.12s, 0.12s", "economy"]

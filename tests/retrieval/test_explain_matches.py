@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
+from modernbert import ColBERT, Encoder, EncoderConfig, Session, Tokenizer
 from modernbert.heads.colbert import ColBERTConfig
-from modernbert.retrieval.explain import TokenMatch, WordMatch, explain, strongest_words
+from modernbert.retrieval import explain as explaining
+from modernbert.retrieval.explain import TokenMatch, WordMatch, strongest_words
+from modernbert.retrieval.queries import encode_queries
 
 TEXTS = [
     "Glaciers move under their own weight.",
@@ -26,6 +28,11 @@ def colbert(request, modernbert_tokenizer_file) -> ColBERT:
     settings = ColBERTConfig(do_query_expansion=request.param == "expansion", query_length=24)
     tokenizer = Tokenizer.from_pretrained(modernbert_tokenizer_file.parent)
     return ColBERT.from_encoder(Encoder.from_config(config), tokenizer, dim=24, config=settings).eval()
+
+
+def explain(colbert: ColBERT, query: str, documents: list[str]) -> list[list[TokenMatch]]:
+    session = Session(colbert)
+    return explaining.explain(session, encode_queries(session, [query])[0], documents)
 
 
 @pytest.mark.parametrize("query", QUERIES)

@@ -151,7 +151,7 @@ def test_tables_hold_every_token_and_sum_to_the_score():
 
 
 def test_words_are_shaded_by_what_the_text_of_the_query_gave():
-    """Sums over tokens of a word, [CLS] and its like left out, on one scale for all hits: here up to 1.85."""
+    """Sums over tokens of a word, tokens such as [CLS] left out, on one scale for all hits: here up to 1.85."""
     first, second = parse(explain_page(QUERY, two_hits())).all("article")
 
     def shades(article: Node) -> list[tuple[str, str, str]]:
@@ -179,7 +179,7 @@ def test_words_are_shaded_by_what_the_text_of_the_query_gave():
 
 
 def test_title_and_text_are_shaded_each_on_its_own():
-    """A match that lies across the border of title and text is marked on both sides of it."""
+    """A match across the border of title and text is marked on both sides of it."""
     content = passage("𝔹 c", "a").content
     page = parse(explain_page("q", [found(1, passage("𝔹 c", "a"), [TokenMatch((0, 1), (0, 3), 1.0)])]))
     assert content == "a 𝔹 c"
@@ -276,7 +276,7 @@ def test_matches_of_something_else_are_refused():
 
 def test_the_same_arguments_give_the_same_page():
     """In another process too, whose hashes of strings differ."""
-    names = "from modernbert.retrieval.explain_page import explain_page; from test_explain_page import QUERY, two_hits"
+    names = "from modernbert.retrieval.page import explain_page; from test_explain_page import QUERY, two_hits"
     code = f"{names}; import sys; sys.stdout.buffer.write(explain_page(QUERY, two_hits()).encode())"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests", Path(__file__).parent)))
     there = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "7"}

@@ -1,4 +1,4 @@
-"""Documents nobody expects: they are read as they are, or refused in one sentence; memory and time stay in bounds."""
+"""Hostile documents: read unchanged, or refused with one sentence, in bounded memory and time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TEXTS = {
 
 
 def read(path: str | os.PathLike[str], **options) -> list:
-    return list(read_file(path, note=pytest.fail, **options))
+    return list(read_file(path, on_note=pytest.fail, **options))
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def hurry(seconds: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_any_script_comes_through_every_kind_of_file(tmp_path, name):
-    """Not normalised, not reordered, nothing dropped; in HTML and CSV as their rules for white space have it."""
+    """Nothing is normalised, reordered or dropped, except white space by the rules of HTML and CSV."""
     text = TEXTS[name]
     record = {"_id": text[:50], "title": text[:100], "text": text, "other": {text[:9]: [text[:70]]}}
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
@@ -90,7 +90,7 @@ def test_an_empty_file_is_a_document_without_text(tmp_path, suffix):
     path = tmp_path / f"empty{suffix}"
     path.touch()
     asked = []
-    (document,) = read(path, known=lambda key: asked.append(key))
+    (document,) = read(path, is_current=lambda key: asked.append(key))
     assert (document.text, document.title, document.path) == ("", "", str(path))
     nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert asked == [Key(str(path), str(path), nothing, None)]
@@ -113,18 +113,18 @@ def test_an_empty_file_of_records_has_none(tmp_path, suffix, content):
         "no mark".encode("utf-16-le"),
         b"x" * 8191 + b"\0",
     ],
-    ids=["elf", "png", "gzip", "utf-16", "late"],  # gzip's bytes tell the time, and processes must agree on names
+    ids=["elf", "png", "gzip", "utf-16", "late"],  # not gzip's bytes, which contain the time
 )
 @pytest.mark.parametrize("suffix", ["", ".txt", ".py", ".bin"])
 def test_a_binary_file_is_refused(tmp_path, suffix, content):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{path}: a binary file; read are text, .*PDF, .*CSV"):
+    with pytest.raises(ValueError, match=f"^{path}: a binary file; supported are text, .*PDF, .*CSV"):
         read(path)
 
 
 def test_a_stray_nul_is_replaced_everywhere(tmp_path):
-    """No database and no C library cuts a text short at it; nor may it be an `_id`."""
+    """No database and no C library truncates a text at a NUL, and it is not an `_id`."""
     (tmp_path / "a.txt").write_bytes(b"x" * 8192 + b"\0end")
     (tmp_path / "a.jsonl").write_bytes(
         b'{"_id": "k\\u0000", "title": "\0", "text": "a\0b\\u0000c \\\\u0000", "m": "\\u0000"}'
@@ -135,7 +135,7 @@ def test_a_stray_nul_is_replaced_everywhere(tmp_path):
     found = [
         document
         for name in ("a.txt", "a.jsonl", "a.csv", "a.html")
-        for document in read_file(tmp_path / name, note=notes.append)
+        for document in read_file(tmp_path / name, on_note=notes.append)
     ]
     assert [document.text[-14:] for document in found] == [
         "x" * 10 + "\ufffdend",
@@ -182,7 +182,7 @@ NAMES = {"_id", "id", "title", "text", "metadata"}
 
 
 def stored(value):
-    """What becomes of a JSON value, said another way than in the code."""
+    """The expected JSON value, written differently than in the code."""
     if isinstance(value, str):
         return "".join("?" if "\ud800" <= c <= "\udfff" else "\ufffd" if c == "\0" else c for c in value)
     if isinstance(value, float):
@@ -207,7 +207,7 @@ def test_records_come_back_as_they_were_written(tmp_path_factory, written, ends)
     path = tmp_path_factory.mktemp("records") / "a.jsonl"
     path.write_text("".join(json.dumps(record) + ends for record in written))
     found = read(path)
-    # A pair of halves that stand side by side is the character that they make.
+    # Two adjacent halves of a surrogate pair are one character.
     expected = [stored(json.loads(json.dumps(record))) for record in written]
     assert [(d.title, d.text) for d in found] == [(r.get("title", ""), r["text"]) for r in expected]
     assert [d.metadata for d in found] == [{k: v for k, v in r.items() if k in "mn"} for r in expected]
@@ -246,12 +246,12 @@ def test_files_of_any_name_are_found_read_and_named(tmp_path):
         Path(os.fsdecode(folder + name)).write_bytes(b"# text of " + name)
     (Path(os.fsdecode(folder)) / "no.bin").write_bytes(b"")
     notes = []
-    files = list(find_files([tmp_path], note=notes.append))
+    files = list(find_files([tmp_path], on_note=notes.append))
     assert [os.fsencode(file) for file in files] == sorted(
         (folder + name for name in STRANGE_NAMES), key=lambda path: os.fsdecode(path)
     )
     assert list(find_files(files)) == files
-    documents = [document for file in files for document in read_file(file, note=notes.append)]
+    documents = [document for file in files for document in read_file(file, on_note=notes.append)]
     ids = {document.id: document for document in documents}
     assert len(ids) == len(STRANGE_NAMES)
     for name in STRANGE_NAMES:
@@ -281,7 +281,7 @@ def test_what_is_no_regular_file_does_not_hang(tmp_path):
     notes = []
     with hurry(20), socket.socket(socket.AF_UNIX) as listening:
         listening.bind(os.path.relpath(tmp_path / "socket.md"))
-        assert [file.name for file in find_files([tmp_path], note=notes.append)] == ["real.md"]
+        assert [file.name for file in find_files([tmp_path], on_note=notes.append)] == ["real.md"]
         for name in ("pipe.md", "tty.md", "socket.md", "."):
             with pytest.raises(ValueError, match="not a regular file"):
                 read(tmp_path / name)
@@ -289,7 +289,7 @@ def test_what_is_no_regular_file_does_not_hang(tmp_path):
             list(find_files([tmp_path / "loop.md"]))
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "gone.md")
-    assert notes == [f"skipped 4 files and folders in {tmp_path} that are not read: 4 no regular file"]
+    assert notes == [f"skipped 4 files and folders in {tmp_path} that are not read: 4 broken link or special file"]
 
 
 def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
@@ -305,7 +305,7 @@ def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
         found.unlink()
     finally:
         os.chdir(tmp_path)
-        for _ in range(depth):  # pytest cannot clear this away
+        for _ in range(depth):  # pytest cannot delete this
             if os.path.isdir("d/d"):
                 os.rename("d/d", "e")
                 os.rmdir("d")
@@ -329,7 +329,7 @@ def test_a_comment_of_12_mb_is_still_no_text():
     ("name", "raw", "most"),
     [
         ("a.txt", b"owl " * (50 * MB // 4), 3),
-        ("wide.txt", "🦉".encode() * (50 * MB // 4), 8),  # Python makes room for four bytes a byte, then gives back
+        ("wide.txt", "🦉".encode() * (50 * MB // 4), 8),  # Python allocates four bytes per byte, then shrinks
         ("a.jsonl", b'{"text": "' + b"owl " * (50 * MB // 4) + b'"}\n', 5),
         ("a.jsonl.gz", b'{"text": "' + b"owl " * (50 * MB // 4) + b'"}\n', 5),
         ("escaped.jsonl", b'{"text": "' + b"\\u732b" * (50 * MB // 6) + b'"}\n', 5),
@@ -337,7 +337,7 @@ def test_a_comment_of_12_mb_is_still_no_text():
             "a.csv",
             b"text\n" + b"owl " * (50 * MB // 4) + b"\n",
             12,
-        ),  # Python's csv module holds four bytes a character, and doubles its room
+        ),  # Python's csv module needs four bytes per character, and doubles its buffer
         ("a.html", b"<p>" + b"owl " * (50 * MB // 4), 6),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -377,12 +377,12 @@ def test_a_file_that_is_too_large_is_refused_before_memory_is_full(tmp_path, mon
     monkeypatch.setattr(corpus, "LARGEST", MB)
     with (tmp_path / "sparse.txt").open("wb") as file:
         file.truncate(10**12)
-    with hurry(20), pytest.raises(ValueError, match=r"sparse\.txt: more than 0 MiB in one document; cut it"):
+    with hurry(20), pytest.raises(ValueError, match=r"sparse\.txt: more than 0 MiB in one document; split it"):
         read(tmp_path / "sparse.txt")
 
 
 def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
-    """Ids included, which are checked to be unique."""
+    """Including the ids, which are checked to be unique."""
     peaks = {}
     for count in (1_000, 12_000):
         path = tmp_path / f"{count}.jsonl"

@@ -1,4 +1,4 @@
-"""Building and updating stores: what is encoded, what stays, and what an interruption costs."""
+"""Building and updating stores: which passages are encoded, and which stay."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, small_colbert, small_shards, write_corpus
 
-from modernbert import ColBERT
-from modernbert.retrieval.indexing import forget, index
-from modernbert.retrieval.store import writer as building
-from modernbert.retrieval.store.search import Store
+from modernbert import ColBERT, Session
+from modernbert.retrieval import Store, forget, index
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +24,25 @@ def colbert(modernbert_tokenizer_file) -> ColBERT:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(building, "PASSAGES", 8)
+    small_shards(monkeypatch, 8)
 
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """How many passages each call encoded."""
+    """The number of passages that each call encoded."""
     counts: list[int] = []
-    original = building.encode_tokens
+    original = Session.encode_tokens
 
-    def counting(model, tokens, **options):
+    def counting(session, tokens, **options):
         counts.append(len(tokens.batch))
-        return original(model, tokens, **options)
+        return original(session, tokens, **options)
 
-    monkeypatch.setattr(building, "encode_tokens", counting)
+    monkeypatch.setattr(Session, "encode_tokens", counting)
     return counts
 
 
 def content(folder: Path, colbert: ColBERT) -> dict[tuple[str, str], list[tuple[str, str, int, int, bytes]]]:
-    """Of each document its passages, with their vectors."""
+    """For each document its passages, with their vectors."""
     found: dict[tuple[str, str], list[tuple[str, str, int, int, bytes]]] = {}
     with Store(folder, colbert) as store:
         for _, passages, vectors in store.batches():
@@ -68,14 +66,14 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def fresh(paths, tmp_path: Path, colbert: ColBERT):
-    """What a new store of the same files holds."""
+    """The content of a new store of the same files."""
     folder = tmp_path / f"fresh{random.random()}"
     index(paths, folder, colbert)
     return content(folder, colbert)
 
 
 def without_vectors(found):
-    """Shards are put together differently in an update, and so the last bits of a vector may differ."""
+    """In an update, passages share shards with others, and so the last bits of a vector may differ."""
     return {key: [row[:-1] for row in rows] for key, rows in found.items()}
 
 
@@ -148,7 +146,7 @@ def test_a_file_that_cannot_be_read_now_stays_as_it_was(colbert, tmp_path):
 
 
 def test_many_small_runs_leave_few_shards(colbert, tmp_path):
-    """Half empty shards are joined, space of what is gone is given back, and nothing else changes."""
+    """Half-empty shards are joined and free space, and nothing else changes."""
     source, folder = tmp_path / "corpus.jsonl", tmp_path / "store"
     records = corpus(60)
     for count in range(3, 60, 3):
@@ -180,11 +178,11 @@ def test_vectors_move_between_shards_unchanged(colbert, tmp_path, dtype):
     assert set(shard_bytes(folder)).isdisjoint(files)
     assert len(after) == 4
     for key, rows in after.items():
-        assert [(*row[:3], row[4]) for row in rows] == [(*row[:3], row[4]) for row in before[key]]  # but for the line
+        assert [(*row[:3], row[4]) for row in rows] == [(*row[:3], row[4]) for row in before[key]]  # except the line
 
 
 def test_the_same_input_makes_the_same_store(colbert, tmp_path):
-    """Byte by byte and row by row: no times, no chance."""
+    """Byte by byte and row by row: no time stamps, no randomness."""
     source = write_corpus(tmp_path / "corpus.jsonl", corpus(30))
     for name in ("one", "two"):
         index([source], tmp_path / name, colbert)
@@ -204,7 +202,7 @@ def test_what_cannot_be_indexed(colbert, tmp_path):
         index([tmp_path / "empty"], folder, colbert)
     with pytest.raises(FileNotFoundError, match="holds no store; make one with: modernbert index"):
         Store(folder, colbert)
-    with pytest.raises(ValueError, match="is no store, and not empty"):
+    with pytest.raises(ValueError, match="is not a store, and not empty"):
         index([source], tmp_path / "full", colbert)
     assert os.listdir(tmp_path / "full") == ["letter.txt"]
     with pytest.raises(ValueError, match="dtype is 'fp8'; it can be fp16, fp32, int8"):
@@ -228,11 +226,11 @@ def test_progress_counts_every_byte_of_input_once(colbert, tmp_path, monkeypatch
     source, told, seen = write_corpus(tmp_path / "corpus.jsonl", corpus(30)), [], []
 
     @contextmanager
-    def bar(total, progress):
+    def bar(description, total, shown, *, unit):
         told.append(total)
         yield seen.append
 
-    monkeypatch.setattr("modernbert.retrieval.indexing._bar", bar)
+    monkeypatch.setattr("modernbert.retrieval.build.progress_bar", bar)
     index([source], tmp_path / "store", colbert)
     assert told == [source.stat().st_size]
     assert sum(seen) == pytest.approx(told[0])

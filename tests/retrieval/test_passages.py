@@ -1,4 +1,4 @@
-"""Where documents are cut: headings as another parser has them, no word lost, none doubled."""
+"""Where documents are cut: headings as in another parser, and no word is lost or doubled."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ LONG = {
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("tokens", [8, 50, 160])
 def test_every_word_is_in_exactly_one_piece(name, tokens):
-    """The spans are in order, hold the text they name, and leave out nothing but white space."""
+    """The spans are in order, contain their text, and leave out only white space."""
     document = guide(LONG[name], "long.txt")
     found = list(pieces(document, tokens=tokens))
     end = 0
@@ -165,7 +165,7 @@ def test_cuts_prefer_paragraphs_then_list_items_then_sentences():
     assert all(piece.text.startswith(("Take", "- one")) for piece in found)
     found = list(pieces(guide(sentence * 40, "a.txt"), tokens=121))
     assert all(piece.text.endswith("sentence.") for piece in found)
-    assert {len(piece.text.split()) for piece in found} == {91, 98}  # equal shares, no crumb at the end
+    assert {len(piece.text.split()) for piece in found} == {91, 98}  # equal shares, no tiny rest
 
 
 def test_no_heading_takes_more_than_linear_time():

@@ -1,4 +1,4 @@
-"""The pre-filter against what it says, in float64 and token by token, and its recall against exact search."""
+"""The pre-filter against its definition, in float64 and token by token, and its recall against exact search."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from torch import Tensor
 from modernbert import maxsim
 from modernbert.late_interaction import Ragged
 from modernbert.retrieval.store import prefilter
-from modernbert.retrieval.store.prefilter import Lists, invert, num_centroids, select, shortlist, train_centroids
+from modernbert.retrieval.store.prefilter import (
+    InvertedLists,
+    build_lists,
+    num_centroids,
+    select,
+    shortlist,
+    train_centroids,
+)
 
 WIDTH = 16
 
 
 def topical(lengths: list[int], topics: int = 40, *, seed: int = 0) -> Ragged:
-    """Passages of tokens that lie around a few directions out of `topics`; every passage has its own mixture."""
+    """Passages of tokens around a few of `topics` directions; every passage has its own mixture."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(topics, WIDTH, generator=torch.Generator().manual_seed(99))
     passages = []
@@ -51,8 +58,8 @@ def centroids(shards: list[Ragged]) -> Ragged:
 
 
 @pytest.fixture(scope="module")
-def lists(shards: list[Ragged], centroids: Ragged) -> list[Lists]:
-    return [invert(shard, centroids) for shard in shards]
+def lists(shards: list[Ragged], centroids: Ragged) -> list[InvertedLists]:
+    return [build_lists(shard, centroids) for shard in shards]
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def nearest(shards: list[Ragged], centroids: Ragged) -> list[list[list[int]]]:
 
 
 def test_lists_name_the_passages_of_each_centroid(
-    nearest: list[list[list[int]]], centroids: Ragged, lists: list[Lists]
+    nearest: list[list[list[int]]], centroids: Ragged, lists: list[InvertedLists]
 ) -> None:
     assert len(centroids) > 10
     for passages, found in zip(nearest, lists, strict=True):
@@ -86,38 +93,38 @@ def test_lists_name_the_passages_of_each_centroid(
         assert found.num_passages == len(passages)
 
 
-def rough_scores(query: Tensor, nearest: list[list[list[int]]], centroids: Ragged, probes: int) -> Tensor:
-    """The definition: what a query token has of the best centroid of a passage, or of the last it looked at."""
+def rough_scores(query: Tensor, nearest: list[list[list[int]]], centroids: Ragged, nprobe: int) -> Tensor:
+    """The definition: the similarity of a query token to the best centroid of a passage, or to the last one probed."""
     similarity = query.double() @ centroids.values.double().T
-    floor = similarity.topk(min(probes, len(centroids.values)), dim=1).values[:, -1]
+    floor = similarity.topk(min(nprobe, len(centroids.values)), dim=1).values[:, -1]
     passages = [near for shard in nearest for near in shard]
     return torch.stack([similarity[:, near].amax(1).maximum(floor).sum() if near else floor.sum() for near in passages])
 
 
-@pytest.mark.parametrize("probes", [1, 5, 10_000])
+@pytest.mark.parametrize("nprobe", [1, 5, 10_000])
 @pytest.mark.parametrize("candidates", [1, 7, 60])
 def test_the_candidates_are_the_best_by_centroids(
     nearest: list[list[list[int]]],
     centroids: Ragged,
-    lists: list[Lists],
+    lists: list[InvertedLists],
     queries: Ragged,
-    probes: int,
+    nprobe: int,
     candidates: int,
 ) -> None:
-    found = shortlist(queries, centroids, lists, candidates=candidates, probes=probes)
+    found = shortlist(queries, centroids, lists, candidates=candidates, nprobe=nprobe)
     for query, positions in zip(queries, found, strict=True):
-        scores = rough_scores(query, nearest, centroids, probes)
+        scores = rough_scores(query, nearest, centroids, nprobe)
         assert positions.tolist() == sorted(set(positions.tolist()))
         assert len(positions) == candidates
-        # Equal scores may stand for one another, so scores are compared and not passages.
+        # Passages with equal scores are interchangeable, so scores are compared instead of passages.
         torch.testing.assert_close(scores[positions].sort(descending=True).values, scores.topk(candidates).values)
 
 
 def test_with_all_candidates_the_ranking_is_exact(
-    shards: list[Ragged], centroids: Ragged, lists: list[Lists], queries: Ragged
+    shards: list[Ragged], centroids: Ragged, lists: list[InvertedLists], queries: Ragged
 ) -> None:
     whole = Ragged.from_list([passage for shard in shards for passage in shard])
-    for number, positions in enumerate(shortlist(queries, centroids, lists, candidates=1000, probes=10_000)):
+    for number, positions in enumerate(shortlist(queries, centroids, lists, candidates=1000, nprobe=10_000)):
         query = queries[number : number + 1]
         got = maxsim(query, select(shards, positions), top_k=10)
         wanted = maxsim(query, whole, top_k=10)
@@ -125,24 +132,24 @@ def test_with_all_candidates_the_ranking_is_exact(
         torch.testing.assert_close(got[0], wanted[0], rtol=0, atol=0)
 
 
-def test_only_living_passages_are_candidates(
-    nearest: list[list[list[int]]], centroids: Ragged, lists: list[Lists], queries: Ragged
+def test_only_allowed_passages_are_candidates(
+    nearest: list[list[list[int]]], centroids: Ragged, lists: list[InvertedLists], queries: Ragged
 ) -> None:
-    alive = [torch.rand(size) < 0.3 for size in SIZES]
-    living = torch.cat(alive).nonzero().flatten()
-    for positions in shortlist(queries, centroids, lists, candidates=1000, alive=alive):
+    allowed = [torch.rand(size) < 0.3 for size in SIZES]
+    living = torch.cat(allowed).nonzero().flatten()
+    for positions in shortlist(queries, centroids, lists, candidates=1000, allowed=allowed):
         assert positions.tolist() == living.tolist()
     everywhere = shortlist(queries, centroids, lists, candidates=7)
-    living_too = shortlist(queries, centroids, lists, candidates=7, alive=[torch.ones_like(one) for one in alive])
+    living_too = shortlist(queries, centroids, lists, candidates=7, allowed=[torch.ones_like(one) for one in allowed])
     assert [one.tolist() for one in everywhere] == [one.tolist() for one in living_too]
-    # The best that lives is found even where it is the worst of all.
+    # An allowed passage is found even if it is the worst of all.
     for query, rough in zip(queries, shortlist(queries, centroids, lists, candidates=1), strict=True):
         worst = int(rough_scores(query, nearest, centroids, 5).argmin())
         only = (torch.arange(sum(SIZES)) == worst).split(SIZES)
-        (found,) = shortlist(Ragged.from_list([query]), centroids, lists, candidates=1, probes=5, alive=only)
+        (found,) = shortlist(Ragged.from_list([query]), centroids, lists, candidates=1, nprobe=5, allowed=only)
         assert found.tolist() == [worst] != rough.tolist()
-    nothing = [torch.zeros_like(one) for one in alive]
-    assert [len(found) for found in shortlist(queries, centroids, lists, alive=nothing)] == [0, 0, 0]
+    nothing = [torch.zeros_like(one) for one in allowed]
+    assert [len(found) for found in shortlist(queries, centroids, lists, allowed=nothing)] == [0, 0, 0]
 
 
 def test_select_copies_passages_of_all_shards(shards: list[Ragged]) -> None:
@@ -168,9 +175,9 @@ def test_stored_dtypes_give_the_same_lists(shards: list[Ragged], centroids: Ragg
     """int8 is the vector times about 300, and nothing has to be multiplied back."""
     vectors = shards[-1]
     eighths = (vectors.values * 127 / vectors.values.abs().max()).round()
-    float_lists = invert(Ragged(eighths, vectors.offsets), centroids)
+    float_lists = build_lists(Ragged(eighths, vectors.offsets), centroids)
     for dtype in (torch.int8, torch.float16):
-        stored = invert(Ragged(eighths.to(dtype), vectors.offsets), centroids)
+        stored = build_lists(Ragged(eighths.to(dtype), vectors.offsets), centroids)
         assert torch.equal(stored.passages, float_lists.passages)
         assert torch.equal(stored.offsets, float_lists.offsets)
 
@@ -182,7 +189,7 @@ def corpus() -> list[Ragged]:
 
 
 def test_k_means_finds_centroids_that_stand_for_tokens(corpus: list[Ragged], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearer to other tokens than as many tokens drawn by chance are."""
+    """Nearer to the tokens than the same number of random tokens."""
     monkeypatch.setattr(prefilter, "num_centroids", lambda tokens: 600)
     found = train_centroids(corpus)
     assert len(found.values) == pytest.approx(600, rel=0.05)
@@ -200,10 +207,10 @@ def test_recall_on_topical_passages(corpus: list[Ragged]) -> None:
     best = maxsim(queries, whole, top_k=10)[1]
     centroids = train_centroids(corpus)
     assert len(centroids.values) == pytest.approx(num_centroids(len(whole.values)), rel=0.02)
-    lists = [invert(shard, centroids) for shard in corpus]
+    lists = [build_lists(shard, centroids) for shard in corpus]
 
-    def recall(candidates: int, probes: int) -> float:
-        found = shortlist(queries, centroids, lists, candidates=candidates, probes=probes)
+    def recall(candidates: int, nprobe: int) -> float:
+        found = shortlist(queries, centroids, lists, candidates=candidates, nprobe=nprobe)
         return float(np.mean([np.isin(top, positions).mean() for top, positions in zip(best, found, strict=True)]))
 
     assert recall(200, 128) >= 0.97
@@ -221,11 +228,11 @@ def test_tiny_stores(lengths: list[int], queries: Ragged) -> None:
     vectors = topical(lengths)
     centroids = train_centroids([vectors])
     assert 1 <= len(centroids.values) <= sum(lengths)
-    for positions in shortlist(queries, centroids, [invert(vectors, centroids)]):
+    for positions in shortlist(queries, centroids, [build_lists(vectors, centroids)]):
         assert positions.tolist() == list(range(len(lengths)))
 
 
-def test_nothing_at_all(centroids: Ragged, lists: list[Lists], queries: Ragged) -> None:
+def test_nothing_at_all(centroids: Ragged, lists: list[InvertedLists], queries: Ragged) -> None:
     with pytest.raises(ValueError, match="2 passages without a single token"):
         train_centroids([topical([0, 0]), topical([])])
     with pytest.raises(ValueError, match="0 passages"):
@@ -237,19 +244,19 @@ def test_nothing_at_all(centroids: Ragged, lists: list[Lists], queries: Ragged) 
 
 
 def test_a_shard_of_many_passages(centroids: Ragged) -> None:
-    """More than 16 bits can count."""
+    """More passages than 16 bits can count."""
     vectors = Ragged(topical([40_000]).values, torch.arange(40_001))
-    found = invert(vectors, centroids)
+    found = build_lists(vectors, centroids)
     assert found.passages.sort().values.tolist() == list(range(40_000))
-    assert invert(vectors[: 1 << 15], centroids).passages.sort().values.tolist() == list(range(1 << 15))
+    assert build_lists(vectors[: 1 << 15], centroids).passages.sort().values.tolist() == list(range(1 << 15))
 
 
 @pytest.mark.parametrize("similarities", [1, 100, 3000])
 def test_blocks_change_nothing(
     shards: list[Ragged], centroids: Ragged, similarities: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = invert(shards[0], centroids)
+    whole = build_lists(shards[0], centroids)
     monkeypatch.setattr(prefilter, "SIMILARITIES", similarities)
-    parts = invert(shards[0], centroids)
+    parts = build_lists(shards[0], centroids)
     assert torch.equal(whole.offsets, parts.offsets)
     assert torch.equal(whole.passages, parts.passages)

@@ -201,7 +201,7 @@ TAGS = ["p", "nav", "div", "b", "ul", "li", "table", "tr", "td", "h1", "pre", "b
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["<", "</"]), st.sampled_from(TAGS)), max_size=30))
 def test_words_survive_any_soup_of_tags(tags):
-    """Each is there once and in order, as in the tree that the parser would build. Noise is better than nothing."""
+    """Each comes once and in order, as in the tree of the parser. If there is only noise, it is kept."""
     page = "w0w" + "".join(f"{mark}{tag}>w{i}w" for i, (mark, tag) in enumerate(tags, start=1))
 
     def words(noise):
@@ -229,8 +229,8 @@ def test_words_survive_any_soup_of_tags(tags):
         ("", "utf-8"),
         ("", "cp1252"),
         ("", "utf-16"),
-        ("<meta charset=latin1>", "utf-8-sig"),  # the mark wins
-        ("<meta charset=utf-16>", "utf-8"),  # whoever could read this far knows better
+        ("<meta charset=latin1>", "utf-8-sig"),  # the byte order mark wins
+        ("<meta charset=utf-16>", "utf-8"),  # the declaration was read as ASCII, so it is wrong
         ("<meta charset=rot13>", "utf-8"),
         ("<meta charset=unicode_escape>", "utf-8"),
         ("<meta charset=nonsense>", "cp1252"),
@@ -295,21 +295,20 @@ def test_the_title_of_a_pdf_counts_if_the_first_page_has_it():
 def test_a_pdf_without_text_says_what_helps():
     notes = []
     assert read_pdf(pdf("", ""), notes.append) == ("", "")
-    assert notes == ["a PDF without text; if its pages are scanned, OCR (as ocrmypdf does) gives them some"]
+    assert notes == ["a PDF without text; if its pages are scanned, add text by OCR, for example with ocrmypdf"]
 
 
 def test_a_pdf_with_errors_is_read_as_well_as_they_allow(tmp_path):
-    """What pypdf would log to stderr is in the note, and its logger is left as it was."""
+    """The note has what pypdf would log to stderr, and its logger is unchanged."""
     notes, handlers = [], list(logging.getLogger("pypdf").handlers)
     raw = pdf("An owl").replace(b"startxref\n", b"startxref\n1")
     assert read_pdf(raw, notes.append) == ("", "An owl")
     assert len(notes) == 1
-    assert notes[0].startswith("a PDF with errors, read as well as they allow: incorrect startxref")
+    assert notes[0].startswith("a PDF with errors, read as far as possible: incorrect startxref")
     assert logging.getLogger("pypdf").handlers == handlers
     (tmp_path / "a.pdf").write_bytes(raw)
-    code = (
-        f"from modernbert.retrieval.corpus import read_file; list(read_file({str(tmp_path / 'a.pdf')!r}, note=print))"
-    )
+    read = f"list(read_file({str(tmp_path / 'a.pdf')!r}, on_note=print))"
+    code = f"from modernbert.retrieval.documents.find import read_file; {read}"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | PATHS, check=True
     )

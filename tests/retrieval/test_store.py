@@ -9,20 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, small_colbert, small_shards, write_corpus
 
-from modernbert import ColBERT
-from modernbert.inference.encode import encode_tokens
-from modernbert.retrieval.indexing import index
+from modernbert import ColBERT, Session
+from modernbert.retrieval import Store, index
 from modernbert.retrieval.passages import Document
-from modernbert.retrieval.store import search as searching
-from modernbert.retrieval.store import writer as building
-from modernbert.retrieval.store.search import Store
+from modernbert.retrieval.store import ranking
 from modernbert.retrieval.windows import batch, windows
 
 QUERIES = ["owl night mouse", "which storm brought hail?", "peace treaty", "number 31"]
-# What rounding a unit vector costs its similarity, at most, times the tokens of a query: half a step of float16 at
-# 1 is 2^-11; of int8 half of 1/127 of the largest part, in each of 16 parts.
+# The largest error of a similarity by rounding a unit vector, times the tokens of a query: half a step of float16
+# at 1 is 2^-11; of int8, half of 1/127 of the largest component, in each of 16 components.
 TOLERANCE = {"fp32": 2e-5, "fp16": 24 * 2**-11, "int8": 24 * 16**0.5 / 254}
 
 
@@ -38,7 +35,7 @@ def store(request, colbert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     source = write_corpus(folder / "corpus.jsonl", corpus(60))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "PASSAGES", 16)
+        small_shards(patch, 16)
         index([source], folder / "store", colbert, dtype=request.param)
     with Store(folder / "store", colbert) as store:
         assert len(list((folder / "store" / "shards").iterdir())) > 5
@@ -47,12 +44,12 @@ def store(request, colbert, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def brute(colbert):
-    """Of every passage its document, text and vectors in float64, each window encoded alone."""
+    """For every passage its document, text and vectors in float64, each window encoded alone."""
     rows = []
     for number, record in enumerate(corpus(60)):
         document = Document("c", record["_id"], record["title"], record["text"], number + 1)
         for window in windows(colbert, [document]):
-            (matrix,) = encode_tokens(colbert, batch([window]))
+            (matrix,) = Session(colbert).encode_tokens(batch([window]))
             rows.append((record["_id"], window.passage.text, matrix.double().numpy()))
     return rows
 
@@ -76,12 +73,12 @@ def test_all_passages_are_ranked_by_maxsim(colbert, store, brute, query):
 
 
 def test_the_best_are_the_head_of_the_whole_ranking_for_any_number_of_queries(store, monkeypatch):
-    monkeypatch.setattr(searching, "QUERIES", 2)
-    monkeypatch.setattr(searching, "TOKENS", 100)
+    monkeypatch.setattr(ranking, "QUERIES_AT_ONCE", 2)
+    monkeypatch.setattr(ranking, "TOKENS_AT_ONCE", 100)
     together = store.search(QUERIES, top_k=7)
     for query, hits in zip(QUERIES, together, strict=True):
         alone = store.search([query], top_k=60)[0][:7]
-        assert [hit.number for hit in hits] == [hit.number for hit in alone]
+        assert [hit.passage_id for hit in hits] == [hit.passage_id for hit in alone]
         np.testing.assert_allclose([hit.score for hit in hits], [hit.score for hit in alone], atol=1e-5)
     assert store.search([]) == []
 
@@ -106,7 +103,7 @@ def test_a_document_counts_once_by_its_best_passage(colbert, store, brute, query
 
 
 def test_equal_scores_are_ranked_as_indexed(colbert, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "PASSAGES", 4)
+    small_shards(monkeypatch, 4)
     twins = [{"_id": f"t{i}", "text": "owl night"} for i in range(11)]
     index([write_corpus(tmp_path / "corpus.jsonl", twins)], tmp_path / "store", colbert)
     with Store(tmp_path / "store", colbert) as store:
@@ -120,10 +117,10 @@ def test_filters_search_only_what_they_name(store):
     query, everything = QUERIES[0], store.search([QUERIES[0]], top_k=1000)[0]
 
     def expected(keep) -> list[int]:
-        return [hit.number for hit in everything if keep(hit.passage.metadata)]
+        return [hit.passage_id for hit in everything if keep(hit.passage.metadata)]
 
     def found(**options) -> list[int]:
-        return [hit.number for hit in store.search([query], top_k=1000, **options)[0]]
+        return [hit.passage_id for hit in store.search([query], top_k=1000, **options)[0]]
 
     assert found(where={"year": "2001"}) == expected(lambda m: m["year"] == "2001")
     assert found(where={"even": "true"}) == expected(lambda m: m["even"])
@@ -174,7 +171,7 @@ def test_wrong_questions(store):
 
 
 def test_a_store_remembers_its_model(colbert, modernbert_tokenizer_file, tmp_path):
-    """By its folder; another model is refused, the same one in bfloat16 is not."""
+    """By its folder. Another model is refused; the same one in bfloat16 is not."""
     colbert.save_pretrained(tmp_path / "model")
     source = write_corpus(tmp_path / "corpus.jsonl", corpus(5))
     index([source], tmp_path / "store", tmp_path / "model")
@@ -186,7 +183,7 @@ def test_a_store_remembers_its_model(colbert, modernbert_tokenizer_file, tmp_pat
     other = small_colbert(modernbert_tokenizer_file.parent)
     longer = ColBERT(colbert.encoder, colbert.tokenizer, list(colbert.dense), replace(colbert.config, query_length=30))
     for wrong in (other, longer):
-        with pytest.raises(ValueError, match=r"the store was made with .*model, and this one is not the same"):
+        with pytest.raises(ValueError, match=r"the store was made with .*model, and this model is different"):
             Store(tmp_path / "store", wrong)
         with pytest.raises(ValueError, match="the store was made with"):
             index([source], tmp_path / "store", wrong)
@@ -237,7 +234,7 @@ def filtered(request, colbert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("filtered")
     source = folder / "corpus.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "PASSAGES", 16)
+        small_shards(patch, 16)
         index([write_corpus(source, corpus(20))], folder / "store", colbert, dtype=request.param, prefilter=True)
         index([write_corpus(source, corpus(200))], folder / "store", colbert)
         index([write_corpus(source, corpus(200)[5:])], folder / "store", colbert)
@@ -246,26 +243,26 @@ def filtered(request, colbert, tmp_path_factory):
 
 
 def test_a_pre_filter_that_lets_everything_through_is_exact(filtered, monkeypatch):
-    monkeypatch.setattr("modernbert.retrieval.store.candidates.CANDIDATES", 10_000)
+    monkeypatch.setattr("modernbert.retrieval.store.prefilter.CANDIDATES", 10_000)
     for options in ({}, {"by": "document"}, {"where": {"year": "2001"}}, {"path": "nothing"}):
         exact = filtered.search(QUERIES, top_k=20, **options)
         likely = filtered.search(QUERIES, top_k=20, prefilter=True, **options)
         for ours, theirs in zip(likely, exact, strict=True):
-            assert [hit.number for hit in ours] == [hit.number for hit in theirs]
+            assert [hit.passage_id for hit in ours] == [hit.passage_id for hit in theirs]
             np.testing.assert_allclose([hit.score for hit in ours], [hit.score for hit in theirs], atol=1e-5)
 
 
 def test_a_pre_filter_finds_most_and_scores_it_the_same(filtered, monkeypatch):
-    """Of 214 passages 40 are looked at; scores are exact for what is found."""
-    monkeypatch.setattr("modernbert.retrieval.store.candidates.CANDIDATES", 40)
+    """Of 214 passages, 40 are scored; the scores of those found are exact."""
+    monkeypatch.setattr("modernbert.retrieval.store.prefilter.CANDIDATES", 40)
     found = 0
     for query in QUERIES:
-        exact = {hit.number: hit.score for hit in filtered.search([query], top_k=1000)[0]}
+        exact = {hit.passage_id: hit.score for hit in filtered.search([query], top_k=1000)[0]}
         likely = filtered.search([query], top_k=10, prefilter=True)[0]
         assert len(likely) == 10
         for hit in likely:
-            assert abs(hit.score - exact[hit.number]) < 1e-5
-        found += len({hit.number for hit in likely} & set(list(exact)[:10]))
+            assert abs(hit.score - exact[hit.passage_id]) < 1e-5
+        found += len({hit.passage_id for hit in likely} & set(list(exact)[:10]))
     assert found >= 30
 
 

@@ -1,4 +1,4 @@
-"""Kills, full disks, two writers, flipped bytes: the old store or the new one, never one that opens and lies."""
+"""Kills, full disks, two writers, flipped bytes: the store is the old or the new one, and never opens if damaged."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, small_colbert, small_shards, write_corpus
 
-from modernbert import ColBERT
-from modernbert.retrieval.indexing import index
-from modernbert.retrieval.store import format as files
-from modernbert.retrieval.store import writer as building
-from modernbert.retrieval.store.search import Store
+from modernbert import ColBERT, Session, files
+from modernbert.late_interaction import Ragged
+from modernbert.retrieval import Store, index
+from modernbert.retrieval.store import search, writer
+from modernbert.retrieval.store.draft import open_draft
+from modernbert.retrieval.store.format import read_manifest, write_manifest
 
 KILLS = 50
 
@@ -38,11 +40,11 @@ def colbert(modernbert_tokenizer_file) -> ColBERT:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(building, "PASSAGES", 8)
+    small_shards(monkeypatch, 8)
 
 
 def state(folder: Path) -> tuple:
-    """All that a store is: the rows of its tables, the bytes of its shards, its manifest without the table's hash."""
+    """The content of a store: rows of its tables, bytes of its shards, manifest without the hash of the table."""
     manifest = json.loads((folder / "store.json").read_bytes())
     with closing(sqlite3.connect(folder / manifest["table"])) as table:
         names = ("documents", "passages", "shards")
@@ -52,7 +54,7 @@ def state(folder: Path) -> tuple:
 
 
 def in_a_fork(work: Callable[[], object]) -> int:
-    """The process that does it, and then ends with status 0, or with 1 after an exception."""
+    """Start a process that does the work, and ends with status 0, or with 1 after an exception."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -65,7 +67,7 @@ def in_a_fork(work: Callable[[], object]) -> int:
 
 
 def killed_after(seconds: float, work: Callable[[], object]) -> bool:
-    """Whether SIGKILL came before the end of it."""
+    """Do the work in a fork. Returns whether SIGKILL came before its end."""
     child, deadline = in_a_fork(work), time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -79,8 +81,8 @@ def killed_after(seconds: float, work: Callable[[], object]) -> bool:
 
 
 def test_fifty_kills_at_random_moments(colbert, tmp_path):
-    """A first index is killed over and over, then an update: each time the old state or the new one is there,
-    and the last run ends in what an uninterrupted one makes.
+    """A first index is killed over and over, then an update: each time, the store has its old state or
+    its new one, and the last run ends in the same store as an uninterrupted one.
     """
     source, folder, calm = tmp_path / "corpus.jsonl", tmp_path / "store", tmp_path / "calm"
     write_corpus(source, corpus(60))
@@ -96,7 +98,7 @@ def test_fifty_kills_at_random_moments(colbert, tmp_path):
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
         elif (folder / "unfinished.json").exists():
-            with pytest.raises(FileNotFoundError, match=f"unfinished; go on with: modernbert index {source} --output"):
+            with pytest.raises(FileNotFoundError, match=f"unfinished; resume with: modernbert index {source} --output"):
                 Store(folder, colbert)
     index([source], folder, colbert)
     assert state(folder) == state(calm)
@@ -113,7 +115,7 @@ def test_fifty_kills_at_random_moments(colbert, tmp_path):
         assert found in (old, new)
         with Store(folder, colbert) as store:
             assert len(store.search(["owl"], top_k=1000)[0]) == len(store) == len(found[0][1])
-        if found == new:  # Once more from the old one.
+        if found == new:  # Start again from the old store.
             write_corpus(source, corpus(60))
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -170,7 +172,7 @@ def test_a_kill_at_every_step_of_an_update(colbert, tmp_path, operation):
 
 @pytest.mark.parametrize("size", [300, 3_000, 9_000, 30_000, 60_000])
 def test_a_disk_that_is_full_at_some_size(colbert, tmp_path, size):
-    """RLIMIT_FSIZE: whichever file is too large, the old store is there, and the message says how to go on."""
+    """RLIMIT_FSIZE: whichever file is too large, the old store stays, and the message has the command that resumes."""
     source, folder = tmp_path / "corpus.jsonl", tmp_path / "store"
     write_corpus(source, corpus(5))
     index([source], folder, colbert)
@@ -214,15 +216,16 @@ def test_a_writer_that_fails(colbert, tmp_path, monkeypatch, after):
     write_corpus(source, corpus(40, seed=3))
     original, calls = files.flush, 0
 
-    def full(path: Path) -> None:
+    def full(*paths: Path) -> None:
         nonlocal calls
         calls += 1
         if calls > 2 * after:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(path)
+        original(*paths)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "flush", full)
+        patch.setattr(writer, "flush", full)
         with pytest.raises(OSError, match=r"no room left for .*the store is as it was"):
             index([source], folder, colbert)
     assert state(folder) == old
@@ -261,13 +264,13 @@ def test_a_real_disk(colbert, tmp_path, kind):
 
 
 def test_two_writers(colbert, tmp_path):
-    """The second is refused while the first is at work; a killed one leaves no lock behind."""
+    """The second is refused while the first is working; a killed one leaves no lock."""
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(10)), tmp_path / "store"
     index([source], folder, colbert)
     reading, writing = os.pipe()
 
     def hold() -> None:
-        with building.updating(folder, {"paths": [str(source)], "model": None, "dtype": None, "prefilter": False}):
+        with open_draft(folder, {"paths": [str(source)], "model": None, "dtype": None, "prefilter": False}):
             os.write(writing, b"x")
             time.sleep(60)
 
@@ -287,11 +290,11 @@ def test_an_unfinished_update_is_not_given_up_silently(colbert, tmp_path):
     source, other = write_corpus(tmp_path / "corpus.jsonl", corpus(10)), write_corpus(tmp_path / "b.jsonl", corpus(3))
     folder = tmp_path / "store"
     child = in_a_fork(
-        lambda: [setattr(files, "write_manifest", lambda *_: os._exit(9)), index([source], folder, colbert)]
+        lambda: [setattr(writer, "write_manifest", lambda *_: os._exit(9)), index([source], folder, colbert)]
     )
     assert os.waitpid(child, 0)[1] >> 8 == 9
     with pytest.raises(
-        ValueError, match=f"unfinished; go on with: modernbert index {source} --output .*or, to give that"
+        ValueError, match=f"unfinished; resume with: modernbert index {source} --output .*or, to give that"
     ):
         index([other], folder, colbert)
     index([source], folder, colbert)
@@ -315,7 +318,7 @@ def test_a_flipped_byte_anywhere_is_found(colbert, tmp_path):
             at = chance.randrange(len(original))
             flip(path, at)
             if path.name == "store.json" and original[at : at + 1].isspace():
-                continue  # which is all that may change unseen
+                continue  # white space may change unnoticed
             with pytest.raises((ValueError, OSError)) as caught, Store(folder, colbert) as store:
                 store.search(["owl night"])
             assert path.name in str(caught.value)
@@ -342,41 +345,42 @@ def test_files_that_are_cut_gone_or_swapped(colbert, tmp_path, kind, damage):
 
 
 def test_a_store_that_is_updated_while_it_is_opened(colbert, tmp_path, monkeypatch):
-    """The manifest was read, and then the files that it names are gone: the new ones are there."""
+    """The files of the manifest are deleted after it was read: the new manifest is read then."""
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
     index([source], folder, colbert)
-    answers = [files.read_manifest(folder)]
+    answers = [read_manifest(folder)]
     index([write_corpus(source, corpus(9, seed=1))], folder, colbert)
-    original = files.read_manifest
-    monkeypatch.setattr(files, "read_manifest", lambda path: answers.pop() if answers else original(path))
+    monkeypatch.setattr(search, "read_manifest", lambda path: answers.pop() if answers else read_manifest(path))
     with Store(folder, colbert) as store:
         assert (len(answers), store.documents, len(store.search(["owl"], top_k=99)[0])) == (0, 9, len(store))
 
 
 def test_vectors_that_are_no_numbers_are_not_stored(colbert, tmp_path, monkeypatch):
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
-    monkeypatch.setattr(building, "encode_tokens", lambda *_, **__: [torch.full((3, 16), torch.nan)] * 5)
-    with pytest.raises(ValueError, match="no finite numbers"):
+    vectors = Ragged.from_list([torch.full((3, 16), torch.nan)] * 5)
+    monkeypatch.setattr(Session, "encode_tokens", lambda *_, **__: vectors)
+    with pytest.raises(ValueError, match="vectors that are not finite"):
         index([source], folder, colbert)
 
 
 def test_another_version_is_named(colbert, tmp_path):
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
     index([source], folder, colbert)
-    manifest = json.loads((folder / "store.json").read_bytes())
-    manifest.pop("checksum")
-    files.write_manifest(folder, {**manifest, "version": 2})
+    write_manifest(folder, replace(read_manifest(folder), version=2))
     for use in (lambda: Store(folder, colbert), lambda: index([source], folder, colbert)):
         with pytest.raises(ValueError, match="is of version 2, and this modernbert reads version 1"):
             use()
 
 
-def test_control_c_leaves_the_work_to_go_on_with(tmp_path, modernbert_tokenizer_file):
-    """The command itself, interrupted: one line, and the same command ends it."""
+def test_control_c_can_be_resumed(tmp_path, modernbert_tokenizer_file):
+    """The command is interrupted: it prints one line, and the same command finishes the work."""
     model, source, folder = tmp_path / "model", tmp_path / "corpus.jsonl", tmp_path / "store"
     small_colbert(modernbert_tokenizer_file.parent).save_pretrained(model)
     write_corpus(source, corpus(3000))
-    code = "from modernbert.retrieval import update; update.PASSAGES = 64\nfrom modernbert.cli import main; main()"
+    code = (
+        "from modernbert.retrieval import build\nfrom modernbert.retrieval.store import writer\n"
+        "build.PASSAGES = writer.PASSAGES = 64\nfrom modernbert.cli import main; main()"
+    )
     command = [sys.executable, "-c", code, "index", str(source), "--output", str(folder), "--model", str(model)]
     where = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Windows: every token of a document in exactly one, none too long, each with its real neighbours as context."""
+"""Windows: every token of a document is in exactly one, none is too long, and each has its neighbours as context."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG = {
 
 @pytest.fixture(scope="module")
 def colbert(modernbert_tokenizer_file) -> ColBERT:
-    """Without a skiplist: what is kept of a window is then all that is its own."""
+    """Without a skiplist, so that a window keeps all of its own rows."""
     config = EncoderConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     tokenizer = Tokenizer.from_pretrained(modernbert_tokenizer_file.parent)
     settings = ColBERTConfig(document_length=LIMIT, skiplist_words=())
@@ -45,7 +45,7 @@ def record(text: str, title: str = "") -> Document:
 
 
 def check(colbert: ColBERT, document: Document, found: list[Window]) -> None:
-    """The windows of a document without headings are overlapping runs of its tokens, and their own parts are all."""
+    """The windows of a document without headings are overlapping runs of its tokens; their own parts cover it."""
     if not document.text.strip():
         assert found == []
         return
@@ -139,7 +139,7 @@ def test_a_record_may_be_all_title_and_an_empty_document_has_no_window(colbert):
 
 
 def test_long_texts_are_tokenised_in_parts(colbert, monkeypatch):
-    """Parts end at white space, lose nothing, and count lines through."""
+    """Parts end at white space, lose nothing, and keep counting lines."""
     monkeypatch.setattr(module, "BLOCK", 100)
     document = text_file(PROSE + "\n" + "y" * 350)
     found = list(windows(colbert, [document]))

@@ -1,24 +1,23 @@
 import json
-import random
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from modernbert.tokenizer import Tokenizer
+from modernbert.config import EncoderConfig
+from modernbert.encoder import Encoder
+from modernbert.heads.colbert import ColBERT, ColBERTConfig
 from modernbert.train.data import (
     Pair,
-    Rows,
+    TokenizedPairs,
+    choose_pairs,
+    digest,
     first_per_source,
-    plan_batches,
     read_pairs,
-    topic_vectors,
-    train_tokenizer,
     without_overlap,
 )
-from modernbert.train.teacher import Teacher, text_key, write_teacher
+from modernbert.train.teacher import Teacher, text_key
+from modernbert.train.vocabulary import train_tokenizer
 
 
 def write_lines(path, rows):
@@ -33,7 +32,7 @@ def test_pairs_of_plain_and_compressed_files_in_name_order(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (tmp_path / "2.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(text))
     write_lines(tmp_path / "1.jsonl", [{"query": "q", "positive": "p"}])
-    assert list(read_pairs(tmp_path, drop={"b"})) == [
+    assert list(read_pairs(tmp_path, exclude_sources={"b"})) == [
         Pair("q", "p", "1", "p"),
         Pair("q0 é", "p0", "a", "g0"),
         Pair("q2 é", "p2", "a", "g2"),
@@ -66,108 +65,112 @@ def test_first_per_source_is_a_fixed_draw():
     assert drawn != first_per_source(pairs, 15, seed=4)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    text = "how to read a file read_file(path) open the file in python write boundary layer flow 1234 5678 c++ "
-    return train_tokenizer(iter([text] * 50), vocab_size=330)
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b"{oops", "Expecting property name"),
+        (b"", "Expecting value"),
+        (b"[1]", r"got \[1\]"),
+        (b'{"query": null, "positive": "x"}', '"query" must be a string, got None'),
+        (b'{"query": "a", "positive": "b", "group": [1]}', r'"group" must be a string, got \[1\]'),
+        (b'{"query": "a", "positive": "b", "source": 3}', '"source" must be a string, got 3'),
+        (b'{"query": "a", "positive": "\\ud800"}', "surrogates not allowed"),
+        (b'{"query": "a", "positive": "\xff"}', "invalid start byte"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, sentence):
+    (tmp_path / "x.jsonl").write_bytes(b'{"query": "q", "positive": "p", "group": 3}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"x\.jsonl:2: .*{sentence}"):
+        list(read_pairs(tmp_path))
 
 
-def test_tokenizer_cuts_at_spaces_punctuation_and_underscores(tokenizer):
-    tokens = tokenizer.encode("file (file) read_file, file.").tokens
-    assert tokens == ["[CLS]", "Ġfile", "Ġfile", "Ġread", "Ġfile", "Ġfile", "[SEP]"]
-    assert tokenizer.encode("c++ 12345678", add_special_tokens=False).tokens[-2:] == ["Ġ1234", "Ġ5678"]
-    assert [tokenizer.id_to_token(i) for i in range(5)] == ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+def test_a_damaged_compressed_file_is_named(tmp_path):
+    pytest.importorskip("zstandard")
+    write_lines(tmp_path / "x.jsonl.zst", [{"query": "this is", "positive": "not compressed"}])
+    with pytest.raises(ValueError, match=r"x\.jsonl\.zst is damaged"):
+        list(read_pairs(tmp_path))
 
 
-def test_tokenizer_offsets_name_the_text(tokenizer):
-    text = "Read_File: naïve, 5678"
-    encoding = Tokenizer(tokenizer, {"do_lower_case": True}).encode_batch([text])[0]
-    words = [text[start:end] for start, end in encoding.offsets]
-    assert words[1:3] == ["Read", "File"]
-    assert words[-2] == "5678"
+def test_all_frames_of_a_compressed_file_are_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    frame = zstandard.ZstdCompressor().compress(b'{"query": "q", "positive": "p"}\n')
+    (tmp_path / "x.jsonl.zst").write_bytes(frame + frame)
+    assert len(list(read_pairs(tmp_path))) == 2
 
 
-def test_rows_are_the_first_tokens_of_the_lowered_text(tokenizer):
-    texts = ["Read the FILE in python", "", "file " * 100]
-    rows = Rows.from_texts(texts, tokenizer, limit=7)
-    for i, text in enumerate(texts):
-        assert rows[i].tolist() == tokenizer.encode(text.lower(), add_special_tokens=False).ids[:7]
-    assert rows.lengths.tolist() == [5, 0, 7]
+def test_no_pair_left_is_an_error(tmp_path):
+    write_lines(tmp_path / "x.jsonl", [{"query": " ", "positive": "p"}, {"query": "q", "positive": "p", "source": "s"}])
+    assert len(choose_pairs(tmp_path, exclude_sources=(), decontaminate_against=())) == 1
+    with pytest.raises(ValueError, match=r"no pair of .* is left"):
+        choose_pairs(tmp_path, exclude_sources=("s",), decontaminate_against=())
 
 
-def test_topics_are_weighted_means():
-    rows = Rows(np.array([0, 1, 1, 1], np.uint16), np.array([0, 2, 2, 4]))
-    table = np.eye(2, dtype=np.float32)
-    rare, common = np.log(4 / 1), np.log(4 / 3)
-    np.testing.assert_allclose(topic_vectors(rows, table), [[rare / 2, common / 2], [0, 0], [0, common]], rtol=1e-6)
+def test_a_digest_is_of_names_and_content(tmp_path):
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(b"12345")
+    assert digest(files[:1]) != digest(files[1:])
+    before = digest(files)
+    assert digest(files) == before
+    files[1].write_bytes(b"12346")
+    assert digest(files) != before
 
 
-def plan(seed=0, max_pairs=8, max_tokens=100):
-    rng = np.random.default_rng(1)
-    lengths, strata = rng.integers(1, 40, 1000), rng.integers(0, 3, 1000)
-    lengths[17] = 500
-    topics = rng.normal(size=(1000, 4))
-    return (
-        lengths,
-        strata,
-        plan_batches(lengths, strata, topics, max_pairs=max_pairs, max_tokens=max_tokens, seed=seed),
+PAIRS = [
+    Pair("Read the FILE", "  in python, read_file: opens (the) file ", "a", "x"),
+    Pair("file " * 50, "word " * 50, "b", 3),
+    Pair("?", "how", "a", "x"),
+]
+
+
+@pytest.fixture
+def model():
+    """With all that a text goes through: prompts, stripping, a skiplist."""
+    tokenizer = train_tokenizer(
+        iter(["how to read a file in python read_file opens the file + word"] * 9), vocab_size=300
     )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    settings = ColBERTConfig(query_length=9, document_length=12, query_prompt="how ", skiplist_words=("Ġfile",))
+    encoder = Encoder(EncoderConfig(vocab_size=tokenizer.vocab_size, **sizes))
+    return ColBERT.from_encoder(encoder, tokenizer, dim=4, config=settings)
 
 
-def test_a_plan_covers_every_pair_once_within_its_limits():
-    lengths, strata, batches = plan()
-    assert sorted(np.concatenate(batches)) == list(range(1000))
-    for batch in batches:
-        assert len(set(strata[batch])) == 1
-        assert len(batch) <= 8
-        assert lengths[batch].sum() <= 100 or len(batch) == 1
-    assert np.mean([len(batch) for batch in batches]) > 3
+def test_training_reads_what_the_model_will_read(model):
+    """Ids to `Tokens` give the batch, and the rows, of `tokenize_queries` and `tokenize_documents`."""
+    pairs = TokenizedPairs.from_pairs(PAIRS, model, None)
+    queries = model.tokenize_queries([pair.query for pair in PAIRS])
+    documents = model.tokenize_documents([pair.positive for pair in PAIRS])
+    assert 0 < (~documents.keep).sum() < len(documents.keep)
+    for got, wanted in (
+        (model.query_tokens(pairs.queries.select(range(3))), queries),
+        (model.document_tokens(pairs.positives.select(range(3))), documents),
+    ):
+        assert got.batch.input_ids.tolist() == wanted.batch.input_ids.tolist()
+        assert got.batch.lengths == wanted.batch.lengths
+        assert torch.equal(got.keep, wanted.keep)
+    assert pairs.lengths.tolist() == [
+        q + d for q, d in zip(queries.batch.lengths, documents.batch.lengths, strict=True)
+    ]
+    assert pairs.queries.lengths.tolist() == [4, 6, 1]  # with the prompt; special tokens and prefix are not stored
+    assert pairs.sources.tolist() == [0, 1, 0]
+    assert pairs.positive_groups.tolist() == [0, 1, 0]
 
 
-def test_a_plan_is_a_function_of_its_seed():
-    same, other = plan()[2], plan(seed=1)[2]
-    assert all(np.array_equal(a, b) for a, b in zip(plan()[2], same, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(same, other, strict=False))
-
-
-def test_a_batch_is_of_one_topic():
-    """Two topics: a random batch of 16 would hold one of them only with probability 2 ** -15."""
-    draw = random.Random(0)
-    side = np.array([draw.choice([-1.0, 1.0]) for _ in range(512)])
-    topics = np.stack([side, np.zeros(512)], axis=1)
-    batches = plan_batches(np.ones(512), np.zeros(512), topics, max_pairs=16, max_tokens=10**6, seed=0)
-    pure = np.mean([abs(side[batch].mean()) == 1 for batch in batches])
-    assert pure > 0.5
-
-
-def test_teacher_finds_vectors_by_text(tmp_path):
-    texts, vectors = ["b", "a", "ä"], np.array([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], np.float16)
-    order = np.argsort([text_key(text) for text in texts])
-    np.save(tmp_path / "keys.npy", np.array([text_key(texts[i]) for i in order], np.uint64))
-    np.save(tmp_path / "vectors.npy", vectors[order])
-    teacher = Teacher(tmp_path)
-    rows = teacher.rows(["a", "unknown", "b"])
-    assert (rows >= 0).tolist() == [True, False, True]
-    np.testing.assert_allclose(teacher[rows[[0, 2]]].numpy(), [[0, 1], [0.6, 0.8]], rtol=1e-3)
-
-
-def test_a_written_teacher_folder_reads_back(tmp_path, monkeypatch):
-    """One vector per different text, found again whatever the order; the model here is a stub."""
-
-    class Stub:
-        device = torch.device("cpu")
-        max_seq_length = 0
-
-        def __init__(self, name):
-            assert name == "some-model"
-
-        def encode(self, texts, **_):
-            return torch.tensor([[len(text), 1.0] for text in texts])
-
-    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Stub))
-    write_teacher(["a", "four", "a", "ninechars"], "some-model", tmp_path)
-    teacher = Teacher(tmp_path)
-    assert len(teacher.keys) == 3
-    rows = teacher.rows(["ninechars", "a"])
-    wanted = torch.nn.functional.normalize(torch.tensor([[9.0, 1.0], [1.0, 1.0]]), dim=-1)
-    torch.testing.assert_close(teacher[rows], wanted, rtol=1e-3, atol=0)
+def test_tokenized_pairs_come_back_from_their_file(model, tmp_path):
+    text = PAIRS[1].query
+    np.save(tmp_path / "keys.npy", np.array([text_key(text)], np.uint64))
+    np.save(tmp_path / "vectors.npy", np.ones((1, 2), np.float16))
+    pairs = TokenizedPairs.from_pairs(PAIRS, model, Teacher(tmp_path))
+    assert pairs.teacher_index.tolist() == [[-1, -1], [0, -1], [-1, -1]]
+    pairs.save(tmp_path / "tokens.npz", {"lengths": (1, 2)})
+    back = TokenizedPairs.load(tmp_path / "tokens.npz", {"lengths": (1, 2)})
+    for name in ("lengths", "sources", "positive_groups", "teacher_index"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(pairs, name))
+    for name in ("queries", "positives"):
+        assert getattr(back, name).select(range(3)) == getattr(pairs, name).select(range(3))
+    with pytest.raises(ValueError, match=r"tokens\.npz .*lengths is \[1, 2\], now \[1, 3\]"):
+        TokenizedPairs.load(tmp_path / "tokens.npz", {"lengths": (1, 3)})
+    np.savez(tmp_path / "tokens.npz", sources=pairs.sources)  # of a version that did not remember
+    with pytest.raises(ValueError, match="lengths is None, now"):
+        TokenizedPairs.load(tmp_path / "tokens.npz", {"lengths": (1, 3)})

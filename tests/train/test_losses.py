@@ -13,7 +13,7 @@ def test_info_nce_is_minus_log_softmax_of_the_positive():
 
 
 def test_info_nce_ignores_documents_of_the_same_group():
-    """Pairs 0 and 2 share a group: the document of one is no negative for the query of the other."""
+    """Pairs 0 and 2 share a group: the document of one is not a negative for the query of the other."""
     torch.manual_seed(0)
     scores = torch.randn(3, 3, requires_grad=True)
     loss = info_nce(scores, torch.tensor([5, 1, 5]))

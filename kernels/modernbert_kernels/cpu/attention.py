@@ -1,11 +1,11 @@
 """Packed attention on the CPU: global layers by runs of equal length, local layers as one band, both through SDPA.
 
-Differentiable as it stands. Under `torch.compile` it is one opaque op, because it branches on the lengths.
+Differentiable by plain autograd. Under `torch.compile` it is one opaque op, because it branches on the lengths.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import threading
 from itertools import groupby
 
 import torch
@@ -15,16 +15,21 @@ from torch import Tensor
 from ..reference import attention, linear
 
 BLOCK = 32
-"""Queries of one band block; each sees BLOCK + 2 * window keys (of 32, 64 and 128 the fastest: it wastes least)."""
+"""Queries of a block of the band, which sees BLOCK + 2 * window keys. The fastest of 32, 64 and 128: it wastes
+least."""
 
 PART = 2048
-"""Queries of the band that inference prepares at a time; a multiple of BLOCK."""
+"""Queries of the band that inference rotates and pads at a time; a multiple of BLOCK."""
 
-LONG = 256
+ONEDNN_LENGTH = 256
 """From this length on, inference runs dense attention head by head through oneDNN."""
 
-QUERIES = 256
+ONEDNN_ROWS = 256
 """Queries of one such product: their scores stay in the cache."""
+
+_last = threading.local()
+"""The band mask of this thread's last call, in `key` and `mask`: the local layers of a forward pass share it, and
+nothing passes from one call of the op to the next. One mask a thread, freed with the thread."""
 
 
 def _accepts(qkv_T3HK: Tensor, *_: object, dropout_p: float = 0.0, **__: object) -> bool:
@@ -49,8 +54,8 @@ def attention_cpu(
     if qkv_T3HK.shape[0] == 0:
         return qkv_T3HK[:, 0]
     run = _opaque if torch.compiler.is_compiling() else _attention
-    # Half precision is computed in float32, which autocast would undo: exacter, and 2.7 times as fast as SDPA in
-    # bfloat16 (Zen 5, both passes).
+    # Half precision is computed in float32, which autocast would undo. This is more accurate, and 2.7 times as fast as
+    # SDPA in bfloat16 (Zen 5, both passes).
     with torch.autocast("cpu", enabled=False):
         return run(qkv_T3HK, cu_seqlens, max_seqlen, *rope, window, key_lengths)
 
@@ -78,7 +83,7 @@ def _attention(
 
 
 def _rotate(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotary as one complex product. Pairs come out side by side in q and in k alike, so q k^T is the same."""
+    """Rotary as one complex product. It interleaves the pairs, in q and in k alike, so q k^T is the same."""
     qk_T2HK, v_T1HK = qkv_T3HK.split((2, 1), dim=1)
     angle_T11R = torch.complex(cos_TR.to(qkv_T3HK.dtype), sin_TR.to(qkv_T3HK.dtype))[:, None, None]
     rotated_T2HR = torch.complex(*qk_T2HK.chunk(2, dim=-1)).mul_(angle_T11R)
@@ -94,16 +99,16 @@ def _runs(
     window: int | None,
     key_lengths: list[int] | None,
 ) -> Tensor:
-    """Dense attention, one SDPA call for each run of neighbours of equal length."""
+    """Dense attention, one SDPA call for each run of neighbouring sequences of equal length."""
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     parts = ((x,) for x in (q_THK, k_THK, v_THK))
     if len(runs) > 1:
-        # One split and not a slice per run: the backward pass of a slice fills a tensor of all T rows with zeros.
+        # One split instead of a slice per run: the gradient of a slice is a tensor of all T rows.
         parts = (x.split([length * count for length, count in runs]) for x in (q_THK, k_THK, v_THK))
     outputs, sequence = [], 0
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        if key_lengths is None and length >= LONG and _onednn_is_faster(q):
+        if key_lengths is None and length >= ONEDNN_LENGTH and _onednn_is_faster(q):
             out = torch.stack([_by_head(*one) for one in zip(q, k, v, strict=True)])
         elif key_lengths is None:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -117,7 +122,7 @@ def _runs(
 
 
 def _onednn_is_faster(q: Tensor) -> bool:
-    """SDPA's products go through MKL, see linear.py; it is differentiable, and keeps no scores."""
+    """In float32 SDPA multiplies with MKL (see `linear.py`). Training needs SDPA, which keeps no scores."""
     training = torch.is_grad_enabled() and q.requires_grad
     return "onednn" in linear.backends and q.dtype is torch.float32 and not training
 
@@ -128,8 +133,8 @@ def _by_head(q_HSK: Tensor, k_HSK: Tensor, v_HSK: Tensor) -> Tensor:
     out_SHK = q_HSK.new_empty(length, heads, width)
     for head in range(heads):
         k_SK, v_KS = k_HSK[head].contiguous(), v_HSK[head].contiguous().T
-        for start in range(0, length, QUERIES):
-            rows = slice(start, start + QUERIES)
+        for start in range(0, length, ONEDNN_ROWS):
+            rows = slice(start, start + ONEDNN_ROWS)
             scores = linear(q_HSK[head, rows] * width**-0.5, k_SK)
             out_SHK[rows, head] = linear(torch.softmax(scores, dim=-1, out=scores), v_KS)
     return out_SHK.transpose(0, 1)
@@ -143,10 +148,10 @@ def _visible(key_lengths: list[int], length: int, window: int | None) -> Tensor:
 
 
 def _band(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, lengths: tuple[int, ...], window: int) -> Tensor:
-    """Local attention of the whole batch: block b of queries sees its own keys and a window around.
+    """Local attention of the whole batch: a block of queries sees its own keys and a window on both sides.
 
-    Keys and values are overlapping views of one padded buffer; nothing is copied per block. Inference rotates and
-    pads PART queries and the keys around them at a time; only these copies stop growing with the batch.
+    Keys and values are overlapping views of one padded buffer, without a copy per block. Inference rotates and pads
+    PART queries and the keys around them at a time, so these copies do not grow with the batch.
     """
     tokens, span = qkv_T3HK.shape[0], BLOCK + 2 * window
     mask = _band_mask(lengths, window, qkv_T3HK.dtype)
@@ -166,23 +171,25 @@ def _band(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, lengths: tuple[int, 
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-@lru_cache(maxsize=4)
 def _band_mask(lengths: tuple[int, ...], window: int, dtype: torch.dtype) -> Tensor:
     """`[blocks, 1, BLOCK, BLOCK + 2 * window]` additive mask: same sequence and within the window.
 
-    A function of the lengths alone, so the local layers of a forward pass share it, and so may a later pass that
-    trains: it is made outside of inference mode. Finite, because the rows behind the last token see nothing and
-    would give NaN.
+    Not an inference tensor, because a later pass that trains may use it. Finite, because the rows after the last token
+    see nothing and would give NaN.
     """
-    with torch.inference_mode(False):
-        sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        blocks = -(-len(sequence_T) // BLOCK)
-        tail = blocks * BLOCK - len(sequence_T)
-        keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
-        queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
-        distance = torch.arange(BLOCK)[:, None] - (torch.arange(BLOCK + 2 * window) - window)
-        visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)[:, None]
+    key = lengths, window, dtype
+    if getattr(_last, "key", None) != key:
+        with torch.inference_mode(False):
+            sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            blocks = -(-len(sequence_T) // BLOCK)
+            tail = blocks * BLOCK - len(sequence_T)
+            keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
+            queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
+            distance = torch.arange(BLOCK)[:, None] - (torch.arange(BLOCK + 2 * window) - window)
+            visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
+            mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
+        _last.key, _last.mask = key, mask[:, None]
+    return _last.mask
 
 
 @torch.library.custom_op("modernbert_kernels::attention_cpu", mutates_args=())
@@ -217,7 +224,7 @@ def _opaque_backward(
     def forward(qkv_T3HK: Tensor) -> Tensor:
         return _attention(qkv_T3HK, cu_seqlens, max_seqlen, cos_TR, sin_TR, window, key_lengths)
 
-    # Not torch.autograd.grad: inside of an operator autograd records nothing, torch.func does.
+    # torch.func and not torch.autograd.grad: inside of an operator autograd records nothing.
     pull_back = torch.func.vjp(forward, qkv_T3HK)[1]
     return pull_back(grad_THK)[0].contiguous()
 

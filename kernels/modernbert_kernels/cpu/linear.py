@@ -18,7 +18,7 @@ ROWS = 64
 """The layout of a packed weight is chosen for so many rows. From 16 to 2,048 it was the same, and the fastest."""
 
 PLAIN = ("none", [], "")
-"""What `mkldnn::_linear_pointwise` is told about operations after the product: there are none."""
+"""Arguments of `mkldnn::_linear_pointwise` for operations after the product: none."""
 
 FASTER_THAN_MKL = "AVX512" in torch.backends.cpu.get_cpu_capability()
 """Whether an unpacked weight goes through oneDNN too. Where the two are level MKL does, which keeps nothing."""

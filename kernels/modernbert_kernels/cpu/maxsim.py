@@ -1,4 +1,4 @@
-"""Exact MaxSim over ragged documents on the CPU: similarities block by block, in the cache, with no padding."""
+"""Exact MaxSim over ragged documents on the CPU: similarities block by block, in the cache, without padding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 from ..reference import linear, maxsim
 
 BLOCK = 3 << 19
-"""Numbers at work at a time, document vectors and similarities: 6 MB of float32."""
+"""Elements of document vectors and similarities in a block: 6 MB of float32."""
 
 LANES = 16
-"""Query tokens are filled up to a multiple: `scatter_reduce` takes rows of 12 three times as long as rows of 16."""
+"""Query tokens are padded to a multiple: `scatter_reduce` takes three times as long for rows of 12 as for rows of
+16."""
 
 
 def _accepts(queries_QE: Tensor, *_: object, paired: bool = False, **__: object) -> bool:
@@ -37,47 +38,47 @@ def maxsim_cpu(
 def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """`[documents, Q]`: for every query token the similarity of the best token of every document.
 
-    Documents of another dtype are converted block by block: half the memory is read, and none is filled.
+    Documents of another dtype are converted block by block, without a copy of all of them.
     """
     num_queries, width = queries_QE.shape
     queries_QE = F.pad(queries_QE.to(dtype), (0, 0, 0, -num_queries % LANES))
     best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
-    owner_N1 = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:, None]
+    document_N1 = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:, None]
     # A power of two: oneDNN takes half as long again for 13,107 rows as for 12,288 or 16,384.
     size = 1 << max(1, BLOCK // max(1, width + len(queries_QE))).bit_length() - 1
-    for block_NE, owner in zip(documents_NE.split(size), owner_N1.split(size), strict=True):
+    for block_NE, document in zip(documents_NE.split(size), document_N1.split(size), strict=True):
         similarity_NQ = linear(block_NE.to(dtype), queries_QE)
-        best_NQ.scatter_reduce_(0, owner.expand(-1, len(queries_QE)), similarity_NQ, "amax")
+        best_NQ.scatter_reduce_(0, document.expand(-1, len(queries_QE)), similarity_NQ, "amax")
     return best_NQ[:, :num_queries]
 
 
 class _DifferentiableBest(torch.autograd.Function):
-    """`_best` that keeps the place of every maximum, and nothing else, for the backward pass."""
+    """`_best` that keeps the position of every maximum, and nothing else, for the backward pass."""
 
     @staticmethod
     def forward(ctx, queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
         queries_QE, documents_NE = queries_QE.to(dtype), documents_NE.to(dtype)
         ctx.lengths = lengths.tolist()
         best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
-        place_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64)
+        argmax_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64)
         for index, document_SE in enumerate(documents_NE.split(ctx.lengths)):
             if len(document_SE):
-                torch.max(linear(document_SE, queries_QE), 0, out=(best_NQ[index], place_NQ[index]))
-        ctx.save_for_backward(queries_QE, documents_NE, place_NQ)
+                torch.max(linear(document_SE, queries_QE), 0, out=(best_NQ[index], argmax_NQ[index]))
+        ctx.save_for_backward(queries_QE, documents_NE, argmax_NQ)
         return best_NQ
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NQ: Tensor):
-        queries_QE, documents_NE, place_NQ = ctx.saved_tensors
-        # What many documents add to a query is summed in float32 at least.
+        queries_QE, documents_NE, argmax_NQ = ctx.saved_tensors
+        # The gradient of a query sums over many documents: in float32 at least.
         dtype = torch.promote_types(queries_QE.dtype, torch.float32)
         grad_queries_QE, grads_SE = torch.zeros_like(queries_QE, dtype=dtype), []
-        for document_SE, grad_Q, place_Q in zip(documents_NE.split(ctx.lengths), grad_NQ, place_NQ, strict=True):
+        for document_SE, grad_Q, argmax_Q in zip(documents_NE.split(ctx.lengths), grad_NQ, argmax_NQ, strict=True):
             if not len(document_SE):
                 grads_SE.append(document_SE)
                 continue
-            weight_SQ = grad_Q.new_zeros(len(document_SE), len(grad_Q)).scatter_(0, place_Q[None], grad_Q[None])
+            weight_SQ = grad_Q.new_zeros(len(document_SE), len(grad_Q)).scatter_(0, argmax_Q[None], grad_Q[None])
             grads_SE.append(weight_SQ @ queries_QE)
             grad_queries_QE += weight_SQ.T @ document_SE
         return grad_queries_QE, torch.cat(grads_SE), None, None

@@ -1,14 +1,14 @@
-"""Fast paths in Triton, forward and backward: each file registers on its op when it is imported."""
+"""Backends in Triton, forward and backward: each file registers on its op when it is imported."""
 
 from . import (  # noqa: F401
     attention,
-    cross_entropy,
-    embedding,
+    embed_layer_norm,
     geglu,
     layer_norm,
+    linear_cross_entropy,
     maxsim,
-    pooling,
-    projection,
+    pool,
+    project_normalize,
     rotary,
     rotary_table,
 )

@@ -9,22 +9,21 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..flash_attention import LONG, empty_outputs
-from ..launch import DTYPES, operator, precision, supported
+from ..dispatch import LONG
+from ..launch import DTYPES, attention_outputs, contiguous, operator, precision, rope_fits, supported
 from ..reference import attention
 from .attention_kernels import FAR, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
-from .norms import contiguous
-from .rotary import fits, rotary_copy
-from .tiles import chosen
+from .rotary import rotary_copy
+from .tiles import tile_for
 
 WIDTHS = (32, 64, 128)
-LOG2_E = 1.4426950408889634  # the softmax is computed with powers of two
+LOG2_E = 1.4426950408889634  # softmax uses powers of two
 
 
 @operator(
     "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, Tensor cos, Tensor sin, int? window, "
     "bool rotate) -> (Tensor, Tensor)",
-    fake=empty_outputs,
+    fake=attention_outputs,
 )
 def attention_forward(
     qkv_T3HK: Tensor,
@@ -35,8 +34,8 @@ def attention_forward(
     window: int | None,
     rotate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The attended values `[T, H, K]`, and the logarithm to base 2 of the sums of the softmax, float32 `[H, T]`."""
-    out_THK, lse_HT = empty_outputs(qkv_T3HK)
+    """The output `[T, H, K]` and the log-sum-exp of each softmax, `[H, T]` float32, to base 2."""
+    out_THK, lse_HT = attention_outputs(qkv_T3HK)
     sequences = (cu_seqlens, key_lengths, cos_TR, sin_TR)
     _launch("forward", attention_forward_kernel, qkv_T3HK, sequences, (out_THK, lse_HT), window, rotate)
     return out_THK, lse_HT
@@ -63,12 +62,12 @@ def attention_backward(
     window: int | None,
     rotate: bool,
 ) -> Tensor:
-    """The gradient of the qkv that is not rotated, packed. `rotate`: `qkv_T3HK` is not rotated either."""
+    """The gradient of packed qkv before the rotation. `rotate`: `qkv_T3HK` has not been rotated yet."""
     dqkv_T3HK, delta_HT = _backward_output(qkv_T3HK), torch.empty_like(lse_HT)
     sequences = (cu_seqlens, key_lengths, cos_TR, sin_TR)
-    known = (out_THK, lse_HT, dout_THK, delta_HT, dqkv_T3HK)
-    _launch("dq", attention_dq_kernel, qkv_T3HK, sequences, known, window, rotate)
-    _launch("dkv", attention_dkv_kernel, qkv_T3HK, sequences, known[1:], window, rotate)
+    tensors = (out_THK, lse_HT, dout_THK, delta_HT, dqkv_T3HK)
+    _launch("dq", attention_dq_kernel, qkv_T3HK, sequences, tensors, window, rotate)
+    _launch("dkv", attention_dkv_kernel, qkv_T3HK, sequences, tensors[1:], window, rotate)
     return dqkv_T3HK
 
 
@@ -84,9 +83,9 @@ def _launch(
     tokens, _, heads, width = qkv_T3HK.shape
     if not tokens:
         return
-    tile = chosen(qkv_T3HK.device, f"attention {part}", width, qkv_T3HK.element_size())
+    tile = tile_for(qkv_T3HK.device, f"attention {part}", width, qkv_T3HK.element_size())
     cu_seqlens = sequences[0]
-    kernel[(triton.cdiv(tokens, tile.own), heads)](
+    kernel[(triton.cdiv(tokens, tile.block_m), heads)](
         qkv_T3HK,
         *sequences,
         *others,
@@ -96,8 +95,8 @@ def _launch(
         width**-0.5 * LOG2_E,
         heads,
         width,
-        tile.own,
-        tile.visit,
+        tile.block_m,
+        tile.block_n,
         rotate,
         precision(qkv_T3HK),
         num_warps=tile.num_warps,
@@ -132,7 +131,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _accepts(qkv_T3HK: Tensor, *_: object, rope: tuple[Tensor, Tensor], dropout_p: float = 0.0, **__: object) -> bool:
-    return supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and fits(qkv_T3HK, *rope) and dropout_p == 0.0
+    return supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and rope_fits(qkv_T3HK, *rope) and dropout_p == 0.0
 
 
 @attention.register("triton", when=_accepts)
@@ -148,18 +147,18 @@ def attention_triton(
 ) -> Tensor:
     """`attention` without dropout, in float32, bfloat16 or float16; same arguments and result.
 
-    Sequences share tiles: where one holds an infinity or a NaN, its neighbours in the row may become NaN.
+    Sequences share tiles: an infinity or a NaN in one sequence may make its neighbours in the batch NaN.
     """
     if dropout_p:
         raise ValueError("the triton backend of attention has no dropout; use the reference")
     if qkv_T3HK.dtype not in DTYPES or qkv_T3HK.shape[-1] not in WIDTHS:
         raise ValueError(
-            f"the triton backend of attention has heads of width 32, 64 or 128 in float32, bfloat16 or float16, not of "
-            f"width {qkv_T3HK.shape[-1]} in {qkv_T3HK.dtype}; use the reference"
+            f"the triton backend of attention takes heads of width 32, 64 or 128 in float32, bfloat16 or float16, not "
+            f"of width {qkv_T3HK.shape[-1]} in {qkv_T3HK.dtype}; use the reference"
         )
-    if not fits(qkv_T3HK, *rope):
+    if not rope_fits(qkv_T3HK, *rope):
         raise ValueError(
-            "the triton backend of attention has float32 tables [T, K / 2] that need no gradient; use the reference"
+            "the triton backend of attention takes float32 tables [T, K / 2] that need no gradient; use the reference"
         )
     tensors = contiguous(qkv_T3HK, cu_seqlens, key_lengths, *rope)
     return _Attention.apply(*tensors, window, window is not None or max_seqlen <= LONG)

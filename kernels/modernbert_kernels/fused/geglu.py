@@ -1,6 +1,6 @@
-"""GeGLU in one pass over memory. The backward pass computes the activation again instead of keeping it.
+"""GeGLU in one pass over memory. The backward pass recomputes the activation instead of keeping it.
 
-Bytes per element of the output: forward 3 reads and writes, backward 5.
+Memory traffic per element of the output: 3 elements forward, 5 backward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..launch import operator, supported
 from ..reference import geglu
-from .tiles import chosen
+from .tiles import tile_for
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_TAU = tl.constexpr(2.5066282746310002)
@@ -35,34 +35,34 @@ def _activate(a, SILU: tl.constexpr):
 def geglu_forward_kernel(h, y, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < T) & (columns < F)
-    a = tl.load(h + rows * (2 * F) + columns, mask=inside).to(tl.float32)
-    gate = tl.load(h + rows * (2 * F) + F + columns, mask=inside).to(tl.float32)
+    mask = (rows < T) & (columns < F)
+    a = tl.load(h + rows * (2 * F) + columns, mask=mask).to(tl.float32)
+    gate = tl.load(h + rows * (2 * F) + F + columns, mask=mask).to(tl.float32)
     active, _ = _activate(a, SILU)
-    # Rounded where the reference rounds: an activation, then a product.
+    # Rounded where the reference rounds: after the activation and after the product.
     active = active.to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + rows * F + columns, active * gate, mask=inside)
+    tl.store(y + rows * F + columns, active * gate, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
 def geglu_backward_kernel(h, dy, dh, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < T) & (columns < F)
-    a = tl.load(h + rows * (2 * F) + columns, mask=inside).to(tl.float32)
-    gate = tl.load(h + rows * (2 * F) + F + columns, mask=inside).to(tl.float32)
-    grad = tl.load(dy + rows * F + columns, mask=inside).to(tl.float32)
+    mask = (rows < T) & (columns < F)
+    a = tl.load(h + rows * (2 * F) + columns, mask=mask).to(tl.float32)
+    gate = tl.load(h + rows * (2 * F) + F + columns, mask=mask).to(tl.float32)
+    grad = tl.load(dy + rows * F + columns, mask=mask).to(tl.float32)
     active, slope = _activate(a, SILU)
-    tl.store(dh + rows * (2 * F) + columns, grad * gate * slope, mask=inside)
-    tl.store(dh + rows * (2 * F) + F + columns, grad * active, mask=inside)
+    tl.store(dh + rows * (2 * F) + columns, grad * gate * slope, mask=mask)
+    tl.store(dh + rows * (2 * F) + F + columns, grad * active, mask=mask)
 
 
 def _launch(kernel: Any, part: str, activation: str, h_T2F: Tensor, *tensors: Tensor) -> None:
     T, F = h_T2F.shape[0], h_T2F.shape[1] // 2
-    tile = chosen(h_T2F.device, f"geglu {part}")
-    # The widest power of two that divides F leaves no lane idle.
-    columns = max(64, min(F & -F, tile.visit))
-    rows = max(1, tile.own // columns)
+    tile = tile_for(h_T2F.device, f"geglu {part}")
+    # A power of two that divides F leaves no lane idle.
+    columns = max(64, min(F & -F, tile.block_n))
+    rows = max(1, tile.block_m // columns)
     if T:
         grid = (triton.cdiv(T, rows), triton.cdiv(F, columns))
         kernel[grid](h_T2F, *tensors, T, F, activation == "silu", rows, columns, num_warps=tile.num_warps)

@@ -1,4 +1,4 @@
-"""LayerNorm, and LayerNorm of a residual sum: one pass over memory each way, by the kernels of `norms.py`.
+"""LayerNorm, and LayerNorm of a residual sum: one pass over memory each way, by `layer_norm_kernels.py`.
 
 Reads and writes per element: `layer_norm` 2 forward and 3 backward, `add_layer_norm` 4 and 4.
 """
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import supported
+from ..launch import contiguous, supported
 from ..reference import add_layer_norm, layer_norm
-from .norms import contiguous, demand, fits, norm_backward, norm_forward
+from .layer_norm_kernels import check, fits, norm_backward, norm_forward
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -38,8 +38,8 @@ class _AddLayerNorm(torch.autograd.Function):
         y, stats_2T, s = norm_forward(x, None, delta, weight_D, bias_D, eps)
         ctx.save_for_backward(s, weight_D, stats_2T)
         ctx.bias, ctx.dtypes = bias_D is not None, (x.dtype, delta.dtype)
-        # An output that nobody uses has no gradient: None, rather than zeros to be read. (The method does the same,
-        # and torch.compile does not trace it.)
+        # The gradient of an unused output is None instead of zeros that the kernel would read. (The method
+        # `set_materialize_grads` does the same, but torch.compile does not trace it.)
         ctx.materialize_grads = False
         return s, y
 
@@ -50,7 +50,7 @@ class _AddLayerNorm(torch.autograd.Function):
         x_dtype, delta_dtype = ctx.dtypes
         if dy is None:
             return ds.to(x_dtype), ds.to(delta_dtype), None, None, None
-        # Terms that share a dtype share a gradient.
+        # x and delta share a gradient if they share a dtype.
         narrow = next((dtype for dtype in (x_dtype, delta_dtype) if dtype != s.dtype), None)
         gradients = norm_backward(*contiguous(dy, ds), s, None, weight_D, stats_2T, ctx.bias, narrow)
         dx, dparameters, *rest = gradients
@@ -64,7 +64,7 @@ class _AddLayerNorm(torch.autograd.Function):
 )
 def layer_norm_triton(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """`layer_norm` in float32, bfloat16 or float16; same arguments and result."""
-    demand(x_TD, None, weight_D, bias_D)
+    check(x_TD, None, weight_D, bias_D)
     return _LayerNorm.apply(*contiguous(x_TD, weight_D, bias_D), eps)
 
 
@@ -78,5 +78,5 @@ def add_layer_norm_triton(
     x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` in float32, bfloat16 or float16, and with a float32 stream; same arguments and result."""
-    demand(x_TD, delta_TD, weight_D, bias_D)
+    check(x_TD, delta_TD, weight_D, bias_D)
     return _AddLayerNorm.apply(*contiguous(x_TD, delta_TD, weight_D, bias_D), eps)

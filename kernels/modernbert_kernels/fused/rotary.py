@@ -1,6 +1,7 @@
-"""Rotary embedding of q and k in packed qkv, in place or into a copy. Backwards is the rotation by the negative angle.
+"""Rotary embedding of q and k in packed qkv, in place or into a copy. The gradient is the rotation by the negative
+angle.
 
-Bytes per token: in place 4 H K elements, copying 6, and the two tables.
+Memory traffic per token: 4 H K elements in place, 6 H K into a copy, and the two tables.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import DTYPES, operator, supported
+from ..launch import DTYPES, operator, rope_fits, supported
 from ..reference import rotary, rotate_back
 
 TILE = 1024
-"""Pairs that a program of 4 warps turns, 8 for each thread: two accesses of 16 bytes in bfloat16. Chosen by registers,
-not yet timed."""
+"""Pairs that a program of 4 warps rotates, 8 for each thread: two accesses of 16 bytes in bfloat16. Chosen by
+registers, not yet timed."""
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -26,27 +27,27 @@ def rotary_kernel(
     qkv, cos, sin, out, N, HEADS: tl.constexpr, TAKEN: tl.constexpr, R: tl.constexpr, INVERSE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of the 3 HEADS heads of a token, the first TAKEN: all of them, or only those of q and k, which is in place."""
+    """Rotate the first `TAKEN` of the 3 `HEADS` heads of a token: all of them, or in place only those of q and k."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]
     token, head = (rows // TAKEN).to(tl.int64)[:, None], (rows % TAKEN)[:, None]
-    inside = (rows < N)[:, None] & (columns < R)
-    here = token * (3 * HEADS * 2 * R) + head * (2 * R) + columns
-    a = tl.load(qkv + here, mask=inside)
-    b = tl.load(qkv + here + R, mask=inside)
-    turned = inside & (head < 2 * HEADS)
-    c = tl.load(cos + token * R + columns, mask=turned, other=1.0)
-    s = tl.load(sin + token * R + columns, mask=turned, other=0.0)
+    mask = (rows < N)[:, None] & (columns < R)
+    offsets = token * (3 * HEADS * 2 * R) + head * (2 * R) + columns
+    a = tl.load(qkv + offsets, mask=mask)
+    b = tl.load(qkv + offsets + R, mask=mask)
+    rotated = mask & (head < 2 * HEADS)
+    c = tl.load(cos + token * R + columns, mask=rotated, other=1.0)
+    s = tl.load(sin + token * R + columns, mask=rotated, other=0.0)
     if INVERSE:
         s = -s
     first = (a.to(tl.float32) * c - b.to(tl.float32) * s).to(a.dtype)
     second = (b.to(tl.float32) * c + a.to(tl.float32) * s).to(b.dtype)
     if TAKEN > 2 * HEADS:
-        # v is not multiplied by 1 and 0, which would turn an infinity into NaN.
-        first = tl.where(turned, first, a)
-        second = tl.where(turned, second, b)
-    tl.store(out + here, first, mask=inside)
-    tl.store(out + here + R, second, mask=inside)
+        # v is copied, not multiplied by 1 and 0, which would turn an infinity into NaN.
+        first = tl.where(rotated, first, a)
+        second = tl.where(rotated, second, b)
+    tl.store(out + offsets, first, mask=mask)
+    tl.store(out + offsets + R, second, mask=mask)
 
 
 def _launch(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_T3HK: Tensor, inverse: bool, taken: int) -> None:
@@ -65,7 +66,7 @@ def _like(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -> Te
 
 @operator("rotary(Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> Tensor", fake=_like)
 def rotary_copy(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -> Tensor:
-    """q and k turned by the angle, or back by it if `inverse`, and v, in a new tensor."""
+    """A copy with q and k rotated by the angle, or by the negative angle if `inverse`; v is unchanged."""
     out_T3HK = _like(qkv_T3HK, cos_TR, sin_TR, inverse)
     _launch(qkv_T3HK, cos_TR, sin_TR, out_T3HK, inverse, 3)
     return out_T3HK
@@ -73,7 +74,7 @@ def rotary_copy(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool)
 
 @operator("rotary_(Tensor(a!) qkv, Tensor cos, Tensor sin) -> ()", fake=lambda qkv_T3HK, cos_TR, sin_TR: None)
 def rotary_inplace(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
-    """q and k turned where they are; v is neither read nor written."""
+    """Rotate q and k in place; v is neither read nor written."""
     _launch(qkv_T3HK, cos_TR, sin_TR, qkv_T3HK, False, 2)
 
 
@@ -81,34 +82,34 @@ def rotary_inplace(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
 def rotate_back_kernel(
     dq, dk, dv, cos, sin, dqkv, N, HEADS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """For gradients that lie apart: turn those of q and k back by the angle, and write all of them into packed dqkv."""
+    """Rotate separate gradients of q and k by the negative angle, and write them and that of v into packed dqkv."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < N) & (columns < R)
+    mask = (rows < N) & (columns < R)
     token, head = rows // HEADS, rows % HEADS
     source = rows * (2 * R) + columns
     target = token * (3 * HEADS * 2 * R) + head * (2 * R) + columns
-    c = tl.load(cos + token * R + columns, mask=inside)
-    s = tl.load(sin + token * R + columns, mask=inside)
-    a = tl.load(dq + source, mask=inside).to(tl.float32)
-    b = tl.load(dq + source + R, mask=inside).to(tl.float32)
-    tl.store(dqkv + target, a * c + b * s, mask=inside)
-    tl.store(dqkv + target + R, b * c - a * s, mask=inside)
+    c = tl.load(cos + token * R + columns, mask=mask)
+    s = tl.load(sin + token * R + columns, mask=mask)
+    a = tl.load(dq + source, mask=mask).to(tl.float32)
+    b = tl.load(dq + source + R, mask=mask).to(tl.float32)
+    tl.store(dqkv + target, a * c + b * s, mask=mask)
+    tl.store(dqkv + target + R, b * c - a * s, mask=mask)
     target += HEADS * 2 * R
-    a = tl.load(dk + source, mask=inside).to(tl.float32)
-    b = tl.load(dk + source + R, mask=inside).to(tl.float32)
-    tl.store(dqkv + target, a * c + b * s, mask=inside)
-    tl.store(dqkv + target + R, b * c - a * s, mask=inside)
+    a = tl.load(dk + source, mask=mask).to(tl.float32)
+    b = tl.load(dk + source + R, mask=mask).to(tl.float32)
+    tl.store(dqkv + target, a * c + b * s, mask=mask)
+    tl.store(dqkv + target + R, b * c - a * s, mask=mask)
     target += HEADS * 2 * R
-    tl.store(dqkv + target, tl.load(dv + source, mask=inside), mask=inside)
-    tl.store(dqkv + target + R, tl.load(dv + source + R, mask=inside), mask=inside)
+    tl.store(dqkv + target, tl.load(dv + source, mask=mask), mask=mask)
+    tl.store(dqkv + target + R, tl.load(dv + source + R, mask=mask), mask=mask)
 
 
 @rotate_back.register(
     "triton", when=lambda dq_THK, dk_THK, dv_THK, cos_TR, sin_TR: supported(dq_THK, cos_TR) and not dq_THK.requires_grad
 )
 def rotate_back_triton(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """`rotate_back` without a gradient of its own, in one pass: nothing is put side by side first."""
+    """`rotate_back` in one pass, without stacking the gradients first. Not differentiable."""
     T, H, K = dq_THK.shape
     dqkv_T3HK = dq_THK.new_empty(T, 3, H, K)
     columns = triton.next_power_of_2(K // 2)
@@ -134,35 +135,26 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T3HK: Tensor):  # pyright: ignore
-        # Not in place: autograd may hand the same gradient to others.
+        # Not in place: autograd may pass the same gradient to other functions.
         return rotary_copy(grad_T3HK.contiguous(), *ctx.saved_tensors, True), None, None, None
-
-
-def fits(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> bool:
-    """Whether the kernel takes these: float32 tables without gradients, one row for each token."""
-    T, three, _, K = qkv_T3HK.shape
-    return three == 3 and all(
-        x.dtype == torch.float32 and not x.requires_grad and 2 * x.shape[1] == K and x.shape[0] == T
-        for x in (cos_TR, sin_TR)
-    )
 
 
 @rotary.register(
     "triton",
     when=lambda qkv_T3HK, cos_TR, sin_TR, *, inplace=False: (
-        supported(qkv_T3HK, cos_TR, sin_TR) and fits(qkv_T3HK, cos_TR, sin_TR)
+        supported(qkv_T3HK, cos_TR, sin_TR) and rope_fits(qkv_T3HK, cos_TR, sin_TR)
     ),
 )
 def rotary_triton(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: bool = False) -> Tensor:
     """`rotary` in float32, bfloat16 or float16, for any heads of an even width; same arguments and result."""
-    if qkv_T3HK.dtype not in DTYPES or not fits(qkv_T3HK, cos_TR, sin_TR):
+    if qkv_T3HK.dtype not in DTYPES or not rope_fits(qkv_T3HK, cos_TR, sin_TR):
         raise ValueError(
             "the Triton rotary takes [T, 3, H, K] in float32, bfloat16 or float16 and float32 tables [T, K / 2] that "
             f"need no gradient; got {tuple(qkv_T3HK.shape)} {qkv_T3HK.dtype}, {tuple(cos_TR.shape)} {cos_TR.dtype} and "
             f"{tuple(sin_TR.shape)} {sin_TR.dtype}: use the reference"
         )
     cos_TR, sin_TR = cos_TR.contiguous(), sin_TR.contiguous()
-    # Compilers copy what is written in place, and write it back as they see fit.
+    # Compilers make their own copies of a tensor that is written in place.
     if inplace and (torch.compiler.is_compiling() or not qkv_T3HK.is_contiguous()):
         return qkv_T3HK.copy_(_Rotary.apply(qkv_T3HK.contiguous(), cos_TR, sin_TR, False))
     return _Rotary.apply(qkv_T3HK if inplace else qkv_T3HK.contiguous(), cos_TR, sin_TR, inplace)

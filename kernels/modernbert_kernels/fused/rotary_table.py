@@ -1,8 +1,8 @@
 """The tables of the rotary embedding in one kernel: frequencies, angles, cosines and sines.
 
-Frequencies and angles are rounded to float32 where the specification rounds them: at position 32,768 that is an angle
-of 0.002, and a checkpoint was trained with it. The sine and cosine of the hardware are off by 5e-7, and by more the
-larger the angle is, so the angle is reduced to an eighth of a turn in float64, and what is left goes through the
+Frequencies and angles are rounded to float32 where the specification rounds them: at position 32,768 the rounding is
+worth an angle of 0.002, and checkpoints were trained with it. The sine and cosine of the hardware are off by 5e-7, and
+by more for larger angles. So the angle is reduced to an eighth of a turn in float64, and the remainder goes through the
 polynomials of Cephes (Moshier, sinf and cosf) in float32. The frequencies are computed once for the rows of a program.
 """
 
@@ -28,7 +28,7 @@ TWO_OVER_PI = tl.constexpr(2 / math.pi)
 
 @triton.jit
 def _float64(value: tl.constexpr):
-    """A number of Python with all its digits: beside a tensor Triton would round it to float32."""
+    """A Python number with all its digits. In an expression with a tensor, Triton would round it to float32."""
     return tl.full([1, 1], value, tl.float64)
 
 
@@ -36,7 +36,7 @@ def _float64(value: tl.constexpr):
 def rotary_table_kernel(
     positions, cos, sin, T, STEP: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """`STEP` is the logarithm to base 2 of theta, over R."""
+    """`STEP` is `log2(theta) / R`."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]
     position = tl.load(positions + rows, mask=rows < T, other=0)
@@ -50,14 +50,14 @@ def rotary_table_kernel(
     s = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * x + x
     c = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square
     c += 1.0 - 0.5 * square
-    # A quarter of a turn swaps the two, and two of them turn the sign.
+    # A quarter of a turn swaps sine and cosine; two quarters change the sign.
     swapped = (quarter & 1) == 1
-    here = rows[:, None] * R + columns
-    inside = (rows < T)[:, None] & (columns < R)
+    offsets = rows[:, None] * R + columns
+    mask = (rows < T)[:, None] & (columns < R)
     result = tl.where(swapped, s, c)
-    tl.store(cos + here, tl.where((quarter == 1) | (quarter == 2), -result, result), mask=inside)
+    tl.store(cos + offsets, tl.where((quarter == 1) | (quarter == 2), -result, result), mask=mask)
     result = tl.where(swapped, c, s)
-    tl.store(sin + here, tl.where(quarter >= 2, -result, result), mask=inside)
+    tl.store(sin + offsets, tl.where(quarter >= 2, -result, result), mask=mask)
 
 
 def _empty(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -87,5 +87,5 @@ def _accepts(positions_T: Tensor, theta: float, head_dim: int) -> bool:
 
 @rotary_table.register("triton", when=_accepts)
 def rotary_table_triton(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """`rotary_table`, of float32 angles, right to the last bits at every position; same arguments and result."""
+    """`rotary_table`, accurate to the last bits of the float32 angles at every position; same arguments and result."""
     return rotary_table_forward(positions_T.contiguous(), theta, head_dim)

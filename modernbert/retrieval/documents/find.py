@@ -1,4 +1,4 @@
-"""Which files a corpus is, and the documents in them: what a search encodes, shows and points back to."""
+"""The files of a corpus, and the documents in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..passages import HTML, MARKDOWN, Document
 from .readers import PDF, READERS, read_plain
 from .records import JSON_LINES, LARGEST, is_records, json_record, read_lines, read_records
-from .text import Note, file_name
+from .text import OnNote, file_name
 
 TEXT = MARKDOWN | {".txt", ".text", ".rst", ".adoc", ".org", ".pod", ".tex", ""}  # "" is README, LICENSE, Makefile, ...
 KINDS_OF_CODE = """
@@ -25,14 +25,14 @@ KINDS_OF_CODE = """
     .tf .toml .ts .tsx .v .vb .vhd .vhdl .vim .vue .wgsl .yaml .yml .zig .zsh
 """
 CODE = frozenset(KINDS_OF_CODE.split())
-GENERATED = (".min.js", ".min.css", "-lock.yaml", "_pb2.py", "_pb2.pyi")  # ends of names of code that nobody wrote
-CORPORA = frozenset({"corpus.jsonl", "corpus.jsonl.gz"})  # the only records a folder is searched for: BEIR's
+GENERATED = (".min.js", ".min.css", "-lock.yaml", "_pb2.py", "_pb2.pyi")  # name endings of generated code
+CORPORA = frozenset({"corpus.jsonl", "corpus.jsonl.gz"})  # the only files of records that are found in a folder
 
 Paths = Iterable[str | os.PathLike[str]]
 
 
 class Key(NamedTuple):
-    """Which document it is, and what it was read from; see `Document`."""
+    """The identity of a document, and the digest of its content; see `Document`."""
 
     path: str
     id: str
@@ -40,12 +40,13 @@ class Key(NamedTuple):
     line: int | None
 
 
-def find_files(paths: Paths, *, note: Note = warnings.warn) -> Iterator[Path]:
-    """The files to read, as absolute paths in which links are not resolved, each once.
+def find_files(paths: Paths, *, on_note: OnNote = warnings.warn) -> Iterator[Path]:
+    """The files to read, each once, as absolute paths with unresolved links.
 
-    A path to a file is that file, whatever its name. A folder is all text, source code, HTML and PDF in it and below,
-    and BEIR's corpus.jsonl, in sorted order; what is hidden, linked folders, node_modules and everything else are
-    passed over, and counted in a note. Raises FileNotFoundError for a path that is not there, before anything else.
+    A file that is named in `paths` is read whatever its name. Of a folder, all text, source code, HTML and PDF in it
+    and its subfolders is read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked folders, node_modules
+    and all other files are skipped, and counted in a note. Raises FileNotFoundError for a path that does not exist,
+    before anything else.
     """
     roots: dict[str, bool] = {}
     for path in paths:
@@ -54,63 +55,69 @@ def find_files(paths: Paths, *, note: Note = warnings.warn) -> Iterator[Path]:
         except FileNotFoundError:
             raise FileNotFoundError(f"no such file or folder: {file_name(path)}") from None
     for root, is_folder in roots.items():
-        yield from _walk(root, roots, note) if is_folder else [Path(root)]
+        yield from _walk(root, roots, on_note) if is_folder else [Path(root)]
 
 
 def read_file(
     path: str | os.PathLike[str],
     *,
-    known: Callable[[Key], bool] = lambda key: False,
-    advance: Callable[[int], None] = lambda size: None,
-    note: Note = warnings.warn,
+    is_current: Callable[[Key], bool] = lambda key: False,
+    on_current: Callable[[Key], None] = lambda key: None,
+    on_bytes: Callable[[int], None] = lambda size: None,
+    on_note: OnNote = warnings.warn,
 ) -> Iterator[Document]:
-    """The documents in a file: its records if it is JSON lines or CSV by its name (see `read_records`), else one.
+    """The documents in a file: its records if its name is that of JSON lines or CSV (see `read_records`), else one.
 
-    A file that is one document is held in memory, of a file of records one record is.
+    A file that is one document is held in memory; of a file of records, one record is.
 
     Args:
-        known: is asked for each document; those that it knows are left out, and a file not even parsed.
-        advance: is told the bytes that were read since the last time, as they are on disk.
-        note: is told what was repaired, a sentence each.
+        is_current: whether the caller has a document already. Such a document is left out, and its file not parsed.
+        on_current: called for each document that is left out.
+        on_bytes: called with the number of bytes, as on disk, that were read since the last call.
+        on_note: called with one sentence for each repair.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it cannot be understood: binary, broken, encrypted, too large, no regular file.
+        ValueError: its content cannot be used: binary, broken, encrypted, too large, not a regular file.
     """
     path = Path(os.path.abspath(path))
     name, status = file_name(path), path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{name}: not a regular file")
     if is_records(path):
-        for document in read_records(path, advance=advance, note=note):
-            if not known(Key(name, document.id, document.digest, document.line)):
+        for document in read_records(path, on_bytes=on_bytes, on_note=on_note):
+            key = Key(name, document.id, document.digest, document.line)
+            if is_current(key):
+                on_current(key)
+            else:
                 yield document
         return
     if status.st_size > LARGEST:
-        raise ValueError(f"{name}: more than {LARGEST >> 20} MiB in one document; cut it, or make records of it")
+        raise ValueError(f"{name}: more than {LARGEST >> 20} MiB in one document; split it, or make records of it")
     raw = path.read_bytes()
-    advance(len(raw))
-    digest = hashlib.sha256(raw).hexdigest()
-    if known(Key(name, name, digest, None)):
+    on_bytes(len(raw))
+    key = Key(name, name, hashlib.sha256(raw).hexdigest(), None)
+    if is_current(key):
+        on_current(key)
         return
     reader = READERS.get(path.suffix.lower(), read_plain)
     try:
-        title, text = reader(raw, lambda message: note(f"{name}: {message}")) if raw else ("", "")
+        title, text = reader(raw, lambda message: on_note(f"{name}: {message}")) if raw else ("", "")
     except ModuleNotFoundError as error:
-        raise ValueError(f"{name}: {error}; what it takes comes with pip install 'modernbert[retrieval]'") from error
+        raise ValueError(f"{name}: {error}; to read such files: pip install 'modernbert[retrieval]'") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     del raw
-    yield Document(name, name, title, text, digest=digest)
+    yield Document(name, name, title, text, digest=key.digest)
 
 
-def read_texts(path: str | os.PathLike[str], *, note: Note = warnings.warn) -> Iterator[Document]:
-    """The records of a JSON-lines file, and of any other file each line that is not blank, one document each.
+def read_texts(path: str | os.PathLike[str], *, on_note: OnNote = warnings.warn) -> Iterator[Document]:
+    """One document for each record of a JSON-lines file, or for each line of any other file that is not blank.
 
-    A record is read as by `read_records`, but its `_id` may come twice; other lines have their number as `id`.
+    Records are read as by `read_records`, but an `_id` may come twice. The `id` of other lines is their number.
     """
     path, name = Path(path), file_name(path)
-    for number, line in enumerate(read_lines(path, note=note), start=1):
+    for number, line in enumerate(read_lines(path, on_note=on_note), start=1):
         if not line.strip():
             continue
         if path.name.lower().endswith(JSON_LINES):
@@ -119,10 +126,10 @@ def read_texts(path: str | os.PathLike[str], *, note: Note = warnings.warn) -> I
             yield Document(name, str(number), "", line.strip(), number)
 
 
-def _walk(root: str, roots: Container[str], note: Note) -> Iterator[Path]:
-    """The files to read below a folder, those of a folder before those of its subfolders; the rest is noted by kind.
+def _walk(root: str, roots: Container[str], on_note: OnNote) -> Iterator[Path]:
+    """The files to read in a folder, before those in its subfolders. Skipped files are counted by kind in a note.
 
-    What is one of the `roots` itself is left to its own turn, so that nothing comes twice.
+    Other `roots` are left out, so that nothing comes twice.
     """
     skipped: Counter[str] = Counter()
     folders = [root]
@@ -131,7 +138,7 @@ def _walk(root: str, roots: Container[str], note: Note) -> Iterator[Path]:
             with os.scandir(folders.pop()) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            note(f"skipped a folder: {error}")
+            on_note(f"skipped a folder: {error}")
             continue
         subfolders = []
         for entry in found:
@@ -144,7 +151,7 @@ def _walk(root: str, roots: Container[str], note: Note) -> Iterator[Path]:
             elif os.path.isdir(entry):
                 skipped["linked folder"] += 1
             elif not os.path.isfile(entry):
-                skipped["no regular file"] += 1
+                skipped["broken link or special file"] += 1
             elif _is_wanted(entry.name):
                 yield Path(entry.path)
             else:
@@ -153,7 +160,7 @@ def _walk(root: str, roots: Container[str], note: Note) -> Iterator[Path]:
     if skipped:
         kinds = ", ".join(f"{count} {file_name(kind)}" for kind, count in skipped.most_common(8))
         kinds += ", ..." if len(skipped) > 8 else ""
-        note(f"skipped {skipped.total()} files and folders in {file_name(root)} that are not read: {kinds}")
+        on_note(f"skipped {skipped.total()} files and folders in {file_name(root)} that are not read: {kinds}")
 
 
 def _is_wanted(name: str) -> bool:

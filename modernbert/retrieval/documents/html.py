@@ -1,4 +1,4 @@
-"""A web page to markdown, so that its headings, lists and code are those of any other document."""
+"""A web page to markdown, so that its headings, lists and code are treated as in any other document."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import codecs
 import re
 from collections.abc import Callable, Mapping
 
-from .text import Note, decode, marked_encoding, replaced
+from .text import OnNote, decode, marked_encoding, replaced
 
 
-def read_html(raw: bytes, note: Note) -> tuple[str, str]:
-    """The text of a page as markdown: headings, paragraphs, list items, rows of tables, code.
+def read_html(raw: bytes, on_note: OnNote) -> tuple[str, str]:
+    """The title of a page, and its text as markdown: headings, paragraphs, list items, rows of tables, code.
 
-    If a page marks its main part, that part is all of it. Left out are scripts, styles, navigation, page footers and
-    what is hidden, unless nothing else is there; links and emphasis leave their text. The title is that of the page
-    if it has not exactly one first-level heading, which says it better.
+    If the page marks its main part, only that part is read. Scripts, styles, navigation, page footers and hidden
+    elements are left out, unless there is nothing else; links and emphasis are reduced to their text. The title is
+    empty if the page has exactly one first-level heading, which is the better title.
     """
     from lxml.etree import HTMLParser
 
     encoding = marked_encoding(raw) or _declared_encoding(raw)
     text, count = decode(raw, encoding)
     if count:
-        note(replaced(count, encoding))
+        on_note(replaced(count, encoding))
     for noise in (_is_noise, _is_unseen):
-        # The parser hands on what it reads and builds no tree: no page is too long or too deeply nested for it.
+        # The parser calls the writer and builds no tree, so no page is too long or too deeply nested for it.
         writer = MarkdownWriter(noise)
         parser = HTMLParser(target=writer, encoding="utf-8", huge_tree=True)
         parser.feed(text.encode())
@@ -37,7 +37,7 @@ _DECLARED = re.compile(
     rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w:.-]+)|<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w:.-]+)""", re.IGNORECASE
 )
 _WESTERN = "cp1252"
-_WIDER = {  # what browsers take in place of an encoding that is part of it; keys are Python's names
+_WIDER = {  # the encoding that browsers use in place of a narrower one; keys are Python's names
     "ascii": _WESTERN,
     "iso8859-1": _WESTERN,
     "iso8859-9": "cp1254",
@@ -52,7 +52,7 @@ _FOR_TEXT = re.compile(r"utf-8|cp\d+|iso8859-\d+|koi8-\w|gb\w+|big5\w*|shift_jis
 
 
 def _declared_encoding(raw: bytes) -> str:
-    """What a page says of itself; else UTF-8 if it is that, else what browsers take in the West."""
+    """The declared encoding; else UTF-8 if the bytes decode, else windows-1252, as browsers do."""
     declared = _DECLARED.search(raw[:4096])
     if declared:
         try:
@@ -76,8 +76,8 @@ _BLOCK_TAGS = """
 """
 _UNSEEN = frozenset(_UNSEEN_TAGS.split())
 _NOISE = _UNSEEN | frozenset(_NOISY_TAGS.split())
-_NUMBERS = frozenset({"lineno", "linenos"})  # classes of the numbers that Pygments puts before lines of code
-_ANCHORS = frozenset({"#", "§", "¶", "🔗"})  # all that is in a link from a heading to itself
+_NUMBERS = frozenset({"lineno", "linenos"})  # classes of the line numbers that Pygments adds to code
+_ANCHORS = frozenset({"#", "§", "¶", "🔗"})  # the text of a link from a heading to itself
 _DISPLAY_NONE = re.compile(r"display\s*:\s*none")
 
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
@@ -108,26 +108,26 @@ def _is_noise(tag: str, attributes: Attributes) -> bool:
 
 
 class MarkdownWriter:
-    """Writes markdown from what a parser of lxml hands on: starts and ends of tags, and the text between them.
+    """Writes markdown from the calls of an lxml parser: starts and ends of tags, and the text between them.
 
     Args:
-        noise: says of a tag and its attributes whether it is left out, with all in it.
+        noise: whether an element, given its tag and attributes, is left out with its content.
     """
 
     def __init__(self, noise: Callable[[str, Attributes], bool]) -> None:
         self._noise, self._depth_of_noise = noise, 0
         self._title = ""
         self._depth_of_main = 0
-        self._parts: dict[bool, list[str]] = {True: [], False: []}  # of the markdown, in and outside of main parts
+        self._parts: dict[bool, list[str]] = {True: [], False: []}  # of the markdown, inside and outside of main parts
         self._first_levels = {True: 0, False: 0}
         self._words: list[str] = []  # of the block that is being read
-        self._link = 0  # where in it the last link began
-        self._prefix, self._gap = "", ""  # what goes in front of it, and before that
-        self._lists: list[int | None] = []  # the number of the item before in each open list; None: bullets
+        self._link = 0  # where the last link begins in these words
+        self._prefix, self._gap = "", ""  # to be written in front of the block, and before that prefix
+        self._lists: list[int | None] = []  # for each open list the number of its last item; None: bullets
         self._in_code = self._is_row_empty = False
 
     def start(self, tag: str, attributes: Attributes) -> None:
-        """Begin a tag; the parser ends each one that it began."""
+        """Begin a tag. The parser calls `end` for every tag."""
         if self._depth_of_noise or self._noise(tag, attributes):
             self._depth_of_noise += 1
             return
@@ -206,7 +206,7 @@ class MarkdownWriter:
             return None
         if self._prefix in _HEADINGS.values():
             self._first_levels[self._depth_of_main > 0] += self._prefix == "# "
-            text += " #" if text.endswith("#") else ""  # else it would count as decoration, as in "# title #"
+            text += " #" if text.endswith("#") else ""  # otherwise it would count as decoration, as in "# title #"
         elif not self._prefix and _MARKUP.match(text):
             text = "\\" + text
         return self._write(self._prefix + text)
@@ -231,5 +231,5 @@ class MarkdownWriter:
 
 
 def _words(text: str) -> str:
-    """On one line, with single spaces; touches only what is not so, as a text may be long."""
+    """The text on one line, with single spaces. Fast for a long text that has only single spaces already."""
     return _SPACES.sub(" ", text).strip()

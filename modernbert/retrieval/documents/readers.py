@@ -1,7 +1,7 @@
 """The bytes of a file to its title and text, by the kind of file.
 
-Each reader is told where to note what it repaired. It raises ValueError for bytes that hold no text of its kind, and
-ModuleNotFoundError where the library that it takes is not installed.
+Each reader calls `on_note` with what it repaired. It raises ValueError if the bytes do not have its format, and
+ModuleNotFoundError if a library that it needs is not installed.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ from collections.abc import Callable, Mapping
 
 from ..passages import HTML
 from .html import read_html
-from .text import Note, decode, marked_encoding, replaced, storable
+from .text import OnNote, decode, marked_encoding, replaced, storable
 
 PDF = frozenset({".pdf"})
 
 
-def read_plain(raw: bytes, note: Note) -> tuple[str, str]:
-    """UTF-8, or what its byte order mark says. A NUL near the beginning says that it is no text."""
+def read_plain(raw: bytes, on_note: OnNote) -> tuple[str, str]:
+    """UTF-8, or the encoding of the byte order mark. A NUL near the beginning means that this is not a text file."""
     encoding = marked_encoding(raw)
     if encoding is None and b"\0" in raw[:8192]:
-        raise ValueError("a binary file; read are text, markdown, HTML, PDF, source code, JSON lines and CSV")
+        raise ValueError("a binary file; supported are text, markdown, HTML, PDF, source code, JSON lines and CSV")
     text, count = decode(raw, encoding or "utf-8")
     if count:
-        note(replaced(count, encoding or "utf-8"))
+        on_note(replaced(count, encoding or "utf-8"))
     return "", text
 
 
-def read_pdf(raw: bytes, note: Note) -> tuple[str, str]:
-    """Its text, with an empty line between pages. Its title only if the first page has it, too: many are made up."""
+def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
+    """Its title and its text, with an empty line between pages.
+
+    The title only if the first page contains it: many PDFs have a wrong one.
+    """
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, FileNotDecryptedError
 
@@ -44,7 +47,7 @@ def read_pdf(raw: bytes, note: Note) -> tuple[str, str]:
         for number in range(len(reader.pages)):
             try:
                 pages.append(storable(reader.pages[number].extract_text()).strip())
-            # pypdf documents that broken files raise other exceptions than its own, and which is not said.
+            # pypdf may raise any exception on a broken file; its documentation does not list them.
             except Exception as error:
                 lost.append(f"{number + 1} ({type(error).__name__}: {error})")
         if reader.metadata and reader.metadata.title:
@@ -60,17 +63,17 @@ def read_pdf(raw: bytes, note: Note) -> tuple[str, str]:
     if lost and not any(pages):
         raise ValueError(f"a broken PDF: no page could be read, beginning with {lost[0]}; fetch or save it again")
     if lost:
-        note(f"{len(lost)} of {len(lost) + len(pages)} pages could not be read: {', '.join(lost[:3])}")
+        on_note(f"{len(lost)} of {len(lost) + len(pages)} pages could not be read: {', '.join(lost[:3])}")
     elif not any(pages):
-        note("a PDF without text; if its pages are scanned, OCR (as ocrmypdf does) gives them some")
+        on_note("a PDF without text; if its pages are scanned, add text by OCR, for example with ocrmypdf")
     elif repairs:
-        note(f"a PDF with errors, read as well as they allow: {repairs[0]}")
-    stands_there = pages and title.casefold() in " ".join(pages[0].split()).casefold()
-    return title if stands_there else "", "\n\n".join(filter(None, pages))
+        on_note(f"a PDF with errors, read as far as possible: {repairs[0]}")
+    is_on_first_page = pages and title.casefold() in " ".join(pages[0].split()).casefold()
+    return title if is_on_first_page else "", "\n\n".join(filter(None, pages))
 
 
-READERS: Mapping[str, Callable[[bytes, Note], tuple[str, str]]] = {
+READERS: Mapping[str, Callable[[bytes, OnNote], tuple[str, str]]] = {
     **dict.fromkeys(HTML, read_html),
     **dict.fromkeys(PDF, read_pdf),
 }
-"""By suffix. Any other file is plain text."""
+"""Readers by suffix. Any other file is plain text."""

@@ -1,4 +1,4 @@
-"""Files of records, many documents in one: JSON lines as BEIR defines them, and CSV."""
+"""Files that hold many documents: JSON lines as BEIR defines them, and CSV."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import sqlite3
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from math import isfinite
@@ -16,33 +15,33 @@ from pathlib import Path
 from typing import Any
 
 from ..passages import Document
-from .text import Note, decode, file_name, marked_encoding, replaced, storable
+from .text import OnNote, decode, file_name, gzip_errors, marked_encoding, replaced, storable
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
-TABLES = {".csv": ",", ".tsv": "\t"}  # and what is between their cells
+TABLES = {".csv": ",", ".tsv": "\t"}  # suffix to delimiter
 
 LARGEST = 1 << 28
-"""Bytes of the largest document, or line of records, that is read: it is held in memory, more than once."""
+"""Bytes of the largest document or record that is read: there are several copies of it in memory."""
 
 DEEPEST = 100
-"""Objects and lists in one another in a record: whoever handles its metadata may do so recursively."""
+"""The deepest nesting of objects and lists in a record, because code that handles its metadata may be recursive."""
 
 
 def is_records(path: Path) -> bool:
-    """Whether a file holds records, by its name."""
+    """Whether a file holds records, judged by its name."""
     return path.name.lower().endswith((*JSON_LINES, *TABLES))
 
 
-def read_records(path: Path, *, advance: Callable[[int], None], note: Note) -> Iterator[Document]:
+def read_records(path: Path, *, on_bytes: Callable[[int], None], on_note: OnNote) -> Iterator[Document]:
     """The records of a file, one at a time.
 
-    A record has a `text`, and may have a `title` and an `_id` or `id` (else it gets the number of its line); its
-    other fields are metadata, those in an object `metadata` included. In a CSV file the first row names them.
+    A record has a `text`, and optionally a `title` and an `_id` or `id` (default: the number of its line). Its other
+    fields are metadata, including those of an object `metadata`. In a CSV file the first row names the fields.
 
     Raises:
-        ValueError: a broken record, or an `_id` for the second time; with the file and the line.
+        ValueError: a record is broken, or an `_id` comes twice; with the file and the line.
     """
-    name, lines = file_name(path), read_lines(path, advance=advance, note=note)
+    name, lines = file_name(path), read_lines(path, on_bytes=on_bytes, on_note=on_note)
     delimiter = TABLES.get(path.suffix.lower())
     documents = _json_lines(lines, name) if delimiter is None else _table(lines, name, delimiter)
     # A temporary database moves from memory to disk as it grows, and is deleted when it is closed.
@@ -61,37 +60,34 @@ def read_records(path: Path, *, advance: Callable[[int], None], note: Note) -> I
             yield document
 
 
-def read_lines(path: Path, *, advance: Callable[[int], None] = lambda size: None, note: Note) -> Iterator[str]:
-    """The lines of a text file, gzipped if its name ends in .gz, with their ends. Only a newline ends one.
+def read_lines(path: Path, *, on_bytes: Callable[[int], None] = lambda size: None, on_note: OnNote) -> Iterator[str]:
+    """The lines of a text file, gzipped if its name ends in .gz, with their line ends. Only a newline ends a line.
 
-    `advance` is told how many bytes of the file were read for each.
+    `on_bytes` is called with the number of bytes of the file that were read for each line.
     """
     name, count, done = file_name(path), 0, 0
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, gzip_errors(name):
         stream = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-        try:
-            encoding = marked_encoding(stream.peek(4)[:4]) or "utf-8-sig"
-            if not encoding.startswith("utf-8"):  # In UTF-16 and UTF-32 a byte 10 need not be a line's end.
-                stream = io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
-            while raw := stream.readline(LARGEST + 1):
-                if len(raw) > LARGEST:
-                    raise ValueError(f"{name}: a line of more than {LARGEST >> 20} MiB; cut it into several records")
-                line, bad = decode(raw) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
-                del raw  # It may be large, and the line is on its way for long.
-                count += bad
-                position = file.tell()
-                advance(position - done)
-                done = position
-                yield line
-            advance(file.tell() - done)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{name}: broken gzip file ({error}); fetch or compress it again") from error
+        encoding = marked_encoding(stream.peek(4)[:4]) or "utf-8-sig"
+        if not encoding.startswith("utf-8"):  # In UTF-16 and UTF-32 a byte 10 is not always a line end.
+            stream = io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
+        while raw := stream.readline(LARGEST + 1):
+            if len(raw) > LARGEST:
+                raise ValueError(f"{name}: a line of more than {LARGEST >> 20} MiB; cut it into several records")
+            line, bad = decode(raw) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
+            del raw  # Free the bytes now: the caller may hold the line for a while.
+            count += bad
+            position = file.tell()
+            on_bytes(position - done)
+            done = position
+            yield line
+        on_bytes(file.tell() - done)
     if count:
-        note(f"{name}: {replaced(count, encoding)}")
+        on_note(f"{name}: {replaced(count, encoding)}")
 
 
 def json_record(line: str, name: str, number: int) -> Document:
-    """The document in a line of JSON, which is line `number` of the file `name`."""
+    """The document in `line`, which is line `number` of the file `name`."""
     where = f"{name}, line {number}"
     try:
         record = _storable(_JSON.decode(line))
@@ -106,7 +102,7 @@ def _finite(number: str) -> float | None:
     return value if isfinite(value := float(number)) else None
 
 
-# Python's JSON has NaN and Infinity, JSON and SQLite do not: they are null. Control characters in strings are let pass.
+# Python accepts NaN and Infinity, JSON and SQLite do not: they become null. Control characters in strings are allowed.
 _JSON = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite, strict=False)
 
 
@@ -136,7 +132,7 @@ def _rows(lines: Iterable[str], name: str, delimiter: str) -> Iterator[tuple[int
     """The rows of a table that are not empty, each with the number of its first line."""
     rows, number = csv.reader(lines, delimiter=delimiter, strict=True), 1
     while True:
-        # The limit is the whole process's, so it is lifted for no longer than a row takes.
+        # The limit belongs to the whole process, so it is raised only while a row is read.
         limit = csv.field_size_limit(LARGEST)
         try:
             row = next(rows, None)
@@ -152,7 +148,7 @@ def _rows(lines: Iterable[str], name: str, delimiter: str) -> Iterator[tuple[int
 
 
 def _document(record: Mapping[str, Any], name: str, number: int) -> Document:
-    """A document of the fields of a record, of which `text` is known to be a string."""
+    """The document of a record. Its `text` must be a string."""
     key = "_id" if "_id" in record else "id"
     title, text, identity = record.get("title") or "", record["text"], record.get(key, number)
     if not isinstance(title, str) or isinstance(identity, bool) or not isinstance(identity, (str, int)):
@@ -161,15 +157,15 @@ def _document(record: Mapping[str, Any], name: str, number: int) -> Document:
     if isinstance(inner := metadata.get("metadata") or {}, dict):
         metadata.pop("metadata", None)
         metadata = {**inner, **metadata}
-    # JSON has no raw line ends, so nothing that differs looks alike. The number of the line is left out: a record
-    # that has moved is the same.
+    # JSON has no raw line ends, so two different records never give the same bytes. The line number is left out: a
+    # record that has moved is the same record.
     digest = hashlib.sha256(json.dumps([title, metadata], sort_keys=True).encode())
     digest.update(b"\n" + text.encode())
     return Document(name, str(identity), title, text, number, metadata, digest.hexdigest())
 
 
 def _storable(value: Any, depth: int = 0) -> Any:
-    """A JSON value whose texts are storable."""
+    """A JSON value with all its texts made storable."""
     if depth > DEEPEST:
         raise ValueError(f"nested more than {DEEPEST} deep")
     if isinstance(value, str):

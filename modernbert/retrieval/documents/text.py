@@ -1,12 +1,16 @@
-"""Bytes to text that every part downstream takes: models, terminals, databases that speak UTF-8."""
+"""Bytes to text that models, terminals and UTF-8 databases accept."""
 
 from __future__ import annotations
 
 import codecs
+import gzip
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-Note = Callable[[str], None]
+OnNote = Callable[[str], None]
+"""Called with one sentence for everything that is skipped or repaired."""
 
 BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
@@ -18,27 +22,36 @@ BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def marked_encoding(raw: bytes) -> str | None:
-    """The encoding that a byte order mark at the beginning gives away."""
+    """The encoding given by a byte order mark at the beginning, or None."""
     return next((encoding for mark, encoding in BOMS.items() if raw.startswith(mark)), None)
 
 
 def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, int]:
-    """Text, and in how many places of it broken bytes, byte runs and NULs became U+FFFD."""
+    """Text, and how many U+FFFD in it replace broken bytes, runs of bytes, or NULs."""
     text = raw.decode(encoding, errors="replace").replace("\0", "\ufffd")
     meant = raw.count("\ufffd".encode()) if encoding.startswith("utf-8") else 0
     return text, text.count("\ufffd") - meant
 
 
 def replaced(count: int, encoding: str = "utf-8") -> str:
-    """What to note when `decode` had to replace something."""
+    """The note for `count` replacements by `decode`."""
     return f"not {encoding.upper().removesuffix('-SIG')} throughout, {count} broken places were replaced by U+FFFD"
 
 
 def storable(text: str) -> str:
-    """`text` without what no UTF-8 database holds: half a surrogate pair becomes "?", NUL becomes U+FFFD."""
+    """`text` in a form that a UTF-8 database accepts: half a surrogate pair becomes "?", NUL becomes U+FFFD."""
     return (text if text.isascii() else text.encode("utf-8", "replace").decode()).replace("\0", "\ufffd")
 
 
 def file_name(path: str | os.PathLike[str]) -> str:
-    r"""The name of a file as storable text: bytes that are not UTF-8 are spelled out, as `\xff`."""
+    r"""The name of a file as storable text: bytes that are not UTF-8 are written as `\xff`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def gzip_errors(name: str) -> Iterator[None]:
+    """Raise ValueError with the file's `name` if reading finds a broken gzip file."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{name}: broken gzip file ({error}); fetch or compress it again") from error

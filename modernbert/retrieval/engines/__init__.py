@@ -1,81 +1,126 @@
-"""A store in other people's engines: `export` takes it there, `Engine` searches it there, without the store.
+"""Stores in other search engines: `export` writes one there, and `Engine` searches it there, without the store.
 
-A target is `ENGINE:PLACE`: `qdrant:FOLDER`, `qdrant:http://HOST:6333/COLLECTION`, `lancedb:FOLDER`,
-`fast-plaid:FOLDER`. An engine is a file in this folder with two names:
+A target is `ENGINE:ADDRESS`: `qdrant:FOLDER`, `qdrant:http://HOST:6333/COLLECTION`, `lancedb:FOLDER`,
+`fast-plaid:FOLDER`. An engine is a file in this folder with the two names of `Adapter`.
 
-    export(store, place, rows)  takes the vectors there; `rows` are (number, passage, vectors), once, in order
-    Index(place)                what lies there: its `manifest` (the model's name and fingerprint),
-                                `search(vectors, top_k)` to (score, passage, number) for each query, and `close()`
-
-What a hit shows travels with the vectors, and so does the model's fingerprint: another model is refused.
+Everything that a hit shows is exported with the vectors, and so is the fingerprint of the model: another model is
+refused.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple, Protocol, cast
 
+from torch import Tensor
+
+from ...late_interaction import Ragged
+from ...progress import progress_bar
 from ..explain import TokenMatch, explain
-from ..store.identity import Model, load
-from ..store.search import Hit
-
-if TYPE_CHECKING:
-    from ..store.search import Store
+from ..passages import Passage
+from ..queries import EncodedQuery, check_search, encode_queries, query_vectors
+from ..store.format import ModelIdentity
+from ..store.identity import LoadedModel, ModelSource, load_model
+from ..store.search import Hit, Store
 
 ENGINES = {"qdrant": ".qdrant", "lancedb": ".lancedb", "fast-plaid": ".fast_plaid"}
 
 
+class Row(NamedTuple):
+    """A passage to export, and its vectors `[n, E]` float32."""
+
+    passage_id: int
+    passage: Passage
+    vectors: Tensor
+
+
+class Found(NamedTuple):
+    """A passage that an engine has found."""
+
+    score: float
+    passage: Passage
+    passage_id: int
+
+
+class Index(Protocol):
+    """An export, opened for search. `identity` is that of its model."""
+
+    identity: ModelIdentity
+
+    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[Found]]:
+        """For each query, `top_k` passages or more."""
+        ...
+
+    def close(self) -> None:
+        """Release files and connections."""
+        ...
+
+
+class Adapter(Protocol):
+    """The module of an engine."""
+
+    def export(self, store: Store, address: str, rows: Iterable[Row]) -> None:
+        """Write all rows, each once and in order. They replace an earlier export."""
+        ...
+
+    def Index(self, address: str) -> Index:
+        """Open an export."""
+        ...
+
+
 def is_target(name: str) -> bool:
-    """Whether `name` is an engine's target; anything else is the folder of a store."""
+    """Whether `name` is a target; anything else is the folder of a store."""
     return name.partition(":")[0] in ENGINES
 
 
 def export(store: Store, target: str, *, progress: bool | None = None) -> int:
-    """Take all of a store to an engine and return how many passages that were. What an earlier export left is replaced.
+    """Export a whole store to an engine, in place of an earlier export. Returns the number of passages.
 
     Args:
-        progress: show a bar on stderr; None: on a terminal.
+        progress: whether to show a bar on stderr. None: only on a terminal.
 
     Raises:
-        ValueError: no such engine, or a place that holds something else.
+        ValueError: the engine does not exist, or there is something else at the address.
         OSError: the engine cannot be reached, or fails.
         ModuleNotFoundError: the engine's package is not installed; the message names the extra.
     """
-    from rich.console import Console
-    from rich.progress import track
+    adapter, address = _engine(target)
+    with progress_bar("exporting", len(store), progress) as on_rows:
 
-    engine, place = _engine(target)
-    rows = (row for batch in store.batches() for row in zip(*batch, strict=True))
-    quiet = progress is False or (progress is None and not sys.stderr.isatty())
-    console = Console(stderr=True)
-    shown = track(rows, "exporting", total=len(store), console=console, transient=True, disable=quiet)
-    engine.export(store, place, shown)
+        def rows() -> Iterator[Row]:
+            for batch in store.batches():
+                for row in zip(*batch, strict=True):
+                    yield Row(*row)
+                    on_rows(1)
+
+        adapter.export(store, address, rows())
     return len(store)
 
 
 class Engine:
-    """An export, searched where it lies; a `Store` to whoever only searches.
+    """An export, searched in its engine. It searches and explains like a `Store`.
 
     Attributes:
-        colbert: the model that queries are encoded with.
+        session: encodes queries. colbert: its model.
     """
 
-    def __init__(self, target: str, model: Model | None = None) -> None:
-        """Open the export at `target` with the model that it was made with, or with `model`, which must be the same.
+    def __init__(self, target: str, model: ModelSource | LoadedModel | None = None) -> None:
+        """Open the export at `target` with its own model, or with `model`, which must be the same one.
 
         Raises:
-            FileNotFoundError: there is no export, or none that came to its end.
-            ValueError: no such engine, or another model. OSError and ModuleNotFoundError as of `export`.
+            FileNotFoundError: there is no export, or an unfinished one.
+            ValueError: the engine does not exist, or the export was made with another model.
+            OSError, ModuleNotFoundError: as for `export`.
         """
-        engine, place = _engine(target)
-        self._index = engine.Index(place)
+        adapter, address = _engine(target)
+        self._index = adapter.Index(address)
         try:
-            self.colbert, _ = load(model, self._index.manifest)
+            self.session = load_model(model, self._index.identity).session
         except BaseException:
             self._index.close()
             raise
+        self.colbert = self.session.model
 
     def __enter__(self) -> Engine:
         return self
@@ -84,33 +129,35 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Release files and connections."""
         self._index.close()
 
-    def search(self, queries: Sequence[str], *, top_k: int = 10) -> list[list[Hit]]:
-        """For each query its `top_k` passages, best first, as the engine finds them."""
-        if isinstance(queries, str):
-            raise ValueError(f"queries must be a list of texts, got the text {queries!r}; write [query]")
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; ask for 1 or more")
+    def encode(self, queries: Sequence[str]) -> list[EncodedQuery]:
+        """Encode queries once, for `search` and `explain`."""
+        return encode_queries(self.session, queries)
+
+    def search(self, queries: Sequence[str | EncodedQuery], *, top_k: int = 10) -> list[list[Hit]]:
+        """For each query (a text, or what `encode` made of it) its `top_k` passages, best first."""
+        check_search(queries, top_k)
         results = []
-        for found in self._index.search(self.colbert.encode_queries(queries), top_k) if queries else []:
-            ranked = sorted(found, key=lambda hit: (-hit[0], hit[2]))[:top_k]
+        for found in self._index.search(query_vectors(self.session, queries), top_k) if queries else []:
+            ranked = sorted(found, key=lambda hit: (-hit.score, hit.passage_id))[:top_k]
             results.append([Hit(rank, *hit) for rank, hit in enumerate(ranked, start=1)])
         return results
 
-    def explain(self, query: str, hit: Hit) -> list[TokenMatch]:
-        """For each query token the most similar token of a hit, which is encoded anew: without its context."""
-        return explain(self.colbert, query, [hit.passage.content])[0]
+    def explain(self, query: str | EncodedQuery, hit: Hit) -> list[TokenMatch]:
+        """For each token of `query` the most similar token of a hit. The hit is encoded again, without its context."""
+        encoded = self.encode([query])[0] if isinstance(query, str) else query
+        return explain(self.session, encoded, [hit.passage.content])[0]
 
 
-def _engine(target: str) -> tuple[Any, str]:
-    """The engine's module, and the place."""
-    name, _, place = target.partition(":")
-    if name not in ENGINES or not place:
-        known = ", ".join(f"{engine}:PLACE" for engine in ENGINES)
-        raise ValueError(f"{target!r} is no target; a target is one of {known}")
+def _engine(target: str) -> tuple[Adapter, str]:
+    """The engine's module, and the address."""
+    name, _, address = target.partition(":")
+    if name not in ENGINES or not address:
+        known = ", ".join(f"{engine}:ADDRESS" for engine in ENGINES)
+        raise ValueError(f"{target!r} is not a target; a target is one of {known}")
     try:
-        return import_module(ENGINES[name], __name__), place
+        return cast(Adapter, import_module(ENGINES[name], __name__)), address
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{name} needs {error.name}: pip install 'modernbert[{name}]'") from error

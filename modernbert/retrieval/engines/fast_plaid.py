@@ -1,7 +1,7 @@
-"""fast-plaid: vectors in 4 bits a number, searched by their clusters. Approximate, and so are its scores.
+"""fast-plaid: vectors with 4 bits per number, searched by their clusters. Its results and its scores are approximate.
 
-It takes all vectors in memory at once, in half precision, when an index is made: 100,000 passages of 150 tokens at
-width 64 are 2 GB. Its binary fits one version of torch only, which its package pins.
+To make an index it needs all vectors in memory, in half precision: 100,000 passages of 150 tokens at width 64 are 2 GB.
+Its binary works with one version of torch only, which its package pins.
 """
 
 from __future__ import annotations
@@ -14,37 +14,35 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from fast_plaid.search import FastPlaid  # pyright: ignore[reportMissingImports] -- not with every torch
-from torch import Tensor
+from fast_plaid.search import FastPlaid  # pyright: ignore[reportMissingImports] -- needs another torch
 
+from ...files import replacing
 from ...late_interaction import Ragged
 from ..passages import Passage
-from ..store.format import replacing
-
-if TYPE_CHECKING:
-    from ..store.search import Store
+from ..store.format import ModelIdentity
+from ..store.search import Store
+from . import Found, Row
 
 MANIFEST, TABLE, PREFIX = "modernbert.json", "passages.sqlite", "fast-plaid-"
 
 
-def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]) -> None:
-    """Make a new index beside the old one, and put it in its place when it is complete."""
+def export(store: Store, address: str, rows: Iterable[Row]) -> None:
+    """Make a new index next to the old one, and replace the old one when the new one is complete."""
     _check_torch()
-    folder = Path(place)
+    folder = Path(address)
     folder.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
     vectors = []
     table = sqlite3.connect(fresh / TABLE)
     table.execute("CREATE TABLE passages (row INTEGER PRIMARY KEY, number INTEGER, passage TEXT)")
-    for row, (number, passage, x_NE) in enumerate(rows):
+    for row, (passage_id, passage, x_NE) in enumerate(rows):
         vectors.append(x_NE.half())
-        table.execute("INSERT INTO passages VALUES (?, ?, ?)", (row, number, json.dumps(asdict(passage))))
+        table.execute("INSERT INTO passages VALUES (?, ?, ?)", (row, passage_id, json.dumps(asdict(passage))))
     table.commit()
     table.close()
-    # `start_from_scratch` keeps a copy of all vectors for updates, and there are none: an export replaces.
+    # A non-zero `start_from_scratch` keeps a copy of all vectors for updates, which an export does not need.
     FastPlaid(str(fresh), device="cpu").create(vectors, start_from_scratch=0)
     manifest = {"model": store.model, "fingerprint": store.fingerprint, "index": fresh.name}
     with replacing(folder / MANIFEST) as beside:
@@ -55,36 +53,37 @@ def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]
 
 
 class Index:
-    """An index that `export` has made."""
+    """An index made by `export`."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, address: str) -> None:
         _check_torch()
-        file = Path(place) / MANIFEST
+        file = Path(address) / MANIFEST
         if not file.is_file():
-            raise FileNotFoundError(f"no {MANIFEST} in {place}; `modernbert export` makes one")
-        self.manifest = json.loads(file.read_text())
-        folder = Path(place) / self.manifest["index"]
+            raise FileNotFoundError(f"no {MANIFEST} in {address}; `modernbert export` makes one")
+        manifest = json.loads(file.read_text())
+        self.identity = ModelIdentity(manifest["model"], manifest["fingerprint"])
+        folder = Path(address) / manifest["index"]
         self._table = sqlite3.connect(f"{(folder / TABLE).resolve().as_uri()}?mode=ro", uri=True)
         self._index = FastPlaid(str(folder), device="cpu")
 
-    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[tuple[float, Passage, int]]]:
+    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[Found]]:
         """For each query `top_k` passages, with scores from compressed vectors."""
         for found in self._index.search(list(vectors), top_k=top_k, show_progress=False):
             hits = []
             for row, score in found:
                 select = "SELECT number, passage FROM passages WHERE row = ?"
-                number, passage = self._table.execute(select, (row,)).fetchone()
-                hits.append((score, Passage(**json.loads(passage)), number))
+                passage_id, passage = self._table.execute(select, (row,)).fetchone()
+                hits.append(Found(score, Passage(**json.loads(passage)), passage_id))
             yield hits
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Release the files."""
         self._table.close()
         self._index.close()
 
 
 def _check_torch() -> None:
-    """With another torch than it was built for, fast-plaid can be imported, and ends the process when it is used."""
+    """With another torch than it was built for, fast-plaid can be imported, but crashes the process when it is used."""
     built_for = next(need for need in requires("fast-plaid") or [] if need.startswith("torch=="))
     if built_for != f"torch=={torch.__version__.partition('+')[0]}":
         raise ValueError(

@@ -1,8 +1,8 @@
 """LanceDB: a folder or a bucket, no server, and no copy of the vectors in memory.
 
-Its vectors are compared by cosine, and without an index with every passage. What it finds is scored again here, by the
-dot product of the vectors as they were stored: scores are those of the store. For more passages than a scan can do,
-make an index with LanceDB itself; it is approximate (README.md has its recall), and is used as soon as it is there:
+LanceDB compares vectors by cosine, and without an index with every passage. The passages that it finds are scored
+again here, by the dot product of the stored vectors, so their scores are those of the store. If there are too many
+passages for a scan, make an index with LanceDB; it is approximate, and is used as soon as it exists:
 
     import lancedb; from lancedb.index import IvfPq
     lancedb.connect(FOLDER).open_table("passages").create_index("vectors", config=IvfPq(distance_type="cosine"))
@@ -16,41 +16,40 @@ from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lancedb
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from ...late_interaction import Ragged, maxsim
 from ..passages import Passage
-
-if TYPE_CHECKING:
-    from ..store.search import Store
+from ..store.format import ModelIdentity
+from ..store.search import Store
+from . import Found, Row
 
 TABLE = "passages"
 KEY = b"modernbert"
-"""Where the manifest is, in the metadata of the table's schema."""
+"""The key of the manifest in the metadata of the table's schema."""
 
 ROWS = 256
 """Passages of a batch: about 10 MB of vectors."""
 
-CANDIDATES = 4
-"""Passages scored again for each that is asked for: cosine of rounded vectors differs a little from dot product."""
+RESCORED = 4
+"""Passages scored again for each requested one: cosine of rounded vectors differs a little from their dot product."""
 
 REFINED = 4
-"""Passages that LanceDB itself compares in full for each of these, where an index has found them by their codes."""
+"""Passages that LanceDB compares in full for each rescored one, if an index has found them by their codes."""
 
 KEPT = timedelta(hours=1)
-"""Older versions of a table are deleted by an export; whoever has the last one open can go on reading."""
+"""An export deletes versions of the table that are older than this. A reader can finish with the last one."""
 
 FIELDS = {"path": pa.string(), "id": pa.string(), "title": pa.string(), "text": pa.string(), "metadata": pa.string()}
 FIELDS |= dict.fromkeys(("number", "start", "end", "line"), pa.int64())
 
 
-def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]) -> None:
-    """Replace the table by the store's passages: at once, when the last of them is written."""
+def export(store: Store, address: str, rows: Iterable[Row]) -> None:
+    """Replace the table by the passages of the store, in one step after the last of them is written."""
     manifest = {"model": store.model, "fingerprint": store.fingerprint}
     # Float16 would halve the folder, but LanceDB compares it three times as slowly.
     vectors = pa.list_(pa.list_(pa.float32(), store.dim))
@@ -58,57 +57,56 @@ def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]
     failures: list[Exception] = []
     batches = pa.RecordBatchReader.from_batches(schema, _batches(iter(rows), schema, failures))
     try:
-        database = lancedb.connect(place)
+        database = lancedb.connect(address)
         is_there = TABLE in database.list_tables().tables
         if is_there:
-            _manifest(database.open_table(TABLE), place)
+            _manifest(database.open_table(TABLE), address)
         table = database.create_table(TABLE, batches, mode="overwrite" if is_there else "create")
         table.optimize(cleanup_older_than=KEPT)
     except RuntimeError as error:
-        # On its way through LanceDB an error of ours has become text in one of theirs.
-        raise failures[0] if failures else OSError(f"LanceDB at {place}: {error}") from error
+        # LanceDB turns an error of ours into one of its own, with only the text left.
+        raise failures[0] if failures else OSError(f"LanceDB at {address}: {error}") from error
 
 
 class Index:
-    """A table that `export` has made."""
+    """A table made by `export`."""
 
-    def __init__(self, place: str) -> None:
-        if "://" not in place and not Path(place).is_dir():
-            raise FileNotFoundError(f"no such folder: {place}; `modernbert export` makes one")
-        database = lancedb.connect(place)
+    def __init__(self, address: str) -> None:
+        if "://" not in address and not Path(address).is_dir():
+            raise FileNotFoundError(f"no such folder: {address}; `modernbert export` makes one")
+        database = lancedb.connect(address)
         if TABLE not in database.list_tables().tables:
-            raise FileNotFoundError(f"no table {TABLE} in {place}; `modernbert export` makes one")
-        self._place = place
-        self._table: Any = database.open_table(TABLE)  # its type does not know what a search by vector can do
-        self.manifest = _manifest(self._table, place)
+            raise FileNotFoundError(f"no table {TABLE} in {address}; `modernbert export` makes one")
+        self._address = address
+        self._table: Any = database.open_table(TABLE)  # its type lacks the methods of a vector search
+        manifest = _manifest(self._table, address)
+        self.identity = ModelIdentity(manifest["model"], manifest["fingerprint"])
 
-    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[tuple[float, Passage, int]]]:
+    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[Found]]:
         """For each query more than `top_k` passages, with their exact scores."""
         for x_QE in vectors:
             search = self._table.search(x_QE.numpy(), vector_column_name="vectors").distance_type("cosine")
             try:
-                found = search.limit(CANDIDATES * top_k).refine_factor(REFINED).to_arrow()
+                found = search.limit(RESCORED * top_k).refine_factor(REFINED).to_arrow()
             except RuntimeError as error:
-                raise OSError(f"LanceDB at {self._place}: {error}") from error
+                raise OSError(f"LanceDB at {self._address}: {error}") from error
             column = found["vectors"].combine_chunks()
             values = torch.tensor(column.flatten().flatten().to_numpy()).view(-1, vectors.values.shape[1])
             offsets = torch.tensor(column.offsets.to_numpy(), dtype=torch.int64)
             scores = maxsim([x_QE], Ragged(values, offsets - offsets[0]))[0].tolist()
             hits = found.select([*FIELDS]).to_pylist()
-            yield [(score, _passage(hit), hit["number"]) for score, hit in zip(scores, hits, strict=True)]
+            yield [Found(score, _passage(hit), hit["number"]) for score, hit in zip(scores, hits, strict=True)]
 
     def close(self) -> None:
-        """LanceDB holds nothing open between calls."""
+        """Nothing to do: LanceDB keeps no file open between calls."""
 
 
-def _batches(
-    rows: Iterator[tuple[int, Passage, Tensor]], schema: pa.Schema, failures: list[Exception]
-) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Iterator[Row], schema: pa.Schema, failures: list[Exception]) -> Iterator[pa.RecordBatch]:
     try:
         while batch := list(islice(rows, ROWS)):
             records = [
-                {**asdict(passage), "metadata": json.dumps(dict(passage.metadata)), "number": number}
-                for number, passage, _ in batch
+                {**asdict(passage), "metadata": json.dumps(dict(passage.metadata)), "number": passage_id}
+                for passage_id, passage, _ in batch
             ]
             columns = {name: pa.array([record[name] for record in records], kind) for name, kind in FIELDS.items()}
             vectors = Ragged.from_list([x_NE for *_, x_NE in batch])
@@ -126,8 +124,8 @@ def _passage(hit: dict[str, Any]) -> Passage:
     )
 
 
-def _manifest(table: Any, place: str) -> dict[str, Any]:
+def _manifest(table: Any, address: str) -> dict[str, Any]:
     metadata = table.schema.metadata or {}
     if KEY not in metadata:
-        raise ValueError(f"the table {TABLE} in {place} was not made by `modernbert export`: name another folder")
+        raise ValueError(f"the table {TABLE} in {address} was not made by `modernbert export`: name another folder")
     return json.loads(metadata[KEY])

@@ -1,8 +1,8 @@
 """Qdrant: a server or a cluster, or its client's local mode in a folder, which is exact, and slow to write.
 
-Vectors are a multivector with MaxSim by dot product. No graph is built over them (`m=0`): a search compares with every
-passage and is exact. That is a matter of the collection, not of the export; to trade exactness for speed, switch HNSW
-on with Qdrant's own `update_collection(name, vectors_config={"": VectorParamsDiff(hnsw_config=HnswConfigDiff(m=16))})`.
+The vectors of a passage are a multivector with MaxSim by dot product. There is no graph over them (`m=0`), so a search
+compares with every passage and is exact. To trade exactness for speed, enable HNSW for the collection with Qdrant's
+`update_collection(name, vectors_config={"": VectorParamsDiff(hnsw_config=HnswConfigDiff(m=16))})`.
 """
 
 from __future__ import annotations
@@ -12,37 +12,36 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
-from torch import Tensor
 
 from ...late_interaction import Ragged
 from ..passages import Passage
-
-if TYPE_CHECKING:
-    from ..store.search import Store
+from ..store.format import ModelIdentity
+from ..store.search import Store
+from . import Found, Row
 
 COLLECTION = "modernbert"
-"""The collection in a folder, and on a server whose address names none; also our key in a collection's metadata."""
+"""The collection in a folder, or on a server if its address names none; also the key of our metadata."""
 
 FLOATS = 1 << 20
-"""A multivector has fewer numbers than this, or a server refuses it."""
+"""A server refuses a multivector with this many numbers or more."""
 
 REQUEST = 4 << 20
-"""Bytes of a request, roughly. A server takes 32 MB unless it is told otherwise; one passage may need 21 of them."""
+"""Bytes of a request, approximately. By default a server accepts 32 MB; one passage may need 21 MB."""
 
-QUERIES = 16
-"""Queries of a request: their vectors and the texts that come back are a few MB."""
+QUERIES_A_REQUEST = 16
+"""Their vectors and the texts that come back are a few MB."""
 
 TIMEOUT = 300
-"""Seconds: comparing with every passage of a large collection takes its time."""
+"""Seconds. Comparing with every passage of a large collection takes long."""
 
 
-def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]) -> None:
-    """Replace the collection by the store's passages. Until it is complete, opening it is refused."""
+def export(store: Store, address: str, rows: Iterable[Row]) -> None:
+    """Replace the collection by the passages of the store. It cannot be opened until it is complete."""
     manifest = {"model": store.model, "fingerprint": store.fingerprint, "passages": None}
     vectors = models.VectorParams(
         size=store.dim,
@@ -51,8 +50,8 @@ def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]
         multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM),
         hnsw_config=models.HnswConfigDiff(m=0),
     )
-    with _failures(place):
-        client, name = _connect(place)
+    with _failures(address):
+        client, name = _connect(address)
         try:
             if client.collection_exists(name):
                 _manifest(client, name)
@@ -60,7 +59,7 @@ def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]
             client.create_collection(name, vectors_config=vectors, metadata={COLLECTION: manifest})
             for points in _requests(rows):
                 client.upsert(name, points)
-            if _is_address(place):
+            if _is_address(address):
                 for field in ("path", "id"):
                     client.create_payload_index(name, field, models.PayloadSchemaType.KEYWORD)
             client.update_collection(name, metadata={COLLECTION: {**manifest, "passages": len(store)}})
@@ -69,54 +68,53 @@ def export(store: Store, place: str, rows: Iterable[tuple[int, Passage, Tensor]]
 
 
 class Index:
-    """A collection that `export` has made."""
+    """A collection made by `export`."""
 
-    def __init__(self, place: str) -> None:
-        self._place = place
-        if not _is_address(place) and not (Path(place) / "meta.json").is_file():
-            raise FileNotFoundError(f"no Qdrant folder: {place}; `modernbert export` makes one")
-        with _failures(place):
-            self._client, self._name = _connect(place)
+    def __init__(self, address: str) -> None:
+        self._address = address
+        if not _is_address(address) and not (Path(address) / "meta.json").is_file():
+            raise FileNotFoundError(f"no Qdrant folder: {address}; `modernbert export` makes one")
+        with _failures(address):
+            self._client, self._name = _connect(address)
             try:
                 if not self._client.collection_exists(self._name):
-                    raise FileNotFoundError(f"no collection {self._name} at {place}; `modernbert export` makes one")
-                self.manifest = _manifest(self._client, self._name)
-                if self.manifest["passages"] is None:
-                    raise FileNotFoundError(
-                        f"the export to {place} has not come to its end: run `modernbert export` again"
-                    )
+                    raise FileNotFoundError(f"no collection {self._name} at {address}; `modernbert export` makes one")
+                manifest = _manifest(self._client, self._name)
+                if manifest["passages"] is None:
+                    raise FileNotFoundError(f"the export to {address} is unfinished: run `modernbert export` again")
+                self.identity = ModelIdentity(manifest["model"], manifest["fingerprint"])
             except BaseException:
                 self._client.close()
                 raise
 
-    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[tuple[float, Passage, int]]]:
+    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[Found]]:
         """For each query `top_k` passages."""
-        for start in range(0, len(vectors), QUERIES):
+        for start in range(0, len(vectors), QUERIES_A_REQUEST):
             requests = [
                 models.QueryRequest(query=x_QE.tolist(), limit=top_k, with_payload=True)
-                for x_QE in vectors[start : start + QUERIES]
+                for x_QE in vectors[start : start + QUERIES_A_REQUEST]
             ]
-            with _failures(self._place):
+            with _failures(self._address):
                 responses = self._client.query_batch_points(self._name, requests)
             for response in responses:
-                yield [(hit.score, Passage(**(hit.payload or {})), int(hit.id)) for hit in response.points]
+                yield [Found(hit.score, Passage(**(hit.payload or {})), int(hit.id)) for hit in response.points]
 
     def close(self) -> None:
         """Unlock the folder, or close the connection."""
         self._client.close()
 
 
-def _requests(rows: Iterable[tuple[int, Passage, Tensor]]) -> Iterator[list[models.PointStruct]]:
-    """Points for one request after the other."""
+def _requests(rows: Iterable[Row]) -> Iterator[list[models.PointStruct]]:
+    """The points of one request after another."""
     points, size = [], 0
-    for number, passage, x_NE in rows:
+    for passage_id, passage, x_NE in rows:
         if x_NE.numel() >= FLOATS:
             raise ValueError(
-                f"{passage.path} has a passage of {len(x_NE)} vectors of width {x_NE.shape[1]}; Qdrant takes less than "
-                f"{FLOATS:,} numbers: shorten the model's document_length and index again"
+                f"{passage.path} has a passage of {len(x_NE)} vectors of width {x_NE.shape[1]}; Qdrant accepts "
+                f"less than {FLOATS:,} numbers: shorten the model's document_length and index again"
             )
         payload = asdict(passage)
-        points.append(models.PointStruct(id=number, vector=x_NE.tolist(), payload=payload))
+        points.append(models.PointStruct(id=passage_id, vector=x_NE.tolist(), payload=payload))
         size += 20 * x_NE.numel() + len(str(payload))  # a number takes up to 20 characters
         if size >= REQUEST:
             yield points
@@ -125,15 +123,15 @@ def _requests(rows: Iterable[tuple[int, Passage, Tensor]]) -> Iterator[list[mode
         yield points
 
 
-def _is_address(place: str) -> bool:
-    return place.startswith(("http://", "https://"))
+def _is_address(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
 
 
-def _connect(place: str) -> tuple[QdrantClient, str]:
-    """A client, and the name of the collection. A server's key is QDRANT_API_KEY: secrets are no part of a command."""
-    if not _is_address(place):
-        return QdrantClient(path=place), COLLECTION
-    url = urlsplit(place)
+def _connect(address: str) -> tuple[QdrantClient, str]:
+    """A client, and the name of the collection. A server's key comes from QDRANT_API_KEY, not from the command line."""
+    if not _is_address(address):
+        return QdrantClient(path=address), COLLECTION
+    url = urlsplit(address)
     path, _, name = url.path.rpartition("/")
     address = urlunsplit((url.scheme, url.netloc, path, "", ""))
     return QdrantClient(url=address, api_key=os.environ.get("QDRANT_API_KEY"), timeout=TIMEOUT), name or COLLECTION
@@ -147,9 +145,9 @@ def _manifest(client: QdrantClient, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _failures(place: str) -> Iterator[None]:
-    """What fails in the client is an OSError: a server that is away or says no, a folder that somebody else holds."""
+def _failures(address: str) -> Iterator[None]:
+    """Turn errors of the client into OSError: the server is unreachable or refuses, or the folder is in use."""
     try:
         yield
     except (ApiException, RuntimeError) as error:
-        raise OSError(f"Qdrant at {place}: {error}") from error
+        raise OSError(f"Qdrant at {address}: {error}") from error

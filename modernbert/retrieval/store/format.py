@@ -1,32 +1,32 @@
-"""The files of a store, and how they are written so that a reader finds the old store or the new one.
+"""The files of a store.
 
-    store.json                  the manifest: whoever replaces it changes the store, at once and as a whole
-    passages-<hash>.sqlite      documents, passages and the list of shards; never written to again
-    shards/<hash>.safetensors   token vectors of up to `PASSAGES` passages; never written to again
-    shards/centroids-*, lists-* of the pre-filter, where there is one; likewise
-    unfinished.json             what an `index` was asked for that has not come to its end
-    lock                        held by the one process that writes
+    store.json                  the manifest: replacing it changes the store, in one step and as a whole
+    passages-<hash>.sqlite      documents, passages and the list of shards; never changed after the manifest names it
+    shards/<hash>.safetensors   token vectors of up to `PASSAGES` passages; never changed
+    shards/centroids-*, lists-* the pre-filter, if the store has one; never changed
+    unfinished.json             the request of an `index` run that has not finished
+    lock                        held by the process that writes
 
-A file is written beside its place, flushed to the disk and renamed. The manifest carries the checksum of itself and
-of the table, the table those of the shards: a byte that flips is found when its file is first read.
+Every file is replaced in one step. The manifest holds the checksum of itself and of the table, and the table holds
+those of the shards, so a corrupted byte is found when its file is first read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ...files import replacing
 from ...late_interaction import Ragged
 
 VERSION = 1
@@ -34,17 +34,92 @@ MANIFEST, UNFINISHED, SHARDS, LOCK = "store.json", "unfinished.json", "shards", 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 
 PASSAGES = 4096
-"""Passages of a full shard: they are encoded and flushed together, and are what an interruption costs at most."""
+"""Passages of a full shard. They are encoded and written together, so an interruption loses at most this much work."""
 
 REPAIR = "restore it from a copy, or index again into a new folder"
 
 
-class Shard:
-    """Token vectors of consecutive passages, mapped from their file.
+class Part(NamedTuple):
+    """A file in the folder `shards`: its name and its SHA-256."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CentroidsEntry:
+    """The manifest's entry about the pre-filter: the file of the centroids, and how many there are."""
+
+    file: str
+    sha256: str
+    count: int
+
+
+class ModelIdentity(NamedTuple):
+    """What a store or an export remembers about its model.
 
     Attributes:
-        offsets: `[N + 1]` int64, passage i owns the rows from offset i to offset i + 1.
-        spans: `[n, 2]` int32, the characters of the passage's content that a row stands for; 0, 0: none.
+        name: folder or hub id; None for the built-in model, "" for one that was given as an object.
+        fingerprint: see `identity.fingerprint`.
+    """
+
+    name: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of store.json.
+
+    Attributes:
+        version: of the format. model, fingerprint: see `ModelIdentity`.
+        dtype: a key of `DTYPES`. width: E of the vectors.
+        documents, passages: how many there are. table, sha256: the file of the table and its checksum.
+        prefilter: None if the store has no pre-filter.
+    """
+
+    version: int
+    model: str | None
+    fingerprint: str
+    dtype: str
+    width: int
+    documents: int = 0
+    passages: int = 0
+    table: str = ""
+    sha256: str = ""
+    prefilter: CentroidsEntry | None = None
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model's."""
+        return ModelIdentity(self.model, self.fingerprint)
+
+
+class IndexRequest(TypedDict):
+    """The arguments of `index` that decide what the store will hold."""
+
+    paths: list[str]
+    model: str | None
+    dtype: str | None
+    prefilter: bool
+
+
+class ForgetRequest(TypedDict):
+    """The paths whose documents `forget` removes."""
+
+    forget: list[str]
+
+
+Request = IndexRequest | ForgetRequest
+"""The content of unfinished.json."""
+
+
+class Shard:
+    """Token vectors of consecutive passages, memory-mapped.
+
+    Attributes:
+        offsets: `[N + 1]` int64; passage i owns the rows `offsets[i]` to `offsets[i + 1]`.
+        spans: `[n, 2]` int32, the characters of the passage's content that each row stands for; 0, 0 for none.
     """
 
     def __init__(self, path: Path, sha256: str) -> None:
@@ -56,9 +131,9 @@ class Shard:
         return len(self.offsets) - 1
 
     def vectors(self, first: int, last: int) -> Ragged:
-        """Passages `first` up to `last` as floating point: as they are stored, int8 in float32.
+        """Passages `first` to `last - 1` in the dtype of the file; int8 is converted to float32.
 
-        The first call reads all of the file to verify it.
+        The first call reads the whole file to verify it.
         """
         self.verify()
         rows = slice(int(self.offsets[first]), int(self.offsets[last]))
@@ -68,18 +143,18 @@ class Shard:
         return Ragged(values, self.offsets[first : last + 1] - self.offsets[first])
 
     def verify(self) -> None:
-        """Read all of the file once, see `verify`."""
+        """Compare the checksum, once. Errors as for the function `verify`."""
         if not self._verified:
             verify(self.path, self._sha256)
         self._verified = True
 
     def raw(self, name: str = "values") -> Ragged:
-        """The rows of all passages as they are stored, unverified; `scales` are what int8 is to be multiplied with."""
+        """All rows as stored, not verified: the `values`, or for int8 the `scales` that they are multiplied by."""
         return Ragged(self.tensors[name].view(len(self.tensors[name]), -1), self.offsets)
 
 
 def quantize(values_NE: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Float32 rows as a shard holds them. `int8` has a float32 scale per row: x is about scale * int8."""
+    """Float32 rows in the form a shard stores. `int8` has a float32 scale per row: x is about scale * int8."""
     if dtype != "int8":
         return {"values": values_NE.to(DTYPES[dtype])}
     scales_N = values_NE.abs().amax(dim=1) / 127
@@ -87,22 +162,22 @@ def quantize(values_NE: Tensor, dtype: str) -> dict[str, Tensor]:
     return {"values": values, "scales": scales_N}
 
 
-def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Write tensors to a file of the store and return its name, which begins with `name`, and its checksum."""
+def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Part:
+    """Write tensors to a file of the store. Its name starts with `name`."""
     content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
     sha256 = hashlib.sha256(content).hexdigest()
     path = folder / SHARDS / f"{name}-{sha256[:16]}.safetensors"
     with replacing(path) as beside:
         beside.write_bytes(content)
-    return path.name, sha256
+    return Part(path.name, sha256)
 
 
-def finished_part(folder: Path, name: str) -> tuple[str, str] | None:
-    """The file and checksum of the part `name` if an interrupted run has left it whole."""
+def finished_part(folder: Path, name: str) -> Part | None:
+    """The part `name` if an interrupted run has written it completely, else None."""
     for path in sorted((folder / SHARDS).glob(f"{name}-*.safetensors")):
         sha256 = file_sha256(path)
         if path.stem.endswith(sha256[:16]):
-            return path.name, sha256
+            return Part(path.name, sha256)
     return None
 
 
@@ -113,15 +188,15 @@ def read_part(folder: Path, file: str, sha256: str) -> dict[str, Tensor]:
 
 
 def verify(path: Path, sha256: str) -> None:
-    """Raise FileNotFoundError or ValueError unless this is, byte for byte, the file that was written."""
+    """Raise FileNotFoundError if the file is missing, ValueError if its content is not the content that was written."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. If the store was updated meanwhile, open it again; else {REPAIR}")
     if file_sha256(path) != sha256:
-        raise ValueError(f"{path} is damaged, its checksum is another: {REPAIR}")
+        raise ValueError(f"{path} is damaged: its checksum does not match; {REPAIR}")
 
 
 def _open(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as views of its map."""
+    """The tensors of a file, memory-mapped."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
@@ -131,84 +206,73 @@ def _open(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged ({error}): {REPAIR}") from error
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What store.json says.
+def read_manifest(folder: Path) -> Manifest:
+    """Read and verify store.json.
 
     Raises:
-        FileNotFoundError: no store, or an unfinished one, with the command that finishes it.
-        ValueError: a damaged manifest, or one of another version.
+        FileNotFoundError: there is no store, or an unfinished one; the message has the command that finishes it.
+        ValueError: the manifest is damaged or has another version.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        if asked := read_unfinished(folder):
-            raise FileNotFoundError(f"the store {folder} is unfinished; go on with: {command(asked, folder)}")
+        if request := read_unfinished(folder):
+            raise FileNotFoundError(f"the store {folder} is unfinished; resume with: {resume_command(request, folder)}")
         what = "holds no store" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}; make one with: modernbert index PATH... --output {folder}")
     try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["version"] != VERSION:
+        fields = json.loads(path.read_bytes())
+        if fields["version"] != VERSION:
             raise ValueError(
-                f"{path} is of version {manifest['version']}, and this modernbert reads version {VERSION}: "
+                f"{path} is of version {fields['version']}, and this modernbert reads version {VERSION}: "
                 "install the one that wrote it, or index again into a new folder"
             )
-        checksum = manifest.pop("checksum")
+        checksum = fields.pop("checksum")
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): {REPAIR}") from error
-    if checksum != _checksum(manifest):
-        raise ValueError(f"{path} is damaged, its checksum is another: {REPAIR}")
-    return manifest
+    if checksum != _checksum(fields):
+        raise ValueError(f"{path} is damaged: its checksum does not match; {REPAIR}")
+    prefilter = fields.pop("prefilter", None)
+    return Manifest(**fields, prefilter=prefilter and CentroidsEntry(**prefilter))
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make this the store."""
-    write_json(folder / MANIFEST, {**manifest, "checksum": _checksum(manifest)})
+def find_manifest(folder: Path) -> Manifest | None:
+    """The manifest of the store in `folder`, or None if there is no store yet. ValueError as for `read_manifest`."""
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace store.json: from then on, the store is what `manifest` describes."""
+    fields = asdict(manifest)
+    if manifest.prefilter is None:
+        del fields["prefilter"]
+    write_json(folder / MANIFEST, {**fields, "checksum": _checksum(fields)})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step."""
     with replacing(path) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def command(asked: Mapping[str, Any], folder: Path) -> str:
-    """The command line that asks for the same: what unfinished.json says."""
-    if "forget" in asked:
-        return shlex.join(["modernbert", "index", "--forget", *asked["forget"], "--output", str(folder)])
-    options = [part for name in ("model", "dtype") if asked.get(name) for part in (f"--{name}", asked[name])]
-    options += ["--prefilter"] if asked.get("prefilter") else []
-    return shlex.join(["modernbert", "index", *asked["paths"], "--output", str(folder), *options])
-
-
-def read_unfinished(folder: Path) -> dict[str, Any] | None:
-    """What an `index` was asked for that has not come to its end; None if there is none."""
+def read_unfinished(folder: Path) -> Request | None:
+    """The request of a run that has not finished, or None."""
     path = folder / UNFINISHED
     return json.loads(path.read_bytes()) if path.is_file() else None
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which then takes its place on the disk; after an error it is gone."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        flush(beside)
-        beside.replace(path)
-        flush(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold this file, or what this folder lists."""
-    if os.name == "nt" and path.is_dir():
-        return  # which has no such call for folders
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def resume_command(request: Request, folder: Path) -> str:
+    """The command line that makes the same request again."""
+    if "forget" in request:
+        return shlex.join(["modernbert", "index", "--forget", *request["forget"], "--output", str(folder)])
+    options: list[str] = []
+    for name, value in (("--model", request["model"]), ("--dtype", request["dtype"])):
+        options += [name, value] if value else []
+    options += ["--prefilter"] if request["prefilter"] else []
+    return shlex.join(["modernbert", "index", *request["paths"], "--output", str(folder), *options])
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -216,5 +280,5 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _checksum(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,29 +1,39 @@
-"""Which model a store belongs to: vectors of two models may not be compared."""
+"""Which model a store belongs to: vectors of two different models must not be compared."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from ...heads.colbert import ColBERT
+from ...inference.session import Session
+from .format import ModelIdentity
 
-Model = str | os.PathLike[str] | ColBERT
+ModelSource = str | os.PathLike[str] | ColBERT
+"""A folder, a hub id, or a loaded model."""
 
 PROBE = "The Naïve café's 3rd re-test, in 2024: x_1 = 0.5; für Größe, смысл, 検索 🔎\n"
 
 
-def fingerprint(colbert: ColBERT) -> str:
-    """What tells models apart whose vectors may not be compared; the same in float32 and in bfloat16.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to encode, and its identity, which is costly to compute: pass this object on."""
 
-    Weights are hashed in bfloat16, with what the encoder is set to and how a text becomes tokens.
+    session: Session
+    identity: ModelIdentity
+
+
+def fingerprint(colbert: ColBERT) -> str:
+    """A hash that differs between models whose vectors must not be compared. The same in float32 and in bfloat16.
+
+    It covers the weights in bfloat16, the settings of the encoder, and how texts become tokens.
     """
     config, c = colbert.encoder.config, colbert.config
     layers = [(config.is_global(i), config.rope_theta(i)) for i in range(config.num_hidden_layers)]
-    head = [(type(layer.activation).__name__, layer.use_residual) for layer in colbert.dense]
+    head = [(type(layer.activation).__name__, layer.residual is not None) for layer in colbert.dense]
     encoder = (layers, config.num_attention_heads, config.window, config.hidden_activation, config.norm_eps)
     lengths = (c.query_length, c.document_length, c.attend_to_expansion_tokens)
     texts = [colbert.tokenize_queries([PROBE]), colbert.tokenize_documents([PROBE])]
@@ -35,29 +45,39 @@ def fingerprint(colbert: ColBERT) -> str:
     return digest.hexdigest()
 
 
-def load(model: Model | None, manifest: Mapping[str, Any] | None) -> tuple[ColBERT, str | None]:
-    """A model and the name that a store remembers it by: None for the built-in one, "" for one without a name.
+def load_colbert(name: str | os.PathLike[str] | None) -> ColBERT:
+    """The model in a folder or on the hub; None for the built-in one."""
+    return ColBERT.default() if name is None else ColBERT.from_pretrained(name)
+
+
+def load_model(source: ModelSource | LoadedModel | None, made_with: ModelIdentity | None = None) -> LoadedModel:
+    """Load a model and check that it belongs to a store.
 
     Args:
-        model: a folder, a hub id, or a loaded model; None: that of the manifest, or the built-in one.
-        manifest: of the store that it is for, if there is one.
+        source: None: the model that the store was made with, or the built-in one. A `LoadedModel` is returned as it is.
+        made_with: the identity of the store's model; None: there is no store yet.
 
     Raises:
-        ValueError: it is another model than the store was made with.
+        ValueError: the store was made with another model.
     """
-    if isinstance(model, ColBERT):
-        colbert, name = model, ""
+    model = source if isinstance(source, LoadedModel) else _load(source, made_with)
+    if made_with and model.identity.fingerprint != made_with.fingerprint:
+        name = made_with.name or ("the built-in model" if made_with.name is None else "another model")
+        raise ValueError(f"the store was made with {name}, and this model is different: their vectors do not compare")
+    return model
+
+
+def _load(source: ModelSource | None, made_with: ModelIdentity | None) -> LoadedModel:
+    if isinstance(source, ColBERT):
+        colbert, name = source, ""
     else:
-        name = str(model) if model is not None else manifest["model"] if manifest else None
+        name = str(source) if source is not None else made_with.name if made_with else None
         if name == "":
-            raise ValueError("the store was made with a model that had no name: give the same one as `model`")
-        colbert = ColBERT.default() if name is None else ColBERT.from_pretrained(name)
-    if manifest and fingerprint(colbert) != manifest["fingerprint"]:
-        made_with = manifest["model"] or ("the built-in model" if manifest["model"] is None else "another model")
-        raise ValueError(f"the store was made with {made_with}, and this one is not the same: vectors do not compare")
-    return colbert, name and absolute(name)
+            raise ValueError("the store was made with a model that had no name: pass the same one as `model`")
+        colbert = load_colbert(name)
+    return LoadedModel(Session(colbert), ModelIdentity(name and absolute(name), fingerprint(colbert)))
 
 
 def absolute(name: str) -> str:
-    """A model's name that means the same from everywhere: a folder by its whole path, a hub id as it is."""
+    """A model's name, independent of the working directory: a folder by its full path, a hub id unchanged."""
     return os.path.abspath(name) if os.path.isdir(name) else name

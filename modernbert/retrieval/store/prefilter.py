@@ -1,14 +1,19 @@
-"""Which passages of a large store are worth an exact score: centroids of token vectors, and who has a token at each.
+"""The pre-filter: which passages of a large store deserve an exact score.
 
-The candidate stage of PLAID (arXiv 2205.09707). A token of a passage stands for its nearest centroid. A query token
-gives the passages in the lists of its best centroids the similarity of the centroid, and all other passages that of
-the last centroid it looked at; the sum over the query ranks the passages roughly. The best are scored exactly.
+The candidate stage of PLAID (arXiv 2205.09707). Each token of a passage is assigned to its nearest centroid, and each
+centroid lists the passages with a token there. Each query token scores a passage with the similarity of the nearest
+probed centroid that lists it, or of the last probed centroid if none does. The sum over the query ranks the passages
+approximately; the best ones are then scored exactly.
+
+A store keeps one set of centroids, and one set of lists for each shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,21 +24,28 @@ from torch import Tensor
 import modernbert_kernels as ops
 
 from ...late_interaction import Ragged
+from .format import SHARDS, CentroidsEntry, Shard, finished_part, read_part, write_part
+
+CANDIDATES = 2048
+"""Passages scored exactly, at least. This finds 99 of 100 of the ten best, among 10,000 passages and among 100,000."""
+
+OUTGROWN = 2
+"""Centroids are trained again when a store needs this many times as many as it has."""
 
 SAMPLE, ROUNDS = 8, 4
-"""Tokens that k-means sees for each centroid, and how often. More of either costs what more centroids cost."""
+"""Tokens that k-means sees for each centroid, and its iterations. More of either costs as much as more centroids."""
 
 SIMILARITIES = 1 << 20
 """Similarities to centroids computed at a time: 4 MB of float32."""
 
 
-class Lists(NamedTuple):
-    """For each of K centroids the passages of one shard that have a token there.
+class InvertedLists(NamedTuple):
+    """For each of K centroids, the passages of one shard that have a token there.
 
     Attributes:
         offsets: `[K + 1]` int32; centroid k owns `passages[offsets[k]:offsets[k + 1]]`.
-        passages: their places in the shard, ascending for a centroid; int16, or int32 in a shard of more than 32,768.
-        num_passages: of the shard, with those that have no token.
+        passages: rows in the shard, ascending for each centroid; int16, or int32 in shards of more than 32,768.
+        num_passages: passages of the shard, including those without a token.
     """
 
     offsets: Tensor
@@ -41,22 +53,74 @@ class Lists(NamedTuple):
     num_passages: int
 
 
+class Prefilter:
+    """The centroids and lists of a store, read and verified."""
+
+    def __init__(
+        self, folder: Path, table: sqlite3.Connection, entry: CentroidsEntry, shards: Mapping[int, Shard]
+    ) -> None:
+        self._shards = list(shards.values())
+        self._centroids = Ragged(**read_part(folder, entry.file, entry.sha256))
+        self._lists: list[InvertedLists] = []
+        for number, shard in shards.items():
+            row = table.execute("SELECT file, sha256 FROM lists WHERE shard = ?", (number,)).fetchone()
+            shard.verify()
+            self._lists.append(InvertedLists(**read_part(folder, *row), num_passages=len(shard)))
+
+    def candidates(self, queries: Ragged, count: int, allowed: Sequence[Tensor]) -> list[Tensor]:
+        """For each query, the candidates for its `count` best passages: see `shortlist`."""
+        count = max(CANDIDATES, 2 * count)
+        return shortlist(queries, self._centroids, self._lists, candidates=count, allowed=allowed)
+
+    def vectors(self, positions: Tensor) -> Ragged:
+        """The passages at ascending `positions`, in float32."""
+        rows = select([shard.raw() for shard in self._shards], positions)
+        values = rows.values.float()
+        if "scales" in self._shards[0].tensors:
+            values *= select([shard.raw("scales") for shard in self._shards], positions).values
+        return Ragged(values, rows.offsets)
+
+
+def update_lists(folder: Path, table: sqlite3.Connection, entry: CentroidsEntry | None) -> CentroidsEntry:
+    """Give every shard its lists. `entry` is the manifest's entry so far; returns the new one."""
+    rows = table.execute("SELECT number, file, sha256 FROM shards ORDER BY number").fetchall()
+    shards = {number: Shard(folder / SHARDS / file, sha256).raw() for number, file, sha256 in rows}
+    wanted = num_centroids(sum(len(shard.values) for shard in shards.values()))
+    if entry is None or wanted > OUTGROWN * entry.count:
+        centroids = train_centroids(list(shards.values()))
+        parts = {"values": centroids.values, "offsets": centroids.offsets}
+        entry = CentroidsEntry(*write_part(folder, "centroids", parts), count=len(centroids.values))
+        table.execute("DELETE FROM lists")
+    table.execute("DELETE FROM lists WHERE shard NOT IN (SELECT number FROM shards)")
+    centroids = Ragged(**read_part(folder, entry.file, entry.sha256))
+    listed = {number for (number,) in table.execute("SELECT shard FROM lists")}
+    for number, _, sha256 in rows:
+        if number not in listed:
+            name = f"lists-{sha256[:16]}-{entry.sha256[:16]}"
+            part = finished_part(folder, name)
+            if part is None:
+                lists = build_lists(shards[number], centroids)
+                part = write_part(folder, name, {"offsets": lists.offsets, "passages": lists.passages})
+            table.execute("INSERT INTO lists VALUES (?, ?, ?)", (number, *part))
+    return entry
+
+
 def num_centroids(num_tokens: int) -> int:
-    """32 times the root of the number of tokens: lists and centroids both grow with the root."""
+    """32 times the square root of the number of tokens: the centroids and the lists then both grow with the root."""
     return min(num_tokens, round(32 * num_tokens**0.5))
 
 
 def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
-    """k-means on the sphere, over passages drawn from all shards; on one machine, same vectors give same centroids.
+    """Spherical k-means over a sample of the passages of all shards. On one machine, deterministic.
 
-    There are two levels: about four roots of K cells, then the centroids of each cell, as many as it has a share of
-    the tokens. So a token is compared with a little more than four roots of K vectors, and not with K.
+    There are two levels: about 4 sqrt(K) cells, then the centroids of each cell, in proportion to its share of the
+    tokens. So a token is compared with a little more than 4 sqrt(K) vectors instead of with K.
 
     Returns:
         K unit vectors in float32, one matrix for each cell.
 
     Raises:
-        ValueError: there is no token in the shards.
+        ValueError: the shards have no token.
     """
     passages, tokens = sum(map(len, shards)), sum(len(shard.values) for shard in shards)
     if not tokens:
@@ -73,48 +137,50 @@ def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
     return Ragged.from_list([_kmeans(x_NE, max(1, round(share * len(x_NE)))) for x_NE in members if len(x_NE)])
 
 
-def invert(vectors: Ragged, centroids: Ragged) -> Lists:
-    """The lists of one shard; its vectors may have any dtype and any positive scale."""
+def build_lists(vectors: Ragged, centroids: Ragged) -> InvertedLists:
+    """The lists of one shard. Its vectors may have any dtype and any positive scale."""
     many = max(1, len(vectors))
     passage_N = torch.repeat_interleave(torch.arange(len(vectors)), vectors.offsets.diff())
     pairs = (_assign(vectors.values, centroids) * many + passage_N).unique()
     offsets = torch.searchsorted(pairs, torch.arange(len(centroids.values) + 1) * many)
-    return Lists(offsets.int(), (pairs % many).to(torch.int16 if many <= 1 << 15 else torch.int32), len(vectors))
+    passages = (pairs % many).to(torch.int16 if many <= 1 << 15 else torch.int32)
+    return InvertedLists(offsets.int(), passages, len(vectors))
 
 
 def shortlist(
     queries: Ragged,
     centroids: Ragged,
-    lists: Sequence[Lists],
+    lists: Sequence[InvertedLists],
     *,
-    candidates: int = 2048,
-    probes: int = 128,
-    alive: Sequence[Tensor] | None = None,
+    candidates: int = CANDIDATES,
+    nprobe: int = 128,
+    allowed: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """For each query the passages to score exactly: their positions, counted over all shards, ascending.
+    """For each query the passages to score exactly: ascending positions, counted over all shards.
 
     Args:
         lists: of every shard, in order.
-        candidates: the most passages for a query.
-        probes: the centroids that a query token looks at.
-        alive: `[num_passages]` bool for every shard; only passages that are True are candidates.
+        candidates: at most this many passages for each query.
+        nprobe: centroids that each query token probes.
+        allowed: for every shard `[num_passages]` bool; only passages that are True are candidates.
     """
-    alive_N = None if alive is None else torch.cat(list(alive))
+    allowed_N = None if allowed is None else torch.cat(list(allowed))
     found = []
     for query_QE in queries:
-        best = ops.linear(query_QE, centroids.values).topk(min(probes, len(centroids.values)), dim=1)
-        gain_QP, probed_QP = (best.values - best.values[:, -1:]).numpy(), best.indices.numpy()
-        scores = [_score(gain_QP, probed_QP, shard) for shard in lists]
+        best = ops.linear(query_QE, centroids.values).topk(min(nprobe, len(centroids.values)), dim=1)
+        # Above that of the last probed centroid, which every passage gets.
+        similarity_QP, probed_QP = (best.values - best.values[:, -1:]).numpy(), best.indices.numpy()
+        scores = [_score(similarity_QP, probed_QP, shard) for shard in lists]
         scores_N = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *scores]))
-        if alive_N is not None:
-            scores_N = scores_N.where(alive_N, -1.0)
-        chosen = scores_N.topk(min(candidates, len(scores_N))).indices
-        found.append((chosen if alive_N is None else chosen[alive_N[chosen]]).sort().values)
+        if allowed_N is not None:
+            scores_N = scores_N.where(allowed_N, -1.0)
+        positions = scores_N.topk(min(candidates, len(scores_N))).indices
+        found.append((positions if allowed_N is None else positions[allowed_N[positions]]).sort().values)
     return found
 
 
 def select(shards: Sequence[Ragged], positions: Tensor) -> Ragged:
-    """The passages at ascending `positions`, counted over all shards; nothing else of a memory map is touched."""
+    """The passages at ascending `positions`, counted over all shards. Reads nothing else of a memory map."""
     ends = np.cumsum([len(shard) for shard in shards])
     cuts = pairwise([0, *np.searchsorted(positions.numpy(), ends).tolist()])
     values, lengths = [shards[0].values[:0]], [torch.zeros(1, dtype=torch.int64)]
@@ -128,30 +194,30 @@ def select(shards: Sequence[Ragged], positions: Tensor) -> Ragged:
     return Ragged(torch.cat(values), torch.cat(lengths).cumsum(0))
 
 
-def _score(gain_QP: np.ndarray, probed_QP: np.ndarray, lists: Lists) -> np.ndarray:
-    """`[num_passages]`: the sum over query tokens of the most that a probed centroid of the passage gives, or 0."""
+def _score(similarity_QP: np.ndarray, probed_QP: np.ndarray, lists: InvertedLists) -> np.ndarray:
+    """`[num_passages]`: summed over query tokens, the largest similarity of a probed centroid that lists it, or 0."""
     offsets, passages = lists.offsets.numpy(), lists.passages.numpy()
     starts = offsets[probed_QP].ravel()
     lengths = offsets[probed_QP + 1].ravel() - starts
-    rows = np.repeat(np.arange(len(gain_QP)) * lists.num_passages, gain_QP.shape[1])
-    table = np.zeros(len(gain_QP) * lists.num_passages, np.float32)
-    places = passages[_ranges(starts, lengths)] + np.repeat(rows, lengths)
-    np.maximum.at(table, places, np.repeat(gain_QP.ravel(), lengths))
-    return table.reshape(len(gain_QP), lists.num_passages).sum(0)
+    rows = np.repeat(np.arange(len(similarity_QP)) * lists.num_passages, similarity_QP.shape[1])
+    table = np.zeros(len(similarity_QP) * lists.num_passages, np.float32)
+    entries = passages[_ranges(starts, lengths)] + np.repeat(rows, lengths)
+    np.maximum.at(table, entries, np.repeat(similarity_QP.ravel(), lengths))
+    return table.reshape(len(similarity_QP), lists.num_passages).sum(0)
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`[sum of lengths]` int64: the numbers of the ranges, one range after another."""
+    """`[sum of lengths]` int64: the integers of all ranges, one range after another."""
     ends = lengths.cumsum(dtype=np.int64)
     return np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def _kmeans(x_NE: Tensor, count: int) -> Tensor:
-    """`[count, E]` unit vectors, at most one for each token; the tokens come in random order."""
+    """`[count, E]` unit vectors, at most one for each token. The tokens must be in random order."""
     centroids_KE = F.normalize(x_NE[:count].float())
     for _ in range(ROUNDS):
         sums_KE = torch.zeros_like(centroids_KE).index_add_(0, _nearest(x_NE, centroids_KE), x_NE.float())
-        # A centroid that has lost all of its tokens stays where it is.
+        # A centroid without tokens keeps its position.
         centroids_KE = torch.where(sums_KE.any(1, keepdim=True), F.normalize(sums_KE), centroids_KE)
     return centroids_KE
 

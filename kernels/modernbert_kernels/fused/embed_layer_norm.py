@@ -1,0 +1,53 @@
+"""Embedding and LayerNorm: rows of the table are normalised as they are gathered, and never written in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..launch import contiguous, supported
+from ..reference import embed_layer_norm
+from .layer_norm_kernels import check, fits, norm_backward, norm_forward
+
+
+class _EmbedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input_ids_T: Tensor, table_VD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    ) -> Tensor:  # pyright: ignore
+        y, stats_2T = norm_forward(table_VD, input_ids_T, None, weight_D, bias_D, eps)
+        ctx.save_for_backward(input_ids_T, table_VD, weight_D, stats_2T)
+        ctx.bias = bias_D is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor):  # pyright: ignore
+        input_ids_T, table_VD, weight_D, stats_2T = ctx.saved_tensors
+        gradients = norm_backward(dy_TD.contiguous(), None, table_VD, input_ids_T, weight_D, stats_2T, ctx.bias, None)
+        dx_TD, dparameters = gradients
+        # Torch sums in a fixed order, without atomics: it sorts the ids and adds runs of equal ones in float32. A
+        # kernel of ours would have to split the runs too (a frequent token is a tenth of a batch), and would only save
+        # writing and reading dx once in a whole model.
+        dtable_VD = torch.ops.aten.embedding_dense_backward(dx_TD, input_ids_T, table_VD.shape[0], -1, False)
+        return None, dtable_VD, dparameters[0], dparameters[1] if ctx.bias else None, None
+
+
+@embed_layer_norm.register(
+    "triton",
+    when=lambda input_ids_T, table_VD, weight_D, bias_D, eps: (
+        supported(table_VD, weight_D) and fits(table_VD, None, weight_D, bias_D)
+    ),
+)
+def embed_layer_norm_triton(
+    input_ids_T: Tensor, table_VD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+) -> Tensor:
+    """`embed_layer_norm` in float32, bfloat16 or float16; same arguments and result.
+
+    Ids are not checked: they must be rows of the table.
+    """
+    check(table_VD, None, weight_D, bias_D)
+    return _EmbedLayerNorm.apply(*contiguous(input_ids_T, table_VD, weight_D, bias_D), eps)

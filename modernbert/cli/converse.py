@@ -1,0 +1,172 @@
+"""Questions and answers on the terminal, or line by line in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from .show import note, print_hits, print_matches, print_text, printable
+
+if TYPE_CHECKING:
+    from ..retrieval.engines import Engine
+    from ..retrieval.explain import TokenMatch
+    from ..retrieval.queries import EncodedQuery
+    from ..retrieval.store.search import Hit, Store
+
+COMMANDS = {
+    ":top 10": "how many passages to show",
+    ":path docs/*.md": "search only files like this; :path alone searches all",
+    ":where year=2024": "search only records like this; :where alone searches all",
+    ":why 2": "for each token of the last question, what it found in hit 2",
+    ":html page.html": "write a page with the last hits and why they matched",
+    ":quit": "or end the input",
+}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which passages of a store are searched: see `Store.search`."""
+
+    path: str | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    prefilter: bool = False
+
+
+def parse_fields(where: Sequence[str]) -> dict[str, str]:
+    """FIELD=VALUE texts as a dict. Raises ValueError for a text of another form."""
+    fields = {}
+    for pair in where:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"expected FIELD=VALUE, got {printable(pair)!r}")
+        fields[name] = value
+    return fields
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A question and its hits. The matches are computed when they are first used, without encoding it again."""
+
+    store: Store | Engine
+    query: EncodedQuery
+    hits: list[Hit]
+
+    @cached_property
+    def matches(self) -> list[list[TokenMatch]]:
+        """Why each hit matched."""
+        return [self.store.explain(self.query, hit) for hit in self.hits]
+
+    def write_page(self, page: Path) -> None:
+        """Write an HTML page that explains the hits."""
+        from ..files import replacing
+        from ..retrieval.page import explain_page
+
+        with replacing(page) as beside:
+            content = explain_page(self.query.text, list(zip(self.hits, self.matches, strict=True)))
+            beside.write_text(content, encoding="utf-8")
+        note(f"wrote {page}")
+
+
+class SearchShell:
+    """Answers questions from a store or an export.
+
+    Args:
+        top: hits for each question. why: whether to explain them.
+    """
+
+    def __init__(self, store: Store | Engine, top: int, why: bool = True, chosen: Filter | None = None) -> None:
+        self.store, self.top, self.why = store, top, why
+        self.console = Console(highlight=False)
+        self._last: Answer | None = None
+        self._filter = Filter()
+        self.set_filter(chosen or Filter())
+
+    def set_filter(self, chosen: Filter) -> None:
+        """Search only what matches from now on. Raises ValueError for an export, which has no filters."""
+        from ..retrieval.store.search import Store
+
+        if chosen != Filter() and not isinstance(self.store, Store):
+            raise ValueError("an export has no --path, --where and --prefilter: search the store, or use the engine")
+        self._filter = chosen
+
+    def ask(self, question: str) -> Answer:
+        """Encode the question once and search."""
+        from ..retrieval.store.search import Store
+
+        (query,) = self.store.encode([question])
+        if isinstance(self.store, Store):
+            hits = self.store.search([query], top_k=self.top, **vars(self._filter))[0]
+        else:
+            hits = self.store.search([query], top_k=self.top)[0]
+        self._last = Answer(self.store, query, hits)
+        return self._last
+
+    def answer(self, question: str, as_json: bool = False, html: Path | None = None, indent: int | None = 2) -> None:
+        """Search, and print the hits."""
+        found = self.ask(question)
+        if html:
+            found.write_page(html)
+        if as_json:
+            print(json.dumps(self._as_dict(found), indent=indent), flush=True)
+        else:
+            self.show(found)
+
+    def show(self, found: Answer) -> None:
+        """Print hits for a person."""
+        print_hits(self.console, found.query.text, found.hits, found.matches if self.why else None)
+
+    def repl(self, title: str, as_json: bool) -> None:
+        """Answer every line of the input. A line that starts with a colon is a command."""
+        typed = sys.stdin.isatty()
+        if typed:
+            import readline  # noqa: F401 -- arrow keys and history for input()
+
+            print_text(self.console, Text(f"{title}. Ask, or :help", style="dim"))
+        while True:
+            try:
+                entered = input("? " if typed else "").strip()
+            except EOFError:
+                return
+            if entered in (":q", ":quit"):
+                return
+            try:
+                if entered.startswith(":"):
+                    self._command(*entered[1:].split(maxsplit=1))
+                elif entered:
+                    self.answer(entered, as_json, indent=None)
+            except (ValueError, OSError) as error:
+                note(str(error))
+
+    def _command(self, name: str = "help", value: str = "") -> None:
+        last = self._last
+        if name == "top" and value.isdigit() and int(value):
+            self.top = int(value)
+        elif name == "path":
+            self.set_filter(replace(self._filter, path=value or None))
+        elif name == "where":
+            self.set_filter(replace(self._filter, where=parse_fields(value.split())))
+        elif last and name == "why" and value.isdigit() and 0 < int(value) <= len(last.hits):
+            hit = int(value) - 1
+            print_matches(self.console, last.query.text, last.hits[hit], last.matches[hit])
+        elif last and name == "html" and value and last.hits:
+            last.write_page(Path(value))
+        else:
+            for usage, what in COMMANDS.items():
+                print_text(self.console, Text(f"{usage:24}{what}"))
+
+    def _as_dict(self, found: Answer) -> dict[str, Any]:
+        from ..retrieval.explain import strongest_words
+
+        rows = [{"rank": hit.rank, "score": hit.score, **asdict(hit.passage)} for hit in found.hits]
+        for row, hit, matches in zip(rows, found.hits, found.matches if self.why else (), strict=False):
+            words = strongest_words(matches, found.query.text, hit.passage.content)
+            row |= {"why": [asdict(word) for word in words], "matches": [asdict(match) for match in matches]}
+        return {"query": found.query.text, "hits": rows}

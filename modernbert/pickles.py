@@ -1,0 +1,61 @@
+"""Read a pickled state dict (pytorch_model.bin) without running code from it.
+
+A pickle is a program: loading one can call any function. `torch.load(weights_only=True)` allows a short list of calls,
+but some of them can still take all memory, such as an array of any length. So the opcodes are read first, without
+executing them, and a file that names any function beyond the few that build tensors is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickletools
+import re
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# All that a pickled state dict of torch calls, parameters included.
+CALLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch[.a-z]* \w+Storage")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of the file by name, on the CPU, as views of the mapped file if its format allows mapping.
+
+    Raises:
+        ValueError: a damaged file, or one that holds anything but a dict of names to tensors.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)  # the format of torch before 1.6 is not, and cannot be mapped
+        if strange := sorted(name for name in _called(path, zipped) if not CALLED.fullmatch(name)):
+            raise ValueError(f"it calls {strange}")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # the readers of zip and pickle raise nearly any exception on a damaged file
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors, which could run any code; "
+            f"if you trust it, convert it to model.safetensors: {error}"
+        ) from error
+    if not isinstance(content, dict) or not all(
+        # A tensor can be a view that repeats a small storage, so that it is far larger than the file.
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        for name, tensor in content.items()
+    ):
+        raise ValueError(f"{path} is not a state dict, which is a dict of names to tensors and nothing else")
+    return content
+
+
+def _called(path: Path, zipped: bool) -> set[str]:
+    """The names of the functions and classes in a pickle of torch, which is not executed."""
+    with contextlib.ExitStack() as stack:
+        if not zipped:  # five pickles: magic number, version, byte order, the dict, names of storages
+            file, pickles = stack.enter_context(path.open("rb")), 5
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, so that it cannot be mapped into memory")
+            (name,) = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+            file, pickles = stack.enter_context(archive.open(name)), 1
+        opcodes = chain.from_iterable(pickletools.genops(file) for _ in range(pickles))
+        return {str(argument) for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}

@@ -1,0 +1,186 @@
+"""`index` and `forget`: documents to a store on disk, updated in place and resumed after an interruption.
+
+A run reads all its input, encodes what is new, and commits the result in one step. On the way it writes every full
+shard under a name that is a hash of the input. After an interruption, the next run finds these shards, encodes the
+rest, and ends in the same store.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..inference.session import Session
+from ..late_interaction import Ragged
+from ..progress import progress_bar
+from .documents.find import find_files, read_file
+from .documents.records import is_records
+from .documents.text import OnNote, file_name
+from .passages import Document
+from .store.draft import Draft, open_draft
+from .store.format import DTYPES, PASSAGES, VERSION, IndexRequest, Manifest, read_manifest
+from .store.identity import LoadedModel, ModelSource, absolute, load_model
+from .store.writer import StoreWriter, Summary
+from .windows import BLOCK, Window, batch, windows
+
+Paths = Sequence[str | os.PathLike[str]]
+
+
+def index(
+    paths: Paths,
+    output: str | os.PathLike[str],
+    model: ModelSource | LoadedModel | None = None,
+    *,
+    dtype: str | None = None,
+    prefilter: bool = False,
+    progress: bool | None = None,
+    note: OnNote = warnings.warn,
+) -> Summary:
+    """Update the store in the folder `output` from files and folders, or make a new store.
+
+    Afterwards, the store holds what is now under `paths`: new and changed documents are encoded, and documents that no
+    longer exist are removed. Documents from other paths stay. Memory does not grow with the corpus, and the old state
+    of the store can be searched in the meantime.
+
+    Args:
+        paths: see `find_files`; `read_file` describes the kinds of files and how they are read.
+        model: folder or hub id of a ColBERT, or a loaded one. None: the model of the store, or for a new store the
+            built-in one.
+        dtype: of the vectors: "fp16" (None for a new store), "fp32", or "int8" with one scale for each.
+        prefilter: also keep the lists that `Store.search(..., prefilter=True)` needs, from now on.
+        progress: whether to show a bar on stderr. None: only on a terminal.
+        note: called with one sentence for everything that is skipped or repaired.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: there is no text, a record is broken, or the store has another model or dtype.
+        OSError: another process is writing to the store, or the disk is full. The store is unchanged.
+    """
+    total = sum(file.stat().st_size for file in find_files(paths, on_note=lambda message: None))
+    roots = _roots(paths)
+    request: IndexRequest = {"paths": roots, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
+    with (
+        open_draft(Path(output), request) as draft,
+        progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
+    ):
+        manifest, session = _prepare(draft, model, dtype)
+        writer = StoreWriter(draft, manifest, prefilter=prefilter)
+        encoder = DocumentEncoder(writer, session, on_bytes)
+        for file in find_files(paths, on_note=note):
+            for document in _changed_documents(file, paths, writer, encoder.count_bytes, note):
+                writer.add_document(document)
+                encoder.add_document(document)
+        encoder.flush()
+        writer.remove_unseen(roots)
+        writer.merge_shards()
+        return writer.commit()
+
+
+def forget(paths: Paths, output: str | os.PathLike[str]) -> Summary:
+    """Remove every document that was read from under `paths`, which need not exist. Raises OSError as `index` does."""
+    folder, roots = Path(output), _roots(paths)
+    read_manifest(folder)  # Raises if there is no store, before `open_draft` makes one.
+    with open_draft(folder, {"forget": roots}) as draft:
+        writer = StoreWriter(draft, read_manifest(folder))
+        writer.remove_unseen(roots)
+        writer.merge_shards()
+        return writer.commit()
+
+
+class DocumentEncoder:
+    """Cuts added documents into windows, and encodes the windows a shard at a time.
+
+    Args:
+        on_bytes: called with the bytes of input that are finished: read, and the passages in them encoded.
+    """
+
+    def __init__(self, writer: StoreWriter, session: Session, on_bytes: Callable[[float], None]) -> None:
+        self._writer, self._session, self._on_bytes = writer, session, on_bytes
+        self._documents: list[Document] = []
+        self._characters = 0
+        self._windows: list[Window] = []
+        self._bytes = 0.0
+
+    def count_bytes(self, size: int) -> None:
+        """Count bytes of input that have been read."""
+        self._bytes += size
+        if not self._documents and not self._windows:
+            self._finish(self._bytes)
+
+    def add_document(self, document: Document) -> None:
+        """Take a document that has been added to the store."""
+        self._documents.append(document)
+        self._characters += len(document.title) + len(document.text)
+        # Enough for one call of the tokenizer, or many documents with little text.
+        if self._characters >= BLOCK or len(self._documents) >= PASSAGES:
+            self._cut()
+
+    def flush(self) -> None:
+        """Encode all that is left."""
+        self._cut()
+        self._encode()
+
+    def _cut(self) -> None:
+        documents, self._documents, self._characters = self._documents, [], 0
+        for window in windows(self._session.model, documents):
+            self._windows.append(window)
+            if len(self._windows) == PASSAGES:
+                self._encode()
+
+    def _encode(self) -> None:
+        found, self._windows = self._windows, []
+        if found:
+            share = self._bytes / len(found)
+
+            def encode() -> Ragged:
+                return self._session.encode_tokens(batch(found), advance=lambda count: self._finish(count * share))
+
+            self._writer.add_windows(found, encode)
+        self._finish(self._bytes)
+
+    def _finish(self, size: float) -> None:
+        self._bytes -= size
+        self._on_bytes(size)
+
+
+def _prepare(draft: Draft, model: ModelSource | LoadedModel | None, dtype: str | None) -> tuple[Manifest, Session]:
+    """The manifest to start from and the model that encodes. An existing store determines both."""
+    old = draft.manifest
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    if old and dtype not in (None, old.dtype):
+        raise ValueError(f"the store {draft.folder} holds {old.dtype}, not {dtype}: leave out the dtype")
+    loaded = load_model(model, old.identity if old else None)
+    new = Manifest(VERSION, *loaded.identity, dtype=dtype or "fp16", width=loaded.session.model.dim)
+    return old or new, loaded.session
+
+
+def _changed_documents(
+    file: Path, paths: Paths, writer: StoreWriter, on_bytes: Callable[[int], None], on_note: OnNote
+) -> Iterator[Document]:
+    """The documents of a file that the store does not hold as they are.
+
+    A file that cannot be read is noted and its documents are kept, unless it was named in `paths` or holds records.
+    """
+    try:
+        yield from read_file(
+            file, is_current=writer.is_current, on_current=writer.mark_seen, on_bytes=on_bytes, on_note=on_note
+        )
+    except (OSError, ValueError) as error:
+        if is_records(file) or str(file) in [os.path.abspath(path) for path in paths]:
+            raise
+        on_note(f"skipped a file: {error}")
+        writer.keep_file(file_name(file))
+
+
+def _roots(paths: Paths) -> list[str]:
+    return [file_name(os.path.abspath(path)) for path in paths]
+
+
+def _name(model: ModelSource | LoadedModel | None) -> str | None:
+    """The model as the command line would name it."""
+    if isinstance(model, LoadedModel):
+        return model.identity.name or None
+    return absolute(str(model)) if isinstance(model, (str, os.PathLike)) else None

@@ -1,0 +1,52 @@
+"""A frozen dataclass of settings as a command line, and as what a resumed run must have in common with its past."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
+
+
+def option(text: str, default: Any = MISSING, *, free: bool = False) -> Any:
+    """A field of a config: its help text, its default if it has one, and whether a resumed run may change it."""
+    return field(default=default, metadata={"help": text, "free": free})
+
+
+def parse(config: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
+    """A command line to a config: one option for each field, which takes several words where the default is a tuple."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    for each in fields(config):
+        text, default = each.metadata["help"].replace("%", "%%"), each.default
+        kind: dict[str, Any] = {"nargs": "*"} if isinstance(default, tuple) else {"type": type(default)}
+        if default is MISSING:
+            kind = {"required": True}
+        elif default not in ("", ()):
+            text += f" (default: {default!r})"
+        parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=text, **kind)
+    values = vars(parser.parse_args(arguments))
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def fixed(config: DataclassInstance) -> dict[str, object]:
+    """The settings that a resumed run must share, ready for `check_same`."""
+    return {each.name: getattr(config, each.name) for each in fields(config) if not each.metadata["free"]}
+
+
+def check_same(file: Path, there: Mapping[str, object], asked: Mapping[str, object]) -> None:
+    """Raise a ValueError that names the settings in which those of `file` (`there`) and those of this run differ."""
+    there, asked = (json.loads(json.dumps(settings)) for settings in (there, asked))  # tuples and lists are one
+    names = sorted(name for name in {*there, *asked} if there.get(name) != asked.get(name))
+    if names:
+        differs = "; ".join(f"{name} is {there.get(name)!r}, now {asked.get(name)!r}" for name in names)
+        raise ValueError(
+            f"{file} belongs to another run: {differs}. Choose another --output, or the settings of that run"
+        )

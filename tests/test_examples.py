@@ -1,0 +1,60 @@
+"""Every script of examples/ runs, offline, and does what its docstring says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modernbert import ColBERT
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = {
+    "encode": (),
+    "search": ("how do I add a head?", str(ROOT / "CONTRIBUTING.md")),
+    "finetune": ("tuned",),
+    "export": ("encoder.pt2",),
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(name: str) -> str:
+        path = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, ROOT / "examples" / f"{name}.py", *ARGUMENTS[name]]
+        result = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return run
+
+
+def test_every_example_has_a_test():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(ARGUMENTS)
+
+
+def test_encode(run):
+    found = re.findall(r"^  \d\.\d\d  The (\w+)", run("encode"), re.MULTILINE)
+    assert found == ["mitochondrion", "treaty"]
+
+
+def test_search(run):
+    first, text, *_ = run("search").splitlines()
+    assert "CONTRIBUTING.md:" in first
+    assert text.strip().startswith("**A head.**")
+
+
+def test_finetune(run, tmp_path):
+    loss = [float(figure) for figure in re.findall(r"loss ([\d.]+)", run("finetune"))]
+    assert loss[-1] < 0.5 * loss[0]
+    tuned, before = ColBERT.from_pretrained(tmp_path / "tuned"), ColBERT.default()
+    assert not tuned.dense[0].linear.weight.equal(before.dense[0].linear.weight)
+
+
+def test_export(run):
+    (difference,) = re.findall(r"largest difference (\S+)", run("export"))
+    assert float(difference) < 1e-5

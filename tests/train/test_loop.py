@@ -1,0 +1,225 @@
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from modernbert.train.loop import BatchLoss, check_finite, fit
+
+
+class Recipe:
+    """A little regression with dropout, so that the random state matters, on batches that are all different."""
+
+    def __init__(self, output, dropout=0.3, learning_rate=0.1):
+        torch.manual_seed(3)
+        self.output = output
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate)
+        self.calls = 0
+
+    def batches(self):
+        for seed in itertools.count():
+            x_B4 = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+            yield x_B4, x_B4.sum(1, keepdim=True)
+
+    def loss(self, batch):
+        self.calls += 1
+        x_B4, y_B1 = batch
+        error_B1 = self.model(x_B4) - y_B1
+        return BatchLoss(error_B1.square().mean(), len(x_B4), {"error": error_B1.abs().mean()})
+
+    def fit(self, loss=None, settings=None, **changes):
+        options = {"steps": 12, "save_minutes": 0.0, "schedule": lambda step: 1 / (step + 1)} | changes
+        settings = settings or {"rate": 0.1}
+        fit(
+            self.model,
+            self.optimizer,
+            self.batches(),
+            loss or self.loss,
+            output=self.output,
+            settings=settings,
+            **options,
+        )
+        return self
+
+
+def killed_at(recipe, call, error):
+    def loss(batch):
+        part = recipe.loss(batch)
+        if recipe.calls == call:
+            raise error
+        return part
+
+    return loss
+
+
+def poisoned_at(recipe, call, poison):
+    def loss(batch):
+        part = recipe.loss(batch)
+        return poison(part) if recipe.calls == call else part
+
+    return loss
+
+
+def assert_equal(one, other):
+    for (name, wanted), got in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(wanted, got), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("weight", [0.01, 100.0])
+def test_steps_are_those_of_a_loop_by_hand(tmp_path, accumulate, weight):
+    """Gradients of a small loss stay as they are, those of a large one are clipped; plain SGD shows their size."""
+    recipe, twin = Recipe(tmp_path, dropout=0.0), Recipe(tmp_path, dropout=0.0)
+    recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
+    recipe.fit(lambda batch: BatchLoss(recipe.loss(batch).loss * weight, 6, {}), steps=5, accumulate=accumulate)
+    batches = twin.batches()
+    for step in range(5):
+        loss = sum(twin.loss(next(batches)).loss for _ in range(accumulate)) * weight / accumulate
+        gradients = torch.autograd.grad(loss, list(twin.model.parameters()))
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        assert (norm > 1) == (weight > 1)
+        with torch.no_grad():
+            for parameter, gradient in zip(twin.model.parameters(), gradients, strict=True):
+                parameter -= 0.1 / (step + 1) * gradient / max(1, norm)
+    for got, wanted in zip(recipe.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_each_group_keeps_its_own_rate(tmp_path):
+    recipe = Recipe(tmp_path)
+    groups = [{"params": [x], "lr": 0.1 * i} for i, x in enumerate(recipe.model.parameters(), start=1)]
+    recipe.optimizer = torch.optim.AdamW(groups)
+    recipe.fit(steps=3)
+    rates = [group["lr"] for group in recipe.optimizer.param_groups]
+    assert rates == pytest.approx([0.1 * i / 3 for i in range(1, 5)])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_run_resumes_to_bit_equal_weights(tmp_path, accumulate):
+    """With dropout, moments of the optimizer, a falling rate, and batches that are all different."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = Recipe(tmp_path / "whole").fit(accumulate=accumulate)
+    killed = Recipe(tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(killed_at(killed, 5 * accumulate, KeyboardInterrupt()), accumulate=accumulate)
+    resumed = Recipe(tmp_path / "killed")
+    torch.rand(7)  # another random state than that of the start
+    resumed.fit(accumulate=accumulate)
+    assert (killed.calls, resumed.calls) == (5 * accumulate, 8 * accumulate)  # four steps were kept
+    assert_equal(whole.model, resumed.model)
+
+
+def test_a_finished_run_is_not_trained_on(tmp_path):
+    done = Recipe(tmp_path).fit()
+    again = Recipe(tmp_path).fit()
+    assert again.calls == 0
+    assert_equal(done.model, again.model)
+
+
+def test_the_model_trains_whatever_its_mode_was(tmp_path):
+    recipe = Recipe(tmp_path)
+    recipe.model.eval()
+    recipe.fit(steps=1)
+    assert recipe.model.training
+
+
+POISONS = {
+    "loss": lambda part: part._replace(loss=part.loss * math.nan),
+    "infinite loss": lambda part: part._replace(loss=part.loss + math.inf),
+    # The square root has an infinite slope at 0: a finite loss with gradients that are not.
+    "gradient": lambda part: part._replace(loss=part.loss + (part.loss - part.loss).sqrt()),
+}
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_what_is_not_finite_stops_before_the_step(tmp_path, name):
+    recipe = Recipe(tmp_path)
+    before = []
+
+    def loss(batch):
+        if recipe.calls == 6:
+            before.append((copy.deepcopy(recipe.model), (tmp_path / "checkpoint.pt").read_bytes()))
+        return poisoned_at(recipe, 7, POISONS[name])(batch)
+
+    with pytest.raises(FloatingPointError, match=r"step 7: the loss is .*(nan|inf).* The step was not taken"):
+        recipe.fit(loss)
+    model, checkpoint = before[0]
+    assert_equal(model, recipe.model)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == checkpoint
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
+    assert Recipe(tmp_path).fit().calls == 6  # and the run goes on from there
+
+
+def test_one_bad_batch_of_several_stops_the_step(tmp_path):
+    recipe = Recipe(tmp_path)
+    with pytest.raises(FloatingPointError, match="step 3:"):
+        recipe.fit(poisoned_at(recipe, 8, POISONS["loss"]), accumulate=3)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss and the gradients of the last step are finite, the weights after it are not."""
+    recipe = Recipe(tmp_path)
+    recipe.fit(steps=2)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match=r"step 3: 0\.weight is not finite"):
+        recipe.fit(steps=3, schedule=lambda step: math.inf)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    with pytest.raises(FloatingPointError, match=r"here: 0\.weight"):
+        check_finite(recipe.model, "here")
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    Recipe(tmp_path).fit(steps=1)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another run: rate is 0\.1, now 0\.2"):
+        Recipe(tmp_path).fit(settings={"rate": 0.2})
+
+
+def test_a_crash_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    Recipe(tmp_path).fit(steps=2)
+    save = torch.save
+
+    def crash(state, file):
+        save(state, file)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        Recipe(tmp_path).fit()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_checkpoints_are_written_in_intervals_and_at_the_end(tmp_path, monkeypatch):
+    saved = []
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: saved.append(state["step"]) or save(state, file))
+    Recipe(tmp_path).fit(steps=6, save_minutes=60.0)
+    assert saved == [6]
+
+
+def test_the_log_is_lines_to_read_and_json(tmp_path, capsys):
+    recipe = Recipe(tmp_path)
+    seen = []
+
+    def loss(batch):
+        seen.append(recipe.loss(batch))
+        return seen[-1]
+
+    recipe.fit(loss, steps=50, accumulate=2)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40, 50]
+    for row, parts in zip(rows, (seen[:40], seen[40:80], seen[80:]), strict=True):
+        assert row["loss"] == pytest.approx(sum(part.loss.item() for part in parts) / len(parts), abs=1e-4)
+        assert row["error"] == pytest.approx(sum(part.metrics["error"].item() for part in parts) / len(parts), abs=1e-4)
+        assert row["lr"] == pytest.approx(0.1 / row["step"])
+    assert rows[0]["tokens_per_s"] > 0
+    assert rows[-1]["seconds_left"] == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3
+    assert shown[0].startswith(f"step 20/50  loss {rows[0]['loss']:.4f}  error {rows[0]['error']:.4f}  ")
+    assert shown[-1].endswith("lr 2.00e-03  0:00:00 left")

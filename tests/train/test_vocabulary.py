@@ -1,0 +1,28 @@
+import pytest
+
+from modernbert.train.vocabulary import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = "how to read a file read_file(path) open the file in python write boundary layer flow 1234 5678 c++ "
+    return train_tokenizer(iter([text] * 50), vocab_size=330)
+
+
+def tokens_of(tokenizer, text):
+    return [tokenizer.id_to_token(i) for i in tokenizer.encode_batch([text])[0].ids]
+
+
+def test_tokenizer_cuts_at_spaces_punctuation_and_underscores(tokenizer):
+    tokens = tokens_of(tokenizer, "file (file) read_file, file.")
+    assert tokens == ["[CLS]", "Ġfile", "Ġfile", "Ġread", "Ġfile", "Ġfile", "[SEP]"]
+    assert tokens_of(tokenizer, "c++ 12345678")[-3:-1] == ["Ġ1234", "Ġ5678"]
+    assert [tokenizer.id_to_token(i) for i in range(5)] == ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+
+
+def test_tokenizer_offsets_name_the_text(tokenizer):
+    text = "Read_File: naïve, 5678"
+    encoding = tokenizer.encode_batch([text])[0]
+    words = [text[start:end] for start, end in encoding.offsets]
+    assert words[1:3] == ["Read", "File"]
+    assert words[-2] == "5678"
