@@ -1,70 +1,119 @@
-"""What is encoded: token ids with the lengths of the paper, and the padded batches that peers need."""
+"""What is encoded: the lengths of the ModernBERT paper, token ids, and checkpoints of seeded weights."""
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"
+from modernbert import Encoder, EncoderConfig
 
-Ids = list[list[int]]
-Batch = tuple[Tensor, Tensor | None, list[int]]  # ids [B, S], attention mask [B, S] or None, each row's place
-
-
-def paper_lengths(count: int) -> list[int]:
-    """The variable lengths of the ModernBERT paper: N(256, 64) clipped to [32, 512], seed 42."""
-    return normal_lengths(count, mean=256, low=32, high=512)
+DOCUMENTS = 8192
+"""Of each set of the paper."""
 
 
-def normal_lengths(count: int, *, mean: float, low: int, high: int) -> list[int]:
+def variable(count: int, *, mean: int, spread: int = 64, low: int = 32, longest: int) -> tuple[int, ...]:
+    """The first lengths of a set of the ModernBERT paper: normal, clipped, seed 42."""
     generator = torch.Generator().manual_seed(42)
-    return (torch.randn(count, generator=generator) * 64 + mean).round().clamp(low, high).int().tolist()
+    drawn = torch.randn(max(count, DOCUMENTS), generator=generator)[:count] * spread + mean
+    return tuple(drawn.round().clamp(low, longest).int().tolist())
 
 
-def random_ids(lengths: Sequence[int]) -> Ids:
-    """Token ids uniform in [100, 16000), as in the paper."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(100, 16_000, (length,), generator=generator).tolist() for length in lengths]
+LENGTHS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "fixed 512": lambda count: (512,) * count,
+    "variable short": lambda count: variable(count, mean=256, longest=512),
+    "fixed 8192": lambda count: (8192,) * count,
+    "variable long": lambda count: variable(count, mean=4096, spread=1024, longest=8192),
+}
+"""The four sets of the paper: from the number of documents to their lengths."""
+
+MEAN = {"fixed 512": 512, "variable short": 256, "fixed 8192": 8192, "variable long": 4096}
+WORDS = {
+    "fixed 512": "512 tokens each",
+    "variable short": "N(256, 64) tokens, clipped to [32, 512]",
+    "fixed 8192": "8192 tokens each",
+    "variable long": "N(4096, 1024) tokens, clipped to [32, 8192]",
+}
+
+
+def is_long(name: str) -> bool:
+    return MEAN[name] > 512
+
+
+def in_set(name: str, count: int, *, short: bool = False) -> tuple[int, ...]:
+    """Lengths of the first `count` documents of a set; `short` cuts those of long sets to an eighth, for a try-out."""
+    lengths = LENGTHS[name](count)
+    return tuple(max(1, length // 8) for length in lengths) if short and is_long(name) else lengths
+
+
+def words(name: str, *, short: bool = False) -> str:
+    """A set in words."""
+    return f"an eighth of {WORDS[name]}" if short and is_long(name) else WORDS[name]
+
+
+def ids(index: int, length: int) -> Tensor:
+    """Token ids of the text at `index`, uniform in [100, 16000) as in the paper: `[length]` int64."""
+    return torch.randint(100, 16_000, (length,), generator=torch.Generator().manual_seed(index))
+
+
+def cotangent(index: int, length: int, width: int) -> Tensor:
+    """The gradient of the hidden states of the text at `index`: `[length, width]` float32, the same in every dtype."""
+    return torch.randn(length, width, generator=torch.Generator().manual_seed(index)).bfloat16().float()
+
+
+def padded(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Input ids and attention mask `[B, S]` of these texts' ids, right-padded; no mask where nothing is padded."""
+    ids_BS = nn.utils.rnn.pad_sequence([*texts], batch_first=True)
+    mask_BS = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    return {"input_ids": ids_BS} | ({} if bool(mask_BS.all()) else {"attention_mask": mask_BS})
 
 
 def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:
-    """Places in batches of `size`, as they come or length-sorted."""
-    places = list(range(len(lengths)))
+    """Indices in batches of `size`, in order or length-sorted."""
+    indices = list(range(len(lengths)))
     if by_length:
-        places.sort(key=lambda place: lengths[place])
-    return [places[start : start + size] for start in range(0, len(places), size)]
+        indices.sort(key=lambda index: lengths[index])
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Ids and attention mask `[B, S]` of a right-padded batch; no mask where nothing is padded."""
-    ids_BS = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
-    mask_BS = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True)
-    return ids_BS, None if bool(mask_BS.all()) else mask_BS
+def within(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in batches of at most `tokens` tokens, and at least one text."""
+    batches: list[list[int]] = []
+    left = 0
+    for index, length in enumerate(lengths):
+        if length > left:
+            batches.append([])
+            left = tokens
+        batches[-1].append(index)
+        left -= length
+    return batches
 
 
-def batched(sequences: Ids, size: int, *, by_length: bool = False) -> list[Batch]:
-    """Right-padded batches of `size` sequences; those in which nothing is padded have no mask."""
-    batches = groups(list(map(len, sequences)), size, by_length=by_length)
-    return [(*padded([torch.tensor(sequences[row]) for row in rows]), rows) for rows in batches]
+def save_seeded(config: EncoderConfig, folder: Path) -> None:
+    """Write config.json and model.safetensors (float32) of a config, seeded, for transformers and for us.
 
-
-def real_rows(outputs: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
-    """The rows `[T, D]` of real tokens in padded `[B, S, D]` outputs, in the order of the sequences."""
-    pieces: dict[int, Tensor] = {}
-    for output, (ids, mask, rows) in zip(outputs, batches, strict=True):
-        lengths = [ids.shape[1]] * len(rows) if mask is None else mask.sum(1).tolist()
-        for at, row in enumerate(rows):
-            pieces[row] = output[at, : lengths[at]]
-    return torch.cat([pieces[row] for row in sorted(pieces)])
-
-
-def demo_passages(count: int) -> list[str]:
-    """The first paragraphs of the demo corpus, again from the start where it has no more; blanks are stripped."""
-    with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
-        known = [json.loads(line)["text"].strip() for line in lines]
-    return [known[at % len(known)] for at in range(count)]
+    The weights are larger than those of an initialisation, so that attention is not uniform and errors show. The speed
+    is that of the trained model.
+    """
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in Encoder(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        weight = torch.empty(shape)
+        if name.endswith("bias"):
+            weight.zero_()
+        elif "norm" in name:
+            weight.uniform_(0.7, 1.3, generator=generator)
+        else:
+            spread = 1.0 if "tok_embeddings" in name else 1.2 / math.sqrt(shape[1])
+            weight.normal_(0, spread, generator=generator)
+        weights[name] = weight
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -13,98 +13,64 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.clock import installed
+
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "maxsim-cpu", "numpy")
+FOLDERS = ("--output", "--work", "--data", "--against")
 
 
-def row(
-    *,
-    workload: str,
-    what: str,
-    implementation: str,
-    settings: str,
-    unit: str,
-    values: Sequence[float],
-    max_error: float | None,
-    tolerance: float | None,
-    foreign_percent: float | None = None,
-    clean: bool = True,
-    calls: int = 1,
-    times_better_than: dict[str, float] | None = None,
-    goals: dict[str, float] | None = None,
-) -> Row:
+def row(values: Sequence[float], *, max_error: float | None = None, tolerance: float | None = None, **more: Any) -> Row:
     """One measured row.
 
     Args:
-        values: one per sample, in `unit`.
+        values: one per sample, in the row's `unit`.
         max_error: the largest difference from the reference; None if there is nothing to compare.
-        foreign_percent: CPU use by others in the busiest kept sample, in percent of one core; None if not a
-            time.
-        calls: in one sample, which is then their median.
-        times_better_than: factor over each peer, the median of the factors within each round.
-        goals: the factors that we mean to reach.
+        more: suite, workload, what, implementation, unit, and what else is known of it.
     """
-    return {
-        "kind": "measured",
-        "suite": "cpu",
-        "workload": workload,
-        "what": what,
-        "implementation": implementation,
-        "settings": settings,
-        "unit": unit,
-        "median": _round(statistics.median(values)),
-        "min": _round(min(values)),
-        "max": _round(max(values)),
-        "samples": len(values),
-        "calls_per_sample": calls,
-        "clean": clean,
-        "foreign_percent": None if foreign_percent is None else round(foreign_percent, 1),
-        "max_error": None if max_error is None else float(f"{max_error:.2g}"),
-        "tolerance": tolerance,
-        "times_better_than": {name: _round(factor) for name, factor in (times_better_than or {}).items()},
-        "goals": goals or {},
-        "dtype": "float32",
-        **circumstances(),
-    }
+    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    usual = {"kind": "measured", "settings": "", "dtype": "float32", "clean": True, "foreign_percent": None}
+    usual |= {"calls_per_sample": 1, "times_better_than": {}, "samples": len(values)}
+    errors = {"max_error": rounded(max_error, digits=2), "tolerance": rounded(tolerance, digits=2)}
+    return usual | more | {name: rounded(x) for name, x in figures.items()} | errors | circumstances()
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")
+def rounded(value: float | None, scale: float = 1.0, *, digits: int = 4) -> Any:
+    return None if value is None else float(f"{value * scale:.{digits}g}")
 
 
 @cache
-def circumstances() -> dict[str, Any]:
+def circumstances() -> Row:
     """The machine, the versions, the commit, the date and the command of this run."""
     return {
         "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # such as AVX512
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        # Results and the tables made from them do not change what was measured.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
+        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+        "commit": git("rev-parse", "HEAD"),
+        # Results and the pages made from them do not change what was measured.
+        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m benchmarks " + shlex.join(without_folders(sys.argv[1:])),
     }
 
 
-def without_folders(arguments: list[str]) -> list[str]:
-    """The arguments that decide what is measured; where rows and stores went are paths of somebody's machine."""
-    kept, folders = [], ("--output", "--work", "--data")
-    following = iter(arguments)
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """The arguments that decide what is measured, without the paths of this machine."""
+    kept, following = [], iter(arguments)
     for one in following:
-        if one in folders:
+        if one in FOLDERS:
             next(following, None)
-        elif not one.startswith(tuple(f"{folder}=" for folder in folders)):
+        elif not one.startswith(tuple(f"{folder}=" for folder in FOLDERS)):
             kept.append(one)
     return kept
 
@@ -116,24 +82,15 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     lines = (line.partition(":") for line in info.read_text().splitlines())
     fields = {name.strip(): text.strip() for name, _, text in lines}
-    flags = fields.get("flags", "").split()
-    widest = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), None)
-    name = fields.get("model name", platform.machine())
+    flags, name = fields.get("flags", "").split(), fields.get("model name", platform.machine())
+    widest = next((flag for flag in ("amx_tile", "avx512f", "avx2") if flag in flags), None)
     return f"{name} ({widest})" if widest else name
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str:
+def git(*arguments: str, cwd: Path = ROOT) -> str:
     if not shutil.which("git"):
         return "unknown"
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def append(rows: Sequence[Row], file: Path) -> None:

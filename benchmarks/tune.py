@@ -12,36 +12,133 @@ once more; it replaces that only where it is faster by more than equal kernels d
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from modernbert.files import replacing
 
-from benchmarks import gpu
-from benchmarks.gpu import Machine, Rates
-from benchmarks.kernels import resources, suite, tiles_file
-from benchmarks.kernels.calls import Task, Way
-from benchmarks.kernels.subjects import SUBJECTS, Subject, interpreted, way_of
-from benchmarks.kernels.tiles_file import Key
+import modernbert_kernels as ops
+from benchmarks import clock, resources
+from benchmarks.cases import Case, offsets, randn
+from benchmarks.clock import Machine, Rates
+from benchmarks.ops import Task, Way, timed
+from benchmarks.rows import ROOT
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
 MINUTES = 8.5
-"""After these no further entry is begun, so that a run fits into a call of ten minutes."""
+"""After these no further entry is begun, so that a run fits into ten minutes."""
 
 NOISE = 1.02
-"""What is not faster than the present tile by more than this stays out: so much do two equal kernels differ."""
+"""A candidate must be faster than the present tile by more than this: two equal kernels differ as much."""
 
 TOKENS, FEW = 16_384, 16
 ROUNDS, DUEL = 5, 15
+FILE = ROOT / "kernels" / "modernbert_kernels" / "fused" / "tiles.py"
+
+Key = tuple[str | int, ...]
+Table = Mapping[Key, Mapping[int, Tile]]
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def dtype_of(itemsize: int) -> torch.dtype:
+    # The interpreter multiplies the bit patterns of bfloat16.
+    return torch.float32 if itemsize == 4 else torch.float16 if interpreted() else torch.bfloat16
+
+
+class Subject(NamedTuple):
+    """An entry of the table.
+
+    Attributes:
+        kernel: takes the tile. backward: it belongs to the backward pass, so both passes are timed.
+        candidates: block_m, block_n, warps, stages.
+        cases: calls that take the entry, on a device with so many tokens; all count alike.
+    """
+
+    key: Key
+    kernel: str
+    backward: bool
+    candidates: tuple[tuple[int, int, int, int], ...]
+    cases: Callable[[str, int], Iterator[Case]]
+
+    @property
+    def op(self) -> str:
+        return str(self.key[0]).split()[0]
+
+
+def attention(part: str, width: int, itemsize: int) -> Subject:
+    """Local and global layers of 768 numbers, in texts of 512 tokens."""
+
+    def cases(device: str, tokens: int) -> Iterator[Case]:
+        length = min(512, tokens)
+        count = tokens // length
+        qkv = randn(tokens, 3, max(1, min(768, tokens) // width), width, dtype=dtype_of(itemsize), device=device)
+        rope = ops.rotary_table(torch.arange(length, device=device).repeat(count), 10_000.0, width)
+        args = (qkv, offsets(count, length, qkv.device), length)
+        for window in (64, None):
+            yield Case(ops.attention, f"window {window}", args, {"rope": rope, "window": window})
+
+    blocks = (32, 64, 128) if itemsize == 2 else (16, 32, 64)
+    candidates = tuple(product(blocks, blocks, (4, 8), (1, 2, 3)))
+    kernel = f"attention_{part}_kernel"
+    return Subject((f"attention {part}", width, itemsize), kernel, part != "forward", candidates, cases)
+
+
+def maxsim(rows: int) -> Subject:
+    """Many queries as in training, or one of so many tokens as in reranking, with documents of 300 tokens."""
+
+    def cases(device: str, tokens: int) -> Iterator[Case]:
+        queries, documents = (
+            (max(1, tokens // 128), max(2, tokens // 128)) if rows == 128 else (1, max(2, tokens // 16))
+        )
+        for width in (128, 48):
+            vectors = (randn(n, width, dtype=torch.float32, device=device) for n in (queries * rows, documents * 300))
+            q, d = (F.normalize(x, dim=-1).to(dtype_of(2)) for x in vectors)
+            ends = offsets(queries, rows, q.device), offsets(documents, 300, d.device)
+            yield Case(ops.maxsim, f"width {width}", (q, ends[0], d, ends[1]))
+
+    candidates = tuple(product((rows,), (32, 64, 128), (4, 8), (2, 3, 4)))
+    return Subject(("maxsim", rows), "maxsim_kernel", False, candidates, cases)
+
+
+def geglu(part: str) -> Subject:
+    """In the MLPs of Ettin-17m and of ModernBERT-base."""
+
+    def cases(device: str, tokens: int) -> Iterator[Case]:
+        for width in (1152, 384):
+            yield Case(ops.geglu, f"{width}", (randn(tokens, 2 * width, dtype=dtype_of(2), device=device), "gelu"))
+
+    # No loop of it could overlap stages.
+    candidates = tuple(product((1024, 2048, 4096, 8192), (128, 512), (4, 8), (3,)))
+    return Subject((f"geglu {part}",), f"geglu_{part}_kernel", part == "backward", candidates, cases)
+
+
+PARTS = ("forward", "dq", "dkv")
+SUBJECTS: tuple[Subject, ...] = (
+    *(attention(part, 64, 2) for part in PARTS),
+    *(maxsim(32), maxsim(128), geglu("forward"), geglu("backward"), attention("forward", 64, 4), maxsim(64)),
+    *(attention(part, 64, 4) for part in PARTS[1:]),
+    *(attention(part, width, size) for size in (2, 4) for width in (128, 32) for part in PARTS),
+)
+"""The most used first: the time may end before the last."""
 
 
 class Outcome(NamedTuple):
@@ -64,38 +161,31 @@ def using(key: Key, arch: int, tile: Tile) -> AbstractContextManager[Any]:
     return mock.patch.dict(TILES[key], {arch: tile})
 
 
-def fits(subject: Subject, arch: int, tile: Tile) -> bool:
-    """Whether the kernel compiles with this tile, spills nothing, and has the shared memory that it needs."""
-    found = []
+def fits(index: int, arch: int, tile: Tile) -> bool:
+    """Whether the kernel of a subject, by its index, compiles with this tile, spills nothing, and has enough memory."""
+    subject, found = SUBJECTS[index], []
 
     def see(binary: Any) -> None:
         if binary.metadata.name == subject.kernel:
             found.append(resources.resources(binary, arch))
 
-    # The limits of an architecture that is not in their table are those of the newest that is.
+    # An architecture that is not in their table has the limits of the newest that is.
     known = max(each for each in resources.ARCHS if each <= arch)
     try:
         with using(subject.key, arch, tile), resources.compiling(arch, see):
             for case in subject.cases("cpu", resources.TOKENS):
                 resources.call(case)
-    except Exception:  # whatever the compiler says, it is no candidate
+    except Exception:  # whatever the compiler says, it is not a candidate
         return False
-    return bool(found) and all(
-        row["spilled"] == 0 and row["shared"] <= resources.SHARED[known] << 10 and row["programs"] > 0 for row in found
-    )
-
-
-def fits_by_index(index: int, arch: int, tile: Tile) -> bool:
-    """The same in another process, which finds the subject in its own list."""
-    return fits(SUBJECTS[index], arch, tile)
+    limit = resources.SHARED[known] << 10
+    return bool(found) and all(not row["spilled"] and row["shared"] <= limit and row["programs"] > 0 for row in found)
 
 
 def compiling_candidates(subject: Subject, arch: int) -> list[Tile]:
     """The candidates that fit, compiled on all cores; Triton keeps the binaries, so that they load at once later."""
     tiles = [Tile(*one) for one in subject.candidates]
-    index = SUBJECTS.index(subject)
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
-        kept = list(pool.map(partial(fits_by_index, index, arch), tiles))
+        kept = list(pool.map(partial(fits, SUBJECTS.index(subject), arch), tiles))
     return [tile for tile, keep in zip(tiles, kept, strict=True) if keep]
 
 
@@ -116,24 +206,24 @@ def tune(subject: Subject, tiles: Sequence[Tile], machine: Machine, *, tokens: i
 def compared(
     subject: Subject, present: Tile, rivals: Sequence[Tile], machine: Machine, tokens: int, rounds: int
 ) -> tuple[dict[Tile, float], dict[str, str]]:
-    """How many times faster than the present tile each is, the geometric mean over the cases; and who is wrong."""
+    """How many times faster than the present tile each is, the geometric mean over the cases; and which are wrong."""
     arch = launch.arch(machine.device)
     names = {label(tile): tile for tile in (present, *rivals)}
     logarithms: dict[str, list[float]] = {name: [] for name in names}
     refused: dict[str, str] = {}
     for case in subject.cases(str(machine.device), tokens):
         ways = tuple(
-            Way(name, way_of(case), around=partial(using, subject.key, arch, tile))
+            Way(name, case.op.backends["triton"], around=partial(using, subject.key, arch, tile))
             for name, tile in names.items()
             if name not in refused
         )
-        task = Task(case.name, case.args, case.kwargs, case.op.reference, ways)
-        result = suite.measure("tune", task, subject.backward, machine, Rates(1.0, 1.0), rounds=rounds)
+        task = Task(case.name, case, case.op.reference, ways)
+        result = timed("tune", task, subject.backward, machine, Rates(1.0, 1.0), rounds=rounds)
         refused |= {name.rpartition(": ")[2]: reason for name, reason in result.refused.items()}
         for row in result.rows:
             factor = row["times_better_than"].get(label(present), 1.0)
             logarithms[row["implementation"]].append(math.log(factor))
-    # Beside a present tile that is refused, nobody is faster.
+    # If the present tile is refused, there is nothing to compare with.
     right = [name for name in names if name not in refused]
     return {names[name]: math.exp(sum(logarithms[name]) / len(logarithms[name])) for name in right}, refused
 
@@ -142,8 +232,7 @@ def label(tile: Tile) -> str:
     return f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
-def said(outcome: Outcome, tried: int) -> str:
-    """A line for people."""
+def summary(outcome: Outcome, tried: int) -> str:
     name = ", ".join(map(str, outcome.key))
     first = next((f", the first one {reason}" for reason in outcome.refused.values()), "")
     wrong = f"; {len(outcome.refused)} refused{first}" if outcome.refused else ""
@@ -158,43 +247,61 @@ def run(machine: Machine, only: Sequence[str], *, quick: bool) -> Iterator[tuple
     """An outcome for each entry and how many tiles were tried, until the time is over."""
     until = time.monotonic() + 60 * MINUTES
     wanted = [subject for subject in SUBJECTS if not only or subject.op in only]
-    firsts = {wanted[at].op: wanted[at] for at in reversed(range(len(wanted)))}
+    firsts = {subject.op: subject for subject in reversed(wanted)}
     for subject in firsts.values() if quick else wanted:
         if time.monotonic() > until:
             print(f"{', '.join(map(str, subject.key))} and what follows was not reached in {MINUTES:g} minutes")
             return
-        if quick:
-            tiles = [Tile(*subject.candidates[0])]
-            yield tune(subject, tiles, machine, tokens=FEW, rounds=1, duel=1), len(tiles)
-        else:
-            tiles = compiling_candidates(subject, launch.arch(machine.device))
-            yield tune(subject, tiles, machine, tokens=TOKENS, rounds=ROUNDS, duel=DUEL), len(tiles)
+        tiles = [Tile(*subject.candidates[0])] if quick else compiling_candidates(subject, launch.arch(machine.device))
+        tokens, rounds, duel = (FEW, 1, 1) if quick else (TOKENS, ROUNDS, DUEL)
+        yield tune(subject, tiles, machine, tokens=tokens, rounds=rounds, duel=duel), len(tiles)
+
+
+def with_outcome(table: Table, outcome: Outcome, arch: int, gpu: str) -> Table:
+    """The table with this outcome, the present tile too if it won: it is measured now."""
+    return {**table, outcome.key: {**table[outcome.key], arch: outcome.best._replace(measured=gpu)}}
+
+
+def with_table(text: str, table: Table) -> str:
+    """The text of tiles.py with this table, formatted as ruff formats it."""
+    lines = []
+    for key, entries in table.items():
+        # Without the empty name of a GPU.
+        cells = [
+            f"{arch}: Tile({', '.join(json.dumps(x) for x in tile if x != '')})"
+            for arch, tile in sorted(entries.items())
+        ]
+        inside = (
+            f"{{{cells[0]}}}" if len(cells) == 1 else "{\n" + "".join(f"        {one},\n" for one in cells) + "    }"
+        )
+        name = ", ".join(map(json.dumps, key)) + ("," if len(key) == 1 else "")
+        lines.append(f"    ({name}): {inside},\n")
+    start = text.index("TILES: ")
+    head = text[: text.index("{\n", start) + 2]
+    return head + "".join(lines) + "}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], choices=sorted({subject.op for subject in SUBJECTS}))
+    parser.add_argument("--only", nargs="*", default=[], help="ops: attention, maxsim, geglu")
     parser.add_argument("--write", action="store_true", help="write what was found into tiles.py")
     parser.add_argument("--quick", action="store_true", help="few tokens, one candidate: tries the path")
     arguments = parser.parse_args()
-    machine = gpu.this_machine()
+    machine = clock.this_machine()
     if not machine.is_gpu and not (arguments.quick and interpreted()):
         raise SystemExit("there is no GPU here; TRITON_INTERPRET=1 python -m benchmarks.tune --quick tries the path")
     if arguments.write and (arguments.quick or not machine.is_gpu):
         raise SystemExit("--write takes what a GPU measured, and not --quick")
-    table: tiles_file.Table = TILES
+    table: Table = TILES
     for outcome, tried in run(machine, arguments.only, quick=arguments.quick):
-        print(said(outcome, tried), flush=True)
+        print(summary(outcome, tried), flush=True)
         if arguments.write and label(outcome.present) not in outcome.refused:
-            table = found(table, outcome, launch.arch(machine.device), torch.cuda.get_device_properties(0).name)
-            tiles_file.write(table)
+            gpu = torch.cuda.get_device_properties(0).name
+            table = with_outcome(table, outcome, launch.arch(machine.device), gpu)
+            with replacing(FILE) as beside:
+                beside.write_text(with_table(FILE.read_text("utf-8"), table), encoding="utf-8")
     if arguments.write:
-        print(f"wrote {tiles_file.FILE}; now python -m benchmarks.kernels.resources --update")
-
-
-def found(table: tiles_file.Table, outcome: Outcome, arch: int, gpu_name: str) -> tiles_file.Table:
-    """The table with this outcome, the present tile too if it won: it is measured now."""
-    return tiles_file.with_entry(table, outcome.key, arch, outcome.best._replace(measured=gpu_name))
+        print(f"wrote {FILE}; now python -m benchmarks.resources --update")
 
 
 if __name__ == "__main__":

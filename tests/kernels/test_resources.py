@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 from kernel_calls import INTERPRETED
 
-from benchmarks.kernels import resources
+from benchmarks import resources
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("triton"), reason="needs Triton, which has no wheel for this platform"),
@@ -34,7 +34,7 @@ ROW |= {"programs": 4}
 def test_every_kernel_compiles(pytestconfig: pytest.Config) -> None:
     import triton
 
-    from benchmarks.kernels.cases import CASES
+    from benchmarks.cases import CASES
 
     archs = resources.ARCHS if pytestconfig.getoption("--all-architectures") else (90,)
     rows = resources.compile_all(2, list(CASES), archs)

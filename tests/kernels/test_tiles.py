@@ -8,15 +8,14 @@ from kernel_calls import TRITON
 
 pytest.importorskip("triton", reason="needs Triton, which has no wheel for this platform")
 
-from benchmarks import gpu, tune
-from benchmarks.gpu import Machine
-from benchmarks.harness import Reading
+from benchmarks import clock, tune
+from benchmarks.clock import Machine, Reading
 
 
 @TRITON
 @pytest.mark.parametrize("op", ["attention", "maxsim", "geglu"])
 def test_another_tile_is_right(op: str) -> None:
-    machine = gpu.this_machine()
+    machine = clock.this_machine()
     if not machine.is_gpu:
         # Calls of the interpreter take so long that they would not be timed.
         machine = Machine(torch.device("cpu"), lambda work: (work(), Reading(1e-3, 0.0))[1], 0.0, 3)

@@ -1,0 +1,260 @@
+"""Clocks: wall time with the CPU that others used meanwhile, time on a GPU, and what a machine is and reaches."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+
+from modernbert_kernels import linear
+
+Call = Callable[[], Any]
+
+WINDOW = 0.004
+"""Least seconds of a sample on a GPU: the start of the first graph is then well below 1 % of it."""
+
+SLOWEST = 0.25
+"""Seconds of a call above which a kernel is not timed."""
+
+GPU_PACKAGES = ("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim", "packed-encoders", "flash-attn")
+SENSORS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
+
+
+class Refused(RuntimeError):
+    """An implementation gets no row; the message is the reason."""
+
+
+class Reading(NamedTuple):
+    """Seconds of a piece of work, and the CPU that everything else used meanwhile in percent of one core."""
+
+    seconds: float
+    foreign: float
+
+
+def read_clocks(work: Call) -> Reading:
+    """Wall time of `work`, and all CPU time that was not idle (also what a hypervisor stole) but this process's own."""
+    idle, own, start = _idle_seconds(), time.process_time(), time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    own, idle = time.process_time() - own, _idle_seconds() - idle
+    foreign = seconds * (os.cpu_count() or 1) - idle - own
+    # The kernel counts idle time in ticks of 10 ms, so a short sample can read a little below zero.
+    return Reading(seconds, max(0.0, 100 * foreign / seconds))
+
+
+def _idle_seconds() -> float:
+    times = import_module("psutil").cpu_times()  # of the extra `bench`
+    return times.idle + getattr(times, "iowait", 0.0)
+
+
+def read_wall(work: Call) -> Reading:
+    """Seconds until a GPU that was idle has done `work`, as the host sees it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return Reading(time.perf_counter() - start, 0.0)
+
+
+def read_gpu(work: Call) -> Reading:
+    """Seconds that an idle GPU takes for `work`, between two events. Other programs of the CPU do not slow a GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return Reading(start.elapsed_time(end) / 1000, 0.0)
+
+
+def peak_bytes(run: Call) -> int:
+    """Memory of the GPU at the peak of a call beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Machine(NamedTuple):
+    """Where kernels run: the clock, the least seconds of a sample, and the most runs until a time is stable."""
+
+    device: torch.device
+    read: Callable[[Call], Reading]
+    window: float
+    patience: int
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the last cache of a GPU."""
+        return torch.cuda.get_device_properties(self.device).L2_cache_size if self.is_gpu else 0
+
+
+def this_machine() -> Machine:
+    """The GPU, or the CPU if there is none. The process then works on another stream than the default one, which cannot
+    be captured; a capture breaks if a backward pass meets what was made on another stream.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_stream(torch.cuda.Stream())
+        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW, 20)
+    return Machine(torch.device("cpu"), read_clocks, 0.0, 3)
+
+
+class Loop(NamedTuple):
+    """Many calls as one piece of work: `run` makes `calls` of them; `how`, in words."""
+
+    run: Call
+    calls: int
+    how: str
+
+
+def loop(calls: Sequence[Call], machine: Machine) -> Loop:
+    """A loop that lasts `machine.window`, as replays of a CUDA graph where one can be captured.
+
+    `calls` are the same call, each on memory of its own, so that none finds its data in a cache.
+    """
+    calls[0]()  # compiles, loads and allocates
+    if (seconds := machine.read(calls[0]).seconds) > SLOWEST:
+        raise Refused(f"takes {seconds:.2g} s a call, and what takes more than {SLOWEST:g} s is not timed")
+    repeat(1, *calls)
+    seconds = min(machine.read(call).seconds for call in calls)
+    turns = repeats_for(machine.window, seconds * len(calls))
+    if not (machine.is_gpu and never_waits(calls[0])):
+        return Loop(partial(repeat, turns, *calls), turns * len(calls), "single calls")
+    turns = min(turns, max(1, 32 // len(calls)))  # more than 32 calls only take longer to capture
+    captured, held = capture(calls, turns), turns * len(calls)
+    replays = repeats_for(machine.window, machine.read(captured.replay).seconds)
+    return Loop(partial(repeat, replays, captured.replay), replays * held, f"replays of a graph of {held} calls")
+
+
+def repeat(times: int, *calls: Call) -> None:
+    """All calls in order, again and again; what they return is dropped at once."""
+    for _ in range(times):
+        for call in calls:
+            call()
+
+
+def repeats_for(window: float, seconds: float) -> int:
+    return max(1, math.ceil(window / max(seconds, 1e-9)))
+
+
+def never_waits(call: Call) -> bool:
+    """Whether the CPU does not wait for the GPU in it: a graph can hold only such calls."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
+def capture(calls: Sequence[Call], turns: int) -> torch.cuda.CUDAGraph:
+    """All calls, `turns` times over. Results keep their memory until their next turn, and so do not stay in a cache."""
+    graph, results, stream = torch.cuda.CUDAGraph(), {}, torch.cuda.current_stream()
+    # The outer context restores the stream if a capture fails.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        for index, call in [*enumerate(calls)] * turns:
+            results[index] = call()
+    return graph
+
+
+def copies_beyond_cache(nbytes: int, cache: int) -> int:
+    """How many copies of `nbytes`, used in turn, evict each other from a cache: three times what it holds."""
+    return min(32, max(2, math.ceil(3 * cache / max(nbytes, 1))))
+
+
+def settle(run: Call, machine: Machine, *, spread: float = 0.02) -> int:
+    """Run until three runs in a row took the same time within `spread`, or patience ends; how many runs it took."""
+    last: list[float] = []
+    for done in range(1, machine.patience + 1):
+        last = [*last[-2:], machine.read(run).seconds]
+        if len(last) == 3 and max(last) <= (1 + spread) * min(last):
+            return done
+    return machine.patience
+
+
+class Rates(NamedTuple):
+    """What this machine reached in this run: bytes copied (read and written) and operations, per second."""
+
+    copy: float
+    matmul: float
+
+
+def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
+    """A copy and a product of square matrices, of random data: zeros are multiplied faster."""
+    is_gpu = device.type == "cuda"
+    machine = Machine(device, read_gpu if is_gpu else read_clocks, 0.0, 20 if is_gpu else 3)
+    rows, width = ((1 << 16, 8192) if is_gpu else (1 << 12, 1024)) if not quick else (1 << 9, 256)
+    x = torch.randn(rows, 4096, device=device, dtype=dtype)
+    a, b = torch.randn(2, width, width, device=device, dtype=dtype)
+    y, weight = torch.empty_like(x), torch.nn.Parameter(b, requires_grad=False)
+
+    def rate(call: Call, amount: int) -> float:
+        several = partial(repeat, 4, call)  # the start of the first then counts for little
+        settle(several, machine)
+        return 4 * amount / statistics.median(machine.read(several).seconds for _ in range(7))
+
+    # On some processors oneDNN, which our layers use, multiplies twice as fast as what `@` calls.
+    products: list[Call] = [lambda: a @ b] if is_gpu else [lambda: a @ b, lambda: linear(a, weight)]
+    return Rates(rate(lambda: y.copy_(x), 2 * x.nbytes), max(rate(one, 2 * width**3) for one in products))
+
+
+@lru_cache
+def identity(device: torch.device) -> dict[str, Any]:
+    """What a row says about the GPU and its driver; for a CPU only versions."""
+    found: dict[str, Any] = {package: installed(package) for package in GPU_PACKAGES}
+    known: dict[str, Any] = {"gpu": None, "driver": None, "capability": None, "versions": found}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known["gpu"], known["capability"] = properties.name, f"{properties.major}.{properties.minor}"
+        known["driver"] = (query(device, ("driver_version",), lambda: None) or [None])[0]
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return known
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def sensors(device: torch.device, run: Call) -> dict[str, float]:
+    """Clocks, power and temperature of a GPU while `run` is repeated, as far as they are known."""
+    values = query(device, tuple(SENSORS), run) if device.type == "cuda" else []
+    return {name: float(text) for name, text in zip(SENSORS.values(), values, strict=False) if "N/A" not in text}
+
+
+def query(device: torch.device, fields: Sequence[str], run: Call) -> list[str]:
+    """The answer of nvidia-smi for this GPU while `run` is repeated; empty if there is none."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    command = ["nvidia-smi", *([f"--id=GPU-{uuid}"] if uuid else []), f"--query-gpu={','.join(fields)}"]
+    try:
+        asked = subprocess.Popen([*command, "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        return []
+    until = time.monotonic() + 10
+    while asked.poll() is None and time.monotonic() < until:
+        run()
+        torch.cuda.synchronize(device)
+    asked.kill()
+    values = [value.strip() for value in asked.communicate()[0].strip().split(",")]
+    return values if asked.returncode == 0 and len(values) == len(fields) else []

@@ -1,0 +1,367 @@
+"""One implementation in a process of its own: what it is started with, what it is asked, and the `Worker` that asks.
+
+A request is a function of this kind with its arguments. What goes wrong in the process costs only its own rows.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import clock
+from benchmarks.clock import Call, Rates, Reading, Refused
+from benchmarks.rows import ROOT
+
+SLOW = 2.0
+"""Seconds of a call on a CPU above which it is not repeated before its sample."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The checkpoint, for transformers and for us; the dtype ("bfloat16"), device ("cuda") and threads of torch."""
+
+    folder: str
+    dtype: str
+    device: str
+    threads: int
+    quick: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device == "cuda"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call that all implementations of a table make.
+
+    Attributes:
+        lengths: of its texts, in tokens; their ids are those of `inputs.ids`.
+        checked: indices of the texts whose hidden states are compared with the reference.
+        batch: texts of a batch where a protocol fixes it; None leaves the choice to the implementation.
+        from_host: the ids are on the host, and their copy to the device is timed.
+        options: further arguments for particular builders.
+    """
+
+    lengths: tuple[int, ...]
+    checked: tuple[int, ...] = ()
+    batch: int | None = None
+    from_host: bool = False
+    backward: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Variant(NamedTuple):
+    """A job that is ready to run, with one choice of settings.
+
+    Attributes:
+        run: the timed call. It may return before a GPU is done.
+        answer: the output to compare, computed as `run` computes it: float32 on the CPU.
+        warm: what runs before a sample, untimed; by default `run`.
+    """
+
+    settings: str
+    run: Call
+    answer: Callable[[], Tensor]
+    warm: Call | None = None
+
+
+Build = Callable[[Job], Iterable[Variant]]
+"""The variants of a job, made one after another, so that the memory of one is free before the next is made."""
+
+
+class Peer(NamedTuple):
+    """An implementation: how its process builds it, and when it takes part.
+
+    Attributes:
+        builder: takes a `Setup` and the options, loads the model and returns a `Build`.
+        applies: whether it runs in such a setup at all. package: must be installed.
+        slow: compiles for minutes, and is left out where time is short.
+        exact: is refused where it differs from the reference; int8 is not, and its rows have the error.
+        checkout: the project's folder that `modernbert` is imported from, by default this one.
+    """
+
+    builder: Callable[..., Build]
+    options: Mapping[str, Any] = {}
+    applies: Callable[[Setup], bool] = lambda setup: True
+    package: str | None = None
+    slow: bool = False
+    exact: bool = True
+    checkout: str | None = None
+
+
+class Worker:
+    """A process that loads its model at the first request. `ask` is `send` and `receive`, between which others can be
+    asked.
+    """
+
+    def __init__(self, setup: Setup, peer: Peer, scratch: Path) -> None:
+        self.connection, theirs = Pipe()
+        self.log = Path(tempfile.mkstemp(dir=scratch, suffix=".log")[1])
+        # `benchmarks` is always that of this checkout; `modernbert` may be another's.
+        checkout = Path(peer.checkout) if peer.checkout else ROOT
+        paths = [str(checkout), str(checkout / "kernels"), *(path for path in sys.path if path)]
+        code = f"import sys; sys.path[0] = {str(ROOT)!r}; import benchmarks; sys.path[:] = {paths!r}; "
+        code += f"from benchmarks.worker import serve; serve({theirs.fileno()})"
+        # What another process compiled is not found again. Thread pools of tokenizers read RAYON_NUM_THREADS.
+        known = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=scratch), "RAYON_NUM_THREADS": str(setup.threads)}
+        with self.log.open("w") as log:
+            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            command = [sys.executable, "-c", code]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | known, **pipes)
+        theirs.close()  # so that its end is noticed here
+        self._put((setup, peer.builder, peer.options))
+
+    def ask(self, request: Callable[..., Any], *, timeout: float, **arguments: Any) -> Any:
+        """The answer to a request; `Refused` if it failed, its process died, or it took longer and was ended."""
+        self.send(request, **arguments)
+        return self.receive(timeout)
+
+    def send(self, request: Callable[..., Any], **arguments: Any) -> None:
+        self._put((request, arguments))
+
+    def _put(self, message: Any) -> None:
+        with suppress(OSError):  # a process that has died is noticed when its answer is awaited
+            self.connection.send_bytes(pickle.dumps(message))
+
+    def receive(self, timeout: float) -> Any:
+        try:
+            if not self.connection.poll(max(0.0, timeout)):
+                self.close()
+                raise Refused(f"did not answer within {timeout:.0f} s")
+            worked, answer = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            lines = self.log.read_text("utf-8", "replace").strip().splitlines()
+            reason = [f"its process ended with exit code {self.process.wait(5)}", *lines[-1:]]
+            raise Refused(": ".join(reason)[:300]) from error
+        if not worked:
+            raise Refused(answer)
+        return answer
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        """End the process, which has two seconds to end on its own."""
+        self.connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass
+class State:
+    """What a process holds: the prepared variant, the calls of a sample, and the seconds of a call."""
+
+    setup: Setup
+    build: Build
+    variant: Variant | None = None
+    calls: int = 1
+    seconds: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.setup.device)
+
+    @property
+    def ready(self) -> Variant:
+        if self.variant is None:
+            raise RuntimeError("no job is prepared")
+        return self.variant
+
+    def read(self, work: Call) -> Reading:
+        return clock.read_wall(work) if self.setup.is_gpu else clock.read_clocks(work)
+
+
+def serve(fd: int) -> None:
+    """Answer requests until the other side closes the connection: (True, value) or (False, reason)."""
+    connection = Connection(fd)
+    setup, builder, options = pickle.loads(connection.recv_bytes())
+    state = None
+    while True:
+        try:
+            request, arguments = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if state is None:
+                torch.set_num_threads(setup.threads)
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+                state = State(setup, builder(setup, **options))
+            answer = True, request(state, **arguments)
+        except Exception as error:
+            # Whatever other packages raise, and too little memory, becomes the reason of a missing row.
+            answer = False, f"fails: {type(error).__name__}: {str(error)[:300]}"
+            release()
+        connection.send_bytes(pickle.dumps(answer))
+
+
+# The requests. All take the state of the process first.
+
+
+def hello(state: State) -> dict[str, Any]:
+    """The GPU and its driver."""
+    return clock.identity(state.device)
+
+
+def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, Any]:
+    """Try the variants of a job for so many seconds and keep the fastest, whose samples last `window` seconds."""
+    rest(state)
+    until, best, quickest, failed = time.monotonic() + seconds, None, float("inf"), ""
+    for variant in state.build(job):
+        try:
+            took = state.read(variant.warm or variant.run).seconds
+            if took < SLOW or variant.warm or state.setup.is_gpu:  # a first call compiles and allocates
+                took = state.read(variant.run).seconds
+            for _ in range(0 if took > 1.0 else min(20, int(window / max(took, 1e-3)) + 1)):
+                took = min(took, state.read(variant.run).seconds)
+        except torch.OutOfMemoryError as error:
+            failed, took = f"too little memory for {variant.settings}: {str(error)[:100]}", float("inf")
+            release()
+        if took < quickest:
+            best, quickest = variant, took
+        # Where a protocol fixes the batch, the first that fits is taken, whatever is faster.
+        if best and (job.batch is not None or time.monotonic() > until):
+            break
+    if best is None:
+        raise RuntimeError(failed or "there is no variant of this job")
+    state.variant, state.seconds, state.calls = best, quickest, clock.repeats_for(window, quickest)
+    told = {"settings": best.settings, "calls": state.calls, "answer": best.answer()}
+    release()
+    return told
+
+
+def sample(state: State) -> tuple[float, float]:
+    """Seconds of a call, and the CPU that others used meanwhile.
+
+    A GPU makes its calls without waiting between them; on a CPU it is the median of the calls. An untimed call comes
+    first: it outlasts the threads of other processes that spin for a while after their last call.
+    """
+    variant, each = state.ready, []
+    if state.seconds < SLOW or state.setup.is_gpu:
+        (variant.warm or variant.run)()
+
+    def window() -> None:
+        for _ in range(state.calls):
+            start = time.perf_counter()
+            variant.run()
+            each.append(time.perf_counter() - start)
+
+    seconds, foreign = state.read(window)
+    release(few=True)
+    return (seconds / state.calls if state.setup.is_gpu else statistics.median(each)), foreign
+
+
+def latencies(state: State, count: int) -> dict[str, Any]:
+    """Seconds of `count` calls, each waited for: on the host, and between two events on a GPU."""
+    run, host = state.ready.run, []
+    clock.repeat(3, run)
+
+    def calls() -> None:
+        for _ in range(count):
+            start = time.perf_counter()
+            run()
+            if state.setup.is_gpu:
+                torch.cuda.synchronize()
+            host.append(time.perf_counter() - start)
+
+    foreign = clock.read_clocks(calls).foreign
+    device = [clock.read_gpu(run).seconds for _ in range(count)] if state.setup.is_gpu else []
+    return {"host": host, "device": device, "foreign": 0.0 if state.setup.is_gpu else foreign}
+
+
+def peak(state: State, job: Job, warm: Job) -> dict[str, Any]:
+    """Bytes at the peak of a call beyond the loaded model and its inputs; its settings and its answer.
+
+    `warm` brings thread pools, workspaces and lazy imports. On a CPU only the first call of a process counts, because
+    an allocator keeps what it once had.
+    """
+    rest(state)
+    next(iter(state.build(warm))).run()
+    release()
+    state.variant = variant = next(iter(state.build(job)))
+    found = clock.peak_bytes(variant.run) if state.setup.is_gpu else host_peak(variant.run)
+    return {"bytes": found, "settings": variant.settings, "answer": variant.answer()}
+
+
+CLEAR = Path("/proc/self/clear_refs")
+"""Resets the high-water mark of the memory of a process. Linux only."""
+
+
+def host_peak(run: Call) -> int:
+    before = memory("VmRSS")
+    CLEAR.write_text("5")
+    run()
+    return memory("VmHWM") - before
+
+
+def memory(field: str, pid: str | int = "self") -> int:
+    """A line of /proc/PID/status in bytes; 0 once the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def answer(state: State, job: Job) -> Tensor:
+    """The answer of a job that is not timed."""
+    return next(iter(state.build(job))).answer()
+
+
+def fits(state: State, job: Job) -> bool:
+    """Whether there is memory for the job in one batch."""
+    rest(state)
+    try:
+        state.read(next(iter(state.build(job))).run)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        release()
+    return True
+
+
+def sensors(state: State) -> dict[str, float]:
+    """Clocks, power and temperature while the prepared job runs."""
+    return clock.sensors(state.device, state.ready.warm or state.ready.run)
+
+
+def rates(state: State) -> Rates:
+    """What this machine reaches in the dtype of the setup."""
+    return clock.rates(state.device, state.setup.torch_dtype, quick=state.setup.quick)
+
+
+def rest(state: State) -> None:
+    """Drop the last job and what the allocator keeps."""
+    state.variant = None
+    release()
+
+
+def release(*, few: bool = False) -> None:
+    """Give back what the allocator of a GPU keeps, because others need it; with `few`, only if it is much."""
+    gc.collect()
+    if torch.cuda.is_initialized() and (not few or torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1] / 40):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
