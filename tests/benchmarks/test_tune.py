@@ -171,14 +171,9 @@ def test_every_entry_can_be_tuned_and_has_its_present_tile_among_the_candidates(
 
 
 def test_what_spills_or_does_not_fit_is_no_candidate() -> None:
-    subject = next(one for one in SUBJECTS if one.key == ("geglu forward",))
+    subject = next(at for at, one in enumerate(SUBJECTS) if one.key == ("geglu forward",))
     assert tune.fits(subject, 89, Tile(2048, 512, 4, 3))
     assert not tune.fits(subject, 89, Tile(4096, 512, 1, 3)), "256 numbers for each thread"
-
-
-def test_an_unknown_kernel_is_no_candidate() -> None:
-    subject = next(one for one in SUBJECTS if one.key == ("geglu forward",))
-    assert not tune.fits(subject._replace(kernel="another_kernel"), 89, Tile(2048, 512, 4, 3))
 
 
 def test_quick_tries_one_entry_of_each_op_and_the_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
