@@ -33,11 +33,11 @@ class Session(Generic[M]):
     Make a new one after the weights change: what can be seen of a change at little cost raises an error. Results have
     no gradient, and are the model's within rounding. Threads may share it.
 
-    - On a CPU one short text takes bare operations on weights in the layout that was measured to be the fastest; large
-      batches are cut, and a thread a core calls the model. With AVX-512 weights are packed for oneDNN. That costs the
-      memory of the weights once or twice more.
-    - On a GPU small batches replay CUDA graphs.
-    - Row counts are rounded up to steps on both, because each new one costs time and memory.
+    - On a CPU, one short text takes bare operations, on weights in the layout that was measured to be the fastest. A
+      large
+      batch is cut into micro-batches, which a thread a core encodes. With AVX-512, weights are packed for oneDNN, and
+      row counts are rounded up to a step. This costs the memory of the weights once or twice more.
+    - On a GPU, a small batch is rounded up to a step and replays a CUDA graph.
 
     Attributes:
         model: what it was made of. device: of the model. width: of its embeddings.
@@ -127,9 +127,7 @@ class Session(Generic[M]):
         sizes = [part.num_tokens for part in parts]
         split = [None] * len(parts) if rows is None else split_rows(rows, sizes)
         calls = list(zip(parts, split, strict=True))
-        return torch.cat(
-            list(map_callers(lambda call: self._bulk(call[0], rows=call[1]), calls, callers(self.device)))
-        )
+        return torch.cat(list(map_callers(lambda call: self._bulk(call[0], rows=call[1]), calls, callers(self.device))))
 
     def _on_device(self, batch: Packed, rows: Tensor | None) -> Tensor:
         bucket = None if self._graphs is None else self._graphs.bucket(batch)
