@@ -196,7 +196,7 @@ def peaks(workers: Workers, table: Table) -> Result:
                 try:
                     error = fresh.judged(name, found[0]["answer"], exact, plain, table.job)
                     one = taken.setdefault(name, Measured(name, found[0]["settings"], error))
-                    one.costs += [each["bytes"] for each in found]
+                    one.costs += [max(1, each["bytes"]) for each in found]
                 except Refused as reason:
                     refused[name] = str(reason)
     return workers.result(table, [one for name, one in taken.items() if name not in refused], refused)

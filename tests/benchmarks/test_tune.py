@@ -17,11 +17,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton, which has no wheel for this platform")
 
 from benchmarks import tune
-from benchmarks.gpu import Machine
-from benchmarks.harness import Reading
-from benchmarks.kernels import tiles_file
-from benchmarks.kernels.cases import Case
-from benchmarks.kernels.subjects import SUBJECTS, Subject
+from benchmarks.cases import Case
+from benchmarks.clock import Machine, Reading
+from benchmarks.tune import SUBJECTS, Subject
 from modernbert_kernels import Op
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
@@ -55,7 +53,7 @@ class Bench:
 
         def cases(device: str, tokens: int) -> Iterator[Case]:
             for name in "ab":
-                yield Case(op, name, (torch.randn(tokens),), {})
+                yield Case(op, name, (torch.randn(tokens),))
 
         return Subject(KEY, "doubling_kernel", False, tuple(self.seconds), cases)
 
@@ -85,7 +83,7 @@ def test_the_fastest_right_tile_wins_and_the_table_is_as_before() -> None:
     }
     assert bench.taken.count(WRONG) == 1  # checked in the first case, and never again
     assert TILES[KEY] == {80: Tile(*PRESENT)}
-    assert "16 x 8, 4 warps, 1 stages is 2.000 times as fast as 8 x 8" in tune.said(outcome, 4)
+    assert "16 x 8, 4 warps, 1 stages is 2.000 times as fast as 8 x 8" in tune.summary(outcome, 4)
 
 
 @pytest.mark.parametrize(("rival", "wins"), [(0.0199, False), (0.0197, False), (0.0195, True), (0.03, False)])
@@ -93,7 +91,7 @@ def test_within_noise_the_present_tile_stays(rival: float, wins: bool) -> None:
     outcome = Bench({PRESENT: 0.02, FAST: rival}).tune()
     assert (outcome.best == Tile(*FAST)) is wins
     assert (outcome.factor > 1) is wins
-    assert ("stays" in tune.said(outcome, 1)) is not wins
+    assert ("stays" in tune.summary(outcome, 1)) is not wins
 
 
 def test_a_tile_that_was_lucky_once_has_to_win_again() -> None:
@@ -116,12 +114,12 @@ def test_where_the_present_tile_is_wrong_nothing_is_compared() -> None:
     bench.seconds[WRONG] = 0.02
     outcome = bench.tune()
     assert outcome.best == outcome.present == Tile(*WRONG)
-    assert "the present tile 32 x 8, 4 warps, 1 stages differs from the reference" in tune.said(outcome, 2)
+    assert "the present tile 32 x 8, 4 warps, 1 stages differs from the reference" in tune.summary(outcome, 2)
 
 
 def test_a_backward_pass_runs_with_the_candidate_too() -> None:
     """Autograd calls it after the call has returned."""
-    from benchmarks.kernels.calls import Way, call_of
+    from benchmarks.ops import Way, call_of
 
     seen = []
 
@@ -140,21 +138,17 @@ def test_a_backward_pass_runs_with_the_candidate_too() -> None:
     assert seen == [FAST]
 
 
-def test_the_committed_file_is_what_would_be_written_and_round_trips() -> None:
-    text = tiles_file.FILE.read_text("utf-8")
-    table = {key: entries for key, entries in TILES.items() if key != KEY}
-    assert tiles_file.rendered(table) == text
+def test_the_committed_file_is_what_would_be_written() -> None:
+    text = tune.FILE.read_text("utf-8")
+    assert tune.with_table(text, {key: entries for key, entries in TILES.items() if key != KEY}) == text
 
 
-def test_an_outcome_is_written_for_its_architecture_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles_file, "FILE", Path(shutil.copy(tiles_file.FILE, tmp_path)))
+def test_an_outcome_is_written_for_its_architecture_alone() -> None:
     outcome = tune.Outcome(KEY, Tile(*PRESENT), Tile(*FAST), 1.5, {})
-    table = tune.found(TILES, outcome, 90, "NVIDIA H200")
-    assert table[KEY] == {80: Tile(*PRESENT), 90: Tile(*FAST, "NVIDIA H200"), 100: Tile(*PRESENT)}
-    tiles_file.write(table)
-    text = tiles_file.FILE.read_text("utf-8")
-    assert [file.name for file in tmp_path.iterdir()] == ["tiles.py"]
-    assert eval(text[text.index("] = {") + 3 :], {"Tile": Tile}) == table
+    table = tune.with_outcome(TILES, outcome, 90, "NVIDIA H200")
+    assert table[KEY] == {80: Tile(*PRESENT), 90: Tile(*FAST, "NVIDIA H200")}
+    text = tune.with_table(tune.FILE.read_text("utf-8"), table)
+    assert '90: Tile(16, 8, 4, 1, "NVIDIA H200")' in text
 
 
 def test_ruff_likes_what_is_written(tmp_path: Path) -> None:
@@ -162,7 +156,8 @@ def test_ruff_likes_what_is_written(tmp_path: Path) -> None:
     if not Path(ruff).exists():
         pytest.skip("needs ruff")
     file = tmp_path / "tiles.py"
-    file.write_text(tiles_file.rendered(TILES | {("one",): {80: Tile(1, 2, 3, 4, "a GPU")}}), "utf-8")
+    table = TILES | {("one",): {80: Tile(1, 2, 3, 4, "a GPU")}}
+    file.write_text(tune.with_table(tune.FILE.read_text("utf-8"), table), "utf-8")
     done = subprocess.run([ruff, "format", "--check", "--line-length", "120", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -176,14 +171,9 @@ def test_every_entry_can_be_tuned_and_has_its_present_tile_among_the_candidates(
 
 
 def test_what_spills_or_does_not_fit_is_no_candidate() -> None:
-    subject = next(one for one in SUBJECTS if one.key == ("geglu forward",))
+    subject = next(at for at, one in enumerate(SUBJECTS) if one.key == ("geglu forward",))
     assert tune.fits(subject, 89, Tile(2048, 512, 4, 3))
     assert not tune.fits(subject, 89, Tile(4096, 512, 1, 3)), "256 numbers for each thread"
-
-
-def test_an_unknown_kernel_is_no_candidate() -> None:
-    subject = next(one for one in SUBJECTS if one.key == ("geglu forward",))
-    assert not tune.fits(subject._replace(kernel="another_kernel"), 89, Tile(2048, 512, 4, 3))
 
 
 def test_quick_tries_one_entry_of_each_op_and_the_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.model_work import DATASHEETS, datasheet, flops, kernels, least_seconds
+from benchmarks.work import DATASHEETS, flops, kernels, least_seconds, show_roofline
 from modernbert import Encoder
 from modernbert.config import PRESETS, EncoderConfig
 from modernbert.packing import pack
@@ -112,8 +112,14 @@ def test_more_work_takes_longer() -> None:
 
 
 def test_datasheets_are_dense_and_of_known_cards_alone() -> None:
-    assert datasheet("NVIDIA H200") == (989.4e12, 66.9e12, 4.8e12)
-    assert datasheet("NVIDIA GeForce RTX 4090") == (165.2e12, 82.6e12, 1008e9)
-    assert datasheet(None) is None
-    assert datasheet("NVIDIA GeForce GTX 1080") is None
+    assert DATASHEETS["NVIDIA H200"] == (989.4e12, 66.9e12, 4.8e12)
+    assert DATASHEETS["NVIDIA GeForce RTX 4090"] == (165.2e12, 82.6e12, 1008e9)
     assert all(sheet.bfloat16 > sheet.float32 > 1e12 < sheet.bytes * 10 for sheet in DATASHEETS.values())
+
+
+def test_the_roofline_says_that_it_is_projected(capsys: pytest.CaptureFixture[str]) -> None:
+    show_roofline("NVIDIA H200")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("Projected, not measured: NVIDIA H200")
+    assert {line.partition(":")[0] for line in lines[1:]} == set(PRESETS)
+    assert all(line.count("(projected)") == 4 for line in lines[1:])

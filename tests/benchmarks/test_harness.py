@@ -1,0 +1,212 @@
+"""The method: turns, quiet samples, refusal of wrong answers, processes that fail, and the conditions in a row."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_worker import LocalWorker, pretend, where_from
+
+from benchmarks import clock, harness, rows, worker
+from benchmarks.clock import Reading, Refused
+from benchmarks.harness import FOREIGN_LIMIT, Difference, Measured, Run, Sample, Table, difference, in_turns
+from benchmarks.worker import Job, Peer, Setup, State, Variant, Worker
+
+RIGHT = torch.tensor([1.0, 2.0])
+LENGTHS = (21, 3, 40, 1)
+SETUP = Setup("", "float32", "cpu", 1, True)
+
+
+def test_rounds_take_turns() -> None:
+    log: list[str] = []
+    taken, _ = in_turns({name: lambda name=name: log.append(name) for name in "ABC"}, 4)
+    assert "".join(log) == "ABC" + "BCA" + "CAB" + "ABC"
+    assert all(len(samples) == 4 for samples in taken.values())
+
+
+def test_a_busy_sample_is_repeated_and_the_quietest_is_kept() -> None:
+    script = iter([(1.0, 50.0), (2.0, 9.0), (3.0, 20.0), (4.0, 1.0), (5.0, 40.0), (6.0, 30.0)])
+    taken, _ = in_turns({"a": lambda: Sample(*next(script))}, 2, retries=4)
+    # Three retries in the first round end with a quiet sample; the last one is left for the second.
+    assert taken["a"] == [(4.0, 1.0), (6.0, 30.0)]
+    assert Sample(1.0, FOREIGN_LIMIT).clean
+    assert not Sample(1.0, FOREIGN_LIMIT + 0.1).clean
+
+
+def test_an_implementation_that_fails_leaves_and_the_others_go_on() -> None:
+    def fail() -> None:
+        raise Refused("its process ended")
+
+    taken, refused = in_turns({"good": lambda: 1, "bad": fail}, 3)
+    assert taken == {"good": [1, 1, 1]}
+    assert refused == {"bad": "its process ended"}
+
+
+def test_after_the_time_no_third_round_is_begun() -> None:
+    assert in_turns({"a": lambda: 1}, 9, until=0.0)[0] == {"a": [1, 1]}
+
+
+@pytest.mark.parametrize("bad", [RIGHT + torch.tensor([0.0, 0.5]), RIGHT * float("nan"), torch.ones(3)])
+def test_wrong_outputs_are_refused(bad: torch.Tensor) -> None:
+    with pytest.raises(Refused, match=r"differs from the reference by|returned shape"):
+        difference(bad, RIGHT, None, absolute=True)
+
+
+def test_what_is_allowed_depends_on_dtype_and_device() -> None:
+    off = RIGHT + 0.9e-4
+    assert difference(off, RIGHT, None, absolute=True).allowed == 1e-4
+    assert difference(off, RIGHT, None, absolute=False).found == pytest.approx(harness.rms(off, RIGHT))
+    with pytest.raises(Refused):
+        difference(RIGHT + 1.1e-4, RIGHT, None, absolute=True)
+    # Twice the error of the reference in the same dtype, and one rounding step.
+    plain = RIGHT * 1.01
+    assert difference(RIGHT * 1.025, RIGHT, plain, absolute=False).allowed == pytest.approx(0.02 + 2**-7, rel=1e-3)
+    with pytest.raises(Refused):
+        difference(RIGHT * 1.03, RIGHT, plain, absolute=False)
+
+
+def test_foreign_cpu_is_what_is_neither_idle_nor_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle, own, wall = iter([10.0, 11.5]), iter([5.0, 5.9]), iter([0.0, 1.0])
+    monkeypatch.setattr(clock, "_idle_seconds", lambda: next(idle))
+    monkeypatch.setattr(clock.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(clock.os, "cpu_count", lambda: 4)
+    assert clock.read_clocks(lambda: None) == pytest.approx((1.0, 160.0))
+
+
+def test_factors_compare_samples_of_one_round() -> None:
+    mine = Measured("a", "", Difference(0, 1), costs=[1.0, 2.0, 4.0])
+    other = Measured("b", "", Difference(0, 1), costs=[3.0, 4.0, 4.0])
+    assert mine.times_better_than(other) == 2.0
+    int8 = Measured("c, int8", "", Difference(0, None), costs=[1.0, 1.0, 1.0], exact=False)
+    made = mine.row([mine, other, int8], lambda cost: 1000 * cost, unit="ms")
+    assert made["times_better_than"] == {"b": 2.0}, "an exact one is not compared with int8"
+    assert int8.row([mine, other, int8], float)["times_better_than"] == {"a": 2.0, "b": 4.0}
+    assert (made["median"], made["min"], made["max"], made["samples"]) == (2000.0, 1000.0, 4000.0, 3)
+
+
+def table(**peers: Peer) -> Table:
+    job = Job(LENGTHS, tuple(range(len(LENGTHS))))
+    return Table("w", "what", "m", "float32", job, peers, Peer(pretend), model_pass=False, rounds=3)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Run:
+    (tmp_path / "m").mkdir()
+    return Run("suite", False, "cpu", None, float("inf"), tmp_path)
+
+
+def test_the_fastest_right_variant_is_measured_and_the_wrong_are_refused(
+    here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "Worker", LocalWorker)
+    found = {how: Peer(pretend, {"how": how}) for how in ("right", "wrong", "short", "nan", "fails", "cannot load")}
+    found |= {
+        "elsewhere": Peer(pretend, applies=lambda setup: setup.is_gpu),
+        "not installed": Peer(pretend, package="no_such_package"),
+        "inexact": Peer(pretend, {"how": "wrong"}, exact=False),
+    }
+    (result,) = harness.measure(here, [table(**found)])
+    assert [one["implementation"] for one in result.rows] == ["right", "inexact"]
+    right, inexact = result.rows
+    assert right["settings"] == "fast"
+    assert right["samples"] == 3
+    assert (right["max_error"], right["tolerance"]) == (0.0, 1e-4)
+    assert (inexact["max_error"], inexact["tolerance"]) == (1.0, None)
+    assert right["lengths"] == {"sequences": 4, "tokens": 65, "longest": 40}
+    assert right["min"] <= right["median"] <= 65 / 0.001
+    reasons = {name.removeprefix("what: "): reason for name, reason in result.refused.items()}
+    assert set(reasons) == {"wrong", "short", "nan", "fails", "cannot load"}
+    assert reasons["cannot load"] == "fails: ImportError: no such kernel"
+
+
+def test_without_a_reference_nothing_is_judged(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Worker", LocalWorker)
+    made = harness.replace(table(right=Peer(pretend)), reference=Peer(pretend, {"how": "cannot load"}))
+    (result,) = harness.measure(here, [made])
+    assert not result.rows
+    assert "cannot be judged" in result.refused["what: every implementation"]
+
+
+def test_what_is_not_reached_is_said(here: Run) -> None:
+    here.until, here.minutes = 0.0, 1.0
+    (result,) = harness.measure(here, [table(right=Peer(pretend))])
+    assert result.refused == {"the rest": "was not reached within 1 minutes: ask for it with --only w"}
+
+
+def test_slow_ones_are_left_out_where_time_is_short(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Worker", LocalWorker)
+    here.minutes = 1.0
+    (result,) = harness.measure(here, [table(right=Peer(pretend), slow=Peer(pretend, slow=True))])
+    assert [one["implementation"] for one in result.rows] == ["right"]
+    assert result.refused == {"what: slow": "is left out: it compiles for minutes"}
+
+
+def test_processes_answer_fail_die_and_hang_alone(tmp_path: Path) -> None:
+    job = Job(LENGTHS, (0,))
+    right, fails, dies, hangs = (
+        Worker(SETUP, Peer(pretend, {"how": how}), tmp_path) for how in ("right", "fails", "dies", "hangs")
+    )
+    for one in (fails, dies, hangs, right):
+        one.send(worker.prepare, job=job, window=0.0, seconds=0.0)
+    assert right.receive(120)["answer"].shape == (sum(LENGTHS),)
+    with pytest.raises(Refused, match="fails: ValueError: unknown shape"):
+        fails.receive(120)
+    with pytest.raises(Refused, match="its process ended with exit code 3: a kernel has crashed"):
+        dies.receive(120)
+    assert not dies.is_alive
+    with pytest.raises(Refused, match="did not answer within 0 s"):
+        hangs.receive(0.1)
+    assert not hangs.is_alive
+    seconds, foreign = right.ask(worker.sample, timeout=60)
+    assert seconds >= 0.001
+    assert foreign >= 0
+    assert fails.is_alive
+    for one in (right, fails):
+        one.close()
+        assert not one.is_alive
+
+
+def test_another_checkout_is_imported_in_its_process_alone(tmp_path: Path) -> None:
+    root = Path(rows.ROOT)
+    checkout = tmp_path / "another checkout"
+    for name in ("modernbert", "kernels"):
+        shutil.copytree(root / name, checkout / name, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    for peer, expected in ((Peer(where_from), root), (Peer(where_from, checkout=str(checkout)), checkout)):
+        one = Worker(SETUP, peer, tmp_path)
+        assert one.ask(worker.answer, timeout=120, job=Job((1,))).item() == len(str(expected))
+        one.close()
+
+
+def test_a_sample_is_the_median_call_after_an_untimed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    variant = Variant("", lambda: log.append("run"), lambda: RIGHT, warm=lambda: log.append("warm"))
+    state = State(SETUP, lambda job: [], variant, calls=3)
+    monkeypatch.setattr(clock, "read_clocks", lambda work: (work(), Reading(9.0, 2.0))[1])
+    assert worker.sample(state)[1] == 2.0
+    assert log == ["warm", "run", "run", "run"]
+
+
+def test_a_row_says_where_and_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rows.row([3.0, 1.0, 2.0], suite="s", unit="ms", max_error=1.23456e-7)
+    assert made["max_error"] == 1.2e-7
+    assert made["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    known = {"cpu", "cores", "threads", "system", "versions", "commit", "dirty", "date", "command"}
+    assert known <= made.keys()
+    arguments = ["cpu", "--only", "variable", "--output", "/home/me/rows", "--against=/home/me/old", "--quick"]
+    assert rows.without_folders(arguments) == ["cpu", "--only", "variable", "--quick"]
+
+
+def test_rows_are_read_back_oldest_first(tmp_path: Path) -> None:
+    one: dict[str, Any] = {"date": "2026-01-02", "median": 1.5}
+    rows.append([one, one | {"date": "2026-01-01"}], tmp_path / "sub" / "a.jsonl")
+    assert [each["date"] for each in rows.read(tmp_path / "sub")] == ["2026-01-01", "2026-01-02"]
+
+
+def test_peak_memory_is_beyond_what_was_there() -> None:
+    if not worker.CLEAR.exists():
+        pytest.skip("only Linux resets the peak memory of a process")
+    assert 60e6 < worker.host_peak(lambda: torch.ones(16_000_000).sum()) < 160e6

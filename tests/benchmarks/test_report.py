@@ -1,0 +1,117 @@
+"""Tables, plots and pages say what the rows say, and the committed ones are those of the committed rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.rows import Row
+
+ROW: Row = {
+    **{"kind": "measured", "suite": "cpu", "workload": "w", "what": "a text", "implementation": "modernbert"},
+    **{"settings": "s", "unit": "ms", "median": 1.0, "min": 0.9, "max": 1.1, "samples": 3, "calls_per_sample": 1},
+    **{"clean": True, "foreign_percent": 1.0, "max_error": 1e-7, "tolerance": 1e-4, "dtype": "float32"},
+    **{"times_better_than": {"transformers, sdpa": 2.0, "ONNX Runtime": 0.5, "OpenVINO": 1.5}},
+    **{
+        "cpu": "AMD EPYC (avx512f)",
+        "threads": 2,
+        "system": "Linux",
+        "versions": {"torch": "2"},
+        "commit": "abcdef123456",
+    },
+    **{"dirty": False, "date": "2026-01-01", "command": "python -m benchmarks cpu"},
+}
+
+
+def other(name: str, median: float, **more: object) -> Row:
+    return ROW | {"implementation": name, "median": median, "times_better_than": {}} | more
+
+
+GROUP = [ROW, other("transformers, sdpa", 2.0, clean=False), other("ONNX Runtime", 0.5), other("OpenVINO", 1.5)]
+
+
+def test_the_committed_pages_are_those_of_the_committed_rows() -> None:
+    assert not report.stale(), "python -m benchmarks report"
+
+
+def test_no_projected_figure_is_committed() -> None:
+    rows = [one for folder in report.RESULTS.iterdir() for one in report.read(folder)]
+    assert rows
+    assert {one["kind"] for one in rows} <= {"measured", "synthetic vectors", "refused"}
+    assert not [file for file in report.RESULTS.rglob("*") if "projected" in file.name or "roofline" in file.name]
+
+
+def test_the_newest_run_of_each_workload_on_each_machine_is_shown_whole() -> None:
+    old, new, elsewhere = ({"date": date} for date in ("2026-01-01", "2026-01-02", "2026-01-03"))
+    rows = [ROW | old, other("gone", 1.0) | old, ROW | new, ROW | elsewhere | {"cpu": "another"}]
+    assert report.latest(rows) == rows[2:]
+    empty = {"kind": "refused", "reason": "no time", "date": "2026-01-04"}
+    assert report.latest([*rows, ROW | empty]) == rows[2:], "a run without figures replaces none that has some"
+
+
+def test_a_line_has_ours_transformers_at_its_fastest_and_the_others() -> None:
+    text = report.cpu_table(GROUP)
+    assert "| a text | **1 ms** | 2 ms † (2.00x) | 0.5 ms (0.50x) | OpenVINO 1.5 ms (1.50x) |" in text
+    assert "AMD EPYC (avx512f), 2 threads, Linux. float32, 2026-01-01, commit abcdef1234, torch 2." in text
+    assert "amd-epyc-cpu-factors.svg" in text
+
+
+def test_every_machine_has_its_table_the_newest_first() -> None:
+    later = [one | {"cpu": "Xeon (avx2)", "date": "2026-02-01"} for one in GROUP]
+    text = report.cpu_table([*GROUP, *later])
+    assert text.index("Xeon (avx2), 2 threads") < text.index("AMD EPYC (avx512f), 2 threads")
+
+
+def test_a_session_is_what_others_are_compared_with() -> None:
+    session = ROW | {"implementation": "modernbert, Session", "median": 0.5, "times_better_than": {"modernbert": 2.0}}
+    assert report.ours([*GROUP, session]) is session
+
+
+def test_a_page_has_every_row_and_why_others_have_none() -> None:
+    bad = other("PyLate", 1.0, kind="refused", reason="differs from the reference by 0.5")
+    text = report.page([*GROUP, bad], "Results", ["a.svg"])
+    assert "![](a.svg)" in text
+    assert "| implementation | median | range | samples | ours is | others' CPU | error | settings |" in text
+    assert "| ONNX Runtime | 0.5 ms | 0.9 to 1.1 | 3 | 0.50x | 1 % | 1.0e-07 | s |" in text
+    assert "- w: PyLate: differs from the reference by 0.5" in text
+
+
+def test_a_bar_says_whether_it_is_met() -> None:
+    known = {"suite": "retrieval", "workload": "search-10k", "corpus": "10 passages", "figure": "p50", "bar": "<= 90"}
+    text = report.retrieval_table([other("exact", 50.0, met=True, **known), other("slow", 95.0, met=False, **known)])
+    assert "| exact: 10 passages | p50 **50 ms** (bar <= 90, met) |" in text
+    assert "p50 **95 ms** (bar <= 90, missed)" in text
+
+
+def test_a_gpu_has_a_line_for_each_figure_or_a_sentence() -> None:
+    assert report.gpu_table(GROUP) == report.NO_GPU
+    gpu = {"gpu": "NVIDIA H200", "driver": "1", "capability": "9.0", "suite": "throughput", "model": "ettin-17m"}
+    gpu |= {"figure": "throughput", "pass": "forward", "percent_of_matmul": 40.0}
+    text = report.gpu_table([one | gpu for one in GROUP])
+    assert "| a text, forward: throughput | **1 ms** | 40 % | ONNX Runtime 0.5 ms (0.50x); OpenVINO" in text
+
+
+def test_a_table_is_written_between_its_markers() -> None:
+    text = "before <!-- cpu-table -->\nold\n<!-- /cpu-table --> after"
+    assert report.replace_between(text, "new", "cpu") == "before <!-- cpu-table -->\nnew\n<!-- /cpu-table --> after"
+    with pytest.raises(ValueError, match="must contain <!-- gpu-table -->"):
+        report.replace_between(text, "new", "gpu")
+
+
+def test_plots_are_drawn_and_are_the_same_twice(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = {"suite": "padding", "model": "m", "figure": "throughput", "pass": "forward"}
+    curve = [one | model | {"x": {"name": "fill", "value": x}} for one in GROUP for x in (0.5, 1.0)]
+    bars = [one | model | {"suite": "training", "x": None} for one in GROUP]
+    search = other("exact", 3.0, suite="retrieval", workload="search-10k", corpus="10,000 passages, m", figure="p50")
+    (tmp_path / "old.svg").write_text("")
+    first = report.drawn(report.plots([*GROUP, *curve, *bars, search]), tmp_path)
+    texts = [file.read_bytes() for file in first]
+    assert len(first) == 4
+    assert sorted(tmp_path.iterdir()) == sorted(first)
+    assert b"OpenVINO" in texts[0]
+    assert [
+        file.read_bytes() for file in report.drawn(report.plots([*GROUP, *curve, *bars, search]), tmp_path)
+    ] == texts

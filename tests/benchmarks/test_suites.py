@@ -1,0 +1,260 @@
+"""Every suite runs on a CPU with small models and --quick: implementations, right answers, rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_worker import LocalWorker
+
+import modernbert_kernels as ops
+from benchmarks import __main__ as commands
+from benchmarks import cases, clock, cpu, encoder, harness, inputs, peers, retrieval, texts, worker
+from benchmarks import ops as kernels
+from benchmarks.cases import CASES, Case
+from benchmarks.harness import Result
+from benchmarks.peers import INT8, OURS, PEERS, SDPA, SESSION
+from benchmarks.worker import Job, Setup
+from modernbert import Encoder, EncoderConfig, pack
+
+SMALL = EncoderConfig(
+    vocab_size=16_384, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+)
+MODELS = dict.fromkeys(("ettin-17m", "modernbert-base"), SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Worker", LocalWorker)
+    monkeypatch.setattr(cpu, "THREADS", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def run(suite: str, *names: str, **options: Any) -> list[Result]:
+    with harness.run(suite, quick=True, minutes=None, models=MODELS) as here:
+        return list(commands.SUITES[suite].measure(here, names or list(commands.SUITES[suite].workloads), **options))
+
+
+def names_of(result: Result) -> set[str]:
+    return {one["implementation"] for one in result.rows}
+
+
+@pytest.mark.parametrize(
+    ("suite", "workloads", "wanted"),
+    [
+        ("throughput", ["variable-short"], {OURS, SESSION, SDPA}),
+        ("padding", [], {OURS, SDPA}),
+        ("memory", [], {OURS, SDPA}),
+        ("latency", ["query-32"], {OURS, SESSION, SDPA}),
+        ("accuracy", ["bfloat16-512"], {OURS, SESSION, SDPA}),
+        ("paper-table", ["float32", "largest-batch-float32"], {OURS, SDPA}),
+        ("training", [], {OURS, SDPA}),
+        ("colbert", ["queries-128"], {OURS, SESSION, SDPA}),
+        ("colbert", ["maxsim-128"], {OURS, "padded einsum, as PyLate"}),
+        ("cpu", ["first-token"], {OURS, "modernbert, first rows", *peers.ORDERS}),
+        ("cpu", ["documents-short"], {OURS, SESSION}),
+        ("cpu", ["search-10k"], {OURS}),
+    ],
+)
+def test_a_suite_has_rows_of_every_implementation_that_is_right(
+    suite: str, workloads: list[str], wanted: set[str]
+) -> None:
+    results = run(suite, *workloads)
+    assert {result.workload for result in results} == set(workloads or commands.SUITES[suite].workloads)
+    for result in results:
+        assert wanted <= names_of(result), result.refused
+        for one in result.rows:
+            assert one["suite"] == suite
+            assert one["median"] > 0
+            assert set(one["times_better_than"]) == {
+                other["implementation"]
+                for other in result.rows
+                if other is not one and (other["figure"], other["pass"]) == (one["figure"], one["pass"])
+            }
+
+
+def test_the_shares_of_a_pass_are_those_of_this_machine() -> None:
+    (result,) = run("throughput", "fixed-512")
+    for one in result.rows:
+        assert one["percent_of_matmul"] == pytest.approx(
+            100 * one["tflop_per_s"] / one["rates"]["matmul_tflop_per_s"], rel=1e-2
+        )
+        assert one["percent_of_datasheet"] is None, "a CPU has none"
+
+
+def test_int8_keeps_its_rows_and_says_how_far_it_is_off() -> None:
+    (result,) = run("cpu", "int8-short-32")
+    found = {one["implementation"]: one for one in result.rows}
+    assert found[INT8]["dtype"] == "int8"
+    assert 0.9 < found[INT8]["worst_cosine"] <= found[INT8]["cosine"] <= 1
+    assert found[INT8]["tolerance"] is None
+    assert INT8 not in found[OURS]["times_better_than"]
+
+
+def test_compiled_graphs_give_the_hidden_states_of_padded_batches(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    inputs.save_seeded(SMALL, tmp_path)
+    setup, job = Setup(str(tmp_path), "float32", "cpu", 1, False), Job((5, 90, 33), (0, 1, 2))
+    (exact,) = [one.answer() for one in peers.alone(setup)(job)]
+    for name in ("ONNX Runtime", "OpenVINO"):
+        if harness.find_spec(PEERS[name].package or ""):
+            for one in PEERS[name].builder(setup)(job):
+                assert (one.answer() - exact).abs().max() < 1e-4, one.settings
+
+
+def test_flash_attention_of_torch_is_called_with_the_real_tokens(tmp_path: Path, monkeypatch: Any) -> None:
+    """A kernel of the specification takes the place of that for CUDA."""
+
+    def exact(q: Any, k: Any, v: Any, cu_seqlens: Any, longest: int, window: int | None, scale: float) -> torch.Tensor:
+        same = torch.arange(len(q)).unsqueeze(1) - torch.arange(len(q))
+        of = torch.bucketize(torch.arange(len(q)), cu_seqlens[1:], right=True)
+        seen = (of[:, None] == of) & ((same.abs() <= window) if window is not None else True)
+        scores = torch.einsum("qhk,thk->hqt", q, k).mul(scale).masked_fill(~seen, -torch.inf)
+        return torch.einsum("hqt,thk->qhk", scores.softmax(-1), v)
+
+    inputs.save_seeded(SMALL, tmp_path)
+    monkeypatch.setattr(peers.register_flash, "__defaults__", (exact,))
+    setup, job = Setup(str(tmp_path), "float32", "cpu", 1, True), Job((5, 200, 33), (0, 1, 2))
+    (expected,) = [one.answer() for one in peers.alone(setup)(job)]
+    variants = list(peers.transformers(setup, attention="flash")(job))
+    assert "flattened" in variants[0].settings
+    for one in variants:
+        assert (one.answer() - expected).abs().max() < 1e-4, one.settings
+
+
+def test_kernels_are_measured_and_a_wrong_way_is_refused() -> None:
+    results = run("kernels", "attention")
+    assert {one["pass"] for result in results for one in result.rows} == {"forward", "forward + backward"}
+    assert all({"cpu", "reference", "sdpa"} <= names_of(result) for result in results), results[0].refused
+    case = Case(ops.geglu, "c", (torch.randn(8, 16), "gelu"))
+    wrong = kernels.Way("wrong", lambda h, activation: h[:, :8] + 1)
+    task = kernels.task_of(case, "geglu", (wrong,))
+    result = kernels.timed("w", task, True, clock.this_machine(), clock.Rates(1e9, 1e9), rounds=1)
+    assert names_of(result) == {"reference"}
+    assert "differs from the reference" in result.refused["geglu, forward + backward: wrong"]
+    assert result.rows[0]["gb_per_s"] > 0
+
+
+def test_every_op_has_cases_of_different_names_and_counted_work() -> None:
+    for op, make in CASES.items():
+        made = list(make(torch.float32, "cpu", 16)) if op not in ("linear_cross_entropy", "maxsim") else []
+        assert len({case.name for case in made}) == len(made)
+        for case in made:
+            if op != "rotate_back" and case.kwargs.get("key_lengths") is None:
+                assert (cases.work(case) or cases.Work(0, 0)).of(False)[0]
+    case = Case(ops.layer_norm, "", (torch.randn(4, 8), torch.ones(8), None, 1e-5))
+    assert cases.work(case) == (2 * 128, 3 * 128, None, None)
+    with pytest.raises(ValueError, match="geglu has no case 7 gelu"):
+        list(cases.named("geglu", ("7 gelu",), torch.float32, "cpu", 4))
+
+
+def test_stores_are_searched_and_indexed() -> None:
+    exact, synthetic = retrieval.EXACT, "synthetic vectors"
+    found = run("retrieval", "search-10k", "index-5000")
+    for result, kind in zip(found[:2], (synthetic, "measured"), strict=True):
+        assert {exact, retrieval.PREFILTER} == names_of(result), result.refused
+        assert {one["kind"] for one in result.rows} == {kind}
+        figures = {(one["implementation"], one["figure"]): one["median"] for one in result.rows}
+        assert 0 < figures[exact, "p50"] <= figures[exact, "p99"]
+    assert figures[retrieval.PREFILTER, "recall@10 of exact search"] > 0.9
+    assert names_of(found[2]) == {"index", "bare encoder"}, found[2].refused
+
+
+def test_synthetic_vectors_do_not_depend_on_the_batch() -> None:
+    model = retrieval.model(48)
+    one, two = texts.of_lengths([20, 30])
+    alone = model.encode_documents([two], progress=False)[0]
+    assert torch.allclose(model.encode_documents([one, two], progress=False)[1], alone, atol=1e-6)
+
+
+def test_texts_have_the_lengths_that_were_asked_for(tmp_path: Path) -> None:
+    lengths = [3, 8, 100]
+    assert texts.default().tokenize_documents(texts.of_lengths(lengths)).batch.lengths == lengths
+    assert set(texts.default().tokenize_queries(texts.queries(5, 32)).batch.lengths) == {32}
+    texts.write_corpus(tmp_path / "c.jsonl", 20, 100)  # raises if a passage has another length
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 20
+    assert sum(inputs.in_set("variable short", 8192)) / 8192 == pytest.approx(256, abs=2)
+
+
+def test_the_largest_batch_is_found_within_a_few_tries() -> None:
+    for most in (1, 7, 500, 8192):
+        tried: list[int] = []
+        fits = lambda count, most=most, tried=tried: tried.append(count) or count <= most  # noqa: E731
+        found = encoder.largest_batch(fits, 8192)
+        assert most - max(1, most // 64) <= found <= most
+        assert len(tried) < 25
+    with pytest.raises(clock.Refused, match="no memory for a single text"):
+        encoder.largest_batch(lambda count: False, 8)
+
+
+def test_lengths_of_a_fill_ratio_fill_as_much() -> None:
+    for fill in (0.1, 0.25, 0.5, 1.0):
+        lengths = encoder.lengths_of_fill(fill, 64, 512)
+        assert max(lengths) == 512
+        assert sum(lengths) / (64 * 512) == pytest.approx(fill, abs=0.02)
+
+
+def test_an_answer_after_int8_is_that_of_the_encoder_nearly() -> None:
+    encoder_, batch = Encoder.from_config(SMALL).eval(), pack([[5, 6, 7]])
+    with torch.inference_mode():
+        before = encoder_(batch)
+        after = peers.with_int8(encoder_)(batch)
+    assert 0 < (after - before).abs().max() < 0.2
+
+
+def test_all_runs_every_suite_in_its_process_and_writes_a_report(tmp_path: Path) -> None:
+    def pretended(name: str, minutes: float, rows: Path, quick: bool) -> list[str]:
+        return ["sh", "-c", "exit 3" if name == "memory" else f"echo measured {name}"]
+
+    commands.run_all(tmp_path, 1.0, quick=True, command=pretended)
+    outcomes = (tmp_path / "suites.txt").read_text().splitlines()
+    assert "- memory: failed with status 3, see logs/memory.txt" in outcomes
+    assert outcomes.count("- throughput: done") == 1
+    assert len(outcomes) == sum(suite.weight > 0 for suite in commands.SUITES.values())
+    assert (tmp_path / "logs" / "throughput.txt").read_text() == "measured throughput\n"
+    assert "No rows" in (tmp_path / "README.md").read_text()
+
+
+def test_a_suite_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
+    outcome = commands.watched(["sh", "-c", "sleep 60 & sleep 60"], tmp_path / "log.txt", 0.5)
+    assert outcome.startswith("ended because it took too long")
+
+
+def test_a_suite_writes_rows_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(here: harness.Run, names: list[str]) -> list[Result]:
+        made = harness.row([1.0], suite="padding", workload="fill", what="w", implementation="a", unit="ms")
+        return [Result("fill", [made], {"b": "differs"})]
+
+    monkeypatch.setitem(commands.SUITES, "padding", commands.SUITES["padding"]._replace(measure=measure))
+    monkeypatch.setattr("sys.argv", ["benchmarks", "padding", "--quick", "--output", str(tmp_path)])
+    commands.main()
+    (file,) = tmp_path.glob("*.jsonl")
+    good, bad = harness_rows(file)
+    assert good["median"] == 1.0
+    assert (bad["kind"], bad["implementation"], bad["reason"]) == ("refused", "b", "differs")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "padding", "--only", "no-such"])
+    with pytest.raises(SystemExit):
+        commands.main()
+
+
+def harness_rows(file: Path) -> list[dict[str, Any]]:
+    import json
+
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_loop_lasts_its_window_and_slow_calls_are_not_timed() -> None:
+    machine = clock.Machine(torch.device("cpu"), lambda work: (work(), clock.Reading(0.01, 0.0))[1], 0.1, 3)
+    calls: list[int] = []
+    made = clock.loop([lambda: calls.append(1), lambda: calls.append(2)], machine)
+    assert (made.calls, made.how) == (10, "single calls")
+    calls.clear()
+    made.run()
+    assert calls == [1, 2] * 5
+    slow = machine._replace(read=lambda work: clock.Reading(1.0, 0.0))
+    with pytest.raises(clock.Refused, match="takes 1 s a call"):
+        clock.loop([lambda: None], slow)
+    assert clock.copies_beyond_cache(100, 1000) == 30
+    assert worker.memory("VmRSS") > 1e6
