@@ -27,7 +27,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from modernbert.files import replacing
 
 import modernbert_kernels as ops
 from benchmarks import clock, resources
@@ -35,6 +34,7 @@ from benchmarks.cases import Case, offsets, randn
 from benchmarks.clock import Machine, Rates
 from benchmarks.ops import Task, Way, timed
 from benchmarks.rows import ROOT
+from modernbert.files import replacing
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 

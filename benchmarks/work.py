@@ -167,7 +167,9 @@ def show_roofline(gpu: str) -> None:
     """Thousand tokens a second of every preset and set of lengths: the bound of the datasheet, and a projection."""
     sheet = DATASHEETS[gpu]
     print(f"Projected, not measured: {gpu}, bfloat16, forward, thousand tokens/s (bound by the datasheet / projected).")
-    assumed = f"products {PRODUCTS:.0%}, attention {ATTENTION:.0%} of the tensor cores' rate, {COPY:.0%} of the memory's"
+    assumed = (
+        f"products {PRODUCTS:.0%}, attention {ATTENTION:.0%} of the tensor cores' rate, {COPY:.0%} of the memory's"
+    )
     print(f"Assumed: {assumed}, {1e6 * GAP:g} us between kernels.")
     for model, config in PRESETS.items():
         cells = []
