@@ -22,11 +22,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from modernbert.files import replacing
 from torch import Tensor
 
 from benchmarks.cases import CASES, Case
 from benchmarks.rows import ROOT
+from modernbert.files import replacing
 
 TABLE = ROOT / "kernels" / "resources.jsonl"
 README = TABLE.with_name("README.md")

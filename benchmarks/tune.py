@@ -27,7 +27,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from modernbert.files import replacing
 
 import modernbert_kernels as ops
 from benchmarks import clock, resources
@@ -35,6 +34,7 @@ from benchmarks.cases import Case, offsets, randn
 from benchmarks.clock import Machine, Rates
 from benchmarks.ops import Task, Way, timed
 from benchmarks.rows import ROOT
+from modernbert.files import replacing
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
@@ -258,8 +258,14 @@ def run(machine: Machine, only: Sequence[str], *, quick: bool) -> Iterator[tuple
 
 
 def with_outcome(table: Table, outcome: Outcome, arch: int, gpu: str) -> Table:
-    """The table with this outcome, the present tile too if it won: it is measured now."""
-    return {**table, outcome.key: {**table[outcome.key], arch: outcome.best._replace(measured=gpu)}}
+    """The table with this outcome, the present tile too if it won: it is measured now.
+
+    An entry also serves newer architectures without one of their own, so the next one keeps its tile by name.
+    """
+    before = table[outcome.key]
+    newer = min((each for each in {*resources.ARCHS, *before} if each > arch), default=None)
+    kept = {} if newer is None else {newer: before[max(each for each in before if each <= newer)]}
+    return {**table, outcome.key: {**before, **kept, arch: outcome.best._replace(measured=gpu)}}
 
 
 def with_table(text: str, table: Table) -> str:

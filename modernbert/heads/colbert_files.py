@@ -74,7 +74,7 @@ def read(
     if checkpoint.read_json(folder, "config.json").get("architectures") == ["HF_ColBERT"]:
         config, dense = _stanford(folder), [_stanford_head(folder, device, dtype)]
     else:
-        modules = _modules(folder)
+        modules = _folders_of_modules(folder)
         where, written = folder / SETTINGS, _read_if_there(folder, SETTINGS)
         native = written.get("model_type") == "MultiVectorEncoder"
         config = _native(folder, written, modules, tokenizer) if native else _pylate(where, written)
@@ -126,7 +126,7 @@ def _stanford_head(folder: Path, device: torch.device | str, dtype: torch.dtype)
     return layer
 
 
-def _modules(folder: Path) -> dict[str, list[Path]]:
+def _folders_of_modules(folder: Path) -> dict[str, list[Path]]:
     """The folders of the modules in modules.json, by the kind of module; at least one is a Dense."""
     where = folder / "modules.json"
     if not checkpoint.has_file(where):

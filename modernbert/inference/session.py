@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from operator import attrgetter, is_
+from operator import is_
 from typing import Generic, TypeGuard, TypeVar
 
 import torch
@@ -33,11 +33,11 @@ class Session(Generic[M]):
     Make a new one after the weights change: what can be seen of a change at little cost raises an error. Results have
     no gradient, and are the model's within rounding. Threads may share it.
 
-    - On a CPU one short text takes bare operations on weights in the layout that was measured to be the fastest; large
-      batches are cut, and a thread a core calls the model. With AVX-512 weights are packed for oneDNN. That costs the
-      memory of the weights once or twice more.
-    - On a GPU small batches replay CUDA graphs.
-    - Row counts are rounded up to steps on both, because each new one costs time and memory.
+    - On a CPU, one short text takes bare operations, on weights in the layout that was measured to be the fastest. A
+      large
+      batch is cut into micro-batches, which a thread a core encodes. With AVX-512, weights are packed for oneDNN, and
+      row counts are rounded up to a step. This costs the memory of the weights once or twice more.
+    - On a GPU, a small batch is rounded up to a step and replays a CUDA graph.
 
     Attributes:
         model: what it was made of. device: of the model. width: of its embeddings.
@@ -47,8 +47,8 @@ class Session(Generic[M]):
         self.model = model
         self.device, self.width = placement(model)
         self._weights = _Weights(model)
-        self._modules = replicate(model, _pack_linear) if self.device.type == "cpu" else evaluated(model)
-        self._graphs = Graphs(self._modules, self.device) if self.device.type == "cuda" else None
+        self._bulk = replicate(model, _pack_linear) if self.device.type == "cpu" else evaluated(model)
+        self._graphs = Graphs(self._bulk, self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """The model's rows, `[T, ...]`, or those of `rows` `[Q]`, on the model's device.
@@ -115,7 +115,7 @@ class Session(Generic[M]):
         The same tokens give the same bits in every session on a machine: no layout of a weight is chosen by measuring.
         """
         self._weights.check()
-        caller: Caller = Modules(self._modules) if self.device.type == "cpu" else self
+        caller: Caller = Modules(self._bulk) if self.device.type == "cpu" else self
         return encode_tokens(caller, tokens, batch_tokens=batch_tokens, advance=advance)
 
     def _on_cpu(self, batch: Packed, rows: Tensor | None) -> Tensor:
@@ -123,19 +123,17 @@ class Session(Generic[M]):
             return self._one_text(batch, rows=rows)
         parts = micro_batches(batch, CPU_TOKENS)
         if len(parts) == 1:
-            return self._modules(batch, rows=rows)
+            return self._bulk(batch, rows=rows)
         sizes = [part.num_tokens for part in parts]
         split = [None] * len(parts) if rows is None else split_rows(rows, sizes)
         calls = list(zip(parts, split, strict=True))
-        return torch.cat(
-            list(map_callers(lambda call: self._modules(call[0], rows=call[1]), calls, callers(self.device)))
-        )
+        return torch.cat(list(map_callers(lambda call: self._bulk(call[0], rows=call[1]), calls, callers(self.device))))
 
     def _on_device(self, batch: Packed, rows: Tensor | None) -> Tensor:
         bucket = None if self._graphs is None else self._graphs.bucket(batch)
         if self._graphs is not None and bucket is not None:
             return self._graphs.replay(bucket, batch, rows)
-        return self._modules(batch.to(self.device), rows=None if rows is None else rows.to(self.device))
+        return self._bulk(batch.to(self.device), rows=None if rows is None else rows.to(self.device))
 
     @cached_property
     def _one_text(self) -> nn.Module:
@@ -184,7 +182,7 @@ class _Weights:
             raise RuntimeError("the model's weights have changed since this Session was made: make a new one")
 
     def _now(self) -> tuple[list[int], list[int]]:
-        return list(map(Tensor.data_ptr, self._tensors)), list(map(attrgetter("_version"), self._counted))
+        return list(map(Tensor.data_ptr, self._tensors)), [p._version for p in self._counted]
 
 
 def _few(parameter: nn.Parameter, count: int = 4) -> Tensor:

@@ -139,7 +139,7 @@ def test_bulk_with_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.linear, "FASTER_THAN_MKL", True)
     encoder, batch = loud("biases"), pack(random_ids([900, 800, 3, 700], 100))
     session = Session(encoder)
-    assert session._modules.layers[0].mlp.Wi.weight.is_mkldnn
+    assert session._bulk.layers[0].mlp.Wi.weight.is_mkldnn
     assert not encoder.layers[0].mlp.Wi.weight.is_mkldnn
     compare(encoder, batch, session=session)
     compare(encoder, batch, torch.arange(0, 2403, 7), session)

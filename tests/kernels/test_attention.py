@@ -133,6 +133,15 @@ def test_attention_backend(backend: str, dtype: torch.dtype, mix: str, window: i
     check_attention(backend, qkv, cu(lengths), max(lengths), **options)
 
 
+@pytest.mark.parametrize("by_head", [False, True])
+def test_attention_of_long_sequences_at_inference(by_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SDPA, and head by head as on a processor where oneDNN is faster."""
+    monkeypatch.setattr(ops.cpu.attention, "FASTER_THAN_MKL", by_head)
+    lengths = [300, 300, 7]
+    options = {"rope": rope(lengths, 32), "window": None, "key_lengths": None}
+    check_attention("cpu", randn(607, 3, 2, 32), cu(lengths), 300, **options, gradients=False)
+
+
 @TRITON
 @pytest.mark.parametrize("window", [2**31 - 1, 2**63 - 1])
 def test_triton_attention_of_a_window_without_an_end(window: int) -> None:

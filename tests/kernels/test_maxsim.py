@@ -160,15 +160,15 @@ def test_maxsim_triton_finds_positions_again(dtype: torch.dtype, monkeypatch: py
 
 @pytest.mark.parametrize("kept", [pytest.param(kept, marks=TRITON) for kept in (True, False)])
 def test_maxsim_triton_leaves_out_pairs_without_gradient(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A document that no gradient reaches is not read again, not even if it is full of NaN by now."""
+    """Documents and queries that no gradient reaches are not read again, not even if they are full of NaN by now."""
     if not kept:
         monkeypatch.setattr(ops.fused.maxsim, "ARGMAX_BYTES", 1)
-    run, reference = triton([3, 4], [20, 30])
-    q, d = randn(7, 32).to(DEVICE).requires_grad_(), randn(50, 32).to(DEVICE).requires_grad_()
-    weight = torch.tensor([[1.0, 0.0], [0.5, 0.0]], device=DEVICE)
+    run, reference = triton([3, 4, 5], [20, 30])
+    q, d = randn(12, 32).to(DEVICE).requires_grad_(), randn(50, 32).to(DEVICE).requires_grad_()
+    weight = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0]], device=DEVICE)
     scores, wanted = run(q, d), reference(q, d)
     wanted = torch.autograd.grad((wanted * weight).sum(), (q, d))
-    d.data[20:] = float("nan")  # unseen by autograd
+    d.data[20:] = q.data[7:] = float("nan")  # unseen by autograd
     torch.testing.assert_close(torch.autograd.grad((scores * weight).sum(), (q, d)), wanted)
 
 

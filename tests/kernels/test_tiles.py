@@ -10,6 +10,17 @@ pytest.importorskip("triton", reason="needs Triton, which has no wheel for this 
 
 from benchmarks import clock, tune
 from benchmarks.clock import Machine, Reading
+from modernbert_kernels.fused.tiles import Tile
+
+
+def test_a_measured_tile_is_for_its_architecture_alone() -> None:
+    """An entry serves newer architectures too, so the next one gets the tile that it had."""
+    old, new = Tile(8, 8, 4, 1), Tile(16, 8, 4, 1)
+    outcome = tune.Outcome(("kernel",), old, new, 1.5, {})
+    table = tune.with_outcome({("kernel",): {80: old}}, outcome, 90, "a GPU")
+    assert table["kernel",] == {80: old, 90: new._replace(measured="a GPU"), 100: old}
+    table = tune.with_outcome({("kernel",): {80: old}}, outcome, 120, "a GPU")
+    assert table["kernel",] == {80: old, 120: new._replace(measured="a GPU")}
 
 
 @TRITON

@@ -1,1 +1,0 @@
-"""Benchmarks of the encoder, late interaction, retrieval, training and kernels, against what people use today."""
