@@ -73,7 +73,7 @@ def main() -> None:
     elif arguments.command == "roofline":
         work.show_roofline(arguments.gpu)
     elif arguments.command == "report" and arguments.check:
-        sys.exit("\n".join(f"{file} is not what the rows say" for file in report.stale()))
+        sys.exit("\n".join(f"{file} is not what the rows say" for file in report.stale()) or 0)
     elif arguments.command == "report":
         for file in report.write_folder(arguments.folder) if arguments.folder else report.write():
             print(f"wrote {file}")

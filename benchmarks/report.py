@@ -211,7 +211,7 @@ def retrieval_table(rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for one in here:
         groups.setdefault((one["workload"], one["corpus"], one["implementation"]), []).append(one)
-    judged = {key for key, group in groups.items() if any(one["bar"] for one in group)}
+    judged = {key for key, group in groups.items() if any(one.get("bar") for one in group)}
     shown = {key[1:] for key in judged}
     lines = [
         [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -191,9 +190,3 @@ def test_a_row_says_where_and_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known <= made.keys()
     arguments = ["cpu", "--only", "variable", "--output", "/home/me/rows", "--against=/home/me/old", "--quick"]
     assert rows.without_folders(arguments) == ["cpu", "--only", "variable", "--quick"]
-
-
-def test_rows_are_read_back_oldest_first(tmp_path: Path) -> None:
-    one: dict[str, Any] = {"date": "2026-01-02", "median": 1.5}
-    rows.append([one, one | {"date": "2026-01-01"}], tmp_path / "sub" / "a.jsonl")
-    assert [each["date"] for each in rows.read(tmp_path / "sub")] == ["2026-01-01", "2026-01-02"]

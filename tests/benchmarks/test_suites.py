@@ -75,7 +75,8 @@ def test_a_suite_has_rows_of_every_implementation_that_is_right(
             }
 
 
-def test_int8_keeps_its_rows_and_says_how_far_it_is_off() -> None:
+def test_int8_keeps_its_rows_and_says_how_far_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: name == "transformers" or None)
     (result,) = run("cpu", "int8-short-32")
     found = {one["implementation"]: one for one in result.rows}
     assert found[INT8]["dtype"] == "int8"
@@ -87,7 +88,7 @@ def test_int8_keeps_its_rows_and_says_how_far_it_is_off() -> None:
 def test_compiled_graphs_give_the_hidden_states_of_padded_batches(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     inputs.save_seeded(SMALL, tmp_path)
-    setup, job = Setup(str(tmp_path), "float32", "cpu", 1, False), Job((5, 90, 33), (0, 1, 2))
+    setup, job = Setup(str(tmp_path), "float32", "cpu", 1, True), Job((5, 90, 33), (0, 1, 2))
     (exact,) = [one.answer() for one in peers.alone(setup)(job)]
     for name in ("ONNX Runtime", "OpenVINO"):
         if harness.find_spec(PEERS[name].package or ""):
@@ -141,7 +142,8 @@ def test_every_op_has_cases_of_different_names_and_counted_work() -> None:
         list(cases.named("geglu", ("7 gelu",), torch.float32, "cpu", 4))
 
 
-def test_stores_are_searched_and_indexed() -> None:
+def test_stores_are_searched_and_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "QUERIES", 8)
     exact, synthetic = retrieval.EXACT, "synthetic vectors"
     found = run("retrieval", "search-10k", "index-5000")
     for result, kind in zip(found[:2], (synthetic, "measured"), strict=True):
@@ -151,6 +153,8 @@ def test_stores_are_searched_and_indexed() -> None:
         assert 0 < figures[exact, "p50"] <= figures[exact, "p99"]
     assert figures[retrieval.PREFILTER, "recall@10 of exact search"] > 0.9
     assert names_of(found[2]) == {"index", "bare encoder"}, found[2].refused
+    one, full = found[0].rows[0] | {"median": 91.0}, harness.Run("retrieval", False, "cpu", None, 0.0, Path())
+    assert (one["bar"], retrieval.with_bar(one, full)["met"]) == (None, False), "a quick run has no bars"
 
 
 def test_texts_have_the_lengths_that_were_asked_for(tmp_path: Path) -> None:
