@@ -113,7 +113,8 @@ def models(here: Run) -> Iterator[tuple[str, ColBERT]]:
         if harness.find_spec(PEERS[name].package or ""):
             encoders[name] = Exported(PEERS[name].builder(setup, int8=True), model.encoder.config)
     for name, encoder in encoders.items():
-        yield name, ColBERT(encoder, model.tokenizer, [*model.dense], model.config).eval()
+        dense: Any = model.dense
+        yield name, ColBERT(encoder, model.tokenizer, [*dense], model.config).eval()
 
 
 def retrieval(here: Run, data: Path | None) -> Result:
@@ -124,7 +125,7 @@ def retrieval(here: Run, data: Path | None) -> Result:
         for name, top in tops.items():
             figures = {} if one.qrels is None else {"nDCG@10": ndcg(top, one)}
             figures["recall@10 of float32's"] = agreement(top, tops[OURS])
-            said = {"suite": here.suite, "workload": WORKLOAD, "implementation": name}
+            said: dict[str, Any] = {"suite": here.suite, "workload": WORKLOAD, "implementation": name}
             said["what"] = (
                 "What int8 products cost the default model: nDCG@10, and how much of float32's top 10 is found"
             )

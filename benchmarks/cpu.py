@@ -249,7 +249,7 @@ def search(here: Run, workload: str, other: Other) -> Table:
     """One question after another; every checkout indexes the passages."""
     count = 200 if here.quick else PASSAGES
     found = {OURS: Peer(store, {"name": "this"})} | (
-        {BEFORE: Peer(store, {"name": "before"}, **other)} if other else {}
+        {BEFORE: Peer(store, {"name": "before"}, checkout=other)} if other else {}
     )
     texts.write_corpus(Path(here.setup("ettin-17m", "float32").folder) / "corpus.jsonl", count, 100)
     what = f"exact search of {count:,} passages of 100 tokens, default model: p50 of {QUERIES} queries of 32 tokens"

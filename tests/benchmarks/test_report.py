@@ -64,11 +64,6 @@ def test_every_machine_has_its_table_the_newest_first() -> None:
     assert text.index("Xeon (avx2), 2 threads") < text.index("AMD EPYC (avx512f), 2 threads")
 
 
-def test_a_session_is_what_others_are_compared_with() -> None:
-    session = ROW | {"implementation": "modernbert, Session", "median": 0.5, "times_better_than": {"modernbert": 2.0}}
-    assert report.ours([*GROUP, session]) is session
-
-
 def test_a_page_has_every_row_and_why_others_have_none() -> None:
     bad = other("PyLate", 1.0, kind="refused", reason="differs from the reference by 0.5")
     text = report.page([*GROUP, bad], "Results", ["a.svg"])
@@ -91,13 +86,6 @@ def test_a_gpu_has_a_line_for_each_figure_or_a_sentence() -> None:
     gpu |= {"figure": "throughput", "pass": "forward", "percent_of_matmul": 40.0}
     text = report.gpu_table([one | gpu for one in GROUP])
     assert "| a text, forward: throughput | **1 ms** | 40 % | ONNX Runtime 0.5 ms (0.50x); OpenVINO" in text
-
-
-def test_a_table_is_written_between_its_markers() -> None:
-    text = "before <!-- cpu-table -->\nold\n<!-- /cpu-table --> after"
-    assert report.replace_between(text, "new", "cpu") == "before <!-- cpu-table -->\nnew\n<!-- /cpu-table --> after"
-    with pytest.raises(ValueError, match="must contain <!-- gpu-table -->"):
-        report.replace_between(text, "new", "gpu")
 
 
 def test_plots_are_drawn_and_are_the_same_twice(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.work import DATASHEETS, flops, kernels, least_seconds, show_roofline
+from benchmarks.work import flops, kernels, least_seconds, show_roofline
 from modernbert import Encoder
 from modernbert.config import PRESETS, EncoderConfig
 from modernbert.packing import pack
@@ -72,12 +72,6 @@ def test_presets_have_the_published_operations_per_token(name: str, length: int,
     assert hidden < 0.01 * millions * 1e6
 
 
-def test_texts_are_added_up_and_nothing_is_counted_for_none() -> None:
-    parts = [flops(SMALL, [length]) for length in (3, 20)]
-    assert flops(SMALL, [3, 20]) == sum(parts) < flops(SMALL, [23])
-    assert flops(SMALL, []) == flops(SMALL, [0]) == 0
-
-
 def test_a_forward_pass_has_the_kernels_of_the_encoder() -> None:
     names = [kernel.name for kernel in kernels(PRESETS["modernbert-base"], [512], 2)]
     # Seven a layer, the first without a norm; one before them, one after; a table for each of two thetas.
@@ -101,20 +95,6 @@ def test_the_roofline_is_the_longer_of_operations_and_bytes_of_every_kernel() ->
     both = least_seconds(config, lengths, 2, 1e12, 1e9)
     assert max(flops(config, lengths) / 1e12, bytes_moved / 1e9) <= both
     assert both < flops(config, lengths) / 1e12 + bytes_moved / 1e9
-
-
-def test_more_work_takes_longer() -> None:
-    config, rates = PRESETS["modernbert-base"], (989e12, 4.8e12)
-    one = least_seconds(config, [32], 2, *rates)
-    assert one < least_seconds(config, [32] * 2, 2, *rates) < 1.2 * one  # the weights are read once
-    assert least_seconds(config, [32], 4, *rates) == pytest.approx(2 * one, rel=0.02)
-    assert 2 * one < least_seconds(config, [512] * 2, 2, *rates, backward=True)
-
-
-def test_datasheets_are_dense_and_of_known_cards_alone() -> None:
-    assert DATASHEETS["NVIDIA H200"] == (989.4e12, 66.9e12, 4.8e12)
-    assert DATASHEETS["NVIDIA GeForce RTX 4090"] == (165.2e12, 82.6e12, 1008e9)
-    assert all(sheet.bfloat16 > sheet.float32 > 1e12 < sheet.bytes * 10 for sheet in DATASHEETS.values())
 
 
 def test_the_roofline_says_that_it_is_projected(capsys: pytest.CaptureFixture[str]) -> None:
