@@ -28,6 +28,7 @@ from benchmarks import clock
 from benchmarks.clock import Call, Rates, Reading, Refused
 from benchmarks.rows import ROOT
 
+HERE = Path(__file__).parent
 SLOW = 2.0
 """Seconds of a call on a CPU above which it is not repeated before its sample."""
 
@@ -121,7 +122,7 @@ class Worker:
         # `benchmarks` is always that of this checkout; `modernbert` may be another's.
         checkout = Path(peer.checkout) if peer.checkout else ROOT
         paths = [str(checkout), str(checkout / "kernels"), *(path for path in sys.path if path)]
-        code = f"import sys; sys.path[0] = {str(ROOT)!r}; import benchmarks; sys.path[:] = {paths!r}; "
+        code = f"import sys; sys.path[:] = {paths!r}; import benchmarks; benchmarks.__path__ = [{str(HERE)!r}]; "
         code += f"from benchmarks.worker import serve; serve({theirs.fileno()})"
         # What another process compiled is not found again. Thread pools of tokenizers read RAYON_NUM_THREADS.
         known = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=scratch), "RAYON_NUM_THREADS": str(setup.threads)}

@@ -165,8 +165,9 @@ def test_processes_answer_fail_die_and_hang_alone(tmp_path: Path) -> None:
 def test_another_checkout_is_imported_in_its_process_alone(tmp_path: Path) -> None:
     root = Path(rows.ROOT)
     checkout = tmp_path / "another checkout"
-    for name in ("modernbert", "kernels"):
-        shutil.copytree(root / name, checkout / name, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    for name in ("modernbert", "kernels", "benchmarks"):
+        shutil.copytree(root / name, checkout / name, ignore=shutil.ignore_patterns("assets", "results", "__pycache__"))
+    (checkout / "benchmarks" / "worker.py").write_text("raise ImportError('of the other checkout')")
     for peer, expected in ((Peer(where_from), root), (Peer(where_from, checkout=str(checkout)), checkout)):
         one = Worker(SETUP, peer, tmp_path)
         assert one.ask(worker.answer, timeout=120, job=Job((1,))).item() == len(str(expected))

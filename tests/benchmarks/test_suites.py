@@ -154,8 +154,8 @@ def test_stores_are_searched_and_indexed() -> None:
 
 
 def test_texts_have_the_lengths_that_were_asked_for(tmp_path: Path) -> None:
-    lengths = [3, 8, 100]
-    assert texts.default().tokenize_documents(texts.of_lengths(lengths)).batch.lengths == lengths
+    lengths = (3, 8, 100)
+    assert tuple(texts.default().tokenize_documents(texts.of_lengths(lengths)).batch.lengths) == lengths
     assert set(texts.default().tokenize_queries(texts.queries(5, 32)).batch.lengths) == {32}
     texts.write_corpus(tmp_path / "c.jsonl", 20, 100)  # raises if a passage has another length
     assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 20

@@ -98,7 +98,8 @@ def test_the_committed_file_is_what_would_be_written() -> None:
 def test_an_outcome_is_written_for_its_architecture_alone() -> None:
     outcome = tune.Outcome(KEY, Tile(*PRESENT), Tile(*FAST), 1.5, {})
     table = tune.with_outcome(TILES, outcome, 90, "NVIDIA H200")
-    assert table[KEY] == {80: Tile(*PRESENT), 90: Tile(*FAST, "NVIDIA H200")}
+    # The next architecture keeps its tile.
+    assert table[KEY] == {80: Tile(*PRESENT), 90: Tile(*FAST, "NVIDIA H200"), 100: Tile(*PRESENT)}
     text = tune.with_table(tune.FILE.read_text("utf-8"), table)
     assert '90: Tile(16, 8, 4, 1, "NVIDIA H200")' in text
 
