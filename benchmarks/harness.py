@@ -495,7 +495,7 @@ class Suite(NamedTuple):
     """A suite.
 
     Attributes:
-        what: is measured. workloads: what `--only` takes, with a line each. against: who takes part beside ours.
+        what: is measured. workloads: what `--only` takes, with a line each. against: the other implementations.
         measure: takes a `Run`, the names of workloads and the suite's options; yields results as they are done.
         gpu: `NO`, `BETTER` or `MUST`, of which only --quick runs without one. minutes: in words.
         weight: its part of the time of `all`; 0 leaves it out there.

@@ -67,7 +67,7 @@ def colbert_folder(setup: Setup, width: int) -> Path:
 
 
 def vectors(width: int) -> tuple[dict[str, Peer], Peer]:
-    """Who takes part, and the reference."""
+    """The implementations that take part, and the reference."""
     known = {"width": width}
     found = {
         name: one._replace(options={**one.options, **known}) for name, one in those(OURS, SESSION, SDPA, FLASH).items()

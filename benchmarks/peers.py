@@ -556,7 +556,7 @@ def fed(
         yield of_batches(f"{settings}, {words}", job, made, run, together=together)
 
 
-# Who takes part where. A new peer is a builder above and a row here.
+# Which implementation takes part where. A new peer is a builder above and a row here.
 
 
 def on_gpu(setup: Setup) -> bool:

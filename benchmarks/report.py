@@ -22,7 +22,7 @@ DOCS = {"cpu": ROOT / "docs" / "speed.md", "gpu": ROOT / "docs" / "speed.md", "r
 """The page of each generated table."""
 
 MINE = (SESSION, OURS, INT8, "modernbert, graphs", "triton")
-"""Our names; factors are told of the first that a table has."""
+"""Our names; factors are those of the first that a table has."""
 
 UNCLEAN = f"† marks a figure taken while other programs used more than {FOREIGN_LIMIT:g} % of a core."
 NOTES = {

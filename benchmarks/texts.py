@@ -50,7 +50,7 @@ def paragraphs(count: int) -> list[str]:
 class Corpus(NamedTuple):
     """Sentences by title, the paragraphs that are held out, and the tokens of each word for the default model.
 
-    A word is what stands between white space; its tokens do not depend on its neighbours (`write_corpus` checks it).
+    A word is what is between white space; its tokens do not depend on its neighbours (`write_corpus` checks it).
     """
 
     sentences: dict[str, list[str]]

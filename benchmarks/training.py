@@ -174,7 +174,7 @@ def step(settings: str, model: nn.Module, loss: Callable[[], Tensor]) -> Variant
 
 
 def peers_of(here: Run, workload: str) -> tuple[Mapping[str, Peer], Peer]:
-    """Who takes part, and the reference."""
+    """The implementations that take part, and the reference."""
     if workload == "encoder":
         more = () if here.quick else (EAGER, *(COMPILED if here.is_gpu else ()))
         return those(OURS, SDPA, FLASH, *more), REFERENCE

@@ -55,8 +55,8 @@ class Norm(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.norm_bias else None
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))  # `Encoder.reset_parameters` fills it
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_bias else None
 
     def forward(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         if delta_TD is None:
@@ -199,6 +199,8 @@ class Encoder(nn.Module):
             return self._padded(batch if input_ids is None else input_ids, attention_mask, rows, inputs_embeds)
         if attention_mask is not None:
             raise ValueError("a Packed carries its own mask and positions: leave out attention_mask")
+        if inputs_embeds is not None and inputs_embeds.shape[0] != batch.num_tokens:
+            raise ValueError(f"inputs_embeds has {inputs_embeds.shape[0]} rows, the batch {batch.num_tokens} tokens")
         self._check_length(batch)
         if rows is not None:
             check_rows(rows, batch.num_tokens)
@@ -225,7 +227,7 @@ class Encoder(nn.Module):
 
     def _check_length(self, batch: Packed) -> None:
         limit = self.config.max_position_embeddings
-        if batch.lengths and batch.max_seqlen > limit and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and batch.lengths and batch.max_seqlen > limit:
             warnings.warn(
                 f"a sequence is longer than max_position_embeddings, {limit} tokens. It is encoded, but the model was "
                 "not trained on such distances",

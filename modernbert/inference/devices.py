@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..late_interaction import Ragged
 from ..packing import Tokens
 from ..progress import progress_bar
-from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts
+from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts, joined
 
 
 class _Worker(NamedTuple):
@@ -75,7 +75,7 @@ def encode_in_processes(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # an error is raised now, not after all other parts
             raise
-    return Ragged.from_list(matrices) if matrices else Ragged(torch.zeros(0, dim), torch.zeros(1).long())
+    return joined(matrices, dim)
 
 
 def _start(pickled: bytes, devices: Queue[str], threads: int) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..encoder import Norm
 from ..late_interaction import Ragged
 from ..packing import Packed, Tokens
 from ..progress import progress_bar
@@ -51,7 +52,7 @@ class Modules:
     """A plain model, called in evaluation mode whatever mode its modules are in.
 
     Attributes:
-        device: of its parameters. width: of its widest stream, on which the size of a batch depends.
+        device: of the model. width: of its encoder, on which the size of a batch depends.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,9 +69,13 @@ class Modules:
 
 
 def placement(model: nn.Module) -> tuple[torch.device, int]:
-    """The device of a model, and the width of its embedding table."""
-    table_VD = next(model.parameters())
-    return table_VD.device, table_VD.shape[-1]
+    """The device of a model, and the width of its encoder: that of its widest norm, which every layer has."""
+    norms = [module.weight for module in model.modules() if isinstance(module, Norm)]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no encoder")
+    if norms[0].is_meta:
+        raise ValueError(f"{type(model).__name__} is on the meta device, so that it has no weights: load them first")
+    return norms[0].device, max(norm.shape[0] for norm in norms)
 
 
 def encode_texts(
@@ -93,8 +98,7 @@ def encode_texts(
     shown = progress if progress is not None else None if len(texts) >= PROGRESS_TEXTS else False
     with progress_bar("encoding", len(texts), shown) as advance:
         matrices = _encode(caller, in_turn(partial(tokenize, spans=False), parts), batch_tokens, advance)
-    # Joined outside of inference mode: an ordinary tensor, which may meet autograd later.
-    return Ragged.from_list(matrices) if matrices else Ragged(torch.zeros(0, dim), torch.zeros(1).long())
+    return joined(matrices, dim)
 
 
 def encode_tokens(
@@ -106,6 +110,13 @@ def encode_tokens(
 ) -> Ragged:
     """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts."""
     return Ragged.from_list(_encode(caller, [tokens], batch_tokens, advance))
+
+
+def joined(matrices: Sequence[Tensor], dim: int) -> Ragged:
+    """The matrices as one ordinary tensor, which may meet autograd later: it is made outside of inference mode."""
+    if not matrices:
+        return Ragged(torch.zeros(0, dim, dtype=torch.float32), torch.zeros(1, dtype=torch.int64))
+    return Ragged.from_list(matrices)
 
 
 def list_of_texts(texts: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,10 +13,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def replicate(module: nn.Module, change: Callable[[nn.Module], nn.Module | None] = lambda module: None) -> nn.Module:
-    """The module tree again in evaluation mode. Parameters, buffers and hooks are shared, modes and structure are not.
+    """A copy of the module tree in evaluation mode, which shares parameters, buffers and hooks.
 
     Args:
-        change: gives what takes the place of a module and all below it, or None for its replica; parents come first.
+        change: gives what replaces a module and all below it, or None for its replica; parents come first.
+
+    Raises:
+        ValueError: a module whose `forward` belongs to another object, so that a replica would run that object.
     """
     changed = change(module)
     if changed is not None:
@@ -42,7 +44,15 @@ def with_weight(module: Linear, weight_FD: Tensor) -> Linear:
 
 
 def _shallow(module: M) -> M:
-    replica = copy.copy(module)
+    if "forward" in module.__dict__ or "_orig_mod" in module._modules:
+        raise ValueError(
+            f"{type(module).__name__} has a forward of its own (torch.compile, or a patched one), which would not run "
+            "in evaluation mode: encode with the module inside, or with a model that is in evaluation mode"
+        )
+    # Not copy.copy, which refuses parametrized modules.
+    replica = module.__new__(type(module))
+    replica.__dict__.update(module.__dict__)
+    replica.__dict__["_compiled_call_impl"] = None  # of the original
     for name in ("_modules", "_parameters", "_buffers"):
         replica.__dict__[name] = dict(module.__dict__[name])
     replica.training = False

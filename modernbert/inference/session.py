@@ -1,4 +1,4 @@
-"""Session: a model made ready to answer, the one visible way to be faster than its modules."""
+"""Session: a model prepared for inference, the one visible way to be faster than its modules."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Session(Generic[M]):
-    """An encoder or a head, ready to answer: called like the model, with batches that are on the CPU.
+    """An encoder or a head prepared for inference: called like the model, with batches that are on the CPU.
 
     It holds the weights of the moment it was made, and answers in evaluation mode, whatever mode the modules are in.
-    Make a new one after the weights change: what can be seen of a change at little cost raises an error. Results have
-    no gradient, and are the model's within rounding. Threads may share it.
+    Make a new one after the weights change. Changes that are cheap to detect raise an error; a write through `.data` to
+    a few numbers, and changed attributes of modules, are not detected. Results have no gradient, and are the model's
+    within rounding. Threads may share a Session.
 
-    - On a CPU, one short text takes bare operations, on weights in the layout that was measured to be the fastest. A
-      large
-      batch is cut into micro-batches, which a thread a core encodes. With AVX-512, weights are packed for oneDNN, and
-      row counts are rounded up to a step. This costs the memory of the weights once or twice more.
+    - On a CPU, one short text runs as plain tensor operations, on weights in the layout that was measured to be the
+      fastest. A large batch is cut into micro-batches, each encoded by one thread; there is one thread per core. With
+      AVX-512, weights are packed for oneDNN, and row counts are rounded up to a step. This costs one or two extra
+      copies of the weights.
     - On a GPU, a small batch is rounded up to a step and replays a CUDA graph.
 
     Attributes:
@@ -48,6 +49,8 @@ class Session(Generic[M]):
         self.device, self.width = placement(model)
         self._weights = _Weights(model)
         self._bulk = replicate(model, _pack_linear) if self.device.type == "cpu" else evaluated(model)
+        # No layout of a weight is chosen by measuring here: the same tokens give the same bits.
+        self._batches: Caller = Modules(self._bulk) if self.device.type == "cpu" else self
         self._graphs = Graphs(self._bulk, self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
@@ -57,15 +60,12 @@ class Session(Generic[M]):
             ValueError: a batch that is not on the CPU, rows out of order or range, autocast, or a forced backend.
             RuntimeError: the weights have changed.
         """
+        self._check()
         if not batch.input_ids.is_cpu:
-            raise ValueError("the batch is on a GPU: leave it on the CPU, from where the session copies it at once")
-        if torch.is_autocast_enabled(self.device.type) or forced() is not None:
-            raise ValueError(
-                "a Session computes in the model's dtype on its own backends: leave autocast and backend()"
-            )
+            device = batch.input_ids.device
+            raise ValueError(f"the batch is on {device}: leave it on the CPU, from where the session copies it at once")
         if rows is not None:
             check_rows(rows, batch.num_tokens)
-        self._weights.check()
         with torch.no_grad():
             return self._on_cpu(batch, rows) if self.device.type == "cpu" else self._on_device(batch, rows)
 
@@ -114,9 +114,19 @@ class Session(Generic[M]):
 
         The same tokens give the same bits in every session on a machine: no layout of a weight is chosen by measuring.
         """
+        self._check()
+        return encode_tokens(self._batches, tokens, batch_tokens=batch_tokens, advance=advance)
+
+    def __reduce__(self) -> tuple[type[Session[M]], tuple[M]]:
+        """A copy, pickled or deep, is a Session of the copied model."""
+        return Session, (self.model,)
+
+    def _check(self) -> None:
+        if torch.is_autocast_enabled(self.device.type) or forced() is not None:
+            raise ValueError(
+                "a Session computes in the model's dtype on its own backends: leave autocast and backend()"
+            )
         self._weights.check()
-        caller: Caller = Modules(self._bulk) if self.device.type == "cpu" else self
-        return encode_tokens(caller, tokens, batch_tokens=batch_tokens, advance=advance)
 
     def _on_cpu(self, batch: Packed, rows: Tensor | None) -> Tensor:
         if len(batch) == 1 and batch.num_tokens <= LONGEST:
@@ -161,25 +171,31 @@ class _Weights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        members = [(m._parameters, *item) for m in model.modules() for item in m._parameters.items()]
-        members += [(m._modules, *item) for m in model.modules() for item in m._modules.items()]
+        owners = [owner for m in model.modules() for owner in (m._parameters, m._buffers, m._modules)]
+        members = [(owner, *item) for owner in owners for item in owner.items()]
         self._owners, self._names, self._members = zip(*members, strict=True)
+        self._dictionaries, self._sizes = owners, list(map(len, owners))
         self._tensors = list(model.parameters())
         self._counted = [p for p in self._tensors if not p.is_inference()]
         # A copy of these from a GPU would wait for it.
         self._samples = [_few(p) for p in self._tensors if p.is_cpu and p.numel()]
         self._state = self._now()
-        self._numbers = torch.cat(self._samples) if self._samples else None
+        self._numbers = self._sampled() if self._samples else None
 
     def check(self) -> None:
         """Raise RuntimeError if the weights have changed."""
         same = (
-            all(map(is_, map(dict.get, self._owners, self._names), self._members))
+            list(map(len, self._dictionaries)) == self._sizes
+            and all(map(is_, map(dict.get, self._owners, self._names), self._members))
             and self._now() == self._state
-            and (self._numbers is None or torch.equal(torch.cat(self._samples), self._numbers))
+            and (self._numbers is None or torch.equal(self._sampled(), self._numbers))
         )
         if not same:
             raise RuntimeError("the model's weights have changed since this Session was made: make a new one")
+
+    def _sampled(self) -> Tensor:
+        """As bytes: a NaN is equal to itself."""
+        return torch.cat(self._samples).view(torch.uint8)
 
     def _now(self) -> tuple[list[int], list[int]]:
         return list(map(Tensor.data_ptr, self._tensors)), [p._version for p in self._counted]
@@ -188,11 +204,15 @@ class _Weights:
 def _few(parameter: nn.Parameter, count: int = 4) -> Tensor:
     """Some numbers of a parameter, which follow it: a view."""
     flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // count)][:count]
+    step = max(1, flat.numel() // count)
+    return flat[step // 3 :: step][:count]  # from within: not all of them in one column
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[Linear]:
-    return type(module) is Linear and module.weight.is_cpu and module.weight.dtype is torch.float32
+    """A layer of ours that has its weight as a parameter: not one that a hook computes, as pruning does."""
+    if type(module) is not Linear or "weight" not in module._parameters:
+        return False
+    return module.weight.is_cpu and module.weight.dtype is torch.float32
 
 
 def _pack_linear(module: nn.Module) -> nn.Module | None:

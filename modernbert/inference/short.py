@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +98,11 @@ class ShortEncoder(nn.Module):
     def __init__(self, encoder: Encoder, layouts: Layouts) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
+        # Dictionaries of the modules, which may be filled later.
+        self.hooks = [hooks for module in encoder.modules() for hooks in _hooks(module)]
         self.table_VD = encoder.embeddings.tok_embeddings.weight.detach()
         self.norm = _norm(encoder.embeddings.norm)
-        layers = [layer for layer in encoder.layers if isinstance(layer, Layer)]
+        layers = cast("list[Layer]", list(encoder.layers))
         norms = [*(layer.attn_norm for layer in layers[1:]), encoder.final_norm]
         self.weights = [
             _Layer(
@@ -127,7 +129,12 @@ class ShortEncoder(nn.Module):
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """`[T]` tokens to `[T, D]`, or the `[Q, D]` of `rows`, as `Encoder.forward`."""
         tokens = batch.num_tokens
-        if len(batch) == 1 and 0 < tokens <= self.longest and torch.equal(batch.positions, self.positions[:tokens]):
+        if (
+            len(batch) == 1
+            and 0 < tokens <= self.longest
+            and not any(self.hooks)
+            and torch.equal(batch.positions, self.positions[:tokens])
+        ):
             return self._one_text(batch, rows)
         return self.encoder(batch, rows=rows)
 
@@ -153,14 +160,18 @@ class ShortEncoder(nn.Module):
 
 
 def has_short_way(encoder: nn.Module) -> TypeGuard[Encoder]:
-    """Whether `ShortEncoder` computes what this encoder does: float32 on a CPU, no hooks, only modules of ours."""
+    """Whether `ShortEncoder` computes what this encoder does: float32 on a CPU, only modules of ours."""
     return (
         isinstance(encoder, Encoder)
         and [i for i, layer in enumerate(encoder.layers) if getattr(layer, "attn_norm", None) is None] == [0]
         and all(p.is_cpu and p.dtype is torch.float32 for p in encoder.parameters())
         and all(type(module) in ORDINARY for module in encoder.modules())
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+        and not any("forward" in module.__dict__ for module in encoder.modules())
     )
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 def _norm(norm: nn.Module | None) -> _Norm:

@@ -46,7 +46,7 @@ class LocalWorker:
 
 
 def pretend(setup: Setup, *, how: str = "right") -> Build:
-    """A builder whose answer is the ids of the texts, as fast as it is told, and wrong in every way."""
+    """A builder whose answer is the ids of the texts, at any speed, and wrong in every way."""
     if how == "cannot load":
         raise ImportError("no such kernel")
 

@@ -87,7 +87,7 @@ def test_the_roofline_is_the_longer_of_operations_and_bytes_of_every_kernel() ->
     config, lengths = PRESETS["ettin-17m"], [512] * 4
     T, D, F, L = 2048, 256, 384, 7
     weights = L * (4 * D * D + 3 * D * F)
-    # What a layer reads and writes: four products, attention, two norms (one of the first stands at the end), geglu.
+    # What a layer reads and writes: four products, attention, two norms (one of the first is at the end), geglu.
     layer = (4 + 2 + 1 + 1) * D + (2 + 1) * F + 4 * D + 2 * 4 * D + 3 * F
     bytes_moved = 2 * (weights + T * (L * layer + 2 * D)) + 2 * 8 * T + (L + 1) * T * 64 * 4
     assert least_seconds(config, lengths, 2, 1e30, 1e9) == pytest.approx(bytes_moved / 1e9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 from hf_twin import TINY, random_ids, twins
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
+from torch.nn.utils import prune
 
 import modernbert_kernels as ops
 from modernbert import ColBERT, Encoder, Packed, Session, pack
@@ -248,6 +250,7 @@ CHANGES: dict[str, Callable[[Encoder], object]] = {
     "new module": lambda encoder: setattr(layer(encoder).mlp, "Wi", nn.Linear(64, 192, bias=False)),
     "assigned": assign,
     "resized": lambda encoder: encoder.resize_token_embeddings(200),
+    "a module more": lambda encoder: encoder.layers.append(nn.Identity()),
     "another dtype": lambda encoder: encoder.double(),
     "fused optimizer": fused_step,
 }
@@ -262,7 +265,8 @@ def test_a_change_of_the_weights_is_an_error(change: str) -> None:
     for call in (batch, pack(random_ids([30, 40], 100))):
         with pytest.raises(RuntimeError, match="make a new one"):
             session(call)
-    compare(encoder.float(), batch)
+    if change != "a module more":
+        compare(encoder.float(), batch)
 
 
 def test_a_change_before_the_first_short_text_is_an_error() -> None:
@@ -275,8 +279,11 @@ def test_a_change_before_the_first_short_text_is_an_error() -> None:
     model = ColBERT.default()
     session = Session(model)
     model.dense[0].linear.weight.data.mul_(2)
+    tokens = model.tokenize_queries(["one", "two"])
     with pytest.raises(RuntimeError, match="make a new one"):
-        session.encode_tokens(model.tokenize_queries(["one", "two"]))
+        session.encode_tokens(tokens)
+    with pytest.raises(ValueError, match="leave autocast"), torch.autocast("cpu", torch.bfloat16):
+        Session(model).encode_tokens(tokens)
 
 
 def test_plain_modules_are_never_stale() -> None:
@@ -301,6 +308,57 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + 0.5
+
+
+@pytest.mark.parametrize("norm", ["parametrized", "weight_norm", "pruned"])
+def test_weights_that_are_computed_from_others(norm: str) -> None:
+    encoder = loud()
+    if norm == "parametrized":
+        nn.utils.parametrizations.weight_norm(layer(encoder).mlp.Wi)
+    elif norm == "weight_norm":
+        nn.utils.weight_norm(layer(encoder).mlp.Wi)
+    else:
+        prune.l1_unstructured(layer(encoder).mlp.Wi, "weight", 0.5)
+    for batch in (text(5), pack(random_ids([30, 40], 100))):
+        compare(encoder, batch)
+
+
+def test_a_hook_that_comes_later_runs() -> None:
+    encoder, batch = loud(), text(5)
+    session = Session(encoder)
+    session(batch)
+    layer(encoder).mlp.Wi.register_forward_hook(lambda module, inputs, output: output + 0.5)
+    compare(encoder, batch, session=session)
+
+
+def test_a_forward_of_its_own_is_refused() -> None:
+    """A replica would run that of the original, in the mode of the original."""
+    encoder = loud()
+    with pytest.raises(ValueError, match="forward of its own"):
+        Session(torch.compile(encoder))
+    mlp = layer(encoder).mlp
+    mlp.forward = lambda x, run=mlp.forward: 3 * run(x)
+    with pytest.raises(ValueError, match="MLP has a forward of its own"):
+        Session(encoder)
+
+
+def test_copies_are_sessions_of_the_copied_model() -> None:
+    session, batch = Session(loud()), text(5)
+    wanted = session(batch)
+    for twin in (copy.deepcopy(session), pickle.loads(pickle.dumps(session))):
+        assert torch.equal(twin(batch), wanted)
+        assert twin.model is not session.model
+
+
+def test_nan_is_not_a_change_and_models_without_weights_are_refused() -> None:
+    encoder = loud()
+    with torch.no_grad():
+        encoder.embeddings.tok_embeddings.weight.fill_(torch.nan)
+    assert Session(encoder)(text(5)).isnan().all()
+    with pytest.raises(ValueError, match="meta device"):
+        Session(encoder.to("meta"))
+    with pytest.raises(ValueError, match="has no encoder"):
+        Session(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "hook", "pre-hook"])

@@ -162,10 +162,13 @@ def _installed(name: str) -> bool:
     return tuple(numbers) >= oldest
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot trace the look-up
 def installed(name: str) -> bool:
     """Whether this row of `PACKAGES` is installed in a version that has these signatures. Looked up once."""
     return _installed(name)
+
+
+# A compiler cannot trace the look-up. `torch.compiler.assume_constant_result` sets this too, but imports the compiler.
+installed._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def usable(device: torch.device) -> tuple[str, ...]:
