@@ -73,5 +73,4 @@ def test_words_are_found_across_lines_and_good_english_is_not():
 
 
 if __name__ == "__main__":
-    lines = report([Path(name) for name in sys.argv[1:]] or files())
-    sys.exit("\n".join(lines))
+    sys.exit("\n".join(report([Path(name) for name in sys.argv[1:]] or files())) or None)
