@@ -215,7 +215,7 @@ def search_table(workload: str, passages: int, width: int | None) -> Table:
 
 def search(workers: Workers, made: Table, *, passages: int, width: int | None) -> Result:
     """p50 and p99; anonymous memory of each process; the recall of the pre-filter against exact search."""
-    count = 5 if workers.here.quick else QUERIES
+    count = 30 if workers.here.quick else QUERIES
     result = harness.latency(workers, made, count=count, figures=("p50", "p99"))
     extra: dict[str, dict[str, float]] = {RECALL: {}, "anonymous memory": {}}
     for name in workers.peers:

@@ -69,13 +69,14 @@ class Modules:
 
 
 def placement(model: nn.Module) -> tuple[torch.device, int]:
-    """The device of a model, and the width of its encoder: that of its widest norm, which every layer has."""
+    """The device of a model, and the width of its encoder, or of its first matrix if the encoder is not ours."""
     norms = [module.weight for module in model.modules() if isinstance(module, Norm)]
-    if not norms:
+    weights = norms or [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    if not weights:
         raise ValueError(f"{type(model).__name__} has no encoder")
-    if norms[0].is_meta:
+    if weights[0].is_meta:
         raise ValueError(f"{type(model).__name__} is on the meta device, so that it has no weights: load them first")
-    return norms[0].device, max(norm.shape[0] for norm in norms)
+    return weights[0].device, weights[0].shape[-1]
 
 
 def encode_texts(

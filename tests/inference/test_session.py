@@ -358,7 +358,7 @@ def test_nan_is_not_a_change_and_models_without_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="meta device"):
         Session(encoder.to("meta"))
     with pytest.raises(ValueError, match="has no encoder"):
-        Session(nn.Linear(2, 2))
+        Session(nn.LayerNorm(2))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "hook", "pre-hook"])
