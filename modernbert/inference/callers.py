@@ -1,7 +1,7 @@
 """The threads that call a model: on a CPU one a core, each with its own micro-batch and one intra-op thread.
 
-Small operations do not scale over threads, micro-batches do: this has 1.16 to 1.28 times the speed of one caller with
-all threads, and gives the same numbers.
+Small operations do not scale over threads, micro-batches do. A sketch of this had 1.16 to 1.28 times the speed of one
+caller with all threads, and gave the same numbers.
 """
 
 from __future__ import annotations

@@ -73,15 +73,7 @@ class Session(Generic[M]):
         self, texts: Sequence[str], *, batch_tokens: int | None = None, progress: bool | None = None
     ) -> Ragged:
         """As the model's `encode_queries`."""
-        model = self._text_model()
-        return encode_texts(
-            self,
-            model.tokenize_queries,
-            list_of_texts(texts),
-            dim=model.dim,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
+        return self._encode(self._text_model().tokenize_queries, texts, batch_tokens, progress)
 
     def encode_documents(
         self,
@@ -92,15 +84,7 @@ class Session(Generic[M]):
         pool_factor: int = 1,
     ) -> Ragged:
         """As the model's `encode_documents`."""
-        model = self._text_model()
-        ragged = encode_texts(
-            self,
-            model.tokenize_documents,
-            list_of_texts(texts),
-            dim=model.dim,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
+        ragged = self._encode(self._text_model().tokenize_documents, texts, batch_tokens, progress)
         return pool_documents(ragged, pool_factor)
 
     def encode_tokens(
@@ -156,6 +140,12 @@ class Session(Generic[M]):
             return with_weight(module, layouts(module.weight)) if _is_plain(module) else None
 
         return replicate(self.model, prepare)
+
+    def _encode(
+        self, tokenize: Callable[..., Tokens], texts: Sequence[str], batch_tokens: int | None, progress: bool | None
+    ) -> Ragged:
+        dim = self._text_model().dim
+        return encode_texts(self, tokenize, list_of_texts(texts), dim=dim, batch_tokens=batch_tokens, progress=progress)
 
     def _text_model(self) -> TextModel:
         if not isinstance(self.model, TextModel):
