@@ -21,7 +21,7 @@ from .callers import callers, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, list_of_texts, placement
 from .graphs import Graphs
 from .replica import evaluated, replicate, with_weight
-from .short import LONGEST, Layouts, ShortEncoder, has_short_way
+from .short import LONGEST, ShortEncoder, has_short_way
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -132,12 +132,9 @@ class Session(Generic[M]):
     @cached_property
     def _one_text(self) -> nn.Module:
         """The model with the short way of `short.py` in its encoder, if there is one; made at the first short text."""
-        layouts = Layouts()
 
         def prepare(module: nn.Module) -> nn.Module | None:
-            if has_short_way(module):
-                return ShortEncoder(module, layouts)
-            return with_weight(module, layouts(module.weight)) if _is_plain(module) else None
+            return ShortEncoder(module) if has_short_way(module) else _pack_linear(module)
 
         return replicate(self.model, prepare)
 
@@ -164,38 +161,36 @@ class _Weights:
         owners = [owner for m in model.modules() for owner in (m._parameters, m._buffers, m._modules)]
         members = [(owner, *item) for owner in owners for item in owner.items()]
         self._owners, self._names, self._members = zip(*members, strict=True)
-        self._dictionaries, self._sizes = owners, list(map(len, owners))
+        self._containers = [m._modules for m in model.modules() if m._modules]
+        self._sizes = list(map(len, self._containers))
         self._tensors = list(model.parameters())
         self._counted = [p for p in self._tensors if not p.is_inference()]
-        # A copy of these from a GPU would wait for it.
+        # Numbers on a GPU would have to be copied, and the copy would wait for the GPU.
         self._samples = [_few(p) for p in self._tensors if p.is_cpu and p.numel()]
-        self._state = self._now()
-        self._numbers = self._sampled() if self._samples else None
+        self._state, self._numbers = self._now(), b"".join(self._samples)
 
     def check(self) -> None:
         """Raise RuntimeError if the weights have changed."""
         same = (
-            list(map(len, self._dictionaries)) == self._sizes
+            list(map(len, self._containers)) == self._sizes
             and all(map(is_, map(dict.get, self._owners, self._names), self._members))
             and self._now() == self._state
-            and (self._numbers is None or torch.equal(self._sampled(), self._numbers))
+            and b"".join(self._samples) == self._numbers
         )
         if not same:
             raise RuntimeError("the model's weights have changed since this Session was made: make a new one")
-
-    def _sampled(self) -> Tensor:
-        """As bytes: a NaN is equal to itself."""
-        return torch.cat(self._samples).view(torch.uint8)
 
     def _now(self) -> tuple[list[int], list[int]]:
         return list(map(Tensor.data_ptr, self._tensors)), [p._version for p in self._counted]
 
 
-def _few(parameter: nn.Parameter, count: int = 4) -> Tensor:
-    """Some numbers of a parameter, which follow it: a view."""
-    flat = parameter.detach().reshape(-1)
-    step = max(1, flat.numel() // count)
-    return flat[step // 3 :: step][:count]  # from within: not all of them in one column
+def _few(parameter: nn.Parameter) -> memoryview:
+    """The bytes of some numbers of a parameter, from within, which follow it."""
+    row = parameter.detach().view(parameter.shape or (1,))
+    while row.dim() > 1:
+        row = row[len(row) // 3]
+    few = row[len(row) // 3 :][: 4 if row.stride(0) == 1 else 1]
+    return memoryview(few.as_strided((len(few),), (1,)).view(torch.uint8).numpy())
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[Linear]:

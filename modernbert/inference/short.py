@@ -7,8 +7,10 @@ one complex product, and each weight has the layout that multiplies a few rows f
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -24,44 +26,41 @@ from ..packing import Packed
 LONGEST = 64
 """Tokens of the longest text. Beyond it the products are most of the time, and published models have a window of 64."""
 
-ROWS = 32
-"""Rows of the product by which a layout is chosen."""
+ROWS = 24
+"""Rows of the products by which a layout is chosen."""
+
+MEASURED = 4
+"""Layers whose products are measured: more than the cache of a core holds."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
 
 ORDINARY = {Encoder, Embeddings, Layer, Attention, MLP, Linear, Norm, nn.Embedding, nn.LayerNorm, nn.ModuleList}
 """The modules whose forward pass is repeated here. Any other, such as an adapter, may compute something else."""
 
-Layout = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
+"""`x W^T + b` on a weight that was copied into a layout."""
+
+Layout = Callable[[Tensor, Tensor | None], Product]
 
 
-class Layouts:
-    """The layout of a weight that multiplies `ROWS` rows fastest, measured once for each shape.
+def fastest_layout(weights: Sequence[Tensor], rounds: int = 9) -> Layout:
+    """The layout in which these weights multiply `ROWS` rows fastest, measured.
 
-    No fixed rule is right on every processor: with AVX-512 a weight packed for oneDNN wins, without it a transposed
-    copy does for small matrices.
+    No fixed rule is right on every processor. The weights are multiplied one after another, as in a model: a single
+    product finds its weight in the cache, where a transposed copy has an advantage that it has not in a model.
     """
-
-    def __init__(self) -> None:
-        self._fastest: dict[torch.Size, Layout] = {}
-
-    def __call__(self, weight_FD: Tensor) -> Tensor:
-        """A copy of a float32 weight that `ops.linear` takes in its place."""
-        if weight_FD.shape not in self._fastest:
-            self._fastest[weight_FD.shape] = self._measure(weight_FD)
-        return self._fastest[weight_FD.shape](weight_FD)
-
-    def _measure(self, weight_FD: Tensor, rounds: int = 5) -> Layout:
-        layouts: list[Layout] = [linear.transpose_weight, *([linear.pack_weight] if linear.AVAILABLE else [])]
-        x_TD = torch.rand(ROWS, weight_FD.shape[1], dtype=torch.float32, device="cpu")
-        weights = [layout(weight_FD) for layout in layouts]
-        seconds = [float("inf")] * len(layouts)
-        for _ in range(1 + rounds):  # the first ones are slower for all, and never the fastest
-            for index, weight in enumerate(weights):
-                start = time.perf_counter()
-                ops.linear(x_TD, weight)
-                seconds[index] = min(seconds[index], time.perf_counter() - start)
-        return layouts[seconds.index(min(seconds))]
+    layouts: list[Layout] = [linear.transposed, *([linear.packed] if linear.AVAILABLE else [])]
+    calls = [
+        [(torch.rand(ROWS, w.shape[1], dtype=w.dtype, device="cpu"), make(w, None)) for w in weights]
+        for make in layouts
+    ]
+    seconds: list[list[float]] = [[] for _ in layouts]
+    for _, (products, times) in itertools.product(range(rounds), list(zip(calls, seconds, strict=True))):
+        start = time.perf_counter()
+        for x_TD, product in products:
+            product(x_TD)
+        times.append(time.perf_counter() - start)
+    return min(zip(layouts, seconds, strict=True), key=lambda measured: statistics.median(measured[1]))[0]
 
 
 class _Norm(NamedTuple):
@@ -77,12 +76,12 @@ class _Layer(NamedTuple):
     """The weights of a layer in the order of their use. `following` is the norm after it."""
 
     theta: float
-    Wqkv: tuple[Tensor, Tensor | None]
-    attn_Wo: tuple[Tensor, Tensor | None]
+    Wqkv: Product
+    attn_Wo: Product
     mlp_norm: _Norm
-    Wi: tuple[Tensor, Tensor | None]
+    Wi: Product
     activate: Callable[[Tensor], Tensor]
-    mlp_Wo: tuple[Tensor, Tensor | None]
+    mlp_Wo: Product
     following: _Norm
 
 
@@ -90,12 +89,12 @@ class ShortEncoder(nn.Module):
     """An encoder that takes a short way for one short text, and else runs the modules.
 
     Args:
-        encoder: a float32 encoder on the CPU in evaluation mode, which runs every other batch.
-        layouts: chooses the copies of the weights, which are those of this moment.
+        encoder: a float32 encoder on the CPU in evaluation mode, which runs every other batch. The copies of its
+            weights are those of this moment.
     """
 
     @torch.no_grad()
-    def __init__(self, encoder: Encoder, layouts: Layouts) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
         # Dictionaries of the modules, which may be filled later.
@@ -104,15 +103,16 @@ class ShortEncoder(nn.Module):
         self.norm = _norm(encoder.embeddings.norm)
         layers = cast("list[Layer]", list(encoder.layers))
         norms = [*(layer.attn_norm for layer in layers[1:]), encoder.final_norm]
+        product = fastest_layout([m.weight for layer in layers[:MEASURED] for m in _linears(layer)])
         self.weights = [
             _Layer(
                 theta,
-                _qkv(layer.attn, layouts),
-                _linear(layer.attn.Wo, layouts),
+                product(*_qkv(layer.attn)),
+                product(layer.attn.Wo.weight, layer.attn.Wo.bias),
                 _norm(layer.mlp_norm),
-                _linear(layer.mlp.Wi, layouts),
+                product(layer.mlp.Wi.weight, layer.mlp.Wi.bias),
                 ACTIVATIONS[layer.mlp.activation],
-                _linear(layer.mlp.Wo, layouts),
+                product(layer.mlp.Wo.weight, layer.mlp.Wo.bias),
                 _norm(following),
             )
             for layer, theta, following in zip(layers, encoder.thetas, norms, strict=True)
@@ -120,9 +120,10 @@ class ShortEncoder(nn.Module):
         windows = [layer.attn.window for layer in layers if layer.attn.window is not None]
         self.longest = min([LONGEST, *(window + 1 for window in windows)])
         self.positions = torch.arange(self.longest, device="cpu")
+        filled = torch.arange(self.longest + linear.row_step(self.longest), device="cpu")
         width = encoder.config.head_dim
         self.rope_of = {
-            theta: torch.complex(*ops.rotary_table(self.positions, theta, width))[:, None, None]
+            theta: torch.complex(*ops.rotary_table(filled, theta, width))[:, None, None]
             for theta in set(encoder.thetas)
         }
 
@@ -140,23 +141,24 @@ class ShortEncoder(nn.Module):
 
     def _one_text(self, batch: Packed, rows_Q: Tensor | None) -> Tensor:
         tokens, heads, width = batch.num_tokens, self.config.num_attention_heads, self.config.head_dim
-        keys = None if batch.key_lengths is None else int(batch.key_lengths)
-        rope_of = {theta: rope[:tokens] for theta, rope in self.rope_of.items()}
-        h_TD = x_TD = torch.layer_norm(torch.embedding(self.table_VD, batch.input_ids), *self.norm)
+        keys = tokens if batch.key_lengths is None else int(batch.key_lengths)
+        fill = -tokens % linear.row_step(tokens)  # rows of token 0 that no row sees
+        ids_T = F.pad(batch.input_ids, (0, fill)) if fill else batch.input_ids
+        rope_of = {theta: rope[: tokens + fill] for theta, rope in self.rope_of.items()}
+        h_TD = x_TD = torch.layer_norm(torch.embedding(self.table_VD, ids_T), *self.norm)
         for theta, Wqkv, attn_Wo, mlp_norm, Wi, activate, mlp_Wo, following in self.weights:
-            qkv_T3HK = ops.linear(h_TD, *Wqkv).view(tokens, 3, heads, width)
-            pairs_T2HR2 = qkv_T3HK.view(tokens, 3, heads, width // 2, 2)[:, :2]
+            qkv_T3HK = Wqkv(h_TD).view(-1, 3, heads, width)
+            pairs_T2HR2 = qkv_T3HK.view(-1, 3, heads, width // 2, 2)[:, :2]
             torch.view_as_complex(pairs_T2HR2).mul_(rope_of[theta])
-            q_HTK, k_HSK, v_HSK = qkv_T3HK.transpose(0, 2).unbind(1)
-            if keys is not None:
-                k_HSK, v_HSK = k_HSK[:, :keys], v_HSK[:, :keys]
+            q_HTK, k_HTK, v_HTK = qkv_T3HK.transpose(0, 2).unbind(1)
+            k_HSK, v_HSK = k_HTK[:, :keys], v_HTK[:, :keys]
             scores_HTS = torch.bmm(q_HTK, k_HSK.transpose(1, 2))
             out_HTK = torch.bmm(torch.softmax(scores_HTS, -1, out=scores_HTS), v_HSK)
-            x_TD.add_(ops.linear(out_HTK.transpose(0, 1).reshape(tokens, -1), *attn_Wo))
-            a_TF, gate_TF = ops.linear(torch.layer_norm(x_TD, *mlp_norm), *Wi).chunk(2, 1)
-            x_TD.add_(ops.linear(activate(a_TF).mul_(gate_TF), *mlp_Wo))
+            x_TD.add_(attn_Wo(out_HTK.transpose(0, 1).flatten(1)))
+            a_TF, gate_TF = Wi(torch.layer_norm(x_TD, *mlp_norm)).chunk(2, 1)
+            x_TD.add_(mlp_Wo(activate(a_TF).mul_(gate_TF)))
             h_TD = torch.layer_norm(x_TD, *following)
-        return h_TD if rows_Q is None else h_TD.index_select(0, rows_Q)
+        return h_TD[:tokens] if rows_Q is None else h_TD.index_select(0, rows_Q)
 
 
 def has_short_way(encoder: nn.Module) -> TypeGuard[Encoder]:
@@ -179,11 +181,11 @@ def _norm(norm: nn.Module | None) -> _Norm:
     return _Norm(tuple(norm.weight.shape), norm.weight, norm.bias, norm.eps)
 
 
-def _linear(module: nn.Linear, layouts: Layouts) -> tuple[Tensor, Tensor | None]:
-    return layouts(module.weight), module.bias
+def _linears(layer: Layer) -> tuple[Linear, Linear, Linear, Linear]:
+    return layer.attn.Wqkv, layer.attn.Wo, layer.mlp.Wi, layer.mlp.Wo
 
 
-def _qkv(attn: Attention, layouts: Layouts) -> tuple[Tensor, Tensor | None]:
+def _qkv(attn: Attention) -> tuple[Tensor, Tensor | None]:
     """Wqkv for complex rotary: the rows of a pair are neighbours, in q and in k, and q has the scale of the scores."""
     heads, width = attn.heads, attn.head_dim
     rows_3H2R = torch.arange(3 * heads * width, device="cpu").view(3, heads, 2, width // 2)
@@ -191,4 +193,4 @@ def _qkv(attn: Attention, layouts: Layouts) -> tuple[Tensor, Tensor | None]:
     order = torch.cat([pairs_2HR2.flatten(), rows_3H2R[2].flatten()])
     scale = attn.Wqkv.weight.new_tensor([width**-0.5, 1.0, 1.0]).repeat_interleave(heads * width)
     bias_F = None if attn.Wqkv.bias is None else attn.Wqkv.bias[order] * scale
-    return layouts(attn.Wqkv.weight[order] * scale[:, None]), bias_F
+    return attn.Wqkv.weight[order] * scale[:, None], bias_F

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -115,16 +116,20 @@ def test_one_session_serves_all_sizes(taken: list[int]) -> None:
     assert taken == [5, 3, 5]
 
 
-@pytest.mark.parametrize("layout", [linear.pack_weight, linear.transpose_weight])
-def test_every_layout_of_a_weight_gives_its_product(layout: Callable[[Tensor], Tensor]) -> None:
-    """Also where oneDNN gets rows that were filled up to a step."""
-    if layout is linear.pack_weight and not linear.AVAILABLE:
+@pytest.mark.parametrize("layout", ["packed", "transposed", "as an op"])
+def test_every_layout_of_a_weight_gives_its_product(layout: str) -> None:
+    """As an op, oneDNN gets rows that were filled up to a step."""
+    if layout != "transposed" and not linear.AVAILABLE:
         pytest.skip("this PyTorch has no oneDNN")
     weight_FD, bias_F = torch.randn(24, 40), torch.randn(24)
+    if layout == "as an op":
+        multiply = partial(ops.linear, weight_FD=linear.pack_weight(weight_FD), bias_F=bias_F)
+    else:
+        multiply = getattr(linear, layout)(weight_FD, bias_F)
     for rows in (0, 1, 15, 16, 17, 300):
         x_TD = torch.randn(rows, 40)
         wanted = product(x_TD.double(), weight_FD.double(), bias_F.double()).float()
-        torch.testing.assert_close(ops.linear(x_TD, layout(weight_FD), bias_F), wanted, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(multiply(x_TD), wanted, rtol=1e-5, atol=2e-5)
 
 
 def test_row_counts_come_in_steps() -> None:

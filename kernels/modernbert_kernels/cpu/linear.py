@@ -8,6 +8,8 @@ the time at 16 rows and a tenth at 2,048. A packed weight is the caller's: nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,17 +33,24 @@ def pack_weight(weight_FD: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight_FD.detach(), ROWS)
 
 
-def transpose_weight(weight_FD: Tensor) -> Tensor:
-    """A copy `[F, D]` whose columns are contiguous: for few rows MKL multiplies with it faster."""
-    return weight_FD.detach().t().contiguous().t()
+def packed(weight_FD: Tensor, bias_F: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`linear` on a packed copy of the weight. The rows are as they come: the caller rounds them up to a step."""
+    copy = pack_weight(weight_FD)
+    return lambda x_TD: pointwise(x_TD, copy, bias_F, *PLAIN)
+
+
+def transposed(weight_FD: Tensor, bias_F: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`linear` on a copy whose columns are contiguous: with few rows MKL multiplies with it faster."""
+    copy = weight_FD.detach().t().contiguous().t()
+    return lambda x_TD: F.linear(x_TD, copy, bias_F)
 
 
 def row_step(rows: int) -> int:
-    """Row counts are rounded up to a multiple of this: 16, or about a twentieth of them.
+    """Row counts are rounded up to a multiple of this: 8, or about a twentieth of them.
 
     Every new number of rows costs oneDNN 0.8 ms a product and memory that it keeps.
     """
-    return max(16, 1 << rows.bit_length() - 5) if rows >= 16 else 16
+    return 8 if rows <= 64 else max(16, 1 << rows.bit_length() - 5)
 
 
 def _accepts(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> bool:
