@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -49,6 +50,8 @@ def info(
 
 
 def _print_encoder(console: Console, name: str, config: EncoderConfig, state: dict[str, Tensor]) -> None:
+    from ..inference.graph_engine import ENGINES
+
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
     facts = {
         "checkpoint": name,
@@ -57,6 +60,7 @@ def _print_encoder(console: Console, name: str, config: EncoderConfig, state: di
         "heads": f"{config.num_attention_heads} of width {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}",
         "longest text": f"{config.max_position_embeddings:,} tokens",
+        "engines": ", ".join(["PyTorch", *(name for name in ENGINES if find_spec(name))]),
     }
     print_facts(console, facts)
     layers = Table("layer", "attention", "RoPE theta", "activation", box=None, header_style="dim")
