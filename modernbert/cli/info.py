@@ -50,8 +50,6 @@ def info(
 
 
 def _print_encoder(console: Console, name: str, config: EncoderConfig, state: dict[str, Tensor]) -> None:
-    from ..inference.graph_engine import ENGINES
-
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
     facts = {
         "checkpoint": name,
@@ -60,7 +58,6 @@ def _print_encoder(console: Console, name: str, config: EncoderConfig, state: di
         "heads": f"{config.num_attention_heads} of width {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}",
         "longest text": f"{config.max_position_embeddings:,} tokens",
-        "engines": ", ".join(["PyTorch", *(name for name in ENGINES if find_spec(name))]),
     }
     print_facts(console, facts)
     layers = Table("layer", "attention", "RoPE theta", "activation", box=None, header_style="dim")
@@ -71,6 +68,8 @@ def _print_encoder(console: Console, name: str, config: EncoderConfig, state: di
 
 
 def _colbert_facts(colbert: ColBERT) -> dict[str, str]:
+    from ..inference.graph_engine import ENGINES
+
     config = colbert.config
     attended = "attended" if config.attend_to_expansion_tokens else "not attended"
     expansion = f", filled up with [MASK], {attended}" if config.do_query_expansion else ""
@@ -79,6 +78,7 @@ def _colbert_facts(colbert: ColBERT) -> dict[str, str]:
         "document": f"prefix {config.document_prefix!r}, at most {config.document_length} tokens",
         "skipped": " ".join(config.skiplist_words) or "no token",
         "head": ", then ".join(_dense(cast("Dense", layer)) for layer in colbert.dense),
+        "engines": ", ".join(["PyTorch", *(name for name in ENGINES if find_spec(name))]),
     }
 
 
