@@ -13,7 +13,7 @@ ModelOption = Annotated[str | None, typer.Option(help="ColBERT folder or hub id.
 EngineOption = Annotated[
     str | None,
     typer.Option(
-        help="onnxruntime, onnxruntime-int8 or openvino, which are faster on a CPU; see docs/speed.md.",
+        help="Faster on a CPU: onnxruntime, onnxruntime-int8 or openvino.",
         show_default="PyTorch",
     ),
 ]

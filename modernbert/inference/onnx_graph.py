@@ -16,7 +16,7 @@ Output:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import onnx
@@ -67,10 +67,10 @@ class Graph:
         self.constants: list[TensorProto] = []
         self.weights: dict[str, Tensor] = {}
 
-    def __call__(self, operator: str, *inputs: str, **attributes: object) -> str:
+    def __call__(self, operator: str, *inputs: str, **attributes: Any) -> str:
         return self.split(operator, *inputs, outputs=1, **attributes)[0]
 
-    def split(self, operator: str, *inputs: str, outputs: int, **attributes: object) -> list[str]:
+    def split(self, operator: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
         """A node with several outputs."""
         names = [f"{operator}_{len(self.nodes)}_{index}" for index in range(outputs)]
         self.nodes.append(helper.make_node(operator, list(inputs), names, **attributes))
