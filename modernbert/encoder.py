@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import modernbert_kernels as ops
 
-from .checkpoint import load_state_dict, locate, read_json, read_state_dict, save
+from .checkpoint import load_weights, locate, read_json, save
 from .config import EncoderConfig
 from .packing import Packed, check_rows, pack, padded_ids, unpack
 
@@ -265,8 +265,7 @@ class Encoder(nn.Module):
         config = EncoderConfig.from_hf(read_json(folder, "config.json"))
         with torch.device("meta"):
             encoder = cls(config)
-        state = read_state_dict(folder, device=device or "cpu", dtype=dtype or torch.float32)
-        load_state_dict(encoder, state)
+        load_weights(encoder, folder, device=device or "cpu", dtype=dtype or torch.float32)
         return encoder.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

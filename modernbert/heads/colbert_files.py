@@ -117,7 +117,8 @@ def _stanford(folder: Path) -> ColBERTConfig:
 
 
 def _stanford_head(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dense:
-    weight = checkpoint.read_state_dict(folder, device=device, dtype=dtype).get("linear.weight")
+    head = ("linear.weight",)
+    weight = checkpoint.read_state_dict(folder, only=head, device=device, dtype=dtype).get(*head)
     if weight is None or weight.dim() != 2:
         raise ValueError(f"{folder} has no matrix linear.weight, which is the head of a HF_ColBERT")
     with torch.device("meta"):
@@ -213,8 +214,7 @@ def _dense(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dens
             activation=name,
             residual=_get(where, config, FLAG, "use_residual", False),
         )
-    state = checkpoint.read_state_dict(folder, device=device, dtype=dtype)
-    checkpoint.load_state_dict(layer, state, prefix="", ignore=())
+    checkpoint.load_weights(layer, folder, device=device, dtype=dtype, prefix="", ignore=())
     return layer
 
 
