@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -52,6 +53,8 @@ def locate(
         PermissionError: a gated repository.
         OSError: the download failed after retries, or does not match what the hub lists.
     """
+    if not os.fspath(name_or_path):
+        raise FileNotFoundError("the folder or hub id is the empty string; give '.' for the working directory")
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -131,9 +134,7 @@ def load_state_dict(
     _assign(module, {own: state[name] for own, name in names.items()})
 
 
-def _fitting(
-    module: nn.Module, state: Mapping[str, Tensor], prefix: str, ignore: tuple[str, ...]
-) -> dict[str, str]:
+def _fitting(module: nn.Module, state: Mapping[str, Tensor], prefix: str, ignore: tuple[str, ...]) -> dict[str, str]:
     """The names of `state` by their names in `module`. Only the shapes and dtypes of the tensors are read."""
     own: dict[str, Tensor] = module.state_dict(keep_vars=True)
     headed = bool(prefix) and any(name.startswith(prefix) for name in state)
@@ -208,24 +209,94 @@ def save(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     files: Mapping[str, bytes | dict[str, Any] | list[Any]] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config.json, the weights of `state` and `files` (name to bytes, or to JSON content) in one step.
 
     A crash leaves the old folder or the new one. Other files of the old folder (README.md) are kept, its weights are
     not. Where folders cannot be swapped (see `replacing_folder`), config.json is removed first and written last: a
     folder that is caught in between is refused, not misread. For tied tensors, only the first is written.
+
+    Args:
+        check: called with the new folder before it replaces the old one. It loads the folder, and raises a ValueError
+            if that fails or gives another model. See `check_same` and `state_of`.
+
+    Raises:
+        NotADirectoryError: `folder` is a file, or a link that leads nowhere.
+        ValueError: `folder` is the empty string, or what `check` raises. The old folder is left as it was.
     """
-    with replacing_folder(Path(folder), last="config.json", stale=WEIGHTS) as new:
+    with replacing_folder(folder, last="config.json", stale=WEIGHTS) as new:
         for name, content in {**(files or {}), "config.json": config}.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"files: {name!r} is outside the folder to save")
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content if isinstance(content, bytes) else _json(content))
         _write_weights(new, state)
+        if check is not None:
+            try:
+                check(new)
+            except ValueError as error:
+                words = str(error).replace(str(new), str(folder))
+                raise ValueError(
+                    f"{folder} is left as it was, because the model would not load again: {words}"
+                ) from error
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors to write for a `module` in whose architecture nothing is tied.
+
+    Layers that share a parameter are written one by one, and names lose what `torch.compile` adds to them.
+
+    Raises:
+        ValueError: a tensor without values of its own, or with values that loading refuses.
+    """
+    state: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        where = f"{type(module).__name__} cannot be saved: {name}"
+        if type(tensor) is not Tensor or tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            what = f"a {type(tensor).__name__}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"{where} is {what}; a plain tensor with values is wanted")
+        if problem := weights.what_is_wrong(tensor):
+            raise ValueError(f"{where} has {problem}")
+        storage = tensor.untyped_storage().data_ptr()
+        state[_uncompiled(name)] = tensor.clone() if storage in memory else tensor
+        memory.add(storage)
+    return state
+
+
+def check_same(model: nn.Module, loaded: nn.Module) -> None:
+    """Raise a ValueError that names the first module of `model` that is another one in `loaded`.
+
+    State dicts do not show an adapter whose parameters have the names of a plain layer, or a layer without parameters.
+    """
+    ours, theirs = ({_uncompiled(name): m for name, m in _modules(root)} for root in (model, loaded))
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        got, want = ours.get(name), theirs.get(name)
+        if got is None or want is None or not _computes_as(got, want):
+            raise ValueError(
+                f"{name} is {got}, which would be loaded as {want}; merge adapters into plain layers first"
+            )
+
+
+def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below `root` by name, without the wrappers of `torch.compile`."""
+    every = root.named_modules(remove_duplicate=False)
+    return ((name, module) for name, module in every if name and "_orig_mod" not in module._modules)
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _computes_as(module: nn.Module, plain: nn.Module) -> bool:
+    """Whether it has the forward pass of `plain`, or of a class that `plain` inherits from, and the same settings."""
+    forwards = [vars(each).get("forward") for each in type(plain).__mro__]
+    return type(module).forward in forwards and module.extra_repr() == plain.extra_repr()
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -243,7 +314,10 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
         max_shard_size=SHARD_BYTES,
     )
     for shard, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+        try:
+            save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, for example
+            raise OSError(f"{folder / shard} cannot be written: {error}") from error
         # safetensors 0.8 makes its files readable by their owner only.
         shutil.copymode(folder / "config.json", folder / shard)
     if split.is_sharded:

@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Tensor]:
     views = {view(tensor): tensor.nbytes for tensor in content.values()}
     if (total := sum(views.values())) > (size := path.stat().st_size):
         raise ValueError(
-            f"{path} has {size:,} bytes, but its tensors take {total:,}, so they overlap; save them as tensors of their own"
+            f"{path} has {size:,} bytes, but its tensors take {total:,}, because they overlap; save a copy of each"
         )
     return content
 

@@ -1,4 +1,4 @@
-"""The weight files of a folder: names, shapes and dtypes first, so that wrong files are refused before they are read."""
+"""The weight files of a folder: first names, shapes and dtypes, so that files that do not fit are refused unread."""
 
 from __future__ import annotations
 
@@ -151,5 +151,3 @@ def _pickled(path: Path) -> Iterator[tuple[str, Stored]]:
         tensor = content.pop(name).detach()
         like = likes.setdefault(pickles.view(tensor), tensor.to("meta"))
         yield name, Stored(path, like, tensor.to)
-
-
