@@ -29,7 +29,7 @@ from modernbert.train.folder import run_folder
 from modernbert.train.loop import BatchLoss, check_finite, fit
 from modernbert.train.losses import info_nce, kl_distill
 from modernbert.train.optim import adamw, warmup_and_decay
-from modernbert.train.options import fixed, option, parse
+from modernbert.train.options import fixed, option, parse, run
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
 from modernbert.train.vocabulary import train_tokenizer
 
@@ -122,6 +122,8 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
     choice = {"exclude_sources": config.exclude_sources, "decontaminate_against": config.decontaminate_against}
     read = data.versions(config.pairs)
     pairs = data.choose_pairs(config.pairs, **choice)
+    if len(pairs) < 2:
+        raise ValueError(f"{config.pairs} has one pair; the negatives of a query are the positives of other pairs")
     texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     if config.teacher and config.teacher_model and not Path(config.teacher, "keys.npy").exists():
@@ -205,4 +207,4 @@ def vectors(model: ColBERT, tokens: Tokens) -> Ragged:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run(main, parse(Config, __doc__))
