@@ -10,26 +10,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import pickles
+from . import weights
 from .files import replacing_folder
+from .json_files import has_file as has_file
+from .json_files import read_json as read_json
 
-T = TypeVar("T")
-
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in order of preference
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 HEADS = ("head.", "decoder.", "classifier.", "linear.")  # linear: of Stanford's ColBERT
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
-LARGEST_WEIGHT = 65504  # of float16, in which models are run; a flipped bit of an exponent easily exceeds it
-JSON_BYTES = 1 << 25  # a limit, because parsed objects take up to 20 times the memory of their text
+MOST_LISTED = 100  # names in one list of an error
 
 
 def locate(
@@ -55,6 +53,8 @@ def locate(
         PermissionError: a gated repository.
         OSError: the download failed after retries, or does not match what the hub lists.
     """
+    if not os.fspath(name_or_path):
+        raise FileNotFoundError("the folder or hub id is the empty string; give '.' for the working directory")
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -73,41 +73,12 @@ def locate(
     )
 
 
-def has_file(path: Path) -> bool:
-    """Whether `path` is a file. Raises FileNotFoundError for a broken link, a pipe, a device or a folder."""
-    if os.path.lexists(path) and not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file, or is a broken link")
-    return path.is_file()
-
-
-@overload
-def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]: ...
-@overload
-def read_json(folder: str | os.PathLike[str], name: str, kind: type[T]) -> T: ...
-def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> object:
-    """The content of the JSON file `name` in `folder`: an object, or a `kind` such as list (modules.json).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, not a `kind`, or longer than `JSON_BYTES`.
-    """
-    path = Path(folder) / name
-    if not has_file(path):
-        there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{path} is missing; next to it: {there}")
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; JSON files of at most {JSON_BYTES:,} bytes are read")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8; nested too deeply
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds {type(content).__name__} {content!r:.80}, but must hold a {kind.__name__}")
-    return content
-
-
 def read_state_dict(
-    folder: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | os.PathLike[str],
+    *,
+    only: Collection[str] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of `folder`: from model.safetensors, else from its shards, else from pytorch_model.bin.
 
@@ -115,80 +86,36 @@ def read_state_dict(
     change the file, but overwriting the file in place (instead of replacing it) changes the tensor. Other tensors are
     converted one at a time. `dtype` applies to floating-point tensors.
 
+    Args:
+        only: the names to read; None: all.
+
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
         ValueError: a damaged or unsafe file, an index that does not match its shards, or NaN, infinite or huge weights.
     """
-    state: dict[str, Tensor] = {}
-    for path, promised in _weight_files(Path(folder)).items():
-        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-        part = dict(read(path, torch.device(device), dtype))
-        for name, tensor in part.items():
-            if not _holds_weights(tensor):
-                numbers = f"NaN, infinity or numbers beyond {LARGEST_WEIGHT:,}"
-                raise ValueError(f"{path}: {name}, read as {_kind(tensor)}, has {numbers}; the file is damaged")
-        if promised is not None and part.keys() != promised:
-            lost, extra = sorted(promised - part.keys()), sorted(part.keys() - promised)
-            raise ValueError(f"{path} and its index differ: only the index has {lost}, only the file {extra}")
-        state |= part
-    return state
+    found = weights.find(Path(folder))
+    names = [name for name in found if only is None or name in only]
+    return {name: weights.read(name, found.pop(name), torch.device(device), dtype) for name in names}
 
 
-def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
-    """The weight files, each with the tensor names that the index lists for it, or None without an index."""
-    for name in (SAFETENSORS, PICKLE):
-        if has_file(folder / name):
-            return {folder / name: None}
-        path = folder / f"{name}.index.json"
-        if not has_file(path):
-            continue
-        index = read_json(folder, path.name, object)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{path} has no weight_map of tensor names to files")
-        shards: dict[Path, set[str]] = {}
-        for key, shard in index["weight_map"].items():
-            # `PureWindowsPath` understands both separators and drive letters, so this rejects all but plain file names.
-            if not isinstance(shard, str) or shard in ("", "..") or PureWindowsPath(shard).name != shard:
-                raise ValueError(f"{path} points to {shard!r:.200}, which is not a file next to it")
-            shards.setdefault(folder / shard, set()).add(key)
-        if missing := [shard.name for shard in shards if not has_file(shard)]:
-            raise FileNotFoundError(f"{path} points to {missing}, which are missing")
-        return shards
-    raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS} nor {PICKLE} nor an index of either")
+def load_weights(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    prefix: str = "model.",
+    ignore: tuple[str, ...] = HEADS,
+) -> None:
+    """`load_state_dict(module, read_state_dict(folder))`, but files that do not fit are refused before they are read.
 
-
-def _read_safetensors(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 -- not a dict, it cannot be iterated
-                tensor = file.get_tensor(name)
-                if device.type == "cpu" and tensor.dtype == _dtype(tensor, dtype):
-                    yield name, tensor
-                    continue
-                # Through a map that is closed right away: pages that were read count as memory until then.
-                with safe_open(path, framework="pt") as once:
-                    yield name, once.get_tensor(name).to(device, _dtype(tensor, dtype))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not in safetensors format: {error}") from error
-
-
-def _read_pickle(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    content = pickles.read(path)
-    for name in list(content):
-        tensor = content.pop(name).detach()
-        yield name, tensor.to(device, _dtype(tensor, dtype))
-
-
-def _holds_weights(tensor: Tensor) -> bool:
-    """Whether all values are plausible weights. One pass without a copy, at the speed of memory."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # aminmax lacks float8
-    return bool(low >= -LARGEST_WEIGHT) and bool(high <= LARGEST_WEIGHT)  # NaN is neither
-
-
-def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    Raises:
+        FileNotFoundError, ValueError: as these two.
+    """
+    found = weights.find(Path(folder))
+    names = _fitting(module, {name: stored.like for name, stored in found.items()}, prefix, ignore)
+    where = torch.device(device)
+    _assign(module, {own: weights.read(name, found.pop(name), where, dtype) for own, name in names.items()})
 
 
 def load_state_dict(
@@ -203,47 +130,77 @@ def load_state_dict(
     Raises:
         ValueError: lists every missing and unexpected name and every tensor that does not fit.
     """
-    own: dict[str, Tensor] = module.state_dict(keep_vars=True)  # keep_vars: tied parameters stay one object
+    names = _fitting(module, state, prefix, ignore)
+    _assign(module, {own: state[name] for own, name in names.items()})
+
+
+def _fitting(module: nn.Module, state: Mapping[str, Tensor], prefix: str, ignore: tuple[str, ...]) -> dict[str, str]:
+    """The names of `state` by their names in `module`. Only the shapes and dtypes of the tensors are read."""
+    own: dict[str, Tensor] = module.state_dict(keep_vars=True)
     headed = bool(prefix) and any(name.startswith(prefix) for name in state)
-    given: dict[str, Tensor] = {}
+    given: dict[str, str] = {}
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "unfit": []}
-    for name, tensor in state.items():
+    for name in state:
         inner = name[len(prefix) :] if headed and name.startswith(prefix) else name
         if inner in own and headed == (inner != name):
-            given[inner] = tensor
+            given[inner] = name
         elif not name.startswith(ignore):
             problems["unexpected"].append(name)
-
-    tied: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        tied.setdefault(id(tensor), []).append(name)
-    ready: dict[str, Tensor] = {}
-    for names in tied.values():
-        want, found = own[names[0]], [name for name in names if name in given]
+    taken: dict[int, str] = {}
+    for names in _tied(own):
+        found = [name for name in names if name in given]
         if not found:
             problems["missing"].append(names[0])
-            continue
-        value, unfit = given[found[0]], []
         for name in found:
-            if (given[name].shape, given[name].is_floating_point()) != (want.shape, want.is_floating_point()):
-                unfit.append(f"{name} ({_kind(given[name])} instead of {_kind(want)})")
-            elif name != found[0] and not torch.equal(given[name], value):
-                unfit.append(f"{name} (tied to {found[0]} in the module, different from it in the file)")
-        problems["unfit"] += unfit
-        if isinstance(want, nn.Parameter) and not unfit:
-            value = nn.Parameter(value, requires_grad=want.requires_grad)
-        ready.update(dict.fromkeys(names, value))
+            want, tensor = own[name], state[given[name]]
+            first = taken.setdefault(id(tensor), name)
+            if (tensor.shape, tensor.is_floating_point()) != (want.shape, want.is_floating_point()):
+                problems["unfit"].append(f"{name} ({weights.kind(tensor)} instead of {weights.kind(want)})")
+            elif first not in names:
+                problems["unfit"].append(f"{name} (one tensor with {first} in the file, but not in the module)")
+    _refuse(module, problems)
+    return given
 
-    if any(problems.values()):
-        lists = [f"{what} ({len(names)}): {', '.join(names)}" for what, names in problems.items() if names]
-        raise ValueError("\n  ".join([f"the weights do not fit this {type(module).__name__}", *lists]))
+
+def _assign(module: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Give the module tensors that fit it."""
+    own: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    ready: dict[str, Tensor] = {}
+    unfit: list[str] = []
+    for names in _tied(own):
+        first, *others = [name for name in names if name in given]
+        value = given[first]
+        unfit += [
+            f"{name} (tied to {first} in the module, different from it in the file)"
+            for name in others
+            if not torch.equal(given[name], value)
+        ]
+        if isinstance(own[first], nn.Parameter):
+            value = nn.Parameter(value, requires_grad=own[first].requires_grad)
+        ready.update(dict.fromkeys(names, value))
+    _refuse(module, {"unfit": unfit})
     module.load_state_dict(ready, strict=True, assign=True)
     if left := [name for name, buffer in module.named_buffers() if buffer.is_meta]:
         raise ValueError(f"{left} are still on the meta device: build non-persistent buffers outside it")
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor of a state dict with `keep_vars`, in which tied parameters are one object."""
+    tied: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        tied.setdefault(id(tensor), []).append(name)
+    return list(tied.values())
+
+
+def _refuse(module: nn.Module, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise a ValueError that lists the problems, if there are any."""
+    lists = [
+        f"{what} ({len(names)}): {', '.join(names[:MOST_LISTED])}" + ", ..." * (len(names) > MOST_LISTED)
+        for what, names in problems.items()
+        if names
+    ]
+    if lists:
+        raise ValueError("\n  ".join([f"the weights do not fit this {type(module).__name__}", *lists]))
 
 
 def save(
@@ -252,24 +209,94 @@ def save(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     files: Mapping[str, bytes | dict[str, Any] | list[Any]] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config.json, the weights of `state` and `files` (name to bytes, or to JSON content) in one step.
 
     A crash leaves the old folder or the new one. Other files of the old folder (README.md) are kept, its weights are
     not. Where folders cannot be swapped (see `replacing_folder`), config.json is removed first and written last: a
     folder that is caught in between is refused, not misread. For tied tensors, only the first is written.
+
+    Args:
+        check: called with the new folder before it replaces the old one. It loads the folder, and raises a ValueError
+            if that fails or gives another model. See `check_same` and `state_of`.
+
+    Raises:
+        NotADirectoryError: `folder` is a file, or a link that leads nowhere.
+        ValueError: `folder` is the empty string, or what `check` raises. The old folder is left as it was.
     """
-    with replacing_folder(Path(folder), last="config.json", stale=WEIGHTS) as new:
+    with replacing_folder(folder, last="config.json", stale=WEIGHTS) as new:
         for name, content in {**(files or {}), "config.json": config}.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"files: {name!r} is outside the folder to save")
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content if isinstance(content, bytes) else _json(content))
         _write_weights(new, state)
+        if check is not None:
+            try:
+                check(new)
+            except ValueError as error:
+                words = str(error).replace(str(new), str(folder))
+                raise ValueError(
+                    f"{folder} is left as it was, because the model would not load again: {words}"
+                ) from error
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors to write for a `module` in whose architecture nothing is tied.
+
+    Layers that share a parameter are written one by one, and names lose what `torch.compile` adds to them.
+
+    Raises:
+        ValueError: a tensor without values of its own, or with values that loading refuses.
+    """
+    state: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        where = f"{type(module).__name__} cannot be saved: {name}"
+        if type(tensor) is not Tensor or tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            what = f"a {type(tensor).__name__}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"{where} is {what}; a plain tensor with values is wanted")
+        if problem := weights.what_is_wrong(tensor):
+            raise ValueError(f"{where} has {problem}")
+        storage = tensor.untyped_storage().data_ptr()
+        state[_uncompiled(name)] = tensor.clone() if storage in memory else tensor
+        memory.add(storage)
+    return state
+
+
+def check_same(model: nn.Module, loaded: nn.Module) -> None:
+    """Raise a ValueError that names the first module of `model` that is another one in `loaded`.
+
+    State dicts do not show an adapter whose parameters have the names of a plain layer, or a layer without parameters.
+    """
+    ours, theirs = ({_uncompiled(name): m for name, m in _modules(root)} for root in (model, loaded))
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        got, want = ours.get(name), theirs.get(name)
+        if got is None or want is None or not _computes_as(got, want):
+            raise ValueError(
+                f"{name} is {got}, which would be loaded as {want}; merge adapters into plain layers first"
+            )
+
+
+def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below `root` by name, without the wrappers of `torch.compile`."""
+    every = root.named_modules(remove_duplicate=False)
+    return ((name, module) for name, module in every if name and "_orig_mod" not in module._modules)
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _computes_as(module: nn.Module, plain: nn.Module) -> bool:
+    """Whether it has the forward pass of `plain`, or of a class that `plain` inherits from, and the same settings."""
+    forwards = [vars(each).get("forward") for each in type(plain).__mro__]
+    return type(module).forward in forwards and module.extra_repr() == plain.extra_repr()
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -287,9 +314,12 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
         max_shard_size=SHARD_BYTES,
     )
     for shard, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+        try:
+            save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, for example
+            raise OSError(f"{folder / shard} cannot be written: {error}") from error
         # safetensors 0.8 makes its files readable by their owner only.
         shutil.copymode(folder / "config.json", folder / shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / f"{SAFETENSORS}.index.json").write_bytes(_json(index))
+        (folder / f"{weights.SAFETENSORS}.index.json").write_bytes(_json(index))

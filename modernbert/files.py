@@ -26,12 +26,15 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(beside)
         beside.replace(path)
         flush(path.parent)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
 
 @contextmanager
-def replacing_folder(folder: Path, *, last: str, stale: re.Pattern[str]) -> Iterator[Path]:
+def replacing_folder(folder: str | os.PathLike[str], *, last: str, stale: re.Pattern[str]) -> Iterator[Path]:
     """Yield an empty folder to write to. It replaces `folder` at the end; after an error it is removed.
 
     Files that only the old folder has are kept, except those at its top whose names match `stale`. Where folders
@@ -39,11 +42,9 @@ def replacing_folder(folder: Path, *, last: str, stale: re.Pattern[str]) -> Iter
     moved one by one. `last` is then removed first and moved last: a folder without it must count as incomplete.
 
     Raises:
-        NotADirectoryError: `folder` is a file.
+        NotADirectoryError, ValueError: as `output_folder`.
     """
-    target = folder.expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; give a folder to save into")
+    target = output_folder(folder).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     fixed = os.path.ismount(target) or Path.cwd().is_relative_to(target)
     inside = target.exists() and (fixed or not os.access(target.parent, os.W_OK))
@@ -58,8 +59,26 @@ def replacing_folder(folder: Path, *, last: str, stale: re.Pattern[str]) -> Iter
         elif inside or not _swap(new, target, stale):
             _move_into(new, target, last, stale)
         flush(target.parent)
+    except OSError as error:
+        _name(error, target)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def output_folder(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder to write to, which need not exist. `~` is the home directory.
+
+    Raises:
+        NotADirectoryError: a file, or a link that leads nowhere; its target may be on a disk that is not mounted.
+        ValueError: the empty string. As a path it would be the working directory.
+    """
+    if not os.fspath(folder):
+        raise ValueError("the folder to write to is the empty string; give '.' for the working directory")
+    path = Path(folder).expanduser()
+    if os.path.lexists(path) and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, or a link that leads nowhere; give a folder to write to")
+    return path
 
 
 def flush(*paths: Path) -> None:
@@ -72,6 +91,12 @@ def flush(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _name(error: OSError, path: Path) -> None:
+    """Give the error of a full disk, which Python raises without a path, the path that was to be written."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _hidden(name: str) -> str:
