@@ -62,7 +62,7 @@ class Ragged:
                 wanted = "[n, E]" if not index else f"[n, {matrices[0].shape[1]}] as matrices[0] is"
                 raise ValueError(f"matrices[{index}] must be {wanted}, got shape {tuple(matrix.shape)}")
         lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)], device="cpu")
-        return cls(torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0), lengths.cumsum(0))
+        return cls(torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, device="cpu"), lengths.cumsum(0))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -224,7 +224,7 @@ def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
         return x_NE
     fcluster, linkage = _ward()
     distance = 1 - rest @ rest.T
-    upper = torch.triu_indices(len(rest), len(rest), offset=1)
+    upper = torch.triu_indices(len(rest), len(rest), offset=1, device="cpu")
     tree = linkage(distance[upper[0], upper[1]].numpy(), method="ward")
     labels = torch.from_numpy(fcluster(tree, t=clusters, criterion="maxclust")).long() - 1
     count = torch.bincount(labels)

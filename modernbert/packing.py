@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -70,12 +70,12 @@ class Packed:
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
-        length_B = torch.tensor(self.lengths, dtype=torch.int64)
-        chosen = torch.tensor(list(indices), dtype=torch.int64)
+        length_B = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
+        chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
         length = length_B[chosen]
         # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
         shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
-        rows = torch.arange(int(length.sum())) + torch.repeat_interleave(shift, length)
+        rows = torch.arange(int(length.sum()), device="cpu") + torch.repeat_interleave(shift, length)
         return rows.to(self.input_ids.device)
 
 
@@ -126,7 +126,8 @@ def pack(
     """Drop the padding of a `[B, S]` batch, or join B lists of token ids, into one row of real tokens.
 
     Args:
-        sequences: `[B, S]` integer tensor, or B sequences of token ids of any lengths (0 included).
+        sequences: `[B, S]` integer tensor, or B sequences of token ids of any lengths (0 included), which give a batch
+            on the CPU.
         attention_mask: `[B, S]`, 1 at real tokens and 0 in padding, which may be left, right, or on both sides. None:
             no padding.
         query_mask: `[B, S]`, 1 at query-only rows: they see the real tokens of their sequence, and no token sees them.
@@ -143,20 +144,21 @@ def pack(
         return _pack_padded(sequences, attention_mask, query_mask, position_ids, vocab_size)
     if attention_mask is not None or query_mask is not None or position_ids is not None:
         raise ValueError("masks and position_ids belong to a padded [B, S] tensor; lists of ids carry no padding")
-    flat = [token for index, ids in enumerate(sequences) for token in _ids(index, ids)]
+    sequences = list_of_sequences("sequences", sequences)
     lengths = tuple(len(ids) for ids in sequences)
+    flat = [token for ids in sequences for token in ids]
     try:
-        input_ids = torch.tensor(flat) if flat else torch.zeros(0, dtype=torch.int64)
+        input_ids = torch.tensor(flat, device="cpu") if flat else torch.zeros(0, dtype=torch.int64, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"token ids must be integers below 2**63: {error}") from error
     if input_ids.dim() != 1 or bool in set(map(type, flat)):
         raise TypeError("token ids must be integers, got lists or truth values among them")
     _check_ids(input_ids, vocab_size)
-    positions = [torch.arange(length) for length in lengths] or [torch.arange(0)]
+    positions = [torch.arange(length, device="cpu") for length in lengths] or [input_ids]
     return Packed(
         input_ids=input_ids.long(),
         positions=positions[0] if len(positions) == 1 else torch.cat(positions),
-        cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
+        cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu"),
         lengths=lengths,
         max_seqlen=max(lengths, default=0),
     )
@@ -173,8 +175,9 @@ def unpack(values: Tensor, batch: Packed) -> Tensor:
     rows, length = batch.padded_rows, batch.padded_length
     if rows is None or length is None:
         length = batch.max_seqlen
-        sequence = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(batch.lengths, dtype=torch.int64))
-        within = torch.arange(batch.num_tokens) - batch.cu_seqlens.cpu()[sequence]
+        lengths = torch.tensor(batch.lengths, dtype=torch.int64, device="cpu")
+        sequence = torch.repeat_interleave(torch.arange(len(batch), device="cpu"), lengths)
+        within = torch.arange(batch.num_tokens, device="cpu") - batch.cu_seqlens.cpu()[sequence]
         rows = (sequence * length + within).to(values.device)
     padded = values.new_zeros(len(batch), length, *values.shape[1:])
     return padded.index_put_((rows // length, rows % length), values)
@@ -190,16 +193,24 @@ def padded_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 
-def _ids(index: int, ids: Sequence[int]) -> Sequence[int]:
-    """The ids of a sequence. TypeError for what would be read as something else: bytes, a dict, a set, a number."""
-    if isinstance(ids, (str, bytes, bytearray, Mapping, Set)) or not hasattr(ids, "__len__"):
-        raise TypeError(f"sequences[{index}] must be a list of token ids, got {type(ids).__name__} {ids!r:.60}")
-    return ids
+def list_of_sequences(name: str, sequences: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+    """The sequences of token ids as a list.
+
+    Raises:
+        TypeError: what would be read as something else, with its index: a number, text, bytes, a dict, a set.
+    """
+    if not isinstance(sequences, Iterable) or isinstance(sequences, (str, bytes, Mapping, Set)):
+        raise TypeError(f"{name} must be a list of lists of token ids, got one {type(sequences).__name__}")
+    sequences = list(sequences)
+    for index, ids in enumerate(sequences):
+        if isinstance(ids, (str, bytes, bytearray, Mapping, Set)) or not hasattr(ids, "__len__"):
+            raise TypeError(f"{name}[{index}] must be a list of token ids, got {type(ids).__name__} {ids!r:.60}")
+    return sequences
 
 
 def _select(batch: Packed, indices: Sequence[int], rows: Tensor) -> Packed:
     lengths = tuple(batch.lengths[i] for i in indices)
-    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
     return Packed(
         input_ids=batch.input_ids[rows],
         positions=batch.positions[rows],

@@ -21,7 +21,7 @@ from ..encoder import Encoder
 from ..inference.devices import encode_in_processes
 from ..inference.encode import Modules, encode_texts, list_of_texts, stream_texts
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
-from ..packing import Packed, Span, Tokens, pack
+from ..packing import Packed, Span, Tokens, list_of_sequences, pack
 from ..tokenizer import Tokenizer
 from . import colbert_files
 from .colbert_files import ColBERTConfig
@@ -42,7 +42,7 @@ class ColBERT(nn.Module):
         self.encoder, self.tokenizer, self.config = encoder, tokenizer, config
         self.dense = nn.ModuleList(dense)
         self.dim = dense[-1].linear.out_features
-        self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
+        self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64, device="cpu")
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
                 raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set it to ''")
@@ -111,6 +111,8 @@ class ColBERT(nn.Module):
 
         With `rows` (`Tokens.rows`) to the `[Q, E]` vectors of these alone, for less work: see `Encoder.forward`.
         """
+        if not isinstance(batch, Packed):
+            raise TypeError(f"ColBERT is called with a Packed, got {type(batch).__name__}: make one with pack(...)")
         x_TD = self.encoder(batch, rows=rows)
         *hidden, last = self.dense
         for layer in hidden:
@@ -227,7 +229,7 @@ class ColBERT(nn.Module):
             found = [row + [None] * (c.query_length - len(row)) for row in found]
         batch = pack(rows, vocab_size=self.encoder.config.vocab_size)
         if c.do_query_expansion and not c.attend_to_expansion_tokens:
-            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
+            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32, device="cpu"))
         return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
 
     def document_tokens(
@@ -273,6 +275,7 @@ class ColBERT(nn.Module):
         room = length - len(head) - len(tail)
         if room < 0:
             raise ValueError(f"a length of {length} has no room for the {len(head) + len(tail)} tokens around a text")
+        ids = list_of_sequences("ids", ids)
         rows = [[*head, *row[:room], *tail] for row in ids]
         return rows, [[*[None] * len(head), *row[:room], *[None] * len(tail)] for row in spans]
 

@@ -129,7 +129,8 @@ def encode_tokens(
 def joined(matrices: Sequence[Tensor], dim: int) -> Ragged:
     """The matrices as one ordinary tensor, which may meet autograd later: it is made outside of inference mode."""
     if not matrices:
-        return Ragged(torch.zeros(0, dim, dtype=torch.float32), torch.zeros(1, dtype=torch.int64))
+        values = torch.zeros(0, dim, dtype=torch.float32, device="cpu")
+        return Ragged(values, torch.zeros(1, dtype=torch.int64, device="cpu"))
     return Ragged.from_list(matrices)
 
 

@@ -139,7 +139,8 @@ def _blocks(
     """As `_runs`, but a block of ROWS queries of one sequence at a time, which sees only the keys near it."""
     near = None
     if window is not None:  # [i, j]: query i of a block and the key j places after the first that its query 0 may see
-        near = (torch.arange(ROWS)[:, None] + window - torch.arange(ROWS + 2 * window)).abs() <= window
+        row, key = torch.arange(ROWS, device="cpu"), torch.arange(ROWS + 2 * window, device="cpu")
+        near = (row[:, None] + window - key).abs() <= window
     outputs = []
     parts = (x.split(lengths) for x in (q_THK, k_THK, v_THK))
     for keys, *qkv in zip(key_lengths or lengths, *parts, strict=True):
@@ -192,8 +193,8 @@ def _by_head(q_HSK: Tensor, k_HSK: Tensor, v_HSK: Tensor) -> Tensor:
 
 def _visible(key_lengths: list[int], length: int, window: int | None) -> Tensor:
     """`[B, 1, S, S]` bool: key j is among the first of its sequence and within the window of query i."""
-    place = torch.arange(length)
-    visible = (place < torch.tensor(key_lengths)[:, None])[:, None, None, :].expand(-1, 1, length, -1)
+    place = torch.arange(length, device="cpu")
+    visible = (place < torch.tensor(key_lengths, device="cpu")[:, None])[:, None, None, :].expand(-1, 1, length, -1)
     return visible if window is None else visible & ((place[:, None] - place).abs() <= window)
 
 
@@ -230,14 +231,16 @@ def _band_mask(lengths: tuple[int, ...], window: int, dtype: torch.dtype) -> Ten
     key = lengths, window, dtype
     if getattr(_last, "key", None) != key:
         with torch.inference_mode(False):
-            sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            length_B = torch.tensor(lengths, device="cpu")
+            sequence_T = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), length_B)
             blocks = -(-len(sequence_T) // BLOCK)
             tail = blocks * BLOCK - len(sequence_T)
             keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
             queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
-            distance = torch.arange(BLOCK)[:, None] - (torch.arange(BLOCK + 2 * window) - window)
+            row, key = torch.arange(BLOCK, device="cpu"), torch.arange(BLOCK + 2 * window, device="cpu")
+            distance = row[:, None] + window - key
             visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
-            mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
+            mask = torch.zeros(visible.shape, dtype=dtype, device="cpu").masked_fill_(~visible, torch.finfo(dtype).min / 2)
         _last.key, _last.mask = key, mask[:, None]
     return _last.mask
 

@@ -47,7 +47,7 @@ def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torc
     num_queries, width = queries_QE.shape
     parts = F.pad(queries_QE.to(dtype), (0, 0, 0, -num_queries % LANES)).split(QUERIES)
     best = [part.new_full((len(lengths), len(part)), float("-inf")) for part in parts]
-    document_N1 = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:, None]
+    document_N1 = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)[:, None]
     # A power of two: oneDNN takes half as long again for 13,107 rows as for 12,288 or 16,384.
     size = 1 << max(1, BLOCK // max(1, width + num_queries)).bit_length() - 1
     for block_NE, document in zip(documents_NE.split(size), document_N1.split(size), strict=True):
@@ -72,7 +72,7 @@ class _DifferentiableBest(torch.autograd.Function):
         queries_QE, documents_NE = queries_QE.to(dtype), documents_NE.to(dtype)
         ctx.lengths = lengths.tolist()
         best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
-        argmax_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64)
+        argmax_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64, device="cpu")
         for index, document_SE in enumerate(documents_NE.split(ctx.lengths)):
             if len(document_SE):
                 # Not the op, which takes oneDNN here, where no shape comes twice.
