@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import ModelOption
+from .options import EngineOption, ModelOption
 from .show import note
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def encode(
     output: Annotated[Path, typer.Option(metavar="FILE", help="A name ending in .npz or .safetensors.")],
     queries: Annotated[bool, typer.Option("--queries", help="Encode as queries, not as documents.")] = False,
     model: ModelOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Encode texts to token vectors.
 
@@ -40,7 +41,7 @@ def encode(
     documents = list(read_texts(texts, on_note=note))
     if not documents:
         raise ValueError(f"{texts} holds no text to encode")
-    session = Session(load_colbert(model))
+    session = Session(load_colbert(model), engine=engine)
     contents = [document.content for document in documents]
     vectors = session.encode_queries(contents) if queries else session.encode_documents(contents)
     _write(output, vectors, [document.id for document in documents])

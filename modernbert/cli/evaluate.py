@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import TOP_RUN, JsonOption, ModelOption
+from .options import TOP_RUN, EngineOption, JsonOption, ModelOption
 from .show import note
 
 
@@ -22,6 +22,7 @@ def evaluate(
         Path, typer.Argument(metavar="FOLDER", help="In BEIR's layout: corpus, queries, qrels/SPLIT.tsv.")
     ],
     model: ModelOption = None,
+    engine: EngineOption = None,
     split: Annotated[
         str | None, typer.Option(help="The judgements to use.", show_default="test, or the only one")
     ] = None,
@@ -47,7 +48,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         folder = index or Path(temporary)
         manifest = find_manifest(folder)
-        loaded = load_model(model, manifest.identity if manifest else None)
+        loaded = load_model(model, manifest.identity if manifest else None, engine)
         retrieval.index([corpus], folder, loaded, note=note)
         with retrieval.Store(folder, loaded) as store:
             # The store may also hold other documents.

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import EngineOption
 from .show import note, show_notes
 
 
@@ -27,6 +28,7 @@ def index(
         str | None, typer.Option(metavar="fp16|fp32|int8", help="The dtype of the vectors.", show_default="fp16")
     ] = None,
     prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for `search --prefilter`.")] = False,
+    engine: EngineOption = None,
     forget: Annotated[
         bool, typer.Option("--forget", help="Remove the documents from these paths instead of adding them.")
     ] = False,
@@ -43,7 +45,9 @@ def index(
         if forget:
             summary = retrieval.forget(paths, output)
         else:
-            summary = retrieval.index(paths, output, model, dtype=dtype, prefilter=prefilter, note=notes.append)
+            summary = retrieval.index(
+                paths, output, model, dtype=dtype, prefilter=prefilter, engine=engine, note=notes.append
+            )
     except KeyboardInterrupt:
         raise OSError(f"interrupted; {output} is as it was. Run the same command again to resume") from None
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -67,6 +68,8 @@ def _print_encoder(console: Console, name: str, config: EncoderConfig, state: di
 
 
 def _colbert_facts(colbert: ColBERT) -> dict[str, str]:
+    from ..inference.graph_engine import ENGINES
+
     config = colbert.config
     attended = "attended" if config.attend_to_expansion_tokens else "not attended"
     expansion = f", filled up with [MASK], {attended}" if config.do_query_expansion else ""
@@ -75,6 +78,7 @@ def _colbert_facts(colbert: ColBERT) -> dict[str, str]:
         "document": f"prefix {config.document_prefix!r}, at most {config.document_length} tokens",
         "skipped": " ".join(config.skiplist_words) or "no token",
         "head": ", then ".join(_dense(cast("Dense", layer)) for layer in colbert.dense),
+        "engines": ", ".join(["PyTorch", *(name for name in ENGINES if find_spec(name))]),
     }
 
 

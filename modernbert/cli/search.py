@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from .converse import Filter, SearchShell, parse_fields
-from .options import TOP_RUN, JsonOption, ModelOption
+from .options import TOP_RUN, EngineOption, JsonOption, ModelOption
 from .show import note, print_text, show_notes
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def search(
     queries: Annotated[Path | None, typer.Option(help="BEIR queries.jsonl[.gz] to run; needs --run.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a TREC run of the --queries.")] = None,
     model: ModelOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Rank passages by how well they answer a question: in a store, or in files that are read for this question."""
     if (index is None) == (not paths):
@@ -64,17 +65,17 @@ def search(
     if (queries is None) != (run is None) or (queries and (query or index is None)):
         raise ValueError("a run needs --index STORE, --queries FILE and --run FILE, and no query")
     if queries and run:
-        _write_run(index or "", model, queries, run, top or TOP_RUN)
+        _write_run(index or "", model, engine, queries, run, top or TOP_RUN)
         return
     chosen = Filter(path or None, parse_fields(where or ()), prefilter)
     if paths:
-        with _read(paths, model) as (store, took):
+        with _read(paths, model, engine) as (store, took):
             shell = SearchShell(store, top or TOP, why, chosen)
             shell.answer(query or "", as_json, html)
             if not as_json:
                 print_text(shell.console, Text(f"{_size(store)}, {took}", style="dim"))
         return
-    with _open(index or "", model) as (store, title):
+    with _open(index or "", model, engine) as (store, title):
         shell = SearchShell(store, top or TOP, why, chosen)
         if query is None:
             shell.repl(title, as_json)
@@ -86,7 +87,7 @@ def demo(
     questions: Annotated[list[str] | None, typer.Argument(help="Questions.", show_default="three examples")] = None,
 ) -> None:
     """Search 1,581 paragraphs of Wikipedia, which ship with the package, using the built-in model."""
-    with _read([DEMO], None) as (store, took):
+    with _read([DEMO], None, None) as (store, took):
         shell = SearchShell(store, top=3)
         print_text(shell.console, Text(f"{_size(store)} (Wikipedia), {took}\n", style="dim"))
         for question in questions or QUESTIONS:
@@ -97,11 +98,11 @@ def demo(
             shell.show(found)
 
 
-def _write_run(index: str, model: str | None, queries: Path, run: Path, top: int) -> None:
+def _write_run(index: str, model: str | None, engine: str | None, queries: Path, run: Path, top: int) -> None:
     from ..retrieval.evaluate import read_queries, write_run
     from ..retrieval.store.search import Store
 
-    with _open(index, model) as (store, _):
+    with _open(index, model, engine) as (store, _):
         if not isinstance(store, Store):
             raise ValueError(f"{index} is an export, which cannot give a run: use --index with a store")
         texts = read_queries(queries)
@@ -110,17 +111,17 @@ def _write_run(index: str, model: str | None, queries: Path, run: Path, top: int
 
 
 @contextmanager
-def _open(index: str, model: str | None) -> Iterator[tuple[Store | Engine, str]]:
+def _open(index: str, model: str | None, engine: str | None) -> Iterator[tuple[Store | Engine, str]]:
     """A store or an export, and its description."""
     from ..retrieval.engines import Engine, is_target
     from ..retrieval.store.format import read_unfinished, resume_command
     from ..retrieval.store.search import Store
 
     if is_target(index):
-        with Engine(index, model) as engine:
-            yield engine, index
+        with Engine(index, model, engine=engine) as export:
+            yield export, index
         return
-    with Store(index, model) as store:
+    with Store(index, model, engine=engine) as store:
         if request := read_unfinished(store.folder):
             resume = resume_command(request, store.folder)
             note(f"this is the old state of {index}: an update is unfinished; resume with: {resume}")
@@ -128,7 +129,7 @@ def _open(index: str, model: str | None) -> Iterator[tuple[Store | Engine, str]]
 
 
 @contextmanager
-def _read(paths: Sequence[Path], model: str | None) -> Iterator[tuple[Store, str]]:
+def _read(paths: Sequence[Path], model: str | None, engine: str | None) -> Iterator[tuple[Store, str]]:
     """A store of files and folders, and how long reading and encoding took.
 
     It is a store on disk, deleted at the end: so a single search has the same code and the same results as an index.
@@ -136,7 +137,7 @@ def _read(paths: Sequence[Path], model: str | None) -> Iterator[tuple[Store, str
     from ..retrieval import Store, index
     from ..retrieval.store.identity import load_model
 
-    loaded = load_model(model)
+    loaded = load_model(model, engine=engine)
     with tempfile.TemporaryDirectory() as folder:
         started, notes = time.perf_counter(), []
         try:

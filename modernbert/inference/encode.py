@@ -34,8 +34,8 @@ class Caller(Protocol):
     """What `encode_tokens` calls with batches that are on the CPU: `Modules` or a `Session`."""
 
     device: torch.device
-    width: int
 
+    def budget(self, total: int) -> int: ...
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor: ...
 
 
@@ -53,12 +53,16 @@ class Modules:
     """A plain model, called in evaluation mode whatever mode its modules are in.
 
     Attributes:
-        device: of the model. width: of its encoder, on which the size of a batch depends.
+        device: of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = evaluated(model)
-        self.device, self.width = placement(model)
+        self.device, self._width = placement(model)
+
+    def budget(self, total: int) -> int:
+        """Tokens of one call when `total` are to be encoded."""
+        return token_budget(self.device, self._width, total, callers(self.device))
 
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         if self.device.type == "cuda":
@@ -234,10 +238,9 @@ class _Batch(NamedTuple):
 
 def _batches(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[list[_Batch]]:
     """For each part its batches, longest texts first."""
-    first, count = 0, callers(caller.device)
+    first = 0
     for tokens in parts:
-        budget = batch_tokens or token_budget(caller.device, caller.width, tokens.batch.num_tokens, count)
-        groups = plan(tokens.batch.lengths, budget)
+        groups = plan(tokens.batch.lengths, batch_tokens or caller.budget(tokens.batch.num_tokens))
         yield [_Batch([first + index for index in group], tokens.select(group)) for group in groups]
         first += len(tokens.batch)
 

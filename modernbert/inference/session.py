@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from operator import is_
 from typing import Generic, TypeGuard, TypeVar
 
@@ -16,9 +17,11 @@ from modernbert_kernels.dispatch import forced
 from ..encoder import Linear
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
 from ..packing import Packed, Tokens, check_rows
-from .batches import CPU_TOKENS, micro_batches, split_rows
+from .batches import CPU_TOKENS, micro_batches, split_rows, token_budget
 from .callers import callers, check_process, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts
+from .graph_engine import LONGEST as LONGEST_IN_GRAPH
+from .graph_engine import TOKENS, GraphEngine, save_graph
 from .graphs import Graphs
 from .replica import evaluated, replicate, with_weight
 from .short import LONGEST, ShortEncoder, has_short_way
@@ -40,17 +43,26 @@ class Session(Generic[M]):
       copies of the weights.
     - On a GPU, a small batch is rounded up to a step and replays a CUDA graph.
 
+    Args:
+        engine: on a CPU, `"onnxruntime"` or `"openvino"` runs the model as a graph, which is faster; texts of more than
+            1,024 tokens run as modules. Needs the `cpu` extra.
+
+    Raises:
+        ValueError: an unknown engine, or a model that it cannot run. ImportError: its package is missing.
+
     Attributes:
-        model: what it was made of. device: of the model. width: of its embeddings.
+        model: what it was made of. device: of the model. engine: as given.
     """
 
-    def __init__(self, model: M) -> None:
-        self.model = model
-        self.device, self.width = placement(model)
+    def __init__(self, model: M, *, engine: str | None = None) -> None:
+        self.model, self.engine = model, engine
+        self.device, self._width = placement(model)
         self._weights = _Weights(model)
-        self._bulk = replicate(model, _pack_linear) if self.device.type == "cpu" else evaluated(model)
+        packs = self.device.type == "cpu" and engine is None
+        self._bulk = replicate(model, _pack_linear) if packs else evaluated(model)
+        self._graph_engine = None if engine is None else GraphEngine.of(self._bulk, engine)
         # No layout of a weight is chosen by measuring here: the same tokens give the same bits.
-        self._batches: Caller = Modules(self._bulk) if self.device.type == "cpu" else self
+        self._batches: Caller = Modules(self._bulk) if packs else self
         self._graphs = Graphs(self._bulk, self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
@@ -71,6 +83,12 @@ class Session(Generic[M]):
             check_rows(rows, batch.num_tokens)
         with torch.no_grad():
             return self._on_cpu(batch, rows) if self.device.type == "cpu" else self._on_device(batch, rows)
+
+    def budget(self, total: int) -> int:
+        """Tokens of one call when `total` are to be encoded."""
+        if self.engine is not None:
+            return TOKENS
+        return token_budget(self.device, self._width, total, callers(self.device))
 
     def encode_queries(
         self, texts: Iterable[str], *, batch_tokens: int | None = None, progress: bool | None = None
@@ -113,9 +131,22 @@ class Session(Generic[M]):
         self._check()
         return encode_tokens(self._batches, tokens, batch_tokens=batch_tokens, advance=advance)
 
-    def __reduce__(self) -> tuple[type[Session[M]], tuple[M]]:
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model's graph with its weights as an ONNX file, which `GraphEngine.load` and other programs run.
+
+        The docstring of `onnx_graph.py` describes its inputs and its output. Metadata of the file: `model`, the class;
+        `config`, the encoder's config.json; `fingerprint`, the SHA-256 of the weights in the graph's order. Atomic.
+
+        Raises:
+            ImportError: the `cpu` extra is missing. TypeError: neither an encoder nor a late-interaction head.
+            ValueError: weights of more than 2 GB.
+        """
+        self._check()
+        save_graph(self._bulk, path)
+
+    def __reduce__(self) -> tuple[Callable[[M], Session[M]], tuple[M]]:
         """A copy, pickled or deep, is a Session of the copied model."""
-        return Session, (self.model,)
+        return partial(Session[M], engine=self.engine), (self.model,)
 
     def _check(self) -> None:
         check_process()
@@ -126,15 +157,20 @@ class Session(Generic[M]):
         self._weights.check()
 
     def _on_cpu(self, batch: Packed, rows: Tensor | None) -> Tensor:
-        if len(batch) == 1 and batch.num_tokens <= LONGEST:
+        if self.engine is None and len(batch) == 1 and batch.num_tokens <= LONGEST:
             return self._one_text(batch, rows=rows)
-        parts = micro_batches(batch, CPU_TOKENS)
+        parts = micro_batches(batch, CPU_TOKENS if self.engine is None else TOKENS)
         if len(parts) == 1:
-            return self._bulk(batch, rows=rows)
+            return self._part(batch, rows)
         sizes = [part.num_tokens for part in parts]
         split = [None] * len(parts) if rows is None else split_rows(rows, sizes)
         calls = list(zip(parts, split, strict=True))
-        return torch.cat(list(map_callers(lambda call: self._bulk(call[0], rows=call[1]), calls, callers(self.device))))
+        return torch.cat(list(map_callers(lambda call: self._part(*call), calls, callers(self.device))))
+
+    def _part(self, batch: Packed, rows: Tensor | None) -> Tensor:
+        if self._graph_engine is None or not 0 < batch.max_seqlen <= LONGEST_IN_GRAPH:
+            return self._bulk(batch, rows=rows)
+        return self._graph_engine(batch, rows=rows)
 
     def _on_device(self, batch: Packed, rows: Tensor | None) -> Tensor:
         bucket = None if self._graphs is None else self._graphs.bucket(batch)

@@ -35,6 +35,7 @@ def index(
     *,
     dtype: str | None = None,
     prefilter: bool = False,
+    engine: str | None = None,
     progress: bool | None = None,
     note: OnNote = warnings.warn,
 ) -> Summary:
@@ -50,6 +51,7 @@ def index(
             built-in one.
         dtype: of the vectors: "fp16" (None for a new store), "fp32", or "int8" with one scale for each.
         prefilter: also keep the lists that `Store.search(..., prefilter=True)` needs, from now on.
+        engine: of the `Session` that encodes.
         progress: whether to show a bar on stderr. None: only on a terminal.
         note: called with one sentence for everything that is skipped or repaired.
 
@@ -65,7 +67,7 @@ def index(
         open_draft(Path(output), request) as draft,
         progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
     ):
-        manifest, session = _prepare(draft, model, dtype)
+        manifest, session = _prepare(draft, model, dtype, engine)
         writer = StoreWriter(draft, manifest, prefilter=prefilter)
         encoder = DocumentEncoder(writer, session, on_bytes)
         for file in find_files(paths, on_note=note):
@@ -145,14 +147,16 @@ class DocumentEncoder:
         self._on_bytes(size)
 
 
-def _prepare(draft: Draft, model: ModelSource | LoadedModel | None, dtype: str | None) -> tuple[Manifest, Session]:
+def _prepare(
+    draft: Draft, model: ModelSource | LoadedModel | None, dtype: str | None, engine: str | None
+) -> tuple[Manifest, Session]:
     """The manifest to start from and the model that encodes. An existing store determines both."""
     old = draft.manifest
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     if old and dtype not in (None, old.dtype):
         raise ValueError(f"the store {draft.folder} holds {old.dtype}, not {dtype}: leave out the dtype")
-    loaded = load_model(model, old.identity if old else None)
+    loaded = load_model(model, old.identity if old else None, engine)
     new = Manifest(VERSION, *loaded.identity, dtype=dtype or "fp16", width=loaded.session.model.dim)
     return old or new, loaded.session
 

@@ -105,8 +105,13 @@ class Engine:
         session: encodes queries. colbert: its model.
     """
 
-    def __init__(self, target: str, model: ModelSource | LoadedModel | None = None) -> None:
+    def __init__(
+        self, target: str, model: ModelSource | LoadedModel | None = None, *, engine: str | None = None
+    ) -> None:
         """Open the export at `target` with its own model, or with `model`, which must be the same one.
+
+        Args:
+            engine: of the `Session` that encodes queries.
 
         Raises:
             FileNotFoundError: there is no export, or an unfinished one.
@@ -116,7 +121,7 @@ class Engine:
         adapter, address = _engine(target)
         self._index = adapter.Index(address)
         try:
-            self.session = load_model(model, self._index.identity).session
+            self.session = load_model(model, self._index.identity, engine).session
         except BaseException:
             self._index.close()
             raise

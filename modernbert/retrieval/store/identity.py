@@ -50,7 +50,9 @@ def load_colbert(name: str | os.PathLike[str] | None) -> ColBERT:
     return ColBERT.default() if name is None else ColBERT.from_pretrained(name)
 
 
-def load_model(source: ModelSource | LoadedModel | None, made_with: ModelIdentity | None = None) -> LoadedModel:
+def load_model(
+    source: ModelSource | LoadedModel | None, made_with: ModelIdentity | None = None, engine: str | None = None
+) -> LoadedModel:
     """Load a model and check that it belongs to a store.
 
     Args:
@@ -60,14 +62,14 @@ def load_model(source: ModelSource | LoadedModel | None, made_with: ModelIdentit
     Raises:
         ValueError: the store was made with another model.
     """
-    model = source if isinstance(source, LoadedModel) else _load(source, made_with)
+    model = source if isinstance(source, LoadedModel) else _load(source, made_with, engine)
     if made_with and model.identity.fingerprint != made_with.fingerprint:
         name = made_with.name or ("the built-in model" if made_with.name is None else "another model")
         raise ValueError(f"the store was made with {name}, and this model is different: their vectors do not compare")
     return model
 
 
-def _load(source: ModelSource | None, made_with: ModelIdentity | None) -> LoadedModel:
+def _load(source: ModelSource | None, made_with: ModelIdentity | None, engine: str | None) -> LoadedModel:
     if isinstance(source, ColBERT):
         colbert, name = source, ""
     else:
@@ -75,7 +77,7 @@ def _load(source: ModelSource | None, made_with: ModelIdentity | None) -> Loaded
         if name == "":
             raise ValueError("the store was made with a model that had no name: pass the same one as `model`")
         colbert = load_colbert(name)
-    return LoadedModel(Session(colbert), ModelIdentity(name and absolute(name), fingerprint(colbert)))
+    return LoadedModel(Session(colbert, engine=engine), ModelIdentity(name and absolute(name), fingerprint(colbert)))
 
 
 def absolute(name: str) -> str:

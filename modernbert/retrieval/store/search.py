@@ -59,8 +59,17 @@ class Store:
         dtype: of the vectors: "fp16", "fp32" or "int8". dim: their width E. documents: how many there are.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: ModelSource | LoadedModel | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: ModelSource | LoadedModel | None = None,
+        *,
+        engine: str | None = None,
+    ) -> None:
         """Open the store in `folder` with its own model, or with `model`, which must be the same one.
+
+        Args:
+            engine: of the `Session` that encodes queries.
 
         Raises:
             FileNotFoundError: there is no store, a part is missing, or the store is unfinished; the message then has
@@ -80,7 +89,7 @@ class Store:
         self.model, self.fingerprint = manifest.model, manifest.fingerprint
         self._num_passages, self._centroids = manifest.passages, manifest.prefilter
         self._prefilter: Prefilter | None = None
-        self.session = load_model(model, manifest.identity).session
+        self.session = load_model(model, manifest.identity, engine).session
         self.colbert = self.session.model
         self._selected = lru_cache(maxsize=1024)(self._select)
 

@@ -1,0 +1,276 @@
+"""The forward pass of `encoder.py` as an ONNX graph for packed rows: the same order, the same names.
+
+It is written from the modules in a fraction of a second, not traced. Attention is dense over the row of tokens, under a
+mask, so a row is a few short texts or one longer text.
+
+Inputs:
+    input_ids: `[T]` int64.
+    positions: `[T]` int64 rotary positions.
+    segment_ids: `[T]` int64, equal for the tokens of one sequence.
+    key_segment_ids: `[T]` int64, the same, but -1 for tokens that no token sees: query-only rows.
+    rows: `[Q]` int64, increasing, the rows that are asked for.
+Output:
+    vectors: `[Q, D]`, the hidden states of these rows, or `[Q, E]`, their vectors after a late-interaction head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Norm
+
+INPUTS = {"input_ids": "T", "positions": "T", "segment_ids": "T", "key_segment_ids": "T", "rows": "Q"}
+OUTPUT = "vectors"
+OPSET = 20
+LARGEST = 2_000_000_000
+
+HIDDEN = -1e30
+"""Added to the score of a key that is not seen. Infinity would make a row that sees no key NaN."""
+
+
+class DenseLayer(Protocol):
+    """`heads.dense.Dense`."""
+
+    linear: nn.Linear
+    activation: nn.Module
+    residual: nn.Module | None
+
+
+@runtime_checkable
+class Head(Protocol):
+    """`heads.colbert.ColBERT`."""
+
+    encoder: Encoder
+    dense: nn.ModuleList
+
+
+class Graph:
+    """The nodes and weights of a graph. A call adds a node and gives the name of its output."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.weights: dict[str, Tensor] = {}
+
+    def __call__(self, operator: str, *inputs: str, **attributes: object) -> str:
+        return self.split(operator, *inputs, outputs=1, **attributes)[0]
+
+    def split(self, operator: str, *inputs: str, outputs: int, **attributes: object) -> list[str]:
+        """A node with several outputs."""
+        names = [f"{operator}_{len(self.nodes)}_{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(operator, list(inputs), names, **attributes))
+        return names
+
+    def constant(self, values: object, dtype: type[np.generic] = np.int64) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(values, dtype), name))
+        return name
+
+    def weight(self, tensor: Tensor) -> str:
+        """A weight of the model, which is not copied."""
+        name = f"weight_{len(self.weights)}"
+        self.weights[name] = tensor.detach().contiguous()
+        return name
+
+    def file(self, *, weights: bool = False) -> onnx.ModelProto:
+        """The model with its weights, or without: an engine is given them by name.
+
+        Raises:
+            ValueError: weights of more than 2 GB, which the format does not hold.
+        """
+        if weights and sum(w.nbytes for w in self.weights.values()) > LARGEST:
+            raise ValueError("the weights have more than 2 GB, which a single ONNX file does not hold")
+        tensors = [
+            numpy_helper.from_array(w.numpy(), name) if weights else _absent(name, w)
+            for name, w in self.weights.items()
+        ]
+        inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, [size]) for name, size in INPUTS.items()]
+        output = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["Q", None])
+        graph = helper.make_graph(self.nodes, "modernbert", inputs, [output], self.constants + tensors)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+
+
+def _absent(name: str, weight: Tensor) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=weight.shape, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="given to the engine")
+    return tensor
+
+
+def encoder(g: Graph, encoder: Encoder) -> str:
+    """`Encoder.forward`: the hidden states of the rows that are asked for."""
+    config = encoder.config
+    seen_of = {window: _seen(g, window) for window in {_window(layer) for layer in encoder.layers}}
+    rope_of = {theta: _rope(g, theta, config.head_dim) for theta in set(encoder.thetas)}
+    x = _embeddings(g, encoder.embeddings)
+    delta = None
+    rows_of_layer = [None] * (len(encoder.layers) - 1) + ["rows"]
+    for module, theta, wanted in zip(encoder.layers, encoder.thetas, rows_of_layer, strict=True):
+        x, delta = _layer(g, cast("Layer", module), x, delta, rope_of[theta], seen_of[_window(module)], wanted)
+    return _norm(g, encoder.final_norm, x, delta)[1]
+
+
+def normalized(g: Graph, x: str, layers: Iterable[DenseLayer]) -> str:
+    """The head of `heads.colbert`: its layers, and unit vectors as `torch.nn.functional.normalize` makes them."""
+    for layer in layers:
+        y = ACTIVATIONS[type(layer.activation).__name__](g, linear(g, layer.linear, x))
+        x = y if layer.residual is None else g("Add", y, _residual(g, layer.residual, x))
+    length = g("ReduceL2", x, g.constant([-1]), keepdims=1)
+    return g("Div", x, g("Max", length, g.constant(1e-12, np.float32)))
+
+
+def _embeddings(g: Graph, embeddings: Embeddings) -> str:
+    return _layer_norm(g, embeddings.norm, g("Gather", g.weight(embeddings.tok_embeddings.weight), "input_ids"))
+
+
+def _layer(
+    g: Graph, layer: Layer, x: str, delta: str | None, rope: Rope, seen: Seen, rows: str | None
+) -> tuple[str, str]:
+    x, h = (x, x) if layer.attn_norm is None else _norm(g, layer.attn_norm, x, delta)
+    attended = _attention(g, layer.attn, h, rope, seen, rows)
+    x, h = _norm(g, layer.mlp_norm, x if rows is None else g("Gather", x, rows), attended)
+    return x, _mlp(g, layer.mlp, h)
+
+
+def _attention(g: Graph, attn: Attention, x: str, rope: Rope, seen: Seen, rows: str | None) -> str:
+    heads, width = attn.heads, attn.head_dim
+    qkv_T3HK = g("Reshape", linear(g, attn.Wqkv, x), g.constant([0, 3, heads, width]))
+    qk_2HTK, v_1HTK = g.split(
+        "Split", g("Transpose", qkv_T3HK, perm=[1, 2, 0, 3]), g.constant([2, 1]), outputs=2, axis=0
+    )
+    a_2HTR, b_2HTR = g.split("Split", qk_2HTK, outputs=2, axis=-1, num_outputs=2)
+    left = g("Sub", g("Mul", a_2HTR, rope.cos), g("Mul", b_2HTR, rope.sin))
+    right = g("Add", g("Mul", b_2HTR, rope.cos), g("Mul", a_2HTR, rope.sin))
+    q_1HTK, k_1HTK = g.split("Split", g("Concat", left, right, axis=-1), outputs=2, axis=0, num_outputs=2)
+    scores = g("Add", g("MatMul", q_1HTK, g("Transpose", k_1HTK, perm=[0, 1, 3, 2])), seen.bias)
+    out_1HTK = g("Mul", g("MatMul", g("Softmax", scores, axis=-1), v_1HTK), seen.any)
+    out_TD = g("Reshape", g("Transpose", out_1HTK, perm=[0, 2, 1, 3]), g.constant([-1, heads * width]))
+    return linear(g, attn.Wo, out_TD if rows is None else g("Gather", out_TD, rows))
+
+
+def _mlp(g: Graph, mlp: MLP, x: str) -> str:
+    a, gate = g.split("Split", linear(g, mlp.Wi, x), outputs=2, axis=-1, num_outputs=2)
+    return linear(g, mlp.Wo, g("Mul", ACTIVATIONS[{"gelu": "GELU", "silu": "SiLU"}[mlp.activation]](g, a), gate))
+
+
+def linear(g: Graph, module: nn.Module, x: str) -> str:
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"a graph has no {type(module).__name__}: merge adapters first, or leave out engine")
+    bias = [] if module.bias is None else [g.weight(module.bias)]
+    return g("Gemm", x, g.weight(module.weight), *bias, transB=1)
+
+
+def _norm(g: Graph, norm: Norm, x: str, delta: str | None) -> tuple[str, str]:
+    x = x if delta is None else g("Add", x, delta)
+    return x, _layer_norm(g, norm, x)
+
+
+def _layer_norm(g: Graph, norm: Norm | nn.LayerNorm, x: str) -> str:
+    bias = [] if norm.bias is None else [g.weight(norm.bias)]
+    return g("LayerNormalization", x, g.weight(norm.weight), *bias, axis=-1, epsilon=norm.eps)
+
+
+class Rope(NamedTuple):
+    """Cosine and sine for q and k, `[2, 1, T, R]`. Those of q have the scale of the scores."""
+
+    cos: str
+    sin: str
+
+
+def _rope(g: Graph, theta: float, head_dim: int) -> Rope:
+    frequency_R = 1.0 / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    position_T1 = g("Unsqueeze", g("Cast", "positions", to=TensorProto.FLOAT), g.constant([1]))
+    angle_TR = g("Mul", position_T1, g.constant(frequency_R, np.float32))
+    scale_2111 = g.constant(np.reshape([head_dim**-0.5, 1], (2, 1, 1, 1)), np.float32)
+    return Rope(*(g("Mul", g(kind, angle_TR), scale_2111) for kind in ("Cos", "Sin")))
+
+
+class Seen(NamedTuple):
+    """What a layer adds to its scores, `[T, T]`; and 1 for rows that see any key, else 0, `[T, 1]`."""
+
+    bias: str
+    any: str
+
+
+def _window(layer: nn.Module) -> int | None:
+    return cast("Layer", layer).attn.window
+
+
+def _seen(g: Graph, window: int | None) -> Seen:
+    first, second = g.constant([0]), g.constant([1])
+    seen_TT = g("Equal", g("Unsqueeze", "segment_ids", second), g("Unsqueeze", "key_segment_ids", first))
+    if window is not None:
+        row_T = g("Range", g.constant(0), g("Size", "input_ids"), g.constant(1))
+        distance_TT = g("Abs", g("Sub", g("Unsqueeze", row_T, second), g("Unsqueeze", row_T, first)))
+        seen_TT = g("And", seen_TT, g("LessOrEqual", distance_TT, g.constant(window)))
+    bias_TT = g("Where", seen_TT, g.constant(0, np.float32), g.constant(HIDDEN, np.float32))
+    any_T1 = g("ReduceMax", g("Cast", seen_TT, to=TensorProto.FLOAT), second, keepdims=1)
+    return Seen(bias_TT, any_T1)
+
+
+def _residual(g: Graph, residual: nn.Module, x: str) -> str:
+    return linear(g, residual, x) if isinstance(residual, nn.Linear) else x
+
+
+def _operator(name: str, **attributes: float) -> Activation:
+    return lambda g, x: g(name, x, **attributes)
+
+
+def _clip(low: float, high: float) -> Activation:
+    return lambda g, x: g("Clip", x, g.constant(low, np.float32), g.constant(high, np.float32))
+
+
+Activation = Callable[[Graph, str], str]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "CELU": _operator("Celu"),
+    "ELU": _operator("Elu"),
+    "GELU": _operator("Gelu"),
+    "Hardsigmoid": _operator("HardSigmoid", alpha=1 / 6, beta=0.5),
+    "Hardswish": _operator("HardSwish"),
+    "Hardtanh": _clip(-1, 1),
+    "Identity": lambda g, x: x,
+    "LeakyReLU": _operator("LeakyRelu", alpha=0.01),
+    "LogSigmoid": lambda g, x: g("Neg", g("Softplus", g("Neg", x))),
+    "Mish": _operator("Mish"),
+    "ReLU": _operator("Relu"),
+    "ReLU6": _clip(0, 6),
+    "SELU": _operator("Selu"),
+    "SiLU": lambda g, x: g("Mul", x, g("Sigmoid", x)),
+    "Sigmoid": _operator("Sigmoid"),
+    "Softplus": _operator("Softplus"),
+    "Softsign": _operator("Softsign"),
+    "Tanh": _operator("Tanh"),
+    "Tanhshrink": lambda g, x: g("Sub", x, g("Tanh", x)),
+}
+"""The activations of `torch.nn` that a head may have, with their default arguments."""
+
+
+def write(model: nn.Module) -> Graph:
+    """The graph of an `Encoder`, or of a late-interaction head: its encoder, its layers, and the norm.
+
+    Raises:
+        TypeError: another model.
+    """
+    g = Graph()
+    result = encoder(g, encoder_of(model))
+    if isinstance(model, Head):
+        result = normalized(g, result, cast("Iterable[DenseLayer]", model.dense))
+    g.nodes.append(helper.make_node("Identity", [result], [OUTPUT]))
+    return g
+
+
+def encoder_of(model: nn.Module) -> Encoder:
+    """The model if it is an `Encoder`, or that of a head."""
+    if isinstance(model, Head):
+        return model.encoder
+    if isinstance(model, Encoder):
+        return model
+    raise TypeError(
+        f"a graph can be written of an Encoder or of a late-interaction head, not of {type(model).__name__}"
+    )

@@ -1,0 +1,215 @@
+"""A graph engine gives the numbers of the modules, refuses what it cannot compute, and keeps nothing per shape."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hf_twin import TINY, random_ids, twins
+from torch import Tensor, nn
+
+from modernbert import ColBERT, Encoder, EncoderConfig, Packed, Session, pack
+from modernbert.heads.colbert_files import ACTIVATIONS, ColBERTConfig
+from modernbert.heads.dense import Dense
+from modernbert.inference import session as module
+from modernbert.inference.graph_engine import ENGINES, GraphEngine
+
+onnx = pytest.importorskip("onnx")
+for name in ENGINES:
+    pytest.importorskip(name)
+
+
+def random_config(seed: int) -> EncoderConfig:
+    """A config of any kind: biases, both activations, thetas, windows, odd widths."""
+    pick = random.Random(seed)
+    heads, width = pick.choice([(1, 10), (2, 14), (3, 8), (4, 16)])
+    kinds = ("full_attention", "sliding_attention")
+    return EncoderConfig(
+        vocab_size=100,
+        hidden_size=heads * width,
+        num_attention_heads=heads,
+        intermediate_size=pick.choice([7, 33, 64]),
+        num_hidden_layers=pick.randint(1, 5),
+        hidden_activation=pick.choice(["gelu", "silu"]),
+        norm_eps=pick.choice([1e-5, 1e-3]),
+        norm_bias=pick.random() < 0.5,
+        attention_bias=pick.random() < 0.5,
+        mlp_bias=pick.random() < 0.5,
+        layer_pattern=tuple(pick.choice(kinds) for _ in range(pick.randint(1, 3))),
+        local_attention=pick.choice([1, 2, 9, 16, 128]),
+        global_rope_theta=pick.choice([160_000.0, 80_000.0]),
+        local_rope_theta=pick.choice([160_000.0, 10_000.0, 1.0]),
+    )
+
+
+def loud(config: EncoderConfig) -> Encoder:
+    """With random norms and biases too."""
+    encoder = twins(config)[1].eval()
+    for parameter in encoder.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1.0, 0.3)
+    return encoder
+
+
+def batches() -> Iterator[tuple[Packed, Tensor | None]]:
+    """One text, several, query-only rows (also with no key in reach), positions of one's own; all rows, some, none."""
+    one, many = pack(random_ids([40], 100)), pack(random_ids([5, 0, 90, 1, 33, 70], 100))
+    yield one, None
+    yield one, torch.tensor([0, 7, 39])
+    yield many, None
+    yield many, torch.arange(0, 199, 3)
+    yield many, torch.zeros(0, dtype=torch.int64)
+    yield replace(many, key_lengths=torch.tensor([5, 0, 3, 0, 33, 1], dtype=torch.int32)), None
+    yield replace(one, positions=torch.arange(40) * 3 + 7), None
+
+
+@torch.no_grad()
+def compare(model: nn.Module, session: Session[nn.Module]) -> None:
+    """Float32 on both sides: only the order of the sums differs."""
+    for batch, rows in batches():
+        torch.testing.assert_close(session(batch, rows=rows), model(batch, rows=rows), rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("seed", range(12))
+def test_any_config(seed: int, engine: str) -> None:
+    encoder = loud(random_config(seed))
+    compare(encoder, Session(encoder, engine=engine))
+
+
+def head(*layers: Dense) -> ColBERT:
+    default = ColBERT.default()
+    encoder = loud(replace(TINY, vocab_size=default.tokenizer.vocab_size))
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, 0.0, 0.2)
+    config = ColBERTConfig(query_length=24, document_length=200, do_query_expansion=True)
+    return ColBERT(encoder, default.tokenizer, layers, config).eval()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.split())
+def test_every_layer_of_a_head(activation: str) -> None:
+    """Activations with and without bias; residuals of the same width and of another one."""
+    for bias in (False, True):
+        model = head(Dense(64, 64, bias, activation, residual=True), Dense(64, 20, bias, activation, residual=bias))
+        compare(model, Session(model, engine="onnxruntime"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_from_text_to_vectors(engine: str) -> None:
+    """Queries filled up with [MASK] rows that are not attended to; documents without their punctuation."""
+    for model in (ColBERT.default(), head(Dense(64, 32))):
+        session = Session(model, engine=engine)
+        texts = ["where does a cell get its energy?", "", "a, b. c!", *("one word more " * n for n in range(60))]
+        for name in ("encode_queries", "encode_documents"):
+            found, wanted = getattr(session, name)(texts), getattr(model, name)(texts)
+            assert torch.equal(found.offsets, wanted.offsets)
+            torch.testing.assert_close(found.values, wanted.values, rtol=1e-4, atol=1e-5)
+
+
+def test_long_texts_run_as_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text above the limit beside short ones, and one alone: the limit is where the two ways meet."""
+    monkeypatch.setattr(module, "LONGEST_IN_GRAPH", 50)
+    taken: list[int] = []
+    run = GraphEngine.__call__
+
+    def counted(engine: GraphEngine, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
+        taken.extend(batch.lengths)
+        return run(engine, batch, rows=rows)
+
+    encoder = loud(TINY)
+    session = Session(encoder, engine="onnxruntime")
+    monkeypatch.setattr(GraphEngine, "__call__", counted)
+    compare(encoder, session)
+    assert 40 in taken
+    assert max(taken) <= 50
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_threads_share_a_session(engine: str) -> None:
+    model = ColBERT.default()
+    session = Session(model, engine=engine)
+    texts = [f"text {n} " * (n % 17 + 1) for n in range(64)]
+    wanted = model.encode_documents(texts)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda n: session.encode_documents(texts[n : n + 4]), range(60)):
+            assert len(found) == 4
+        alone = list(pool.map(lambda n: session.encode_documents([texts[n]])[0], range(64)))
+    torch.testing.assert_close(torch.cat(alone), wanted.values, rtol=1e-4, atol=1e-5)
+
+
+# What is refused
+
+
+def test_what_the_graph_does_not_compute_is_refused() -> None:
+    """Hooks, a module of one's own, another dtype, another model, an engine that does not exist."""
+    hooked = loud(TINY)
+    hooked.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="leave out engine"):
+        Session(hooked, engine="onnxruntime")
+    changed = loud(TINY)
+    changed.layers[2].mlp.Wi = nn.Sequential(nn.Linear(64, 192))
+    with pytest.raises(ValueError, match="a graph has no Sequential"):
+        Session(changed, engine="onnxruntime")
+    with pytest.raises(ValueError, match="float32"):
+        Session(loud(TINY).double(), engine="onnxruntime")
+    with pytest.raises(TypeError, match="not of ModuleList"):
+        Session(nn.ModuleList([loud(TINY)]), engine="onnxruntime")
+    with pytest.raises(ValueError, match="onnxruntime, openvino"):
+        Session(loud(TINY), engine="tensorrt")
+
+
+@pytest.mark.parametrize(("engine", "package"), [("onnxruntime", "onnx"), *((name, name) for name in ENGINES)])
+def test_a_missing_package_names_the_extra(engine: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "modernbert.inference.onnx_graph", raising=False)
+    with pytest.raises(
+        ImportError, match=r"modernbert\[cpu\]" if engine == "onnxruntime" else r"modernbert\[openvino\]"
+    ):
+        Session(loud(TINY), engine=engine)
+
+
+def test_changed_weights_are_an_error() -> None:
+    encoder = loud(TINY)
+    session = Session(encoder, engine="onnxruntime")
+    with torch.no_grad():
+        encoder.layers[1].mlp.Wi.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        session(pack([[1, 2, 3]]))
+    compare(encoder, Session(encoder, engine="onnxruntime"))
+
+
+def test_a_copy_has_the_engine() -> None:
+    session = pickle.loads(pickle.dumps(Session(loud(TINY), engine="onnxruntime")))
+    assert session.engine == "onnxruntime"
+    compare(session.model, session)
+
+
+# Files
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_saved_graph_gives_the_vectors(engine: str, tmp_path: Path) -> None:
+    model, path = head(Dense(64, 32)), tmp_path / "model.onnx"
+    Session(model).save(path)
+    onnx.checker.check_model(path, full_check=True)
+    graph = GraphEngine.load(path, engine)
+    for batch, rows in batches():
+        torch.testing.assert_close(graph(batch, rows=rows), model(batch, rows=rows).detach(), rtol=1e-4, atol=5e-5)
+    found = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert found["model"] == "ColBERT"
+    assert EncoderConfig.from_hf(json.loads(found["config"])) == model.encoder.config
+    assert len(found["fingerprint"]) == 64
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.onnx"):
+        GraphEngine.load(tmp_path / "nothing.onnx")
