@@ -286,7 +286,7 @@ def check_padded(
 
 
 def _check_mask(name: str, mask_BS: Tensor) -> None:
-    """A mask holds 0 and 1; another one, such as an additive mask with -inf in padding, would be read as its reverse."""
+    """A mask holds 0 and 1. An additive one, with -inf in padding, would be read as its reverse."""
     wrong_BS = (mask_BS != 0) & (mask_BS != 1)
     if wrong_BS.any():
         row, column = wrong_BS.nonzero()[0].tolist()

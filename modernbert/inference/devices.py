@@ -112,12 +112,12 @@ def _start(pickled: bytes, devices: Queue[str], threads: int) -> None:
     global _worker
     torch.set_num_threads(threads)
     # Made by the first job, which hands on its error. The error of an initializer would be lost.
-    _worker = cache(partial(_made, pickled, devices))
+    _worker = cache(partial(_made, pickled, devices.get()))
 
 
-def _made(pickled: bytes, devices: Queue[str]) -> _Worker:
+def _made(pickled: bytes, device: str) -> _Worker:
     model, tokenize, dim = pickle.loads(pickled)
-    return _Worker(Modules(model.to(devices.get())), partial(tokenize, model), dim)
+    return _Worker(Modules(model.to(device)), partial(tokenize, model), dim)
 
 
 def _encode(texts: list[str], batch_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:

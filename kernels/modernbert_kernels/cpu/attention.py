@@ -240,7 +240,7 @@ def _band_mask(lengths: tuple[int, ...], window: int, dtype: torch.dtype) -> Ten
             row, key = torch.arange(BLOCK, device="cpu"), torch.arange(BLOCK + 2 * window, device="cpu")
             distance = row[:, None] + window - key
             visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
-            mask = torch.zeros(visible.shape, dtype=dtype, device="cpu").masked_fill_(~visible, torch.finfo(dtype).min / 2)
+            mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
         _last.key, _last.mask = key, mask[:, None]
     return _last.mask
 
