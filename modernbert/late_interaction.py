@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,27 +19,56 @@ TOKENS = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """One matrix per text, stored as one tensor: iterating gives a `[n_i, E]` view per text.
+    """One matrix per text, stored as one tensor: iterating gives one `[n_i, E]` tensor per text.
+
+    A matrix is a copy, and a slice is a view. Both are pickled without the other texts.
 
     Attributes:
         values: `[n, E]`, the rows of all texts one after another.
         offsets: `[N + 1]` int64 on the CPU; text i owns rows `offsets[i]` to `offsets[i + 1]`.
+
+    Raises:
+        ValueError: values that are not a matrix, or offsets that do not increase from 0 to n.
     """
 
     values: Tensor
     offsets: Tensor
 
+    def __post_init__(self) -> None:
+        if self.values.dim() != 2:
+            raise ValueError(f"values of a Ragged must be [n, E], got shape {tuple(self.values.shape)}")
+        offsets = self.offsets
+        if offsets.dtype is not torch.int64 or offsets.dim() != 1 or not len(offsets) or not offsets.is_cpu:
+            what = f"{offsets.dtype} of shape {tuple(offsets.shape)} on {offsets.device}"
+            raise ValueError(f"offsets of a Ragged must be int64 [N + 1] on the CPU, got {what}")
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last != len(self.values) or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"offsets of a Ragged must increase from 0 to its {len(self.values)} rows, got {first} to {last}"
+                + (" in another order" if (first, last) == (0, len(self.values)) else "")
+            )
+
     @classmethod
     def from_list(cls, matrices: Sequence[Tensor]) -> Ragged:
-        """Join `[n_i, E]` tensors; an empty list needs no width and gives `[0, 0]`."""
-        lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)])
-        return cls(torch.cat(list(matrices)) if matrices else torch.zeros(0, 0), lengths.cumsum(0))
+        """Join `[n_i, E]` tensors; an empty list needs no width and gives `[0, 0]`.
+
+        Raises:
+            TypeError: something that is not a tensor. ValueError: one that is not a matrix, or of another width.
+        """
+        for index, matrix in enumerate(matrices):
+            if not isinstance(matrix, Tensor):
+                raise TypeError(f"matrices[{index}] must be a tensor [n, E], got {type(matrix).__name__}")
+            if matrix.dim() != 2 or matrix.shape[1] != matrices[0].shape[1]:
+                wanted = "[n, E]" if not index else f"[n, {matrices[0].shape[1]}] as matrices[0] is"
+                raise ValueError(f"matrices[{index}] must be {wanted}, got shape {tuple(matrix.shape)}")
+        lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)], device="cpu")
+        return cls(torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, device="cpu"), lengths.cumsum(0))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.values.split(self.offsets.diff().tolist()))
+        return map(Tensor.clone, self.values.split(self.offsets.diff().tolist()))
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -53,7 +84,26 @@ class Ragged:
         if not -len(self) <= index < len(self):
             raise IndexError(f"text {index} of {len(self)}")
         index %= len(self)
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
+        return self.values[self.offsets[index] : self.offsets[index + 1]].clone()
+
+    def __reduce__(self) -> tuple[type[Ragged], tuple[Tensor, Tensor]]:
+        """Pickled without the rest of the memory of which `values` may be a view."""
+        return Ragged, (_alone(self.values), _alone(self.offsets))
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number of 1 or more, of Python or numpy; `True` is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError with the name for what `is_count` refuses."""
+    if not is_count(value):
+        raise ValueError(f"{name} must be at least 1 and a whole number, got {value!r:.80}")
 
 
 @overload
@@ -96,9 +146,13 @@ def maxsim(
         k at most N.
 
     Raises:
-        ValueError: widths that disagree, a different number of queries and documents in `paired`, `top_k` below 1.
+        ValueError: widths or devices that disagree, a different number of queries and documents in `paired`, a
+            `top_k` that is not a whole number from 1, or a score that is NaN with `top_k`, which has no place in a
+            ranking.
     """
     queries, documents = _ragged(queries), _ragged(documents)
+    if queries.values.device != documents.values.device:
+        raise ValueError(f"queries are on {queries.values.device}, documents on {documents.values.device}: move one")
     if len(queries) and len(documents) and queries.values.shape[1:] != documents.values.shape[1:]:
         raise ValueError(
             f"queries have width {queries.values.shape[1]}, documents {documents.values.shape[1]}: were they encoded "
@@ -107,9 +161,10 @@ def maxsim(
     if paired and len(queries) != len(documents):
         raise ValueError(f"paired scores need equal numbers, got {len(queries)} queries, {len(documents)} documents")
     if top_k is not None:
-        if paired or top_k < 1:
-            raise ValueError(f"top_k must be at least 1 and without paired, got top_k={top_k}, paired={paired}")
-        return _top_k(queries, documents, top_k)
+        if paired or not is_count(top_k):
+            what = "top_k must be at least 1 and without paired, and a whole number"
+            raise ValueError(f"{what}, got top_k={top_k!r:.80}, paired={paired}")
+        return _top_k(queries, documents, min(top_k, len(documents)))
     if not len(queries) or not len(documents):
         return queries.values.new_zeros(0 if paired else (len(queries), len(documents)), dtype=torch.float32)
     return ops.maxsim(queries.values, queries.offsets, documents.values, documents.offsets, paired=paired)
@@ -126,6 +181,10 @@ def _top_k(queries: Ragged, documents: Ragged, k: int) -> tuple[Tensor, Tensor]:
         # A stable sort keeps the lower index first among equal scores; topk promises no order.
         best, order = best.sort(dim=1, descending=True, stable=True)
         best, index = best[:, :k], index.gather(1, order[:, :k])
+    wrong = best[:, :1].isnan().nonzero()  # NaN is sorted before all numbers
+    if len(wrong):
+        query = int(wrong[0, 0])
+        raise ValueError(f"query {query} and document {int(index[query, 0])} score NaN: one has a vector with NaN")
     return best, index
 
 
@@ -156,27 +215,38 @@ def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
         x_NE: `[n, E]` float32 unit vectors on the CPU.
 
     Raises:
-        ValueError: `factor` below 1. ModuleNotFoundError: scipy is missing.
+        ValueError: `factor` is not a whole number from 1. ModuleNotFoundError: scipy is missing.
     """
-    if factor < 1:
-        raise ValueError(f"pool_factor must be at least 1, got {factor}")
-    try:
-        from scipy.cluster.hierarchy import fcluster, linkage
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('token pooling needs scipy: pip install "modernbert[retrieval]"') from error
+    check_pool_factor(factor)
     kept, rest = x_NE[:protected], x_NE[protected:]
     clusters = max(len(rest) // factor, 1)
     if clusters >= len(rest):
         return x_NE
+    fcluster, linkage = _ward()
     distance = 1 - rest @ rest.T
-    upper = torch.triu_indices(len(rest), len(rest), offset=1)
+    upper = torch.triu_indices(len(rest), len(rest), offset=1, device="cpu")
     tree = linkage(distance[upper[0], upper[1]].numpy(), method="ward")
     labels = torch.from_numpy(fcluster(tree, t=clusters, criterion="maxclust")).long() - 1
     count = torch.bincount(labels)
-    means = torch.zeros(len(count), x_NE.shape[1]).index_add_(0, labels, rest) / count[:, None]
+    means = rest.new_zeros(len(count), rest.shape[1]).index_add_(0, labels, rest) / count[:, None]
     return torch.cat([kept, means[count > 0]])
 
 
 def pool_documents(documents: Ragged, factor: int) -> Ragged:
     """`pool_tokens` of each document; a factor of 1 leaves them as they are."""
     return documents if factor == 1 else Ragged.from_list([pool_tokens(x_NE, factor) for x_NE in documents])
+
+
+def check_pool_factor(factor: int) -> None:
+    """Raise what `pool_tokens` raises, before any text is encoded."""
+    check_count("pool_factor", factor)
+    if factor > 1:
+        _ward()
+
+
+def _ward() -> tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]:
+    try:
+        from scipy.cluster.hierarchy import fcluster, linkage
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('token pooling needs scipy: pip install "modernbert[retrieval]"') from error
+    return fcluster, linkage

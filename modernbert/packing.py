@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -70,12 +70,12 @@ class Packed:
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
-        length_B = torch.tensor(self.lengths, dtype=torch.int64)
-        chosen = torch.tensor(list(indices), dtype=torch.int64)
+        length_B = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
+        chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
         length = length_B[chosen]
         # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
         shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
-        rows = torch.arange(int(length.sum())) + torch.repeat_interleave(shift, length)
+        rows = torch.arange(int(length.sum()), device="cpu") + torch.repeat_interleave(shift, length)
         return rows.to(self.input_ids.device)
 
 
@@ -126,34 +126,39 @@ def pack(
     """Drop the padding of a `[B, S]` batch, or join B lists of token ids, into one row of real tokens.
 
     Args:
-        sequences: `[B, S]` integer tensor, or B sequences of token ids of any lengths (0 included).
-        attention_mask: `[B, S]`, nonzero at real tokens; padding may be left, right, or on both sides. None: no
-            padding.
-        query_mask: `[B, S]`, nonzero at query-only rows: they see the real tokens of their sequence, and no
-            token sees them. They must follow the real tokens.
-        position_ids: `[B, S]` rotary positions. None: 0, 1, 2, ... from the first token of each sequence.
+        sequences: `[B, S]` integer tensor, or B sequences of token ids of any lengths (0 included), which give a batch
+            on the CPU.
+        attention_mask: `[B, S]`, 1 at real tokens and 0 in padding, which may be left, right, or on both sides. None:
+            no padding.
+        query_mask: `[B, S]`, 1 at query-only rows: they see the real tokens of their sequence, and no token sees them.
+            They must follow the real tokens.
+        position_ids: `[B, S]` integers, rotary positions. None: 0, 1, 2, ... from the first token of each sequence.
         vocab_size: if given, ids on the CPU must lie in `0 <= id < vocab_size`.
 
     Raises:
-        ValueError: a mask with holes, query-only rows in front of real tokens, shapes that disagree, ids out of range.
-        TypeError: ids that are not integers.
+        ValueError: a mask with holes or with other numbers than 0 and 1 (such as an additive one), query-only rows in
+            front of real tokens, shapes or devices that disagree, ids out of range.
+        TypeError: ids or positions that are not integers, masks that are not tensors, a sequence that is not one.
     """
     if isinstance(sequences, Tensor):
         return _pack_padded(sequences, attention_mask, query_mask, position_ids, vocab_size)
     if attention_mask is not None or query_mask is not None or position_ids is not None:
         raise ValueError("masks and position_ids belong to a padded [B, S] tensor; lists of ids carry no padding")
+    sequences = list_of_sequences("sequences", sequences)
     lengths = tuple(len(ids) for ids in sequences)
     flat = [token for ids in sequences for token in ids]
     try:
-        input_ids = torch.tensor(flat) if flat else torch.zeros(0, dtype=torch.int64)
+        input_ids = torch.tensor(flat, device="cpu") if flat else torch.zeros(0, dtype=torch.int64, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"token ids must be integers below 2**63: {error}") from error
+    if input_ids.dim() != 1 or bool in set(map(type, flat)):
+        raise TypeError("token ids must be integers, got lists or truth values among them")
     _check_ids(input_ids, vocab_size)
-    positions = [torch.arange(length) for length in lengths] or [torch.arange(0)]
+    positions = [torch.arange(length, device="cpu") for length in lengths] or [input_ids]
     return Packed(
         input_ids=input_ids.long(),
         positions=positions[0] if len(positions) == 1 else torch.cat(positions),
-        cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
+        cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu"),
         lengths=lengths,
         max_seqlen=max(lengths, default=0),
     )
@@ -170,8 +175,9 @@ def unpack(values: Tensor, batch: Packed) -> Tensor:
     rows, length = batch.padded_rows, batch.padded_length
     if rows is None or length is None:
         length = batch.max_seqlen
-        sequence = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(batch.lengths, dtype=torch.int64))
-        within = torch.arange(batch.num_tokens) - batch.cu_seqlens.cpu()[sequence]
+        lengths = torch.tensor(batch.lengths, dtype=torch.int64, device="cpu")
+        sequence = torch.repeat_interleave(torch.arange(len(batch), device="cpu"), lengths)
+        within = torch.arange(batch.num_tokens, device="cpu") - batch.cu_seqlens.cpu()[sequence]
         rows = (sequence * length + within).to(values.device)
     padded = values.new_zeros(len(batch), length, *values.shape[1:])
     return padded.index_put_((rows // length, rows % length), values)
@@ -187,9 +193,24 @@ def padded_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 
+def list_of_sequences(name: str, sequences: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+    """The sequences of token ids as a list.
+
+    Raises:
+        TypeError: what would be read as something else, with its index: a number, text, bytes, a dict, a set.
+    """
+    if not isinstance(sequences, Iterable) or isinstance(sequences, (str, bytes, Mapping, Set)):
+        raise TypeError(f"{name} must be a list of lists of token ids, got one {type(sequences).__name__}")
+    sequences = list(sequences)
+    for index, ids in enumerate(sequences):
+        if isinstance(ids, (str, bytes, bytearray, Mapping, Set)) or not hasattr(ids, "__len__"):
+            raise TypeError(f"{name}[{index}] must be a list of token ids, got {type(ids).__name__} {ids!r:.60}")
+    return sequences
+
+
 def _select(batch: Packed, indices: Sequence[int], rows: Tensor) -> Packed:
     lengths = tuple(batch.lengths[i] for i in indices)
-    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
     return Packed(
         input_ids=batch.input_ids[rows],
         positions=batch.positions[rows],
@@ -207,17 +228,11 @@ def _pack_padded(
     position_ids: Tensor | None,
     vocab_size: int | None,
 ) -> Packed:
-    if ids_BS.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, length], got shape {tuple(ids_BS.shape)}")
-    for name, tensor in (("attention_mask", attention_mask), ("query_mask", query_mask)):
-        if tensor is not None and tensor.shape != ids_BS.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids_BS.shape)}: they must be equal "
-                "(prepared 3-D or 4-D masks are not supported)"
-            )
+    check_padded(ids_BS, attention_mask, query_mask, position_ids)
     batch_size, padded_length = ids_BS.shape
-    if position_ids is not None and position_ids.shape not in ((padded_length,), (1, padded_length), ids_BS.shape):
-        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, input_ids {tuple(ids_BS.shape)}")
+    for name, mask in (("attention_mask", attention_mask), ("query_mask", query_mask)):
+        if mask is not None:
+            _check_mask(name, mask)
     keys_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     real_BS = keys_BS if query_mask is None else keys_BS | (query_mask != 0)
     _check_runs(keys_BS, real_BS)
@@ -245,6 +260,41 @@ def _pack_padded(
     )
 
 
+def check_padded(
+    ids_BS: Tensor, attention_mask: Tensor | None, query_mask: Tensor | None, position_ids: Tensor | None
+) -> None:
+    """Raise ValueError or TypeError for shapes, devices and dtypes that do not fit together; looks at no value."""
+    if ids_BS.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, length], got shape {tuple(ids_BS.shape)}")
+    length = ids_BS.shape[1]
+    others = {"attention_mask": attention_mask, "query_mask": query_mask, "position_ids": position_ids}
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        shapes = [ids_BS.shape, (length,), (1, length)] if name == "position_ids" else [ids_BS.shape]
+        if tensor.shape not in shapes:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids_BS.shape)}: they must be equal "
+                "(prepared 3-D or 4-D masks are not supported)"
+            )
+        if tensor.device != ids_BS.device:
+            raise ValueError(f"{name} is on {tensor.device}, input_ids on {ids_BS.device}: move one")
+    if position_ids is not None and not _is_whole(position_ids):
+        raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
+
+
+def _check_mask(name: str, mask_BS: Tensor) -> None:
+    """A mask holds 0 and 1. An additive one, with -inf in padding, would be read as its reverse."""
+    wrong_BS = (mask_BS != 0) & (mask_BS != 1)
+    if wrong_BS.any():
+        row, column = wrong_BS.nonzero()[0].tolist()
+        raise ValueError(f"{name} of sequence {row} has {mask_BS[row, column].item()}: pass 1 at tokens, 0 elsewhere")
+    if mask_BS.is_floating_point() and mask_BS.numel() and not mask_BS.any():
+        raise ValueError(f"{name} is {mask_BS.dtype} and 0 everywhere, as an additive mask: pass 1 at tokens")
+
+
 def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
     """Each row of both masks must be one run of ones, and the runs must start together."""
     starts = [F.pad(mask_BS, (1, 0))[:, :-1] < mask_BS for mask_BS in (keys_BS, real_BS)]
@@ -261,11 +311,11 @@ def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
 
 
 def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if not _is_whole(ids):
         raise TypeError(f"token ids must be integers, got {ids.dtype}")
     if not ids.is_cpu or ids.numel() == 0:
         return
-    low, high = map(int, torch.aminmax(ids))
+    low, high = map(int, torch.aminmax(ids.long()))  # not of every unsigned dtype
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         wrong = low if low < 0 else high
         limit = "" if vocab_size is None else f" (vocabulary size {vocab_size})"
@@ -273,6 +323,10 @@ def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
             f"token id {wrong} is out of range{limit}: does the tokenizer belong to this checkpoint, or do added "
             "tokens need encoder.resize_token_embeddings(len)?"
         )
+
+
+def _is_whole(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
 
 
 def check_rows(rows: Tensor, num_tokens: int) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
 import tokenizers
@@ -120,7 +121,7 @@ class Tokenizer:
         longer text, with one TruncationWarning.
 
         Raises:
-            TypeError: anything but `str` and pairs of `str`.
+            TypeError: anything but `str` and pairs of `str`, or a `max_length` that is not a whole number.
             ValueError: half a surrogate pair in a text, or a `max_length` below the number of special tokens.
         """
         return pack([encoding.ids for encoding in self._encode(texts, max_length, spans=False, warn=True)])
@@ -138,6 +139,8 @@ class Tokenizer:
 
     def _encode(self, texts: str | Iterable[Text], max_length: int | None, spans: bool, warn: bool) -> list[Encoding]:
         texts = _checked(texts)
+        if max_length is not None and (not isinstance(max_length, Integral) or isinstance(max_length, bool)):
+            raise TypeError(f"max_length must be a whole number or None, got {max_length!r:.80}")
         limit = self.max_length if max_length is None else max_length
         run = self._backend.encode_batch if spans else self._backend.encode_batch_fast
         with _as_value_error("tokenizer.json contradicts itself, and cannot tokenise these texts"):
@@ -238,7 +241,7 @@ def _as_value_error(what: str) -> Iterator[None]:
 
 
 def _checked(texts: str | Iterable[Text]) -> list[Text]:
-    if isinstance(texts, (bytes, dict, tuple)) or not isinstance(texts, Iterable):
+    if isinstance(texts, (bytes, Mapping, Set, tuple)) or not isinstance(texts, Iterable):
         raise TypeError(f"wanted a str or a list of str and pairs, got {type(texts).__name__} {texts!r:.60}")
     batch: list[Text] = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,9 +19,9 @@ import modernbert_kernels as ops
 from .. import checkpoint
 from ..encoder import Encoder
 from ..inference.devices import encode_in_processes
-from ..inference.encode import Modules, encode_texts, list_of_texts
-from ..late_interaction import Ragged, pool_documents
-from ..packing import Packed, Span, Tokens, pack
+from ..inference.encode import Modules, encode_texts, list_of_texts, stream_texts
+from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
+from ..packing import Packed, Span, Tokens, list_of_sequences, pack
 from ..tokenizer import Tokenizer
 from . import colbert_files
 from .colbert_files import ColBERTConfig
@@ -42,7 +42,7 @@ class ColBERT(nn.Module):
         self.encoder, self.tokenizer, self.config = encoder, tokenizer, config
         self.dense = nn.ModuleList(dense)
         self.dim = dense[-1].linear.out_features
-        self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64)
+        self.skip_ids = torch.tensor(sorted(_skip_ids(tokenizer, config)), dtype=torch.int64, device="cpu")
         for prefix in (config.query_prefix, config.document_prefix):
             if prefix and tokenizer.token_to_id(prefix) is None:
                 raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set it to ''")
@@ -127,6 +127,8 @@ class ColBERT(nn.Module):
 
         With `rows` (`Tokens.rows`) to the `[Q, E]` vectors of these alone, for less work: see `Encoder.forward`.
         """
+        if not isinstance(batch, Packed):
+            raise TypeError(f"ColBERT is called with a Packed, got {type(batch).__name__}: make one with pack(...)")
         x_TD = self.encoder(batch, rows=rows)
         *hidden, last = self.dense
         for layer in hidden:
@@ -137,7 +139,7 @@ class ColBERT(nn.Module):
 
     def encode_queries(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         batch_tokens: int | None = None,
         progress: bool | None = None,
@@ -146,15 +148,23 @@ class ColBERT(nn.Module):
         """Queries to float32 unit vectors on the CPU, one `[n_i, E]` matrix per text, in the order given.
 
         Args:
+            texts: `str` in an order: a list, a generator, a column of pandas, an array of strings.
             batch_tokens: tokens of one forward pass; None: a good value for the device.
             progress: show a bar on stderr; None: for long work on a terminal.
             devices: encode in one process for each, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`; None: here.
+                As the processes are spawned, a script starts them below `if __name__ == "__main__":`.
+
+        Raises:
+            TypeError: one str, a mapping, a set, or something in the place of a text, with its index.
+            ValueError: half a surrogate pair in a text, a device that is not there, a `batch_tokens` that is not a
+                whole number from 1, or a vector that is not finite, with the index of its text.
+            RuntimeError: the process was forked after this thread had encoded, or a process for a device has died.
         """
         return self._encode(ColBERT.tokenize_queries, texts, batch_tokens, progress, devices)
 
     def encode_documents(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         batch_tokens: int | None = None,
         progress: bool | None = None,
@@ -167,13 +177,25 @@ class ColBERT(nn.Module):
             pool_factor: keep about one row in `pool_factor`, by hierarchical clustering (arXiv 2409.14683); needs
                 the `retrieval` extra.
         """
+        check_pool_factor(pool_factor)
         ragged = self._encode(ColBERT.tokenize_documents, texts, batch_tokens, progress, devices)
         return pool_documents(ragged, pool_factor)
+
+    def stream_documents(
+        self, texts: Iterable[str], *, batch_tokens: int | None = None, pool_factor: int = 1
+    ) -> Iterator[Tensor]:
+        """Documents as `encode_documents`, in memory that does not grow with their number.
+
+        Texts are taken as they are needed, from a generator too, and each gives one `[n_i, E]` tensor, in order.
+        """
+        check_pool_factor(pool_factor)
+        rows = stream_texts(Modules(self), self.tokenize_documents, texts, batch_tokens=batch_tokens)
+        return (pool_tokens(x_NE, pool_factor) for x_NE in rows)
 
     def _encode(
         self,
         tokenize: Callable[..., Tokens],
-        texts: Sequence[str],
+        texts: Iterable[str],
         batch_tokens: int | None,
         progress: bool | None,
         devices: Sequence[str] | None,
@@ -181,7 +203,7 @@ class ColBERT(nn.Module):
         options = {"dim": self.dim, "batch_tokens": batch_tokens, "progress": progress}
         if devices is not None:
             return encode_in_processes(self, tokenize, list_of_texts(texts), devices=devices, **options)
-        return encode_texts(Modules(self), partial(tokenize, self), list_of_texts(texts), **options)
+        return encode_texts(Modules(self), partial(tokenize, self), texts, **options)
 
     def tokenize_queries(self, texts: Sequence[str], *, spans: bool = True) -> Tokens:
         """What `encode_queries` feeds the encoder: `[CLS] prefix text [SEP]`, and [MASK] rows with expansion.
@@ -221,9 +243,9 @@ class ColBERT(nn.Module):
             assert mask is not None  # __init__ has seen to it
             rows = [row + [mask] * (c.query_length - len(row)) for row in rows]
             found = [row + [None] * (c.query_length - len(row)) for row in found]
-        batch = pack(rows)
+        batch = pack(rows, vocab_size=self.encoder.config.vocab_size)
         if c.do_query_expansion and not c.attend_to_expansion_tokens:
-            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32))
+            batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32, device="cpu"))
         return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
 
     def document_tokens(
@@ -233,7 +255,7 @@ class ColBERT(nn.Module):
         c = self.config
         length = c.document_length if truncate else sys.maxsize
         rows, found = self._frame(ids, spans, c.document_prefix, length)
-        batch = pack(rows)
+        batch = pack(rows, vocab_size=self.encoder.config.vocab_size)
         return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), found)
 
     def _tokenize(
@@ -269,6 +291,7 @@ class ColBERT(nn.Module):
         room = length - len(head) - len(tail)
         if room < 0:
             raise ValueError(f"a length of {length} has no room for the {len(head) + len(tail)} tokens around a text")
+        ids = list_of_sequences("ids", ids)
         rows = [[*head, *row[:room], *tail] for row in ids]
         return rows, [[*[None] * len(head), *row[:room], *[None] * len(tail)] for row in spans]
 

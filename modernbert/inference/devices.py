@@ -7,6 +7,8 @@ import multiprocessing
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache, partial
 from multiprocessing.queues import Queue
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..late_interaction import Ragged
+from ..late_interaction import Ragged, check_count
 from ..packing import Tokens
 from ..progress import progress_bar
 from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts, joined
@@ -28,7 +30,7 @@ class _Worker(NamedTuple):
     dim: int
 
 
-_worker: _Worker | None = None  # of a worker process, which serves one pool
+_worker: Callable[[], _Worker] | None = None  # of a worker process, which serves one pool
 
 
 def encode_in_processes(
@@ -47,10 +49,12 @@ def encode_in_processes(
         tokenize: a function of the model and texts, such as `ColBERT.tokenize_queries`, that can be pickled.
 
     Raises:
-        ValueError: no device.
+        ValueError: no device, or one that is not there.
+        RuntimeError: a process has died.
     """
-    if not devices:
-        raise ValueError("devices is empty: name at least one, such as ['cuda:0'], or leave it out")
+    devices = _checked(devices)
+    if batch_tokens is not None:
+        check_count("batch_tokens", batch_tokens)
     threads = max(1, torch.get_num_threads() // len(devices))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -72,21 +76,52 @@ def encode_in_processes(
             for job, part in zip(jobs, parts, strict=True):
                 matrices += Ragged(*map(torch.from_numpy, job.result()))
                 advance(len(part))
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process of devices= has died, with its reason on stderr: out of memory, or a script that does not "
+                'encode below `if __name__ == "__main__":`, which a spawned process needs'
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # an error is raised now, not after all other parts
             raise
     return joined(matrices, dim)
 
 
+def _checked(devices: Sequence[str]) -> list[str]:
+    """The names of the devices. ValueError for none, for one that is not in a list, or that this machine has not."""
+    if isinstance(devices, (str, torch.device)):
+        raise ValueError(f"devices is one device, {str(devices)!r}: put it in a list")
+    if not devices:
+        raise ValueError("devices is empty: name at least one, such as ['cuda:0'], or leave it out")
+    for index, device in enumerate(devices):
+        if not isinstance(device, (str, torch.device)) or not _is_there(device):
+            what = f"devices[{index}] is {device!r:.80}, which this machine does not have"
+            raise ValueError(f"{what}: name one such as 'cpu' or 'cuda:0'")
+    return [str(device) for device in devices]
+
+
+def _is_there(device: str | torch.device) -> bool:
+    try:
+        found = torch.device(device)
+        return (found.index or 0) < torch.get_device_module(found).device_count()
+    except RuntimeError:  # not the name of a device, or one without memory, such as "meta"
+        return False
+
+
 def _start(pickled: bytes, devices: Queue[str], threads: int) -> None:
     global _worker
     torch.set_num_threads(threads)
+    # Made by the first job, which hands on its error. The error of an initializer would be lost.
+    _worker = cache(partial(_made, pickled, devices.get()))
+
+
+def _made(pickled: bytes, device: str) -> _Worker:
     model, tokenize, dim = pickle.loads(pickled)
-    _worker = _Worker(Modules(model.to(devices.get())), lambda texts, **options: tokenize(model, texts, **options), dim)
+    return _Worker(Modules(model.to(device)), partial(tokenize, model), dim)
 
 
 def _encode(texts: list[str], batch_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
     assert _worker is not None
-    caller, tokenize, dim = _worker
+    caller, tokenize, dim = _worker()
     ragged = encode_texts(caller, tokenize, texts, dim=dim, batch_tokens=batch_tokens, progress=False)
     return ragged.values.numpy(), ragged.offsets.numpy()

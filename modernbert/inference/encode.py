@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import Norm
-from ..late_interaction import Ragged
+from ..late_interaction import Ragged, check_count
 from ..packing import Packed, Tokens
 from ..progress import progress_bar
 from .batches import plan, token_budget
-from .callers import callers, map_callers
+from .callers import callers, check_process, map_callers
 from .replica import evaluated
 
 T = TypeVar("T")
@@ -96,14 +97,26 @@ def encode_texts(
 
     Args:
         tokenize: `tokenize_queries` or `tokenize_documents` of the model.
+
+    Raises:
+        TypeError, ValueError: as `checked_texts`; a `batch_tokens` that is not a whole number from 1; a vector that is
+            not finite, with the index of its text.
+        RuntimeError: in a forked process (see `check_process`).
     """
-    parts = [texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS)]
-    # While a GPU encodes one part, the CPU tokenises the next. On a CPU they would only share its cores.
-    in_turn = one_ahead if caller.device.type == "cuda" else map
+    texts = list_of_texts(texts)
     shown = progress if progress is not None else None if len(texts) >= PROGRESS_TEXTS else False
     with progress_bar("encoding", len(texts), shown) as advance:
-        matrices = _encode(caller, in_turn(partial(tokenize, spans=False), parts), batch_tokens, advance)
-    return joined(matrices, dim)
+        return joined(list(_texts_to_rows(caller, tokenize, texts, batch_tokens, advance)), dim)
+
+
+def stream_texts(
+    caller: Caller, tokenize: Callable[..., Tokens], texts: Iterable[str], *, batch_tokens: int | None = None
+) -> Iterator[Tensor]:
+    """As `encode_texts`, but takes texts as it needs them, and gives the rows of each as soon as they are there.
+
+    At most three parts of `TEXTS` texts are in memory.
+    """
+    return _texts_to_rows(caller, tokenize, checked_texts(texts), batch_tokens, advance=None)
 
 
 def encode_tokens(
@@ -114,21 +127,50 @@ def encode_tokens(
     advance: Callable[[int], None] | None = None,
 ) -> Ragged:
     """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts."""
-    return Ragged.from_list(_encode(caller, [tokens], batch_tokens, advance))
+    return Ragged.from_list(list(_encode(caller, [tokens], batch_tokens, advance)))
 
 
 def joined(matrices: Sequence[Tensor], dim: int) -> Ragged:
     """The matrices as one ordinary tensor, which may meet autograd later: it is made outside of inference mode."""
     if not matrices:
-        return Ragged(torch.zeros(0, dim, dtype=torch.float32), torch.zeros(1, dtype=torch.int64))
+        values = torch.zeros(0, dim, dtype=torch.float32, device="cpu")
+        return Ragged(values, torch.zeros(1, dtype=torch.int64, device="cpu"))
     return Ragged.from_list(matrices)
 
 
-def list_of_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list; TypeError for one text, whose letters would be encoded."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a list of str, got one str: put it in a list")
-    return list(texts)
+def list_of_texts(texts: Iterable[str]) -> list[str]:
+    """The texts as a list, which `checked_texts` has seen."""
+    return list(checked_texts(texts))
+
+
+def checked_texts(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, one after another, as long as each is a `str`.
+
+    Any iterable with an order is taken: a list, a generator, a column of pandas, an array of strings.
+
+    Raises:
+        TypeError: at once for one text, whose letters would be encoded, a mapping or a table, whose keys would be, or
+            a set, which has no order; for anything else in the place of a text, with its index.
+        ValueError: half a surrogate pair in a text, with its index.
+    """
+    if isinstance(texts, (str, bytes, bytearray, Mapping, Set)) or not isinstance(texts, Iterable):
+        todo = "put it in a list" if isinstance(texts, (str, bytes, bytearray)) else "make a list of its texts"
+        raise TypeError(f"texts must be a list of str, got one {type(texts).__name__}: {todo}")
+    if getattr(texts, "ndim", 1) != 1:
+        raise TypeError(f"texts must be a list of str, got a {type(texts).__name__} that is not one column of texts")
+    return itertools.starmap(_checked_text, enumerate(texts))
+
+
+def _checked_text(index: int, text: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"texts[{index}] must be a str, got {type(text).__name__} {text!r:.60}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"texts[{index}] has half a surrogate pair at character {error.start}"
+            raise ValueError(f"{where}; repair it: text.encode('utf-8', 'replace').decode()") from error
+    return text
 
 
 def one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -142,19 +184,49 @@ def one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         yield from (last.result() for last in coming)
 
 
+def _texts_to_rows(
+    caller: Caller,
+    tokenize: Callable[..., Tokens],
+    texts: Iterable[str],
+    batch_tokens: int | None,
+    advance: Callable[[int], None] | None,
+) -> Iterator[Tensor]:
+    texts = iter(texts)
+    parts = iter(lambda: list(itertools.islice(texts, TEXTS)), [])
+    # While a GPU encodes one part, the CPU tokenises the next. On a CPU they would only share its cores.
+    in_turn = one_ahead if caller.device.type == "cuda" else map
+    return _encode(caller, in_turn(partial(tokenize, spans=False), parts), batch_tokens, advance)
+
+
 def _encode(
     caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None, advance: Callable[[int], None] | None
-) -> list[Tensor]:
-    """The matrix of each text of all `parts`."""
+) -> Iterator[Tensor]:
+    """The matrix of each text of all `parts`, in order; those that come too early wait."""
+    check_process()
+    if batch_tokens is not None:
+        check_count("batch_tokens", batch_tokens)
     run = _overlapped if caller.device.type == "cuda" else _called
-    matrices: list[Tensor] = []
-    for indices, rows in run(caller, parts, batch_tokens):
-        matrices += [torch.empty(0)] * (max(indices, default=-1) + 1 - len(matrices))
-        for index, matrix in zip(indices, rows, strict=True):
-            matrices[index] = matrix
+    return _in_order(run(caller, parts, batch_tokens), advance)
+
+
+def _in_order(
+    results: Iterable[tuple[list[int], Ragged]], advance: Callable[[int], None] | None
+) -> Iterator[Tensor]:
+    waiting: dict[int, Tensor] = {}
+    count = 0
+    for indices, rows in results:
+        if not bool(rows.values.isfinite().all()):
+            wrong = min(index for index, x_NE in zip(indices, rows, strict=True) if not x_NE.isfinite().all())
+            raise ValueError(
+                f"texts[{wrong}] has a vector that is not finite: does the model have NaN among its weights, or do its "
+                "activations overflow in float16?"
+            )
+        waiting.update(zip(indices, rows, strict=True))
         if advance is not None:
             advance(len(indices))
-    return matrices
+        while count in waiting:
+            yield waiting.pop(count)
+            count += 1
 
 
 class _Batch(NamedTuple):

@@ -106,10 +106,10 @@ class Graphs:
     @torch.no_grad()
     def _make(self, bucket: Bucket) -> Graph:
         sizes = [bucket.tokens, bucket.tokens, bucket.places + 1] + [bucket.places] * bucket.keys
-        host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        empty = torch.zeros(0, dtype=torch.int64)
+        host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
         keys = empty.int() if bucket.keys else None
-        fill(host, Packed(empty, empty, torch.zeros(1, dtype=torch.int32), (), 0, keys), bucket)
+        fill(host, Packed(empty, empty, empty.new_zeros(1, dtype=torch.int32), (), 0, keys), bucket)
         inputs = host.to(self._device)
         ids, positions, cu_seqlens, *key_lengths = inputs.split(sizes)
         batch = Packed(ids, positions, cu_seqlens, (), bucket.longest, key_lengths[0] if bucket.keys else None)
@@ -135,7 +135,7 @@ def fill(row: Tensor, batch: Packed, bucket: Bucket) -> None:
     ids[:tokens], positions[:tokens], cu_seqlens[: count + 1] = batch.input_ids, batch.positions, batch.cu_seqlens
     free = bucket.places - count
     if free:
-        cu_seqlens[count + 1 :] = torch.arange(1, free + 1) * (bucket.tokens - tokens) // free + tokens
+        cu_seqlens[count + 1 :] = torch.arange(1, free + 1, device="cpu") * (bucket.tokens - tokens) // free + tokens
     if batch.key_lengths is not None:
         key_lengths[:count] = batch.key_lengths
         key_lengths[count:] = cu_seqlens.diff()[count:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from operator import is_
 from typing import Generic, TypeGuard, TypeVar
@@ -15,11 +15,11 @@ from modernbert_kernels.cpu import linear
 from modernbert_kernels.dispatch import forced
 
 from ..encoder import Linear
-from ..late_interaction import Ragged, pool_documents
+from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
 from ..packing import Packed, Tokens, check_rows
 from .batches import CPU_TOKENS, micro_batches, split_rows, token_budget
-from .callers import callers, map_callers
-from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, list_of_texts, placement
+from .callers import callers, check_process, map_callers
+from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts
 from .graph_engine import LONGEST as LONGEST_IN_GRAPH
 from .graph_engine import TOKENS, GraphEngine, save_graph
 from .graphs import Graphs
@@ -70,10 +70,13 @@ class Session(Generic[M]):
         """The model's rows, `[T, ...]`, or those of `rows` `[Q]`, on the model's device.
 
         Raises:
+            TypeError: a batch that is not a Packed.
             ValueError: a batch that is not on the CPU, rows out of order or range, autocast, or a forced backend.
-            RuntimeError: the weights have changed.
+            RuntimeError: the weights have changed, or the process was forked after this thread had encoded.
         """
         self._check()
+        if not isinstance(batch, Packed):
+            raise TypeError(f"a Session is called with a Packed, got {type(batch).__name__}: make one with pack(...)")
         if not batch.input_ids.is_cpu:
             device = batch.input_ids.device
             raise ValueError(f"the batch is on {device}: leave it on the CPU, from where the session copies it at once")
@@ -89,22 +92,31 @@ class Session(Generic[M]):
         return token_budget(self.device, self._width, total, callers(self.device))
 
     def encode_queries(
-        self, texts: Sequence[str], *, batch_tokens: int | None = None, progress: bool | None = None
+        self, texts: Iterable[str], *, batch_tokens: int | None = None, progress: bool | None = None
     ) -> Ragged:
         """As the model's `encode_queries`."""
         return self._encode(self._text_model().tokenize_queries, texts, batch_tokens, progress)
 
     def encode_documents(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         batch_tokens: int | None = None,
         progress: bool | None = None,
         pool_factor: int = 1,
     ) -> Ragged:
         """As the model's `encode_documents`."""
+        check_pool_factor(pool_factor)
         ragged = self._encode(self._text_model().tokenize_documents, texts, batch_tokens, progress)
         return pool_documents(ragged, pool_factor)
+
+    def stream_documents(
+        self, texts: Iterable[str], *, batch_tokens: int | None = None, pool_factor: int = 1
+    ) -> Iterator[Tensor]:
+        """As the model's `stream_documents`."""
+        check_pool_factor(pool_factor)
+        rows = stream_texts(self, self._text_model().tokenize_documents, texts, batch_tokens=batch_tokens)
+        return (pool_tokens(x_NE, pool_factor) for x_NE in rows)
 
     def encode_tokens(
         self,
@@ -138,6 +150,7 @@ class Session(Generic[M]):
         return partial(Session[M], engine=self.engine), (self.model,)
 
     def _check(self) -> None:
+        check_process()
         if torch.is_autocast_enabled(self.device.type) or forced() is not None:
             raise ValueError(
                 "a Session computes in the model's dtype on its own backends: leave autocast and backend()"
@@ -176,10 +189,10 @@ class Session(Generic[M]):
         return replicate(self.model, prepare)
 
     def _encode(
-        self, tokenize: Callable[..., Tokens], texts: Sequence[str], batch_tokens: int | None, progress: bool | None
+        self, tokenize: Callable[..., Tokens], texts: Iterable[str], batch_tokens: int | None, progress: bool | None
     ) -> Ragged:
         dim = self._text_model().dim
-        return encode_texts(self, tokenize, list_of_texts(texts), dim=dim, batch_tokens=batch_tokens, progress=progress)
+        return encode_texts(self, tokenize, texts, dim=dim, batch_tokens=batch_tokens, progress=progress)
 
     def _text_model(self) -> TextModel:
         if not isinstance(self.model, TextModel):

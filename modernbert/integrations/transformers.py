@@ -11,7 +11,7 @@ from torch.utils import _pytree
 import modernbert_kernels as ops
 
 from ..encoder import Encoder, EncoderOutput
-from ..packing import Packed, pack, padded_ids, unpack
+from ..packing import Packed, check_padded, pack, padded_ids, unpack
 
 # torch.export.save writes only classes that are registered by name.
 _pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
@@ -45,14 +45,14 @@ class TransformersEncoder(nn.Module):
 
         Args:
             input_ids: `[B, S]` token ids, checked if they are on the CPU.
-            attention_mask: `[B, S]`, nonzero at real tokens, which must be adjacent in each row.
-            query_mask: `[B, S]`, nonzero at query-only tokens: they see the real ones, unseen themselves (see `pack`).
+            attention_mask: `[B, S]`, 1 at real tokens, which must be adjacent in each row, and 0 elsewhere.
+            query_mask: `[B, S]`, 1 at query-only tokens: they see the real ones, unseen themselves (see `pack`).
             position_ids: `[B, S]` rotary positions; default 0, 1, 2, ... from each sequence's first real token.
             inputs_embeds: `[B, S, D]` in place of the embedding table's rows, before their norm.
             output_hidden_states: also return N + 1 tensors `[B, S, D]`: the embeddings, the residual stream after each
                 layer but the last, and `last_hidden_state` (as transformers 5).
 
-        Under `torch.export` ids and masks are not checked, and every op is its reference.
+        Under `torch.export` ids and the numbers in masks are not checked, and every op is its reference.
 
         Raises:
             ValueError: masks with holes, ids out of range, contradictory or unsupported arguments.
@@ -93,8 +93,11 @@ def pack_static(
 ) -> Packed:
     """`pack` for `torch.export`: shapes depend on no value. Padding rows stay, behind the keys, as query-only rows.
 
-    Nothing is checked. Undo it with `unpack_static`.
+    Ids and the numbers in masks are not checked. Undo it with `unpack_static`.
     """
+    check_padded(ids_BS, attention_mask, query_mask, position_ids)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        raise ValueError(f"attention_mask is {attention_mask.dtype}: export with a mask of integers or of bool")
     batch_size, length = ids_BS.shape
     keys_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     if query_mask is not None:

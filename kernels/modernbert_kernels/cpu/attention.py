@@ -1,5 +1,6 @@
 """Packed attention on the CPU: global layers by runs of equal length, local layers as one band, both through SDPA.
 
+Memory is linear in the tokens: a wide window, and long sequences with query-only rows, go block by block of queries.
 Differentiable by plain autograd. Under `torch.compile` it is one opaque op, because it branches on the lengths.
 """
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import attention, linear
-from .linear import FASTER_THAN_MKL
+from .linear import FASTER_THAN_MKL, row_step
 
 BLOCK = 32
 """Queries of a block of the band, which sees BLOCK + 2 * window keys. The fastest of 32, 64 and 128: it wastes
@@ -22,11 +23,14 @@ least."""
 PART = 2048
 """Queries of the band that inference rotates and pads at a time; a multiple of BLOCK."""
 
+WIDEST = 256
+"""The widest window of the band, whose mask has `BLOCK + 2 * window` numbers a query."""
+
+ROWS = 256
+"""Queries of a block that is not of the band: their scores stay in the cache."""
+
 ONEDNN_LENGTH = 256
 """From this length on, inference runs dense attention head by head through oneDNN."""
-
-ONEDNN_ROWS = 256
-"""Queries of one such product: their scores stay in the cache."""
 
 _last = threading.local()
 """The band mask of this thread's last call, in `key` and `mask`: the local layers of a forward pass share it, and
@@ -74,12 +78,14 @@ def _attention(
     if dtype in (torch.bfloat16, torch.float16):
         qkv_T3HK = qkv_T3HK.float()
     lengths = tuple(cu_seqlens.diff().tolist())
-    if key_lengths is not None:
-        out_THK = _runs(*_rotate(qkv_T3HK, cos_TR, sin_TR), lengths, window, key_lengths.tolist())
-    elif window is None or max_seqlen <= window + 1:
-        out_THK = _runs(*_rotate(qkv_T3HK, cos_TR, sin_TR), lengths, None, None)
-    else:
+    keys = None if key_lengths is None else key_lengths.tolist()
+    if window is not None and max_seqlen <= window + 1:
+        window = None
+    if keys is None and window is not None and window <= WIDEST:
         out_THK = _band(qkv_T3HK, cos_TR, sin_TR, lengths, window)
+    else:
+        run = _runs if max_seqlen <= ROWS or (keys is None and window is None) else _blocks
+        out_THK = run(*_rotate(qkv_T3HK, cos_TR, sin_TR), lengths, window, keys)
     return out_THK.to(dtype)
 
 
@@ -122,6 +128,41 @@ def _runs(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _blocks(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    lengths: tuple[int, ...],
+    window: int | None,
+    key_lengths: list[int] | None,
+) -> Tensor:
+    """As `_runs`, but a block of ROWS queries of one sequence at a time, which sees only the keys near it."""
+    near = None
+    if window is not None:  # [i, j]: query i of a block and the key j places after the first that its query 0 may see
+        row, key = torch.arange(ROWS, device="cpu"), torch.arange(ROWS + 2 * window, device="cpu")
+        near = (row[:, None] + window - key).abs() <= window
+    outputs = []
+    parts = (x.split(lengths) for x in (q_THK, k_THK, v_THK))
+    for keys, *qkv in zip(key_lengths or lengths, *parts, strict=True):
+        q_HSK, k_HSK, v_HSK = (x.transpose(0, 1)[None] for x in qkv)
+        for start in range(0, q_HSK.shape[2], ROWS):
+            block = q_HSK[:, :, start : start + ROWS]
+            rows = block.shape[2]
+            first, last = (0, keys) if window is None else (max(0, start - window), min(start + rows + window, keys))
+            if first >= last:
+                outputs.append(block * 0)  # no visible key
+                continue
+            k, v = k_HSK[:, :, first:last], v_HSK[:, :, first:last]
+            if near is None or window is None:
+                outputs.append(F.scaled_dot_product_attention(block, k, v))
+                continue
+            shift = window - start
+            visible = near[:rows, first + shift : last + shift]
+            out = F.scaled_dot_product_attention(block, k, v, attn_mask=visible)
+            outputs.append(out * visible.any(-1, keepdim=True))  # a row without a visible key gives zero
+    return torch.cat([out.squeeze(0).transpose(0, 1) for out in outputs])
+
+
 def _onednn_is_faster(q: Tensor) -> bool:
     """SDPA multiplies with MKL: without AVX-512 it is 1.5 times as fast as `_by_head` (AMD EPYC). It also trains."""
     training = torch.is_grad_enabled() and q.requires_grad
@@ -129,22 +170,31 @@ def _onednn_is_faster(q: Tensor) -> bool:
 
 
 def _by_head(q_HSK: Tensor, k_HSK: Tensor, v_HSK: Tensor) -> Tensor:
-    """Dense attention of one sequence, `[H, S, K]`: two `linear` products for each head and block of queries."""
+    """Dense attention of one sequence, `[H, S, K]`: two `linear` products for each head and block of queries.
+
+    oneDNN keeps memory for each new shape. So the length is rounded up to a step, by keys that no query sees, and cut
+    into blocks of one size.
+    """
     heads, length, width = q_HSK.shape
-    out_SHK = q_HSK.new_empty(length, heads, width)
+    fill = -length % row_step(length)
+    q_HSK, k_HSK, v_HSK = (F.pad(x, (0, 0, 0, fill)) for x in (q_HSK, k_HSK, v_HSK))
+    padded = length + fill
+    rows_of_block = -(-padded // -(-padded // ROWS))
+    out_SHK = q_HSK.new_empty(padded, heads, width)
     for head in range(heads):
         k_SK, v_KS = k_HSK[head].contiguous(), v_HSK[head].contiguous().T
-        for start in range(0, length, ONEDNN_ROWS):
-            rows = slice(start, start + ONEDNN_ROWS)
+        for start in range(0, padded, rows_of_block):
+            rows = slice(start, start + rows_of_block)
             scores = linear(q_HSK[head, rows] * width**-0.5, k_SK)
+            scores[:, length:] = float("-inf")
             out_SHK[rows, head] = linear(torch.softmax(scores, dim=-1, out=scores), v_KS)
-    return out_SHK.transpose(0, 1)
+    return out_SHK[:length].transpose(0, 1)
 
 
 def _visible(key_lengths: list[int], length: int, window: int | None) -> Tensor:
     """`[B, 1, S, S]` bool: key j is among the first of its sequence and within the window of query i."""
-    place = torch.arange(length)
-    visible = (place < torch.tensor(key_lengths)[:, None])[:, None, None, :].expand(-1, 1, length, -1)
+    place = torch.arange(length, device="cpu")
+    visible = (place < torch.tensor(key_lengths, device="cpu")[:, None])[:, None, None, :].expand(-1, 1, length, -1)
     return visible if window is None else visible & ((place[:, None] - place).abs() <= window)
 
 
@@ -181,14 +231,16 @@ def _band_mask(lengths: tuple[int, ...], window: int, dtype: torch.dtype) -> Ten
     key = lengths, window, dtype
     if getattr(_last, "key", None) != key:
         with torch.inference_mode(False):
-            sequence_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            length_B = torch.tensor(lengths, device="cpu")
+            sequence_T = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), length_B)
             blocks = -(-len(sequence_T) // BLOCK)
             tail = blocks * BLOCK - len(sequence_T)
             keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
             queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
-            distance = torch.arange(BLOCK)[:, None] - (torch.arange(BLOCK + 2 * window) - window)
+            row, key = torch.arange(BLOCK, device="cpu"), torch.arange(BLOCK + 2 * window, device="cpu")
+            distance = row[:, None] + window - key
             visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
-            mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
+            mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
         _last.key, _last.mask = key, mask[:, None]
     return _last.mask
 

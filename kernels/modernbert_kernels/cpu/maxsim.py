@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import linear, maxsim
+from .linear import FASTER_THAN_MKL
 
 BLOCK = 3 << 19
 """Elements of document vectors and similarities in a block: 6 MB of float32."""
@@ -14,6 +15,9 @@ BLOCK = 3 << 19
 LANES = 16
 """Query tokens are padded to a multiple: `scatter_reduce` takes three times as long for rows of 12 as for rows of
 16."""
+
+QUERIES = 128
+"""Query tokens of one product: oneDNN keeps memory for each new shape."""
 
 
 def _accepts(queries_QE: Tensor, *_: object, paired: bool = False, **__: object) -> bool:
@@ -41,15 +45,23 @@ def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torc
     Documents of another dtype are converted block by block, without a copy of all of them.
     """
     num_queries, width = queries_QE.shape
-    queries_QE = F.pad(queries_QE.to(dtype), (0, 0, 0, -num_queries % LANES))
-    best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
-    document_N1 = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:, None]
+    parts = F.pad(queries_QE.to(dtype), (0, 0, 0, -num_queries % LANES)).split(QUERIES)
+    best = [part.new_full((len(lengths), len(part)), float("-inf")) for part in parts]
+    document_N1 = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)[:, None]
     # A power of two: oneDNN takes half as long again for 13,107 rows as for 12,288 or 16,384.
-    size = 1 << max(1, BLOCK // max(1, width + len(queries_QE))).bit_length() - 1
+    size = 1 << max(1, BLOCK // max(1, width + num_queries)).bit_length() - 1
     for block_NE, document in zip(documents_NE.split(size), document_N1.split(size), strict=True):
-        similarity_NQ = linear(block_NE.to(dtype), queries_QE)
-        best_NQ.scatter_reduce_(0, document.expand(-1, len(queries_QE)), similarity_NQ, "amax")
-    return best_NQ[:, :num_queries]
+        block_NE = _rounded_up(block_NE.to(dtype))
+        for part_QE, best_NQ in zip(parts, best, strict=True):
+            similarity_NQ = linear(block_NE, part_QE)[: len(document)]
+            best_NQ.scatter_reduce_(0, document.expand(-1, len(part_QE)), similarity_NQ, "amax")
+    return torch.cat(best, dim=1)[:, :num_queries]
+
+
+def _rounded_up(block_NE: Tensor) -> Tensor:
+    """With rows of zeros up to one of four sizes an octave, where oneDNN multiplies."""
+    rows = len(block_NE)
+    return F.pad(block_NE, (0, 0, 0, -rows % max(LANES, 1 << rows.bit_length() >> 3))) if FASTER_THAN_MKL else block_NE
 
 
 class _DifferentiableBest(torch.autograd.Function):
@@ -60,10 +72,11 @@ class _DifferentiableBest(torch.autograd.Function):
         queries_QE, documents_NE = queries_QE.to(dtype), documents_NE.to(dtype)
         ctx.lengths = lengths.tolist()
         best_NQ = queries_QE.new_full((len(lengths), len(queries_QE)), float("-inf"))
-        argmax_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64)
+        argmax_NQ = torch.zeros(best_NQ.shape, dtype=torch.int64, device="cpu")
         for index, document_SE in enumerate(documents_NE.split(ctx.lengths)):
             if len(document_SE):
-                torch.max(linear(document_SE, queries_QE), 0, out=(best_NQ[index], argmax_NQ[index]))
+                # Not the op, which takes oneDNN here, where no shape comes twice.
+                torch.max(F.linear(document_SE, queries_QE), 0, out=(best_NQ[index], argmax_NQ[index]))
         ctx.save_for_backward(queries_QE, documents_NE, argmax_NQ)
         return best_NQ
 
