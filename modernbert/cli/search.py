@@ -113,7 +113,7 @@ def _write_run(index: str, model: str | None, queries: Path, run: Path, top: int
 def _open(index: str, model: str | None) -> Iterator[tuple[Store | Engine, str]]:
     """A store or an export, and its description."""
     from ..retrieval.engines import Engine, is_target
-    from ..retrieval.store.format import read_unfinished, resume_command
+    from ..retrieval.store.request import read_unfinished, resume_command
     from ..retrieval.store.search import Store
 
     if is_target(index):
