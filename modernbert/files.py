@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -26,6 +28,9 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(beside)
         beside.replace(path)
         flush(path.parent)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -74,8 +79,15 @@ def flush(*paths: Path) -> None:
             os.close(descriptor)
 
 
+def _name(error: OSError, path: Path) -> None:
+    """Give the error of a full disk, which Python raises without a path, the path that was to be written."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
+
+
 def _hidden(name: str) -> str:
-    return f".{name}.{uuid.uuid4().hex[:8]}"
+    beginning = os.fsencode(name)[:240].decode("utf-8", "ignore")  # A file system allows 255 bytes.
+    return f".{beginning}.{uuid.uuid4().hex[:8]}"
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -11,6 +11,7 @@ passages for a scan, make an index with LanceDB; it is approximate, and is used 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -27,10 +28,14 @@ from ..passages import Passage
 from ..store.format import ModelIdentity
 from ..store.search import Store
 from . import Found, Row
+from .folder import claim, read_mark
 
 TABLE = "passages"
 KEY = b"modernbert"
 """The key of the manifest in the metadata of the table's schema."""
+
+MARK, EXPORT = "modernbert.json", {"engine": "lancedb"}
+"""The first file of an export, and its content."""
 
 ROWS = 256
 """Passages of a batch: about 10 MB of vectors."""
@@ -54,11 +59,14 @@ def export(store: Store, address: str, rows: Iterable[Row]) -> None:
     # Float16 would halve the folder, but LanceDB compares it three times as slowly.
     vectors = pa.list_(pa.list_(pa.float32(), store.dim))
     schema = pa.schema({**FIELDS, "vectors": vectors}, metadata={KEY: json.dumps(manifest)})
+    place = address if "://" in address else str(claim(address, _is_database, MARK, EXPORT))
     failures: list[Exception] = []
     batches = pa.RecordBatchReader.from_batches(schema, _batches(iter(rows), schema, failures))
     try:
-        database = lancedb.connect(address)
+        database = lancedb.connect(place)
         is_there = TABLE in database.list_tables().tables
+        if is_there and place != address:
+            is_there = _is_table(Path(place, f"{TABLE}.lance"))  # else an export was killed before its first version
         if is_there:
             _manifest(database.open_table(TABLE), address)
         table = database.create_table(TABLE, batches, mode="overwrite" if is_there else "create")
@@ -74,7 +82,7 @@ class Index:
     def __init__(self, address: str) -> None:
         if "://" not in address and not Path(address).is_dir():
             raise FileNotFoundError(f"no such folder: {address}; `modernbert export` makes one")
-        database = lancedb.connect(address)
+        database = lancedb.connect(address if "://" in address else os.path.abspath(address))
         if TABLE not in database.list_tables().tables:
             raise FileNotFoundError(f"no table {TABLE} in {address}; `modernbert export` makes one")
         self._address = address
@@ -116,6 +124,14 @@ def _batches(rows: Iterator[Row], schema: pa.Schema, failures: list[Exception]) 
     except Exception as error:
         failures.append(error)
         raise
+
+
+def _is_database(folder: Path) -> bool:
+    return read_mark(folder / MARK) == EXPORT or any(map(_is_table, folder.glob("*.lance")))
+
+
+def _is_table(folder: Path) -> bool:
+    return (folder / "_versions").is_dir()
 
 
 def _passage(hit: dict[str, Any]) -> Passage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sqlite3
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from ...files import DISK_FULL
 from .folder import HALF_FILES, HALF_PARTS, LOCK, files_named, holds_store
 from .format import REPAIR, SHARDS, Manifest, file_sha256, find_manifest
 from .request import NOTHING, UNFINISHED, Request, read_unfinished, resume_command, write_request
@@ -34,8 +34,6 @@ CREATE TABLE shards (
 );
 CREATE TABLE lists (shard INTEGER PRIMARY KEY, file TEXT NOT NULL, sha256 TEXT NOT NULL);
 """
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Draft(NamedTuple):
