@@ -73,6 +73,7 @@ def _corpus_store(corpus: Path, folder: Path | None, model: str | None) -> Itera
     """A store that holds the corpus: in `folder`, or a temporary one."""
     from ..retrieval import Store
     from ..retrieval import index as update
+    from ..retrieval.store.folder import holds_store
     from ..retrieval.store.format import find_manifest
     from ..retrieval.store.identity import load_model
 
@@ -80,7 +81,7 @@ def _corpus_store(corpus: Path, folder: Path | None, model: str | None) -> Itera
         with temporary_store([corpus], load_model(model), note) as store:
             yield store
         return
-    manifest = find_manifest(folder)
+    manifest = find_manifest(folder) if holds_store(folder) else None  # refuses a folder before the model is loaded
     loaded = load_model(model, manifest.identity if manifest else None)
     update([corpus], folder, loaded, note=note)
     with Store(folder, loaded) as store:

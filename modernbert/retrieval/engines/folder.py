@@ -16,7 +16,7 @@ _HALF_MARK = re.compile(r"\.(modernbert|meta)\.json\.[0-9a-f]{8}")  # a run was 
 
 
 def claim(address: str, is_ours: Callable[[Path], bool], mark: str, content: Mapping[str, Any]) -> Path:
-    """The absolute path of the folder to export to, which then exists.
+    """Make sure that a folder may be exported to, and exists. Returns its absolute path.
 
     Args:
         is_ours: whether the engine knows a folder as its own.

@@ -59,14 +59,15 @@ def export(store: Store, address: str, rows: Iterable[Row]) -> None:
     # Float16 would halve the folder, but LanceDB compares it three times as slowly.
     vectors = pa.list_(pa.list_(pa.float32(), store.dim))
     schema = pa.schema({**FIELDS, "vectors": vectors}, metadata={KEY: json.dumps(manifest)})
-    place = address if "://" in address else str(claim(address, _is_database, MARK, EXPORT))
+    if not _is_remote(address):
+        claim(address, _is_database, MARK, EXPORT)
     failures: list[Exception] = []
     batches = pa.RecordBatchReader.from_batches(schema, _batches(iter(rows), schema, failures))
     try:
-        database = lancedb.connect(place)
+        database = _connect(address)
         is_there = TABLE in database.list_tables().tables
-        if is_there and place != address:
-            is_there = _is_table(Path(place, f"{TABLE}.lance"))  # else an export was killed before its first version
+        if is_there and not _is_remote(address):
+            is_there = _is_table(Path(address, f"{TABLE}.lance"))  # else an export was killed before its first version
         if is_there:
             _manifest(database.open_table(TABLE), address)
         table = database.create_table(TABLE, batches, mode="overwrite" if is_there else "create")
@@ -80,9 +81,9 @@ class Index:
     """A table made by `export`."""
 
     def __init__(self, address: str) -> None:
-        if "://" not in address and not Path(address).is_dir():
+        if not _is_remote(address) and not Path(address).is_dir():
             raise FileNotFoundError(f"no such folder: {address}; `modernbert export` makes one")
-        database = lancedb.connect(address if "://" in address else os.path.abspath(address))
+        database = _connect(address)
         if TABLE not in database.list_tables().tables:
             raise FileNotFoundError(f"no table {TABLE} in {address}; `modernbert export` makes one")
         self._address = address
@@ -124,6 +125,15 @@ def _batches(rows: Iterator[Row], schema: pa.Schema, failures: list[Exception]) 
     except Exception as error:
         failures.append(error)
         raise
+
+
+def _is_remote(address: str) -> bool:
+    return "://" in address
+
+
+def _connect(address: str) -> lancedb.DBConnection:
+    # An absolute path, because a relative one that begins with "file:" is also an address.
+    return lancedb.connect(address if _is_remote(address) else os.path.abspath(address))
 
 
 def _is_database(folder: Path) -> bool:
