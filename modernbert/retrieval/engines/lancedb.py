@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -60,6 +61,8 @@ def export(store: Store, address: str, rows: Iterable[Row]) -> None:
     vectors = pa.list_(pa.list_(pa.float32(), store.dim))
     schema = pa.schema({**FIELDS, "vectors": vectors}, metadata={KEY: json.dumps(manifest)})
     if not _is_remote(address):
+        if re.search(r"[\x00-\x1f\x7f]", os.path.abspath(address)):
+            raise ValueError(f"{address} has a control character, which LanceDB cannot open: give another folder")
         claim(address, _is_database, MARK, EXPORT)
     failures: list[Exception] = []
     batches = pa.RecordBatchReader.from_batches(schema, _batches(iter(rows), schema, failures))

@@ -85,6 +85,9 @@ def update_lists(folder: Path, table: sqlite3.Connection, entry: CentroidsEntry 
     """Give every shard its lists. `entry` is the manifest's entry so far; returns the new one."""
     rows = table.execute("SELECT number, file, sha256 FROM shards ORDER BY number").fetchall()
     shards = {number: Shard(folder / SHARDS / file, sha256).raw() for number, file, sha256 in rows}
+    if entry and not shards:
+        table.execute("DELETE FROM lists")
+        return entry  # Damaged centroids are trained again when there is something to train on.
     wanted = num_centroids(sum(len(shard.values) for shard in shards.values()))
     if entry is None or wanted > OUTGROWN * entry.count or not is_intact(folder / SHARDS / entry.file, entry.sha256):
         centroids = train_centroids(list(shards.values()))
