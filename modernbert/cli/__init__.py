@@ -19,7 +19,7 @@ from .index import index
 from .info import info
 from .search import demo, search
 from .show import note, printable
-from .streams import ended_by_signals, flush_stdout, open_closed_streams
+from .streams import ended_by_signals, flush_stdout, message_of, open_closed_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (search, index, evaluate, export, encode, info, demo):
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if options["debug"]:
                 raise
-            print(f"modernbert: {printable(str(error))}", file=sys.stderr)
+            print(f"modernbert: {printable(message_of(error))}", file=sys.stderr)
             sys.exit(2)
 
 

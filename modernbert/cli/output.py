@@ -17,5 +17,6 @@ def output_file(path: Path, option: str) -> Path:
     if os.path.lexists(target) and not target.is_file():
         raise ValueError(f"{option} is {path}, which is not a regular file: give the name of a file")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"{option} is {path}, but there is no folder {target.parent}")
+        missing = target.parent if path.is_symlink() else path.parent
+        raise FileNotFoundError(f"{option} is {path}, but there is no folder {missing}")
     return target

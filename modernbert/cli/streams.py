@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from ..files import DISK_FULL
+
 
 def open_closed_streams() -> None:
     """Open standard streams that were closed (`>&-`): what is printed there is lost, and no file takes their number."""
@@ -25,7 +27,7 @@ def open_closed_streams() -> None:
 
 
 def flush_stdout() -> None:
-    """Write out what was printed. Raises OSError that names stdout, or ends if the reader of a pipe has gone."""
+    """Write out what was printed. If the reader of a pipe has gone, end without a message."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -33,7 +35,15 @@ def flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
-        raise OSError(error.errno, f"cannot write to stdout: {error.strerror}") from error
+        raise
+
+
+def message_of(error: Exception) -> str:
+    """The message of an error. That of a full disk without a path is about stdout: files are written by their names."""
+    if not isinstance(error, OSError) or error.errno not in DISK_FULL or error.filename:
+        return str(error)
+    is_bare = error.strerror == os.strerror(error.errno)
+    return f"cannot write to stdout: {error.strerror}" if is_bare else str(error)
 
 
 @contextmanager
