@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -100,7 +102,8 @@ def _name(error: OSError, path: Path) -> None:
 
 
 def _hidden(name: str) -> str:
-    return f".{name}.{uuid.uuid4().hex[:8]}"
+    beginning = os.fsencode(name)[:240].decode("utf-8", "ignore")  # A file system allows 255 bytes.
+    return f".{beginning}.{uuid.uuid4().hex[:8]}"
 
 
 def _folders(folder: Path) -> Iterator[Path]:

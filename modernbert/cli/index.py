@@ -39,6 +39,7 @@ def index(
     interruption, run the same command again to resume.
     """
     from .. import retrieval
+    from ..retrieval.store.folder import own_files
 
     notes: list[str] = []
     try:
@@ -52,7 +53,7 @@ def index(
         raise OSError(f"interrupted; {output} is as it was. Run the same command again to resume") from None
     finally:
         show_notes(notes)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in own_files(output))
     note(
         f"{summary.added:,} documents added, {summary.changed:,} changed, {summary.removed:,} removed, "
         f"{summary.unchanged:,} unchanged"

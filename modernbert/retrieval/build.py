@@ -18,10 +18,13 @@ from ..progress import progress_bar
 from .documents.find import find_files, read_file
 from .documents.records import is_records
 from .documents.text import OnNote, file_name
+from .engines import is_target
 from .passages import Document
 from .store.draft import Draft, open_draft
-from .store.format import DTYPES, PASSAGES, VERSION, IndexRequest, Manifest, read_manifest
+from .store.folder import LOCK, is_store
+from .store.format import DTYPES, PASSAGES, VERSION, Manifest, read_manifest
 from .store.identity import LoadedModel, ModelSource, absolute, load_model
+from .store.request import IndexRequest
 from .store.writer import StoreWriter, Summary
 from .windows import BLOCK, Window, batch, windows
 
@@ -60,9 +63,10 @@ def index(
         ValueError: there is no text, a record is broken, or the store has another model or dtype.
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """
+    _check_output(output)
     total = sum(file.stat().st_size for file in find_files(paths, on_note=lambda message: None))
-    roots = _roots(paths)
-    request: IndexRequest = {"paths": roots, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
+    roots, named = _roots(paths), [os.path.abspath(path) for path in paths]
+    request: IndexRequest = {"paths": named, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
     with (
         open_draft(Path(output), request) as draft,
         progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
@@ -70,12 +74,26 @@ def index(
         manifest, session = _prepare(draft, model, dtype, engine)
         writer = StoreWriter(draft, manifest, prefilter=prefilter)
         encoder = DocumentEncoder(writer, session, on_bytes)
-        for file in find_files(paths, on_note=note):
+        for damaged in writer.find_damage():
+            note(f"{damaged} is damaged or missing: its documents are read and encoded again")
+
+        def update(file: Path) -> None:
             for document in _changed_documents(file, paths, writer, encoder.count_bytes, note):
                 writer.add_document(document)
                 encoder.add_document(document)
-        encoder.flush()
+
+        for file in find_files(paths, on_note=note):
+            if not (file.name == LOCK and is_store(file.parent)):
+                update(file)
         writer.remove_unseen(roots)
+        for lost in filter(os.path.isfile, writer.lost_files()):
+            update(Path(lost))
+        encoder.flush()
+        if lost := writer.lost_files():
+            raise ValueError(
+                f"{output} is damaged, and {lost[0]}, one of {len(lost)} files to rebuild it from, cannot be read: "
+                "restore the store from a copy, or remove these documents with --forget"
+            )
         writer.merge_shards()
         return writer.commit()
 
@@ -84,7 +102,7 @@ def forget(paths: Paths, output: str | os.PathLike[str]) -> Summary:
     """Remove every document that was read from under `paths`, which need not exist. Raises OSError as `index` does."""
     folder, roots = Path(output), _roots(paths)
     read_manifest(folder)  # Raises if there is no store, before `open_draft` makes one.
-    with open_draft(folder, {"forget": roots}) as draft:
+    with open_draft(folder, {"forget": [os.path.abspath(path) for path in paths]}) as draft:
         writer = StoreWriter(draft, read_manifest(folder))
         writer.remove_unseen(roots)
         writer.merge_shards()
@@ -177,6 +195,14 @@ def _changed_documents(
             raise
         on_note(f"skipped a file: {error}")
         writer.keep_file(file_name(file))
+
+
+def _check_output(output: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a name under which the store could not be found again."""
+    if not os.fspath(output):
+        raise ValueError("the name of the store is empty: give the name of a folder")
+    if is_target(os.fspath(output)):
+        raise ValueError(f"{output} is how `modernbert export` names an engine: give the store another name")
 
 
 def _roots(paths: Paths) -> list[str]:

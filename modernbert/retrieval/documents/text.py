@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,8 +45,13 @@ def storable(text: str) -> str:
 
 
 def file_name(path: str | os.PathLike[str]) -> str:
-    r"""The name of a file as storable text: bytes that are not UTF-8 are written as `\xff`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""The name of a file as storable text: bytes that are not UTF-8 are written as `\xff`.
+
+    Two files never have the same name: where a name itself contains four characters like `\xff`, its backslash is
+    written as `\x5c`.
+    """
+    raw = os.fsencode(path)
+    return re.sub(rb"\\(?=x5c|x[89a-f][0-9a-f])", rb"\\x5c", raw).decode("utf-8", "backslashreplace")
 
 
 @contextmanager

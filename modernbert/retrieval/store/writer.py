@@ -19,20 +19,22 @@ from ..documents.find import Key
 from ..passages import Document
 from ..windows import Window
 from .draft import Draft
+from .folder import PARTS, TABLES, files_named
 from .format import (
     PASSAGES,
     SHARDS,
-    UNFINISHED,
     Manifest,
     Part,
     Shard,
     file_sha256,
     finished_part,
+    is_intact,
     quantize,
     write_manifest,
     write_part,
 )
 from .prefilter import update_lists
+from .request import UNFINISHED
 
 
 @dataclass
@@ -91,6 +93,20 @@ class StoreWriter:
     def keep_file(self, path: str) -> None:
         """Keep all documents of a file that exists but cannot be read now."""
         self._table.execute("INSERT OR IGNORE INTO seen SELECT number FROM documents WHERE path = ?", (path,))
+
+    def find_damage(self) -> list[str]:
+        """Find shards that are missing or damaged. Their documents count as changed. Returns the shards' files."""
+        damaged = []
+        for number, file, sha256 in self._table.execute("SELECT number, file, sha256 FROM shards").fetchall():
+            if not is_intact(self._folder / SHARDS / file, sha256):
+                documents = "SELECT document FROM passages WHERE shard = ?"
+                self._table.execute(f"UPDATE documents SET digest = '' WHERE number IN ({documents})", (number,))
+                damaged.append(file)
+        return damaged
+
+    def lost_files(self) -> list[str]:
+        """The files of documents that were in damaged shards and have not been added again."""
+        return [path for (path,) in self._table.execute("SELECT DISTINCT path FROM documents WHERE digest = ''")]
 
     def add_document(self, document: Document) -> None:
         """Add a document, without passages yet. It replaces the one with the same path and id."""
@@ -184,11 +200,9 @@ class StoreWriter:
         manifest = replace(self._manifest, documents=documents, passages=passages, prefilter=entry)
         write_manifest(self._folder, replace(manifest, table=table, sha256=sha256))
         (self._folder / UNFINISHED).unlink()
-        for path in (self._folder / SHARDS).iterdir():
+        needed.add(table)
+        for path in [*files_named(PARTS, self._folder / SHARDS), *files_named(TABLES, self._folder)]:
             if path.name not in needed:
-                path.unlink()
-        for path in self._folder.glob("passages-*.sqlite"):
-            if path.name != table:
                 path.unlink()
         return replace(self._summary, documents=documents, passages=passages)
 
@@ -217,6 +231,8 @@ class StoreWriter:
         rows_of: dict[str, list[Tensor]] = {}
         lengths, passages, origin = [0], [], []
         for shard_row in group:
+            if not shard_row.live:
+                continue  # It may be damaged or missing.
             shard = Shard(self._folder / SHARDS / shard_row.file, shard_row.sha256)
             shard.verify()
             found = "SELECT number, row FROM passages WHERE shard = ? ORDER BY row"
