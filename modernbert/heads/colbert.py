@@ -266,7 +266,7 @@ class ColBERT(nn.Module):
         prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
         # Cutting to query_length or document_length is the model's definition, as in every ColBERT: no warning.
         room = length - bool(prefix)
-        encodings = self.tokenizer.encode_batch(prepared, max_length=room, offsets=with_spans, warn=False)
+        encodings = self.tokenizer.encode_beginnings(prepared, max_length=room, offsets=with_spans)
         before, after = map(len, self._template)
         ids, spans = [], []
         for text, clean, encoding in zip(texts, prepared, encodings, strict=True):

@@ -22,16 +22,23 @@ BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
 }
 
 
+MOST = 64
+"""Characters of the longest run of broken places that is kept: more, such as megabytes of NULs, mean nothing."""
+
+_BROKEN = re.compile(f"(\ufffd{{{MOST}}})\ufffd+")
+
+
 def marked_encoding(raw: bytes) -> str | None:
     """The encoding given by a byte order mark at the beginning, or None."""
     return next((encoding for mark, encoding in BOMS.items() if raw.startswith(mark)), None)
 
 
 def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, int]:
-    """Text, and how many U+FFFD in it replace broken bytes, runs of bytes, or NULs."""
+    """Text, and how many U+FFFD replace broken bytes, runs of bytes, or NULs. No more than `MOST` are kept in a row."""
     text = raw.decode(encoding, errors="replace").replace("\0", "\ufffd")
     meant = raw.count("\ufffd".encode()) if encoding.startswith("utf-8") else 0
-    return text, text.count("\ufffd") - meant
+    count = text.count("\ufffd") - meant
+    return _BROKEN.sub(r"\1", text) if count > MOST else text, count
 
 
 def replaced(count: int, encoding: str = "utf-8") -> str:

@@ -36,6 +36,9 @@ from .format import (
 from .prefilter import update_lists
 from .request import UNFINISHED
 
+BELOW = "FROM documents WHERE path = ? OR (path >= ? AND path < ?)"
+"""The documents of a file, or in a folder and its subfolders; `_below` gives the values."""
+
 
 @dataclass
 class Summary:
@@ -47,6 +50,7 @@ class Summary:
     removed: int = 0
     documents: int = 0
     passages: int = 0
+    unread: int = 0  # documents that are kept as they were, because their file or folder cannot be read now
 
 
 class ShardRow(NamedTuple):
@@ -90,9 +94,17 @@ class StoreWriter:
         self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,))
         self._summary.unchanged += 1
 
-    def keep_file(self, path: str) -> None:
-        """Keep all documents of a file that exists but cannot be read now."""
-        self._table.execute("INSERT OR IGNORE INTO seen SELECT number FROM documents WHERE path = ?", (path,))
+    def keep(self, path: str) -> int:
+        """Keep all documents of a file or below a folder that cannot be read now. Returns how many there are."""
+        kept = self._table.execute(f"INSERT OR IGNORE INTO seen SELECT number {BELOW}", _below(path)).rowcount
+        self._summary.unread += kept
+        return kept
+
+    def is_emptied(self, root: str) -> int:
+        """How many documents the store holds from under `root`, if this run has seen none of them; else 0."""
+        counts = f"SELECT count(*), count(seen.number) FROM (SELECT number {BELOW}) LEFT JOIN seen USING (number)"
+        held, seen = self._table.execute(counts, _below(root)).fetchone()
+        return 0 if seen else held
 
     def find_damage(self) -> list[str]:
         """Find shards that are missing or damaged. Their documents count as changed. Returns the shards' files."""
@@ -119,7 +131,8 @@ class StoreWriter:
         metadata = json.dumps(dict(document.metadata), ensure_ascii=False)
         row = (*key, document.line, document.digest, metadata)
         number = self._table.execute("INSERT INTO documents VALUES (NULL, ?, ?, ?, ?, ?)", row).lastrowid
-        self._table.execute("INSERT INTO seen VALUES (?)", (number,))
+        # A number that was freed just now may have been seen.
+        self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,))
 
     def add_windows(self, windows: Sequence[Window], encode: Callable[[], Ragged]) -> None:
         """Add passages of added documents as one shard.
@@ -150,11 +163,7 @@ class StoreWriter:
         """Remove the documents from under `roots` that this run has neither added nor marked as seen."""
         self._table.execute("CREATE TEMP TABLE gone (number INTEGER PRIMARY KEY)")
         for root in roots:
-            below = root.rstrip(os.sep) + os.sep
-            self._table.execute(
-                "INSERT OR IGNORE INTO gone SELECT number FROM documents WHERE path = ? OR (path >= ? AND path < ?)",
-                (root, below, below[:-1] + chr(ord(os.sep) + 1)),
-            )
+            self._table.execute(f"INSERT OR IGNORE INTO gone SELECT number {BELOW}", _below(root))
         self._table.execute("DELETE FROM gone WHERE number IN (SELECT number FROM seen)")
         self._summary.removed += self._table.execute("SELECT count(*) FROM gone").fetchone()[0]
         self._remove("SELECT number FROM gone")
@@ -250,3 +259,8 @@ class StoreWriter:
             moved = [(new, row, passage) for row, passage in enumerate(passages)]
             self._table.executemany("UPDATE passages SET shard = ?, row = ? WHERE number = ?", moved)
         self._table.executemany("DELETE FROM shards WHERE number = ?", [(shard.number,) for shard in group])
+
+
+def _below(root: str) -> tuple[str, str, str]:
+    below = root.rstrip(os.sep) + os.sep
+    return root, below, below[:-1] + chr(ord(os.sep) + 1)
