@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 # All that a pickled state dict of torch calls, parameters included.
-CALLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch[.a-z]* \w+Storage")
+CALLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch(\.cuda)? (?!Unt|T)\w+Storage"
+)
 MOST_OPCODES = 500_000  # a tensor takes about 30
 
 View: TypeAlias = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]

@@ -73,8 +73,8 @@ def read(name: str, stored: Stored, device: torch.device, dtype: torch.dtype | N
     Raises:
         ValueError: NaN, infinite or huge numbers.
     """
-    convert = dtype is not None and stored.like.is_floating_point()
-    tensor = stored.read(device, dtype if convert else stored.like.dtype)
+    there = stored.like.dtype
+    tensor = stored.read(device, there if dtype is None or not there.is_floating_point else dtype)
     if problem := what_is_wrong(tensor):
         raise ValueError(f"{stored.path}: {name}, read as {kind(tensor)}, has {problem}; the file is damaged")
     return tensor

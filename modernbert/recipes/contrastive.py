@@ -36,7 +36,7 @@ from modernbert.train.vocabulary import train_tokenizer
 
 @dataclass(frozen=True)
 class Config:
-    pairs: str = option("folder of *.jsonl or *.jsonl.zst files: one pair a line, see train/data.py", free=True)
+    pairs: str = option("folder of *.jsonl files, also .gz or .zst: one pair a line, see train/data.py", free=True)
     output: str = option("folder of the run and its result", free=True)
     exclude_sources: tuple[str, ...] = option("sources of pairs that are left out", ())
     decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs sharing 8 words in a row are left out", ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _lines(path: Path) -> Iterator[bytes]:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _zstandard(file: IO[bytes]) -> Iterator[bytes]:
+def _zstandard(file: io.BufferedIOBase) -> Iterator[bytes]:
     """The content of all frames. The library's own reader takes a file that was cut for a whole one."""
     import zstandard
 

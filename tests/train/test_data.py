@@ -126,7 +126,7 @@ def test_a_compressed_file_that_was_cut_is_an_error(tmp_path, ending, left):
     """The reader of zstandard takes it for a whole one, and a run would train on a part of the pairs."""
     content = compressed(ending)
     (tmp_path / f"x.jsonl.{ending}").write_bytes(content[: int(len(content) * left)])
-    with pytest.raises(ValueError, match=rf"x\.jsonl\.{ending}(:\d+:|) .*"):
+    with pytest.raises(ValueError, match=rf"x\.jsonl\.{ending} is damaged: "):
         list(read_pairs(tmp_path))
 
 
