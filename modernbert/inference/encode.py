@@ -209,9 +209,7 @@ def _encode(
     return _in_order(run(caller, parts, batch_tokens), advance)
 
 
-def _in_order(
-    results: Iterable[tuple[list[int], Ragged]], advance: Callable[[int], None] | None
-) -> Iterator[Tensor]:
+def _in_order(results: Iterable[tuple[list[int], Ragged]], advance: Callable[[int], None] | None) -> Iterator[Tensor]:
     waiting: dict[int, Tensor] = {}
     count = 0
     for indices, rows in results:
