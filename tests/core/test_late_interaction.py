@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,3 +99,37 @@ def test_wrong_calls() -> None:
     for options in ({"top_k": 0}, {"top_k": 2, "paired": True}):
         with pytest.raises(ValueError, match="top_k must be at least 1 and without paired"):
             maxsim(queries, documents[:2], **options)
+
+
+@pytest.mark.parametrize("top_k", [-1, 1.5, 2.0, True, "2", float("nan")])
+def test_top_k_is_a_whole_number(top_k: Any) -> None:
+    with pytest.raises(ValueError, match="top_k must be at least 1 and without paired, and a whole number"):
+        maxsim(vectors([3]), vectors([3, 2]), top_k=top_k)
+
+
+def test_any_top_k() -> None:
+    queries, documents = vectors([3, 4]), vectors([3, 2, 5])
+    wanted = maxsim(queries, documents, top_k=3)
+    for top_k in (10**30, 4, np.int64(3)):
+        got = maxsim(queries, documents, top_k=top_k)  # pyright: ignore
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    scores, places = maxsim(queries, Ragged.from_list([]), top_k=3)
+    assert scores.shape == places.shape == (2, 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+@pytest.mark.parametrize("place", [0, 2])
+def test_nan_does_not_rank(place: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came first."""
+    monkeypatch.setattr(scoring, "TOKENS", tokens)
+    matrices = list(vectors([3, 2, 5]))
+    matrices[place][1, 2] = float("nan")
+    with pytest.raises(ValueError, match=f"query 0 and document {place} score NaN"):
+        maxsim(vectors([4, 1]), matrices, top_k=1)
+    with pytest.raises(ValueError, match=f"query {place} and document 0 score NaN"):
+        maxsim(matrices, vectors([4, 1]), top_k=2)
+
+
+def test_one_device() -> None:
+    with pytest.raises(ValueError, match="queries are on cpu, documents on meta: move one"):
+        maxsim(vectors([3]), [torch.zeros(2, 24, device="meta")])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -184,6 +187,84 @@ def test_shapes_are_checked() -> None:
         pack([[1, 2]], torch.ones(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("sequences", "words"),
+    [
+        ([1, 2], r"sequences\[0\] must be a list of token ids, got int"),
+        ([[1], None], r"sequences\[1\] must be a list of token ids, got NoneType"),
+        ([[1], "ab"], r"sequences\[1\] must be a list of token ids, got str"),
+        ([b"ab"], r"sequences\[0\] must be a list of token ids, got bytes"),
+        ([{1, 2}], r"sequences\[0\] must be a list of token ids, got set"),
+        ([iter([1])], r"sequences\[0\] must be a list of token ids, got list_iterator"),
+        ({"input_ids": [[1]]}, "got one dict"),
+        ("ab", "got one str"),
+        (7, "got one int"),
+        ([[[1, 2], [3, 4]]], "must be integers"),
+        ([[[1], [3, 4]]], "must be integers"),
+        ([[True, 2]], "must be integers"),
+        ([np.array([1.5])], "must be integers"),
+        ([np.array([True])], "must be integers"),
+    ],
+)
+def test_sequences_are_lists_of_ids(sequences: Any, words: str) -> None:
+    """A nested list made a two-dimensional batch, bytes and truth values were read as ids."""
+    with pytest.raises(TypeError, match=words):
+        pack(sequences)
+
+
+def test_other_sequences_of_ids() -> None:
+    for sequences in (
+        ((1, 2), (3,)),
+        iter([[1, 2], [3]]),
+        [np.array([1, 2]), range(3, 4)],
+        [torch.tensor([1, 2]), [3]],
+    ):
+        assert_holds_ids(pack(sequences), [[1, 2], [3]])  # pyright: ignore
+    for dtype in (torch.uint8, torch.uint16, torch.int32, torch.int64):
+        assert_holds_ids(pack(torch.tensor([[1, 2], [3, 4]], dtype=dtype), vocab_size=5), [[1, 2], [3, 4]])
+
+
+def assert_holds_ids(batch: Packed, sequences: list[list[int]]) -> None:
+    assert batch.input_ids.dtype is torch.int64
+    assert [x.tolist() for x in batch.input_ids.split(batch.lengths)] == sequences
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "query_mask"])
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.tensor([[0.0, 0.0, float("-inf")], [0.0, 0.0, 0.0]]), "of sequence 0 has -inf: pass 1 at tokens"),
+        (torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -3e38]]), "of sequence 1 has -"),
+        (torch.zeros(2, 3), "0 everywhere, as an additive mask"),
+        (torch.tensor([[1, 1, 0], [1, 2, 2]]), "of sequence 1 has 2"),
+        (torch.tensor([[1, -1, 0], [1, 1, 1]]), "of sequence 0 has -1"),
+        (torch.full((2, 3), float("nan")), "of sequence 0 has nan"),
+        (torch.tensor([[0.5, 0.0, 0.0], [1.0, 1.0, 1.0]]), "of sequence 0 has 0.5"),
+    ],
+)
+def test_masks_hold_zeros_and_ones(name: str, mask: Tensor, words: str) -> None:
+    """An additive mask was read as its reverse, and numbers of segments as one segment."""
+    ids = torch.arange(6).view(2, 3)
+    masks = {"attention_mask": torch.zeros(2, 3, dtype=torch.int64), name: mask}
+    with pytest.raises(ValueError, match=f"{name} (of|is) .*{words.removeprefix('of ')}"):
+        pack(ids, **masks)
+
+
+def test_masks_and_positions_of_other_kinds() -> None:
+    ids, mask = padded("right")
+    for dtype in (torch.bool, torch.uint8, torch.int32, torch.float32, torch.bfloat16):
+        assert_holds(pack(ids, mask.to(dtype)), lists())
+    for wrong in (mask.tolist(), mask.numpy()):
+        for name in ("attention_mask", "query_mask", "position_ids"):
+            with pytest.raises(TypeError, match=f"{name} must be a tensor, got"):
+                pack(ids, **{name: wrong})
+    for dtype in (torch.float32, torch.float64, torch.bool):
+        with pytest.raises(TypeError, match="position_ids must be integers"):
+            pack(ids, position_ids=torch.zeros(ids.shape, dtype=dtype))
+    with pytest.raises(ValueError, match="attention_mask is on meta, input_ids on cpu"):
+        pack(ids, mask.to("meta"))
+
+
 def test_select_takes_sequences_in_any_order() -> None:
     sequences = lists()
     assert_holds(pack(sequences).select([3, 0, 2, 3]), [sequences[i] for i in (3, 0, 2, 3)])
@@ -221,3 +302,52 @@ def test_ragged_gives_one_matrix_per_text() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         ragged[::2]
     assert len(Ragged.from_list([])) == 0
+
+
+@pytest.mark.parametrize("kind", [pickle.dumps, copy.deepcopy, "save"])
+def test_parts_of_a_ragged_are_saved_alone(kind: Any) -> None:
+    """A row that was saved brought all texts with it."""
+    ragged = Ragged.from_list([torch.randn(5, 8) for _ in range(400)])
+
+    def size(part: Tensor | Ragged) -> int:
+        if kind is copy.deepcopy:
+            twin = copy.deepcopy(part)
+            return (twin if isinstance(twin, Tensor) else twin.values).untyped_storage().nbytes()
+        if kind is pickle.dumps:
+            return len(pickle.dumps(part))
+        file = io.BytesIO()
+        torch.save(part, file)
+        return len(file.getvalue())
+
+    for part in (ragged[3], ragged[-1], next(iter(ragged)), ragged[2:4], ragged[399:]):
+        assert size(part) < 4000
+    assert size(ragged) >= 400 * 5 * 8 * 4
+    twin = pickle.loads(pickle.dumps(ragged[2:4]))
+    assert torch.equal(twin.values, ragged.values[10:20])
+    assert twin.offsets.tolist() == [0, 5, 10]
+
+
+@pytest.mark.parametrize(
+    ("values", "offsets", "words"),
+    [
+        (torch.zeros(6, 2), torch.tensor([0, 2, 5]), "increase from 0 to its 6 rows, got 0 to 5"),
+        (torch.zeros(6, 2), torch.tensor([1, 6]), "got 1 to 6"),
+        (torch.zeros(6, 2), torch.tensor([0, 7, 6]), "in another order"),
+        (torch.zeros(6, 2), torch.tensor([0, 6], dtype=torch.int32), "must be int64"),
+        (torch.zeros(6, 2), torch.zeros(0, dtype=torch.int64), "must be int64"),
+        (torch.zeros(6, 2), torch.tensor([[0, 6]]), "must be int64"),
+        (torch.zeros(6), torch.tensor([0, 6]), r"must be \[n, E\], got shape \(6,\)"),
+    ],
+)
+def test_wrong_ragged(values: Tensor, offsets: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Ragged(values, offsets)
+
+
+def test_wrong_matrices() -> None:
+    with pytest.raises(TypeError, match=r"matrices\[1\] must be a tensor \[n, E\], got ndarray"):
+        Ragged.from_list([torch.zeros(1, 2), np.zeros((1, 2))])  # pyright: ignore
+    with pytest.raises(ValueError, match=r"matrices\[0\] must be \[n, E\], got shape \(2,\)"):
+        Ragged.from_list([torch.zeros(2)])
+    with pytest.raises(ValueError, match=r"matrices\[1\] must be \[n, 2\] as matrices\[0\] is, got shape \(1, 3\)"):
+        Ragged.from_list([torch.zeros(1, 2), torch.zeros(1, 3)])

@@ -142,6 +142,58 @@ def test_attention_of_long_sequences_at_inference(by_head: bool, monkeypatch: py
     check_attention("cpu", randn(607, 3, 2, 32), cu(lengths), 300, **options, gradients=False)
 
 
+@pytest.mark.parametrize("keys", [None, [700, 0, 3, 257, 5]])
+@pytest.mark.parametrize("window", [None, 3, 64, 257, 300, 600])
+def test_attention_of_long_sequences_on_a_cpu(window: int | None, keys: list[int] | None) -> None:
+    """Wide windows, and query-only rows, go block by block: edges within and between blocks, and no key in sight."""
+    lengths = [700, 5, 513, 257, 302]
+    qkv = randn(sum(lengths), 3, 2, 8, scale=1.5)
+    key_lengths = None if keys is None else torch.tensor(keys, dtype=torch.int32)
+    check_attention("cpu", qkv, cu(lengths), 700, rope=rope(lengths, 8), window=window, key_lengths=key_lengths)
+
+
+@pytest.mark.parametrize(("window", "keys"), [(64, False), (1200, False), (2000, False), (64, True), (None, True)])
+def test_masks_of_attention_are_linear_in_the_tokens(
+    window: int | None, keys: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of 8,192 took more memory than a global layer: a mask of all tokens, each with the whole window."""
+    cells: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        cells.append(0 if attn_mask is None else attn_mask.numel())
+        return attend(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(ops.cpu.attention.F, "scaled_dot_product_attention", counted)
+    length = 3000
+    key_lengths = torch.tensor([20], dtype=torch.int32) if keys else None
+    options = {"rope": rope([length], 8), "window": window, "key_lengths": key_lengths}
+    with torch.inference_mode():
+        ops.attention(randn(length, 3, 1, 8), cu([length]), length, **options)
+    assert max(cells) <= 256 * length
+
+
+@pytest.mark.parametrize("length", [256, 257, 300, 511, 700])
+def test_attention_head_by_head_takes_few_shapes(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps memory for each new shape of a product: lengths are rounded up, and blocks are about equal."""
+    shapes: set[tuple[int, ...]] = set()
+    product = ops.cpu.attention.linear
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        shapes.add((*x.shape, *weight.shape))
+        return product(x, weight)
+
+    monkeypatch.setattr(ops.cpu.attention, "FASTER_THAN_MKL", True)
+    monkeypatch.setattr(ops.cpu.attention, "linear", counted)
+    counted.backends = product.backends  # pyright: ignore
+    options = {"rope": rope([length], 32), "window": None, "key_lengths": None}
+    check_attention("cpu", randn(length, 3, 2, 32), cu([length]), length, **options, gradients=False)
+    assert len(shapes) <= 4
+    assert all(rows <= 256 for rows, *_ in shapes)
+    step = 16 if length < 512 else 32
+    assert {columns for _, columns, *_ in shapes} == {32, -(-length // step) * step}
+
+
 @TRITON
 @pytest.mark.parametrize("window", [2**31 - 1, 2**63 - 1])
 def test_triton_attention_of_a_window_without_an_end(window: int) -> None:

@@ -173,7 +173,7 @@ def _by_head(q_HSK: Tensor, k_HSK: Tensor, v_HSK: Tensor) -> Tensor:
     """Dense attention of one sequence, `[H, S, K]`: two `linear` products for each head and block of queries.
 
     oneDNN keeps memory for each new shape. So the length is rounded up to a step, by keys that no query sees, and cut
-    into blocks of one size.
+    into blocks of about one size.
     """
     heads, length, width = q_HSK.shape
     fill = -length % row_step(length)
