@@ -4,11 +4,12 @@
     passages-<hash>.sqlite      documents, passages and the list of shards; never changed after the manifest names it
     shards/<hash>.safetensors   token vectors of up to `PASSAGES` passages; never changed
     shards/centroids-*, lists-* the pre-filter, if the store has one; never changed
-    unfinished.json             the request of an `index` run that has not finished
+    unfinished.json             the request of a run that has not finished; the first file of a new store
     lock                        held by the process that writes
 
 Every file is replaced in one step. The manifest holds the checksum of itself and of the table, and the table holds
-those of the shards, so a corrupted byte is found when its file is first read.
+those of the shards, so a corrupted byte is found when its file is first read. What others put into the folder is
+neither read nor removed.
 """
 
 from __future__ import annotations
