@@ -48,7 +48,7 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     limits = dict.fromkeys(("zlib", "lzw", "run_length", "array_based_stream"), unpacked)
     limits = {f"{kind}_maximum_output_length": limit for kind, limit in limits.items()}
     try:
-        with apply_configuration(**limits, stream_parsing_work_maximum_count=100_000 + 2 * len(raw)):
+        with apply_configuration(**limits, stream_parsing_work_maximum_count=50_000 + 2 * len(raw)):
             reader = PdfReader(io.BytesIO(raw))
             for number in range(len(reader.pages)):
                 try:
