@@ -39,8 +39,10 @@ REPEATED = {
         "```\n",
         "|",
         "---\n",
-    ]
-    + ["> ", "- a\n", "---\na: b\n"],
+        "> ",
+        "- a\n",
+        "---\na: b\n",
+    ],
     "rst": ["=", "a\n===\n", "===\na\n===\n", "~"],
     "html": [
         "<",
@@ -55,8 +57,15 @@ REPEATED = {
         "<a>x",
         "<pre>`x",
         "<!--",
-    ]
-    + ["<![CDATA[", '<p style="display :   ">x', "&#0;", "<meta ", "<br>", "<script>", "<title>x", "<main>x"],
+        "<![CDATA[",
+        '<p style="display :   ">x',
+        "&#0;",
+        "<meta ",
+        "<br>",
+        "<script>",
+        "<title>x",
+        "<main>x",
+    ],
 }
 
 

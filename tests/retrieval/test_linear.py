@@ -1,4 +1,4 @@
-"""Work is linear in the input: counted in characters, tokens and operators. `test_sweep.py` measures it at a megabyte."""
+"""Work is linear in the input, counted in characters, tokens and operators. `test_sweep.py` measures it."""
 
 from __future__ import annotations
 
@@ -165,7 +165,8 @@ def pdf(content: bytes, *, layers: int = 1, pages: int = 1, form: bytes = b"") -
         filters = b"/FlateDecode " * layers
         return b"<<%s/Length %d/Filter[%s]>>stream\n%s\nendstream" % (entries, len(data), filters, data)
 
-    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]/Resources<</Font<</F 3 0 R>>/XObject<</X 6 0 R>>>>/Contents 4 0 R>>"
+    names = b"<</Font<</F 3 0 R>>/XObject<</X 6 0 R>>>>"
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]/Resources%s/Contents 4 0 R>>" % names
     objects = [
         b"<</Type/Catalog/Pages 2 0 R>>",
         b"<</Type/Pages/Kids[%s]/Count %d>>" % (b"5 0 R " * pages, pages),
