@@ -34,7 +34,7 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     The title only if the first page contains it: many PDFs have a wrong one. Pages that unpack to far more than a file
     of this size holds are left out.
     """
-    from pypdf import PdfReader, apply_configuration
+    from pypdf import Configuration, PdfReader, apply_configuration
     from pypdf.errors import DependencyError, FileNotDecryptedError
 
     repairs: list[str] = []
@@ -45,10 +45,15 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     title, pages, lost = "", [], []
     # A PDF of text unpacks to about its own size, and has one operator for every twenty bytes.
     unpacked, work = (1 << 18) + 16 * len(raw), _Work(10_000 + len(raw))
-    limits = dict.fromkeys(("zlib", "lzw", "run_length", "array_based_stream"), unpacked)
-    limits = {f"{kind}_maximum_output_length": limit for kind, limit in limits.items()}
+    limits = Configuration(
+        zlib_maximum_output_length=unpacked,
+        lzw_maximum_output_length=unpacked,
+        run_length_maximum_output_length=unpacked,
+        array_based_stream_maximum_output_length=unpacked,
+        stream_parsing_work_maximum_count=50_000 + 2 * len(raw),
+    )
     try:
-        with apply_configuration(**limits, stream_parsing_work_maximum_count=100_000 + 2 * len(raw)):
+        with apply_configuration(limits):
             reader = PdfReader(io.BytesIO(raw))
             for number in range(len(reader.pages)):
                 try:

@@ -23,7 +23,7 @@ BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
 
 
 MOST = 64
-"""Characters of the longest run of broken places that is kept: more, such as megabytes of NULs, mean nothing."""
+"""Characters of the longest run of broken places that is kept, because megabytes of NULs mean nothing."""
 
 _BROKEN = re.compile(f"(\ufffd{{{MOST}}})\ufffd+")
 
