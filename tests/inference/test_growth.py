@@ -133,7 +133,8 @@ def batch():
         maxsim(queries, list(corpus[: rand.randrange(200, 20_000)].split(150)), top_k=10)
     else:
         count = rand.randrange(1, 9)
-        model.tokenizer([" ".join(rand.choices(words, k=rand.randrange(1, 300))) + str(rand.random()) for _ in range(count)])
+        texts = [" ".join(rand.choices(words, k=rand.randrange(1, 300))) for _ in range(count)]
+        model.tokenizer([f"{text} {rand.random()}" for text in texts])
 
 with torch.inference_mode():
     for index in range(batches):
