@@ -132,8 +132,8 @@ def batch():
         queries = [torch.randn(rand.randrange(3, 64), model.dim) for _ in range(rand.randrange(1, 5))]
         maxsim(queries, list(corpus[: rand.randrange(200, 20_000)].split(150)), top_k=10)
     else:
-        count = rand.randrange(1, 9)
-        model.tokenizer([" ".join(rand.choices(words, k=rand.randrange(1, 300))) + str(rand.random()) for _ in range(count)])
+        texts = [" ".join(rand.choices(words, k=rand.randrange(1, 300))) for _ in range(rand.randrange(1, 9))]
+        model.tokenizer([text + str(rand.random()) for text in texts])
 
 with torch.inference_mode():
     for index in range(batches):
