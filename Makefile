@@ -26,7 +26,7 @@ check: lint
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python --project pyright-strict.json
 	$(MAKE) test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --all-architectures tests/kernels/test_resources.py
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --sweep tests/inference/test_growth.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --sweep tests/inference/test_growth.py tests/retrieval/test_sweep.py
 
 format: $(VENV)/dev
 	$(VENV)/bin/ruff format .

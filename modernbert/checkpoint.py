@@ -1,7 +1,8 @@
-"""Checkpoint folders: from a path or a hub id to tensors in a module, and back to a folder.
+"""Checkpoint folders: from a path or a hub id to a folder, and from a model back to one.
 
-Handles files and dicts, no class of ours. Loading is strict both ways and never holds two copies of the
+Handles files and dicts, no class of ours. Loading (`loading.py`) is strict both ways and never holds two copies of the
 weights: files are memory-mapped, and the module, built on the meta device, takes the tensors without copying them.
+Saving loads what it wrote before it replaces anything.
 """
 
 from __future__ import annotations
@@ -10,26 +11,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import pickles
+from . import weights
 from .files import replacing_folder
+from .json_files import has_file as has_file
+from .json_files import read_json as read_json
+from .loading import load_state_dict as load_state_dict
+from .loading import load_weights as load_weights
+from .loading import read_state_dict as read_state_dict
 
-T = TypeVar("T")
-
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"  # in order of preference
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-HEADS = ("head.", "decoder.", "classifier.", "linear.")  # linear: of Stanford's ColBERT
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
-LARGEST_WEIGHT = 65504  # of float16, in which models are run; a flipped bit of an exponent easily exceeds it
-JSON_BYTES = 1 << 25  # a limit, because parsed objects take up to 20 times the memory of their text
 
 
 def locate(
@@ -55,6 +55,8 @@ def locate(
         PermissionError: a gated repository.
         OSError: the download failed after retries, or does not match what the hub lists.
     """
+    if not os.fspath(name_or_path):
+        raise FileNotFoundError("the folder or hub id is the empty string; give '.' for the working directory")
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -73,203 +75,103 @@ def locate(
     )
 
 
-def has_file(path: Path) -> bool:
-    """Whether `path` is a file. Raises FileNotFoundError for a broken link, a pipe, a device or a folder."""
-    if os.path.lexists(path) and not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file, or is a broken link")
-    return path.is_file()
-
-
-@overload
-def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]: ...
-@overload
-def read_json(folder: str | os.PathLike[str], name: str, kind: type[T]) -> T: ...
-def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> object:
-    """The content of the JSON file `name` in `folder`: an object, or a `kind` such as list (modules.json).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, not a `kind`, or longer than `JSON_BYTES`.
-    """
-    path = Path(folder) / name
-    if not has_file(path):
-        there = sorted(os.listdir(path.parent)) if path.parent.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{path} is missing; next to it: {there}")
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; JSON files of at most {JSON_BYTES:,} bytes are read")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8; nested too deeply
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds {type(content).__name__} {content!r:.80}, but must hold a {kind.__name__}")
-    return content
-
-
-def read_state_dict(
-    folder: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """All tensors of `folder`: from model.safetensors, else from its shards, else from pytorch_model.bin.
-
-    A tensor that already has the requested device and dtype stays a view of the mapped file. Writing to it does not
-    change the file, but overwriting the file in place (instead of replacing it) changes the tensor. Other tensors are
-    converted one at a time. `dtype` applies to floating-point tensors.
-
-    Raises:
-        FileNotFoundError: no weights, or a shard is missing.
-        ValueError: a damaged or unsafe file, an index that does not match its shards, or NaN, infinite or huge weights.
-    """
-    state: dict[str, Tensor] = {}
-    for path, promised in _weight_files(Path(folder)).items():
-        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-        part = dict(read(path, torch.device(device), dtype))
-        for name, tensor in part.items():
-            if not _holds_weights(tensor):
-                numbers = f"NaN, infinity or numbers beyond {LARGEST_WEIGHT:,}"
-                raise ValueError(f"{path}: {name}, read as {_kind(tensor)}, has {numbers}; the file is damaged")
-        if promised is not None and part.keys() != promised:
-            lost, extra = sorted(promised - part.keys()), sorted(part.keys() - promised)
-            raise ValueError(f"{path} and its index differ: only the index has {lost}, only the file {extra}")
-        state |= part
-    return state
-
-
-def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
-    """The weight files, each with the tensor names that the index lists for it, or None without an index."""
-    for name in (SAFETENSORS, PICKLE):
-        if has_file(folder / name):
-            return {folder / name: None}
-        path = folder / f"{name}.index.json"
-        if not has_file(path):
-            continue
-        index = read_json(folder, path.name, object)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{path} has no weight_map of tensor names to files")
-        shards: dict[Path, set[str]] = {}
-        for key, shard in index["weight_map"].items():
-            # `PureWindowsPath` understands both separators and drive letters, so this rejects all but plain file names.
-            if not isinstance(shard, str) or shard in ("", "..") or PureWindowsPath(shard).name != shard:
-                raise ValueError(f"{path} points to {shard!r:.200}, which is not a file next to it")
-            shards.setdefault(folder / shard, set()).add(key)
-        if missing := [shard.name for shard in shards if not has_file(shard)]:
-            raise FileNotFoundError(f"{path} points to {missing}, which are missing")
-        return shards
-    raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS} nor {PICKLE} nor an index of either")
-
-
-def _read_safetensors(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 -- not a dict, it cannot be iterated
-                tensor = file.get_tensor(name)
-                if device.type == "cpu" and tensor.dtype == _dtype(tensor, dtype):
-                    yield name, tensor
-                    continue
-                # Through a map that is closed right away: pages that were read count as memory until then.
-                with safe_open(path, framework="pt") as once:
-                    yield name, once.get_tensor(name).to(device, _dtype(tensor, dtype))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not in safetensors format: {error}") from error
-
-
-def _read_pickle(path: Path, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    content = pickles.read(path)
-    for name in list(content):
-        tensor = content.pop(name).detach()
-        yield name, tensor.to(device, _dtype(tensor, dtype))
-
-
-def _holds_weights(tensor: Tensor) -> bool:
-    """Whether all values are plausible weights. One pass without a copy, at the speed of memory."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # aminmax lacks float8
-    return bool(low >= -LARGEST_WEIGHT) and bool(high <= LARGEST_WEIGHT)  # NaN is neither
-
-
-def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-
-
-def load_state_dict(
-    module: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "model.", ignore: tuple[str, ...] = HEADS
-) -> None:
-    """Assign the tensors of `state` to `module`, which was built on the meta device, without copying them.
-
-    If any name starts with `prefix`, the file belongs to a model with a head: only names with the prefix are the
-    module's, and the prefix is removed. Names that start with one of `ignore` and are not the module's are skipped.
-    Parameters that are tied in the module stay tied, and one of their names is enough.
-
-    Raises:
-        ValueError: lists every missing and unexpected name and every tensor that does not fit.
-    """
-    own: dict[str, Tensor] = module.state_dict(keep_vars=True)  # keep_vars: tied parameters stay one object
-    headed = bool(prefix) and any(name.startswith(prefix) for name in state)
-    given: dict[str, Tensor] = {}
-    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "unfit": []}
-    for name, tensor in state.items():
-        inner = name[len(prefix) :] if headed and name.startswith(prefix) else name
-        if inner in own and headed == (inner != name):
-            given[inner] = tensor
-        elif not name.startswith(ignore):
-            problems["unexpected"].append(name)
-
-    tied: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        tied.setdefault(id(tensor), []).append(name)
-    ready: dict[str, Tensor] = {}
-    for names in tied.values():
-        want, found = own[names[0]], [name for name in names if name in given]
-        if not found:
-            problems["missing"].append(names[0])
-            continue
-        value, unfit = given[found[0]], []
-        for name in found:
-            if (given[name].shape, given[name].is_floating_point()) != (want.shape, want.is_floating_point()):
-                unfit.append(f"{name} ({_kind(given[name])} instead of {_kind(want)})")
-            elif name != found[0] and not torch.equal(given[name], value):
-                unfit.append(f"{name} (tied to {found[0]} in the module, different from it in the file)")
-        problems["unfit"] += unfit
-        if isinstance(want, nn.Parameter) and not unfit:
-            value = nn.Parameter(value, requires_grad=want.requires_grad)
-        ready.update(dict.fromkeys(names, value))
-
-    if any(problems.values()):
-        lists = [f"{what} ({len(names)}): {', '.join(names)}" for what, names in problems.items() if names]
-        raise ValueError("\n  ".join([f"the weights do not fit this {type(module).__name__}", *lists]))
-    module.load_state_dict(ready, strict=True, assign=True)
-    if left := [name for name, buffer in module.named_buffers() if buffer.is_meta]:
-        raise ValueError(f"{left} are still on the meta device: build non-persistent buffers outside it")
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
 def save(
     folder: str | os.PathLike[str],
     *,
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     files: Mapping[str, bytes | dict[str, Any] | list[Any]] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config.json, the weights of `state` and `files` (name to bytes, or to JSON content) in one step.
 
     A crash leaves the old folder or the new one. Other files of the old folder (README.md) are kept, its weights are
     not. Where folders cannot be swapped (see `replacing_folder`), config.json is removed first and written last: a
     folder that is caught in between is refused, not misread. For tied tensors, only the first is written.
+
+    Args:
+        check: called with the new folder before it replaces the old one. It loads the folder, and raises a ValueError
+            if that fails or gives another model. See `check_same` and `state_of`.
+
+    Raises:
+        NotADirectoryError: `folder` is a file, or a link that leads nowhere.
+        ValueError: `folder` is the empty string, or what `check` raises. The old folder is left as it was.
     """
-    with replacing_folder(Path(folder), last="config.json", stale=WEIGHTS) as new:
+    with replacing_folder(folder, last="config.json", stale=WEIGHTS) as new:
         for name, content in {**(files or {}), "config.json": config}.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"files: {name!r} is outside the folder to save")
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content if isinstance(content, bytes) else _json(content))
-        _write_weights(new, state)
+        try:
+            _write_weights(new, state)
+        except SafetensorError as error:  # of a full disk, for example
+            raise OSError(f"{folder}: the weights cannot be written: {error}") from error
+        if check is not None:
+            try:
+                check(new)
+            except ValueError as error:
+                words = str(error).replace(str(new), str(folder))
+                raise ValueError(
+                    f"{folder} is left as it was, because the model would not load again: {words}"
+                ) from error
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors to write for a `module` in whose architecture nothing is tied.
+
+    Layers that share a parameter are written one by one, and names lose what `torch.compile` adds to them.
+
+    Raises:
+        ValueError: a tensor without values of its own, or with values that loading refuses.
+    """
+    state: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        where = f"{type(module).__name__} cannot be saved: {name}"
+        if type(tensor) is not Tensor or tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            what = f"a {type(tensor).__name__}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"{where} is {what}; a plain tensor with values is wanted")
+        if problem := weights.what_is_wrong(tensor):
+            raise ValueError(f"{where} has {problem}")
+        storage = tensor.untyped_storage().data_ptr()
+        state[_uncompiled(name)] = tensor.clone() if storage in memory else tensor
+        memory.add(storage)
+    return state
+
+
+def check_same(model: nn.Module, loaded: nn.Module) -> None:
+    """Raise a ValueError that names the first module of `model` that is another one in `loaded`.
+
+    State dicts do not show an adapter whose parameters have the names of a plain layer, or a layer without parameters.
+    """
+    ours, theirs = ({_uncompiled(name): part for name, part in _parts(root)} for root in (model, loaded))
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        got, want = ours.get(name), theirs.get(name)
+        if got is None or want is None or not _computes_as(got, want):
+            raise ValueError(
+                f"{name} is {got}, which would be loaded as {want}; merge adapters into plain layers first"
+            )
+
+
+def _parts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below `root` by name, without the wrappers of `torch.compile`."""
+    every = root.named_modules(remove_duplicate=False)
+    return ((name, part) for name, part in every if name and "_orig_mod" not in dict(part.named_children()))
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _computes_as(module: nn.Module, plain: nn.Module) -> bool:
+    """Whether it has the forward pass of `plain`, or of a class that `plain` inherits from, and the same settings."""
+    forwards = [vars(each).get("forward") for each in type(plain).__mro__]
+    return type(module).forward in forwards and module.extra_repr() == plain.extra_repr()
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -292,4 +194,4 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
         shutil.copymode(folder / "config.json", folder / shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / f"{SAFETENSORS}.index.json").write_bytes(_json(index))
+        (folder / f"{weights.SAFETENSORS}.index.json").write_bytes(_json(index))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,11 +40,18 @@ def _is_text(value: object) -> bool:
 
 SIZE = Kind(f"a whole number from 1 to {LARGEST:,}", lambda v: type(v) is int and 1 <= v <= LARGEST, int)
 DEPTH = Kind(f"a whole number from 1 to {DEEPEST:,}", lambda v: type(v) is int and 1 <= v <= DEEPEST, int)
-TOKEN_ID = Kind[int | None]("a token id or null", lambda v: v is None or (type(v) is int and v >= 0), lambda v: v)
-POSITIVE = Kind("a finite number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf, float)
-THETA = Kind("a finite number, 1 or more", lambda v: type(v) in (int, float) and 1 <= v < math.inf, float)
+SIZE_OR_NULL = Kind[int | None](f"{SIZE.wanted}, or null", lambda v: v is None or SIZE.accepts(v), lambda v: v)
+TOKEN_ID = Kind[int | None](
+    f"a token id, from 0 to {LARGEST:,}, or null",
+    lambda v: v is None or (type(v) is int and 0 <= v <= LARGEST),
+    lambda v: v,
+)
+# JSON has whole numbers of any length, which no float can hold.
+POSITIVE = Kind("a finite number above 0", lambda v: type(v) in (int, float) and 0 < v <= sys.float_info.max, float)
+THETA = Kind("a finite number, 1 or more", lambda v: type(v) in (int, float) and 1 <= v <= sys.float_info.max, float)
 RATE = Kind("a probability below 1", lambda v: type(v) in (int, float) and 0 <= v < 1, float)
 FLAG = Kind("true or false", lambda v: type(v) is bool, bool)
+FLAG_OR_NULL = Kind[bool | None]("true, false or null", lambda v: v is None or type(v) is bool, lambda v: v)
 ACTIVATION = Kind("gelu (by erf) or silu; no other is implemented", lambda v: v in ("gelu", "silu"), str)
 POOLING = Kind("cls or mean", lambda v: v in ("cls", "mean"), str)
 PATTERN = Kind[tuple[str, ...]](
@@ -58,6 +65,7 @@ OBJECT = Kind[Mapping[str, Any]](
 # In the files of tokenizers and heads:
 TEXT = Kind("a text of at most 10,000 characters", _is_text, str)
 NAME = Kind[str | None]("a short text or null", lambda v: v is None or _is_text(v), lambda v: v)
+SIDE = Kind("left or right", lambda v: v in ("left", "right"), str)
 WORDS = Kind[tuple[str, ...]]("a list of texts", lambda v: type(v) in (list, tuple) and all(map(_is_text, v)), tuple)
 
 
@@ -221,7 +229,8 @@ def _refusal(name: str, value: Any, wanted: str) -> ValueError:
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     for key, only in ONLY.items():
-        if (hf.get(key) or {}) != only:
+        value = hf.get(key)
+        if value != only and (value, only) != (None, {}):
             raise _refusal(key, hf.get(key), f"{only!r}; nothing else is implemented")
     ropes = OBJECT.check("config: rope_parameters", hf.get("rope_parameters"))
     if not set(ropes) <= {FULL, SLIDING}:

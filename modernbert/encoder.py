@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, overload
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import modernbert_kernels as ops
 
-from .checkpoint import load_state_dict, locate, read_json, read_state_dict, save
+from .checkpoint import check_same, load_weights, locate, read_json, save, state_of
 from .config import EncoderConfig
 from .packing import Packed, check_rows, pack, padded_ids, unpack
 
@@ -265,13 +266,23 @@ class Encoder(nn.Module):
         config = EncoderConfig.from_hf(read_json(folder, "config.json"))
         with torch.device("meta"):
             encoder = cls(config)
-        state = read_state_dict(folder, device=device or "cpu", dtype=dtype or torch.float32)
-        load_state_dict(encoder, state)
+        load_weights(encoder, folder, device=device or "cpu", dtype=dtype or torch.float32)
         return encoder.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, which `ModernBertModel.from_pretrained` reads. Atomic."""
-        save(folder, config=self.config.to_hf(), state=self.state_dict())
+        """Write config.json and model.safetensors, which `ModernBertModel.from_pretrained` reads. Atomic.
+
+        The new folder is loaded before it replaces the old one.
+
+        Raises:
+            ValueError: a model that would not load again, such as one with an adapter or with NaN; nothing is written.
+            NotADirectoryError: `folder` is a file, or a link that leads nowhere.
+        """
+
+        def check(new: Path) -> None:
+            check_same(self, Encoder.from_pretrained(new, dtype=self.embeddings.tok_embeddings.weight.dtype))
+
+        save(folder, config=self.config.to_hf(), state=state_of(self), check=check)
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`."""

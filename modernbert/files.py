@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -31,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: Path, *, last: str, stale: re.Pattern[str]) -> Iterator[Path]:
+def replacing_folder(folder: str | os.PathLike[str], *, last: str, stale: re.Pattern[str]) -> Iterator[Path]:
     """Yield an empty folder to write to. It replaces `folder` at the end; after an error it is removed.
 
     Files that only the old folder has are kept, except those at its top whose names match `stale`. Where folders
@@ -39,11 +41,9 @@ def replacing_folder(folder: Path, *, last: str, stale: re.Pattern[str]) -> Iter
     moved one by one. `last` is then removed first and moved last: a folder without it must count as incomplete.
 
     Raises:
-        NotADirectoryError: `folder` is a file.
+        NotADirectoryError, ValueError: as `output_folder`.
     """
-    target = folder.expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; give a folder to save into")
+    target = output_folder(folder).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     fixed = os.path.ismount(target) or Path.cwd().is_relative_to(target)
     inside = target.exists() and (fixed or not os.access(target.parent, os.W_OK))
@@ -58,8 +58,27 @@ def replacing_folder(folder: Path, *, last: str, stale: re.Pattern[str]) -> Iter
         elif inside or not _swap(new, target, stale):
             _move_into(new, target, last, stale)
         flush(target.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(target)  # Python raises the error of a full disk without a path
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def output_folder(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder to write to, which need not exist. `~` is the home directory.
+
+    Raises:
+        NotADirectoryError: a file, or a link that leads nowhere; its target may be on a disk that is not mounted.
+        ValueError: the empty string. As a path it would be the working directory.
+    """
+    if not os.fspath(folder):
+        raise ValueError("the folder to write to is the empty string; give '.' for the working directory")
+    path = Path(folder).expanduser()
+    if os.path.lexists(path) and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, or a link that leads nowhere; give a folder to write to")
+    return path
 
 
 def flush(*paths: Path) -> None:
@@ -75,7 +94,8 @@ def flush(*paths: Path) -> None:
 
 
 def _hidden(name: str) -> str:
-    return f".{name}.{uuid.uuid4().hex[:8]}"
+    beginning = os.fsencode(name)[:240].decode("utf-8", "ignore")  # A file system allows 255 bytes.
+    return f".{beginning}.{uuid.uuid4().hex[:8]}"
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -13,19 +13,25 @@ import re
 import zipfile
 from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 # All that a pickled state dict of torch calls, parameters included.
-CALLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch[.a-z]* \w+Storage")
+CALLED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch(\.cuda)? (?!Unt|T)\w+Storage"
+)
+MOST_OPCODES = 500_000  # a tensor takes about 30
+
+View: TypeAlias = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of the file by name, on the CPU, as views of the mapped file if its format allows mapping.
 
     Raises:
-        ValueError: a damaged file, or one that holds anything but a dict of names to tensors.
+        ValueError: a damaged file, or one that holds anything but a dict of names to tensors, or tensors that overlap.
     """
     try:
         zipped = zipfile.is_zipfile(path)  # the format of torch before 1.6 is not, and cannot be mapped
@@ -43,7 +49,18 @@ def read(path: Path) -> dict[str, Tensor]:
         for name, tensor in content.items()
     ):
         raise ValueError(f"{path} is not a state dict, which is a dict of names to tensors and nothing else")
+    # Names of one tensor, such as tied ones, count once.
+    views = {view(tensor): tensor.nbytes for tensor in content.values()}
+    if (total := sum(views.values())) > (size := path.stat().st_size):
+        raise ValueError(
+            f"{path} has {size:,} bytes, but its tensors take {total:,}, because they overlap; save a copy of each"
+        )
     return content
+
+
+def view(tensor: Tensor) -> View:
+    """Equal for two tensors that are the same part of the same memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _called(path: Path, zipped: bool) -> set[str]:
@@ -58,4 +75,10 @@ def _called(path: Path, zipped: bool) -> set[str]:
             (name,) = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
             file, pickles = stack.enter_context(archive.open(name)), 1
         opcodes = chain.from_iterable(pickletools.genops(file) for _ in range(pickles))
-        return {str(argument) for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}
+        called = set()
+        for count, (opcode, argument, _) in enumerate(opcodes):
+            if count == MOST_OPCODES:
+                raise ValueError(f"it has more than {MOST_OPCODES:,} opcodes")
+            if opcode.name == "GLOBAL":
+                called.add(str(argument))
+        return called

@@ -8,17 +8,26 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import tokenizers
 
-from .checkpoint import has_file, locate, read_json
-from .config import NAME
+from .checkpoint import locate
+from .config import FLAG_OR_NULL, NAME, SIDE
+from .files import output_folder, replacing
+from .json_files import check_size, has_file, read_json
 from .packing import Packed, pack
+
+CHARACTERS = 64
+"""Characters of a text for each token that is wanted of it. The rest is not tokenised at first."""
+
+MARGIN = 32
+"""Tokens that must follow the wanted ones, so that the end of what was tokenised has no influence on these."""
 
 Text: TypeAlias = str | tuple[str, str]
 Offsets: TypeAlias = list[tuple[int, int]]
+
+CONFIG = "tokenizer_config.json"
 
 # Names of the special tokens that are tried if neither tokenizer_config.json nor special_tokens_map.json has them.
 USUAL_NAMES = {
@@ -28,6 +37,10 @@ USUAL_NAMES = {
     "mask_token": ("[MASK]", "<mask>"),
     "unk_token": ("[UNK]", "<unk>"),
 }
+
+TOKENIZER_BYTES = 48 << 20  # of tokenizer.json; the largest of the family, mmBERT's, has 34 MB
+# Of what is put around each text. Without limits, a small file could make long texts of short ones.
+TEMPLATE_BYTES, MOST_SPECIALS = 10_000, 100
 
 
 class TruncationWarning(UserWarning):
@@ -61,10 +74,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend, self._config = backend, dict(config or {})
-        self.do_lower_case = bool(self._config.get("do_lower_case"))
-        limit = self._config.get("model_max_length") or 1e30  # transformers' value for "no limit"
+        self.do_lower_case = bool(FLAG_OR_NULL.check(f"{CONFIG}: do_lower_case", self._config.get("do_lower_case")))
+        self._left = SIDE.check(f"{CONFIG}: truncation_side", self._config.get("truncation_side", "right")) == "left"
+        limit = self._config.get("model_max_length")
+        limit = 1e30 if limit is None else limit  # transformers' value for "no limit"
         if type(limit) not in (int, float) or not limit >= 1:
-            raise ValueError(f"tokenizer_config.json: model_max_length is {limit!r:.80}, but must be 1 or more")
+            raise ValueError(f"{CONFIG}: model_max_length is {limit!r:.80}, but must be 1 or more")
         self.max_length = int(limit) if limit < 1e9 else None
         self._names = {role: self._special_token(role) for role in USUAL_NAMES}
         ids = [None if name is None else backend.token_to_id(name) for name in self._names.values()]
@@ -92,13 +107,17 @@ class Tokenizer:
         )
         if not (file := folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{file} is missing; transformers' AutoTokenizer saves one")
+        check_size(file, TOKENIZER_BYTES)
         with _as_value_error(f"{file} is damaged, or too new for this `tokenizers`"):
             backend = tokenizers.Tokenizer.from_file(str(file))
+            _check_template(backend)
             backend.encode_batch(["", ("", "")])  # the backend looks up the special tokens around texts only now
         names, config, sbert = [read_json(folder, x) if has_file(folder / x) else {} for x in optional]
+        lower = FLAG_OR_NULL.check(f"{folder / CONFIG}: do_lower_case", config.get("do_lower_case"))
         # A tokenizer.json that lower-cases (BERT's) does so after it has found the special tokens; leave that to it.
         lowers = backend.normalizer is not None and backend.normalizer.normalize_str("A") == "a"
-        lower = sbert.get("do_lower_case", config.get("do_lower_case") and not lowers)
+        asked = sbert.get("do_lower_case", lower and not lowers)
+        lower = FLAG_OR_NULL.check(f"{folder / optional[2]}: do_lower_case", asked)
         return cls(backend, {**names, **config, "do_lower_case": bool(lower)})
 
     def __call__(self, texts: str | Iterable[Text], *, max_length: int | None = None) -> Packed:
@@ -124,12 +143,26 @@ class Tokenizer:
         """
         return self._encode(texts, max_length, spans=offsets, warn=warn)
 
+    def encode_beginnings(self, texts: Sequence[str], *, max_length: int, offsets: bool = True) -> list[Encoding]:
+        """Like `encode_batch` without a warning, in a time that does not grow with the text behind the first tokens.
+
+        `truncated` counts only tokens that were found.
+        """
+        most = CHARACTERS * max_length
+        if self._config.get("truncation_side") == "left" or all(len(text) <= most for text in texts):
+            return self._encode(texts, max_length, spans=offsets, warn=False)
+        batch = self._encode([text[:most] for text in texts], max_length, spans=offsets, warn=False)
+        for row, text in enumerate(texts):
+            # Few tokens for so many characters, such as white space: the next ones may be anywhere.
+            if len(text) > most and batch[row].truncated < MARGIN:
+                (batch[row],) = self._encode([text], max_length, spans=offsets, warn=False)
+        return batch
+
     def _encode(self, texts: str | Iterable[Text], max_length: int | None, spans: bool, warn: bool) -> list[Encoding]:
         texts = _checked(texts)
         if max_length is not None and (not isinstance(max_length, Integral) or isinstance(max_length, bool)):
             raise TypeError(f"max_length must be a whole number or None, got {max_length!r:.80}")
         limit = self.max_length if max_length is None else max_length
-        left = self._config.get("truncation_side") == "left"
         run = self._backend.encode_batch if spans else self._backend.encode_batch_fast
         with _as_value_error("tokenizer.json contradicts itself, and cannot tokenise these texts"):
             wholes = run(list(map(_lower, texts)) if self.do_lower_case else texts)
@@ -139,7 +172,7 @@ class Tokenizer:
             if offsets and self.do_lower_case:
                 offsets = _offsets_before_lower(text, offsets, whole.sequence_ids)
             if limit is not None and len(ids) > limit:
-                kept = _kept(whole.sequence_ids, limit, left)
+                kept = _kept(whole.sequence_ids, limit, self._left)
                 ids, offsets = [ids[row] for row in kept], [offsets[row] for row in kept if offsets]
             batch.append(Encoding(ids, offsets, truncated=len(whole) - len(ids)))
         if warn and (cut := sum(encoding.truncated > 0 for encoding in batch)):
@@ -178,27 +211,42 @@ class Tokenizer:
         # PreTrainedTokenizerFast takes the added tokens from tokenizer.json.
         config = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
         config |= {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
+        with _as_value_error("the tokenizer cannot be saved"):
+            content = self._backend.to_str().encode()
+        if len(content) > TOKENIZER_BYTES:
+            raise ValueError(f"the tokenizer takes {len(content):,} bytes; at most {TOKENIZER_BYTES:,} are read")
         return {
-            "tokenizer.json": self._backend.to_str().encode(),
-            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+            "tokenizer.json": content,
+            CONFIG: json.dumps(config, indent=2, allow_nan=False).encode(),
             "special_tokens_map.json": json.dumps(names, indent=2).encode(),
         }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `files()` into `folder`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
-            Path(folder, name).write_bytes(content)
+        """Write `files()` into `folder`, each in one step. Other files of the folder are kept."""
+        files, target = self.files(), output_folder(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            with replacing(target / name) as beside:
+                beside.write_bytes(content)
 
     def _special_token(self, role: str) -> str | None:
         named = self._config.get(role)
         content = named.get("content") if isinstance(named, dict) else named
-        name = NAME.check(f"tokenizer_config.json: {role}", content)
+        name = NAME.check(f"{CONFIG}: {role}", content)
         if name is None:
             return next((usual for usual in USUAL_NAMES[role] if self.token_to_id(usual) is not None), None)
         if self.token_to_id(name) is None:
             raise ValueError(f"{role} is {name!r}, which tokenizer.json lacks: do the files belong together?")
         return name
+
+
+def _check_template(backend: tokenizers.Tokenizer) -> None:
+    """Raise a ValueError if the post-processor makes texts much longer."""
+    size = len(backend.post_processor.__getstate__()) if backend.post_processor else 0
+    specials = max(backend.num_special_tokens_to_add(is_pair) for is_pair in (False, True))
+    if size > TEMPLATE_BYTES or specials > MOST_SPECIALS:
+        limits = f"at most {TEMPLATE_BYTES:,} and {MOST_SPECIALS} are read"
+        raise ValueError(f"its post_processor has {size:,} bytes and adds {specials:,} special tokens; {limits}")
 
 
 @contextlib.contextmanager

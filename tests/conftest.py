@@ -19,7 +19,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "compile the Triton kernels for every kind of GPU, not for one"
     parser.addoption("--all-architectures", action="store_true", help=text)
-    parser.addoption("--sweep", action="store_true", help="read a megabyte of every shape of file, which takes minutes")
+    parser.addoption("--sweep", action="store_true", help="measure time and memory over many inputs: minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:

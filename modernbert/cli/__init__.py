@@ -19,6 +19,7 @@ from .index import index
 from .info import info
 from .search import demo, search
 from .show import note, printable
+from .streams import ended_by_signals, flush_stdout, message_of, open_closed_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (search, index, evaluate, export, encode, info, demo):
@@ -27,18 +28,22 @@ for command in (search, index, evaluate, export, encode, info, demo):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An error that the user can fix is printed in one line on stderr, with exit status 2."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # Documents may contain characters that the encoding of the terminal lacks: print "?" instead of failing.
         stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     options = {"debug": False}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ended_by_signals():
         warnings.showwarning = lambda message, *_, **__: note(str(message))
         try:
-            app(args=arguments, prog_name="modernbert", obj=options)
+            try:
+                app(args=arguments, prog_name="modernbert", obj=options)
+            finally:
+                flush_stdout()
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if options["debug"]:
                 raise
-            print(f"modernbert: {printable(str(error))}", file=sys.stderr)
+            print(f"modernbert: {printable(message_of(error))}", file=sys.stderr)
             sys.exit(2)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from .output import output_file
 from .show import note, print_hits, print_matches, print_text, printable
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class SearchShell:
             hit = int(value) - 1
             print_matches(self.console, last.query.text, last.hits[hit], last.matches[hit])
         elif last and name == "html" and value and last.hits:
-            last.write_page(Path(value))
+            last.write_page(output_file(Path(value), ":html"))
         else:
             for usage, what in COMMANDS.items():
                 print_text(self.console, Text(f"{usage:24}{what}"))

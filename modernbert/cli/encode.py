@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import EngineOption, ModelOption
+from .output import output_file
 from .show import note
 
 if TYPE_CHECKING:
@@ -36,22 +37,21 @@ def encode(
 
     if output.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"--output is {output}, but its name must end in .npz or .safetensors")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output is {output}, but there is no folder {output.parent}")
+    file = output_file(output, "--output")
     documents = list(read_texts(texts, on_note=note))
     if not documents:
         raise ValueError(f"{texts} holds no text to encode")
     session = Session(load_colbert(model), engine=engine)
     contents = [document.content for document in documents]
     vectors = session.encode_queries(contents) if queries else session.encode_documents(contents)
-    _write(output, vectors, [document.id for document in documents])
+    _write(file, vectors, [document.id for document in documents])
     rows, width = vectors.values.shape
     note(f"wrote {len(vectors):,} texts, {rows:,} vectors of width {width}, to {output}")
 
 
 def _write(output: Path, vectors: Ragged, ids: list[str]) -> None:
     import numpy as np
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     from ..files import replacing
 
@@ -61,4 +61,4 @@ def _write(output: Path, vectors: Ragged, ids: list[str]) -> None:
             with beside.open("wb") as file:
                 np.savez(file, values=values, offsets=offsets, ids=np.array(ids))
         else:
-            save_file({"values": values, "offsets": offsets}, beside, metadata={"ids": json.dumps(ids)})
+            beside.write_bytes(save({"values": values, "offsets": offsets}, metadata={"ids": json.dumps(ids)}))

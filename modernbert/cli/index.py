@@ -36,9 +36,11 @@ def index(
     """Make or update a store for `modernbert search --index`.
 
     Afterwards, the store holds what is now under the paths; only new and changed documents are encoded. After an
-    interruption, run the same command again to resume.
+    interruption, run the same command again to resume. The exit status is 1 if the store keeps documents that could
+    not be read again, and 2 after an error, which leaves the store as it was.
     """
     from .. import retrieval
+    from ..retrieval.store.folder import own_files
 
     notes: list[str] = []
     try:
@@ -52,9 +54,12 @@ def index(
         raise OSError(f"interrupted; {output} is as it was. Run the same command again to resume") from None
     finally:
         show_notes(notes)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in own_files(output))
     note(
         f"{summary.added:,} documents added, {summary.changed:,} changed, {summary.removed:,} removed, "
         f"{summary.unchanged:,} unchanged"
     )
     note(f"{output} holds {summary.passages:,} passages of {summary.documents:,} documents in {size / 1e6:,.1f} MB")
+    if summary.unread:
+        note(f"{summary.unread:,} of them could not be read now, and are kept as they were")
+        raise typer.Exit(1)

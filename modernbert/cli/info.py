@@ -78,7 +78,7 @@ def _colbert_facts(colbert: ColBERT) -> dict[str, str]:
         "document": f"prefix {config.document_prefix!r}, at most {config.document_length} tokens",
         "skipped": " ".join(config.skiplist_words) or "no token",
         "head": ", then ".join(_dense(cast("Dense", layer)) for layer in colbert.dense),
-        "engines": ", ".join(["PyTorch", *(name for name in ENGINES if find_spec(name))]),
+        "engines": ", ".join(["PyTorch", *(name for name in ENGINES if find_spec(name.removesuffix("-int8")))]),
     }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,9 @@ from rich.text import Text
 
 from .converse import Filter, SearchShell, parse_fields
 from .options import TOP_RUN, EngineOption, JsonOption, ModelOption
+from .output import output_file
 from .show import note, print_text, show_notes
+from .temporary import temporary_store
 
 if TYPE_CHECKING:
     from ..retrieval.engines import Engine
@@ -65,13 +66,14 @@ def search(
     if (queries is None) != (run is None) or (queries and (query or index is None)):
         raise ValueError("a run needs --index STORE, --queries FILE and --run FILE, and no query")
     if queries and run:
-        _write_run(index or "", model, engine, queries, run, top or TOP_RUN)
+        _write_run(index or "", model, engine, queries, output_file(run, "--run"), top or TOP_RUN)
         return
+    page = output_file(html, "--html") if html else None
     chosen = Filter(path or None, parse_fields(where or ()), prefilter)
     if paths:
         with _read(paths, model, engine) as (store, took):
             shell = SearchShell(store, top or TOP, why, chosen)
-            shell.answer(query or "", as_json, html)
+            shell.answer(query or "", as_json, page)
             if not as_json:
                 print_text(shell.console, Text(f"{_size(store)}, {took}", style="dim"))
         return
@@ -80,7 +82,7 @@ def search(
         if query is None:
             shell.repl(title, as_json)
         else:
-            shell.answer(query, as_json, html)
+            shell.answer(query, as_json, page)
 
 
 def demo(
@@ -114,7 +116,7 @@ def _write_run(index: str, model: str | None, engine: str | None, queries: Path,
 def _open(index: str, model: str | None, engine: str | None) -> Iterator[tuple[Store | Engine, str]]:
     """A store or an export, and its description."""
     from ..retrieval.engines import Engine, is_target
-    from ..retrieval.store.format import read_unfinished, resume_command
+    from ..retrieval.store.request import read_unfinished, resume_command
     from ..retrieval.store.search import Store
 
     if is_target(index):
@@ -130,23 +132,17 @@ def _open(index: str, model: str | None, engine: str | None) -> Iterator[tuple[S
 
 @contextmanager
 def _read(paths: Sequence[Path], model: str | None, engine: str | None) -> Iterator[tuple[Store, str]]:
-    """A store of files and folders, and how long reading and encoding took.
-
-    It is a store on disk, deleted at the end: so a single search has the same code and the same results as an index.
-    """
-    from ..retrieval import Store, index
+    """A store of files and folders, and how long reading and encoding took."""
     from ..retrieval.store.identity import load_model
 
-    loaded = load_model(model, engine=engine)
-    with tempfile.TemporaryDirectory() as folder:
-        started, notes = time.perf_counter(), []
+    loaded, notes = load_model(model, engine=engine), []
+    started = time.perf_counter()
+    with ExitStack() as stack:
         try:
-            index(list(paths), folder, loaded, dtype="fp32", note=notes.append)
+            store = stack.enter_context(temporary_store(paths, loaded, notes.append, dtype="fp32"))
         finally:  # The notes explain why there may be nothing to search, so they come before that error.
             show_notes(notes)
-        seconds = time.perf_counter() - started
-        with Store(folder, loaded) as store:
-            yield store, f"read and encoded in {seconds:.1f} s"
+        yield store, f"read and encoded in {time.perf_counter() - started:.1f} s"
 
 
 def _size(store: Store) -> str:

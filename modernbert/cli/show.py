@@ -68,11 +68,13 @@ def _why(query: str, hit: Hit, matches: Sequence[TokenMatch]) -> Text:
 
 def print_matches(console: Console, query: str, hit: Hit, matches: Sequence[TokenMatch]) -> None:
     """Print for every query token what it found; the contributions sum to the score."""
+    from ..retrieval.explain import brief
+
     table = Table("query token", "found", "gave", box=None, header_style="dim")
     for match in matches:
         asked = query[slice(*match.query)] if match.query else "(no text)"
         found = hit.passage.content[slice(*match.document)] if match.document else "(no text)"
-        table.add_row(Text(printable(asked)), Text(printable(found)), f"{match.contribution:.3f}")
+        table.add_row(Text(printable(brief(asked))), Text(printable(brief(found))), f"{match.contribution:.3f}")
     table.add_row("", "score", f"{hit.score:.3f}", style="bold")
     console.print(table)
 

@@ -48,6 +48,10 @@ class ColBERT(nn.Module):
                 raise ValueError(f"the prefix {prefix!r} is not a token of the tokenizer: add it, or set it to ''")
         if config.do_query_expansion and tokenizer.mask_token_id is None:
             raise ValueError("do_query_expansion needs a [MASK] token, and the tokenizer has none")
+        for name in ("query_length", "document_length"):
+            prefix, length = getattr(config, name.replace("length", "prefix")), getattr(config, name)
+            if length < (needed := bool(prefix) + sum(map(len, self._template))):
+                raise ValueError(f"{name}: a length of {length} has no room for the {needed} tokens around a text")
 
     @classmethod
     def from_encoder(
@@ -103,8 +107,20 @@ class ColBERT(nn.Module):
         return cls.from_pretrained(ASSETS / "default")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that PyLate and sentence-transformers read. Atomic."""
-        colbert_files.write(folder, self.encoder, self.tokenizer, self.dense, self.config)
+        """Write a folder that PyLate and sentence-transformers read. Atomic.
+
+        The new folder is loaded before it replaces the old one.
+
+        Raises:
+            ValueError: a model that would not load again, such as one with an adapter or with NaN; nothing is written.
+            NotADirectoryError: `folder` is a file, or a link that leads nowhere.
+        """
+
+        def check(new: Path) -> None:
+            dtype = self.encoder.embeddings.tok_embeddings.weight.dtype
+            checkpoint.check_same(self, ColBERT.from_pretrained(new, dtype=dtype))
+
+        colbert_files.write(folder, self.encoder, self.tokenizer, self.dense, self.config, check=check)
 
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.
@@ -250,7 +266,7 @@ class ColBERT(nn.Module):
         prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
         # Cutting to query_length or document_length is the model's definition, as in every ColBERT: no warning.
         room = length - bool(prefix)
-        encodings = self.tokenizer.encode_batch(prepared, max_length=room, offsets=with_spans, warn=False)
+        encodings = self.tokenizer.encode_beginnings(prepared, max_length=room, offsets=with_spans)
         before, after = map(len, self._template)
         ids, spans = [], []
         for text, clean, encoding in zip(texts, prepared, encodings, strict=True):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from .. import checkpoint
-from ..config import FLAG, NAME, OBJECT, SIZE, TEXT, WORDS, EncoderConfig, Kind
+from ..config import FLAG, NAME, OBJECT, SIZE, SIZE_OR_NULL, TEXT, WORDS, EncoderConfig, Kind
 from ..encoder import Encoder
 from ..tokenizer import Tokenizer
 from .dense import Dense
@@ -30,6 +31,7 @@ METADATA = "artifact.metadata"
 
 # Modules by the last part of their type; all others have no meaning for late interaction.
 READ = ("Transformer", "Dense", "MultiVectorMask")
+MOST_MODULES = 32
 SKIPPED = ("Normalize", "Pooling")  # normalising is part of our forward pass; PyLate drops both as well
 
 # The classes of torch.nn that have no parameters and act on each number alone.
@@ -117,7 +119,8 @@ def _stanford(folder: Path) -> ColBERTConfig:
 
 
 def _stanford_head(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dense:
-    weight = checkpoint.read_state_dict(folder, device=device, dtype=dtype).get("linear.weight")
+    head = ("linear.weight",)
+    weight = checkpoint.read_state_dict(folder, only=head, device=device, dtype=dtype).get(*head)
     if weight is None or weight.dim() != 2:
         raise ValueError(f"{folder} has no matrix linear.weight, which is the head of a HF_ColBERT")
     with torch.device("meta"):
@@ -135,7 +138,10 @@ def _folders_of_modules(folder: Path) -> dict[str, list[Path]]:
             "ColBERT.from_encoder(Encoder.from_pretrained(...), Tokenizer.from_pretrained(...))"
         )
     modules: dict[str, list[Path]] = {}
-    for entry in checkpoint.read_json(folder, where.name, list):
+    entries = checkpoint.read_json(folder, where.name, list)
+    if len(entries) > MOST_MODULES:
+        raise ValueError(f"{where} lists {len(entries):,} modules; at most {MOST_MODULES} are read")
+    for place, entry in enumerate(entries):
         module = OBJECT.check(f"{where}: a module", entry)
         name, path = _get(where, module, TEXT, "type"), _get(where, module, TEXT, "path")
         kind = name.rsplit(".", 1)[-1]
@@ -143,6 +149,12 @@ def _folders_of_modules(folder: Path) -> dict[str, list[Path]]:
             raise ValueError(f"{where}: module {name!r} is not supported; known: {READ + SKIPPED}")
         if ".." in Path(path).parts or Path(path).is_absolute():
             raise ValueError(f"{where} points to {path!r}, outside the folder")
+        if (kind == "Transformer", folder / path == folder) != (place == 0, place == 0):
+            raise ValueError(f"{where}: module {place} is {kind} in {path!r}; only the first is a Transformer, in ''")
+        if kind == "Dense" and "Normalize" in modules:
+            raise ValueError(f"{where}: a Dense after a Normalize is not supported; vectors are normalised at the end")
+        if folder / path in chain(*modules.values()):
+            raise ValueError(f"{where} lists {path!r} twice")
         modules.setdefault(kind, []).append(folder / path)
     if not modules.get("Dense"):
         raise ValueError(f"{where} lists no Dense module: this is not a late-interaction checkpoint")
@@ -152,6 +164,8 @@ def _folders_of_modules(folder: Path) -> dict[str, list[Path]]:
 def _pylate(where: Path, written: Mapping[str, Any]) -> ColBERTConfig:
     """PyLate: prefixes are tokens, and a default prompt (rare) is put in front of queries and documents alike."""
     prompts, name = _get(where, written, OBJECT, "prompts"), _get(where, written, NAME, "default_prompt_name")
+    if name and name not in prompts:
+        raise ValueError(f"{where}: default_prompt_name is {name!r}, but prompts has only {list(prompts)}")
     prompt = _get(where, prompts, TEXT, name or "", "")
     expansion = _get(where, written, FLAG, "do_query_expansion", True)
     words = written.get("skiplist_words")
@@ -179,8 +193,9 @@ def _native(
     mask = checkpoint.read_json(modules["MultiVectorMask"][0], "config.json") if "MultiVectorMask" in modules else {}
     if mask.get("keep_only_token_ids") is not None or mask.get("skiplist_tasks", ["document"]) != ["document"]:
         raise ValueError(f"{folder}: MultiVectorMask {mask} is not supported; only a skiplist on documents")
-    limit = tokenizer.max_length or 8192
-    query_length = expansion.get("length") if expansion else transformer.get("query_length") or limit
+    words, limit = mask.get("skiplist_words"), tokenizer.max_length or 8192
+    query_length = _get(where, transformer, SIZE_OR_NULL, "query_length") or limit
+    query_length = expansion.get("length") if expansion else query_length
     prompts = _get(folder / SETTINGS, written, OBJECT, "prompts")
     query, document = (_get(folder / SETTINGS, prompts, NAME, role) or "" for role in ("query", "document"))
     tokens = tokenizer.added_tokens  # any other word could merge with the text after it, so it is a prompt
@@ -190,10 +205,10 @@ def _native(
         query_prompt="" if query in tokens else query,
         document_prompt="" if document in tokens else document,
         query_length=SIZE.check(f"{where}: query_length", query_length),
-        document_length=SIZE.check(f"{where}: document_length", transformer.get("document_length") or limit),
+        document_length=_get(where, transformer, SIZE_OR_NULL, "document_length") or limit,
         do_query_expansion=bool(expansion),
         attend_to_expansion_tokens=_get(where, expansion, FLAG, "attend", False),
-        skiplist_words=WORDS.check(f"{folder}: skiplist_words", mask.get("skiplist_words") or ()),
+        skiplist_words=() if words is None else WORDS.check(f"{folder}: skiplist_words", words),
         skip_unknown=False,
         strip=False,
     )
@@ -213,8 +228,7 @@ def _dense(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dens
             activation=name,
             residual=_get(where, config, FLAG, "use_residual", False),
         )
-    state = checkpoint.read_state_dict(folder, device=device, dtype=dtype)
-    checkpoint.load_state_dict(layer, state, prefix="", ignore=())
+    checkpoint.load_weights(layer, folder, device=device, dtype=dtype, prefix="", ignore=())
     return layer
 
 
@@ -224,11 +238,16 @@ def write(
     tokenizer: Tokenizer,
     dense: Iterable[nn.Module],
     config: ColBERTConfig,
+    *,
+    check: Callable[[Path], None],
 ) -> None:
     """Write a PyLate 1.6 folder: the backbone at its root, each Dense in a folder of its own. Atomic.
 
     PyLate strips blanks around every text. A model that does not (`strip=False`, read from a sentence-transformers
     folder) will do so after it is read back.
+
+    Args:
+        check: as in `checkpoint.save`.
 
     Raises:
         TypeError: a layer of the head is not a Dense.
@@ -247,7 +266,7 @@ def write(
         name = f"{index}_Dense"
         modules.append({"idx": index, "name": str(index), "path": name, "type": "pylate.models.Dense.Dense"})
         files[f"{name}/config.json"] = _dense_config(layer)
-        state = {key: value.detach().cpu().contiguous() for key, value in layer.state_dict().items()}
+        state = {key: value.cpu().contiguous() for key, value in checkpoint.state_of(layer).items()}
         files[f"{name}/model.safetensors"] = to_safetensors(state)
     files["modules.json"] = modules
     files[TRANSFORMER] = {"max_seq_length": config.document_length - 1, "do_lower_case": tokenizer.do_lower_case}
@@ -265,7 +284,7 @@ def write(
         "skiplist_words": skiplist,
         "do_query_expansion": config.do_query_expansion,
     }
-    checkpoint.save(folder, config=encoder.config.to_hf(), state=encoder.state_dict(), files=files)
+    checkpoint.save(folder, config=encoder.config.to_hf(), state=checkpoint.state_of(encoder), files=files, check=check)
 
 
 def _dense_config(layer: Dense) -> dict[str, Any]:

@@ -28,7 +28,9 @@ Run = Callable[[Feed], np.ndarray]
 TOKENS = 128
 """Tokens of a row, unless one text has more: attention is dense over the row (measured by `benchmarks cpu`)."""
 
-LONGEST = 1024
+INT8 = "onnxruntime-int8"
+
+LONGEST = 768
 """Tokens of the longest text. Beyond it the local attention of the modules, which is not dense, is faster."""
 
 
@@ -57,6 +59,9 @@ class GraphEngine:
         if any(p.dtype is not torch.float32 or not p.is_cpu for p in model.parameters()):
             raise ValueError(f"engine {name!r} computes in float32 on the CPU: load the model so, or leave out engine")
         onnx_graph = _imported(f"{__package__}.onnx_graph", name)
+        if name == INT8:
+            cls.of(model, "onnxruntime")  # whose numbers are near enough to be compared with those of the modules
+            return cls(engine(onnx_graph.write(model, int8=True), name))
         made = cls(engine(onnx_graph.write(model), name))
         made._compare(model)
         return made
@@ -178,11 +183,12 @@ def _imported(module: str, engine: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        extra = {"onnxruntime": "cpu", "openvino": "openvino"}[engine]
+        extra = "openvino" if engine == "openvino" else "cpu"
         raise ImportError(f"engine {engine!r} needs the {extra} extra: pip install 'modernbert[{extra}]'") from error
 
 
 ENGINES: dict[str, Callable[[Graph | str, str], Callable[[int], Run]]] = {
     "onnxruntime": _onnxruntime,
+    INT8: _onnxruntime,
     "openvino": _openvino,
 }

@@ -16,7 +16,7 @@ Output:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import onnx
@@ -30,6 +30,10 @@ OUTPUT = "vectors"
 OPSET = 20
 LARGEST = 2_000_000_000
 
+INT8_WEIGHT = 63
+"""The largest number of an int8 weight. With 127, AVX2 would cut sums of two products off at 16 bits."""
+
+TINY = 1e-20
 HIDDEN = -1e30
 """Added to the score of a key that is not seen. Infinity would make a row that sees no key NaN."""
 
@@ -51,17 +55,22 @@ class Head(Protocol):
 
 
 class Graph:
-    """The nodes and weights of a graph. A call adds a node and gives the name of its output."""
+    """The nodes and weights of a graph. A call adds a node and gives the name of its output.
 
-    def __init__(self) -> None:
+    Args:
+        int8: multiply by the weights in int8.
+    """
+
+    def __init__(self, *, int8: bool = False) -> None:
+        self.int8 = int8
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[TensorProto] = []
         self.weights: dict[str, Tensor] = {}
 
-    def __call__(self, operator: str, *inputs: str, **attributes: object) -> str:
+    def __call__(self, operator: str, *inputs: str, **attributes: Any) -> str:
         return self.split(operator, *inputs, outputs=1, **attributes)[0]
 
-    def split(self, operator: str, *inputs: str, outputs: int, **attributes: object) -> list[str]:
+    def split(self, operator: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
         """A node with several outputs."""
         names = [f"{operator}_{len(self.nodes)}_{index}" for index in range(outputs)]
         self.nodes.append(helper.make_node(operator, list(inputs), names, **attributes))
@@ -161,8 +170,26 @@ def _mlp(g: Graph, mlp: MLP, x: str) -> str:
 def linear(g: Graph, module: nn.Module, x: str) -> str:
     if not isinstance(module, nn.Linear):
         raise ValueError(f"a graph has no {type(module).__name__}: merge adapters first, or leave out engine")
+    if g.int8:
+        y = _int8_product(g, x, module.weight)
+        return y if module.bias is None else g("Add", y, g.weight(module.bias))
     bias = [] if module.bias is None else [g.weight(module.bias)]
     return g("Gemm", x, g.weight(module.weight), *bias, transB=1)
+
+
+def _int8_product(g: Graph, x: str, weight_FD: Tensor) -> str:
+    """`x W^T` in int8: a scale for each output of the weight, and one for each row of `x`.
+
+    One scale for all of `x`, which is usual, would let a text depend on what else is in the batch.
+    """
+    largest_F1 = weight_FD.detach().abs().amax(1, keepdim=True).clamp(min=TINY)
+    weight_DF = g.constant((weight_FD.detach() * (INT8_WEIGHT / largest_F1)).round().t().numpy(), np.int8)
+    largest_T1 = g("Max", g("ReduceMax", g("Abs", x), g.constant([1]), keepdims=1), g.constant(TINY, np.float32))
+    zero = g.constant(128, np.uint8)
+    x_TD = g("QuantizeLinear", g("Div", x, largest_T1), g.constant(1 / 127, np.float32), zero)
+    y_TF = g("Cast", g("MatMulInteger", x_TD, weight_DF, zero), to=TensorProto.FLOAT)
+    scale_F = g.constant(largest_F1[:, 0].numpy() / (127 * INT8_WEIGHT), np.float32)
+    return g("Mul", g("Mul", y_TF, scale_F), largest_T1)
 
 
 def _norm(g: Graph, norm: Norm, x: str, delta: str | None) -> tuple[str, str]:
@@ -251,13 +278,13 @@ ACTIVATIONS: dict[str, Activation] = {
 """The activations of `torch.nn` that a head may have, with their default arguments."""
 
 
-def write(model: nn.Module) -> Graph:
+def write(model: nn.Module, *, int8: bool = False) -> Graph:
     """The graph of an `Encoder`, or of a late-interaction head: its encoder, its layers, and the norm.
 
     Raises:
         TypeError: another model.
     """
-    g = Graph()
+    g = Graph(int8=int8)
     result = encoder(g, encoder_of(model))
     if isinstance(model, Head):
         result = normalized(g, result, cast("Iterable[DenseLayer]", model.dense))

@@ -44,8 +44,9 @@ class Session(Generic[M]):
     - On a GPU, a small batch is rounded up to a step and replays a CUDA graph.
 
     Args:
-        engine: on a CPU, `"onnxruntime"` or `"openvino"` runs the model as a graph, which is faster; texts of more than
-            1,024 tokens run as modules. Needs the `cpu` extra.
+        engine: on a CPU, `"onnxruntime"` (extra `cpu`) or `"openvino"` (extra `openvino`) runs the model as a graph,
+            which is faster. `"onnxruntime-int8"` multiplies in int8: faster and less exact. Texts of more than 768
+            tokens run as modules.
 
     Raises:
         ValueError: an unknown engine, or a model that it cannot run. ImportError: its package is missing.
@@ -239,7 +240,7 @@ def _few(parameter: nn.Parameter) -> memoryview:
     while row.dim() > 1:
         row = row[len(row) // 3]
     few = row[len(row) // 3 :][: 4 if row.stride(0) == 1 else 1]
-    return memoryview(few.as_strided((len(few),), (1,)).view(torch.uint8).numpy())
+    return few.as_strided((len(few),), (1,)).view(torch.uint8).numpy().data
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[Linear]:

@@ -18,23 +18,25 @@ import torch
 
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
+from modernbert.files import replacing
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
 from modernbert.late_interaction import Ragged, maxsim
 from modernbert.packing import Tokens
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
 from modernbert.train.batching import epochs, topic_vectors
+from modernbert.train.folder import run_folder
 from modernbert.train.loop import BatchLoss, check_finite, fit
 from modernbert.train.losses import info_nce, kl_distill
 from modernbert.train.optim import adamw, warmup_and_decay
-from modernbert.train.options import fixed, option, parse
+from modernbert.train.options import fixed, option, parse, run
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
 from modernbert.train.vocabulary import train_tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
-    pairs: str = option("folder of *.jsonl or *.jsonl.zst files: one pair a line, see train/data.py", free=True)
+    pairs: str = option("folder of *.jsonl files, also .gz or .zst: one pair a line, see train/data.py", free=True)
     output: str = option("folder of the run and its result", free=True)
     exclude_sources: tuple[str, ...] = option("sources of pairs that are left out", ())
     decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs sharing 8 words in a row are left out", ())
@@ -74,8 +76,7 @@ class Config:
 def main(config: Config) -> ColBERT:
     """Run what is left of the recipe and return the model."""
     torch.set_num_threads(config.threads)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = run_folder(config.output)
     model, pairs, teacher = prepare(config, output)
     table = model.encoder.embeddings.tok_embeddings.weight
     batches = epochs(
@@ -112,13 +113,19 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
     file = output / "tokens.npz"
     if file.exists():
         tokens = data.TokenizedPairs.load(file, inputs(config))
+        # A run may have been killed before it wrote them.
+        for name, content in data.tokenizer_files(file).items():
+            with replacing(output / name) as beside:
+                beside.write_bytes(content)
         teacher = Teacher(config.teacher) if config.teacher else None
         return build(config, Tokenizer.from_pretrained(output), teacher), tokens, teacher
     choice = {"exclude_sources": config.exclude_sources, "decontaminate_against": config.decontaminate_against}
+    read = data.versions(config.pairs)
     pairs = data.choose_pairs(config.pairs, **choice)
+    if len(pairs) < 2:
+        raise ValueError(f"{config.pairs} has one pair; the negatives of a query are the positives of other pairs")
     texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
-    tokenizer.save_pretrained(output)
     if config.teacher and config.teacher_model and not Path(config.teacher, "keys.npy").exists():
         chosen = data.first_per_source(pairs, config.teacher_pairs)
         texts = token_texts(tokenizer) + [text for pair in chosen for text in (pair.query, pair.positive)]
@@ -126,7 +133,11 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
     teacher = Teacher(config.teacher) if config.teacher else None
     model = build(config, tokenizer, teacher)
     tokens = data.TokenizedPairs.from_pairs(pairs, model, teacher)
-    tokens.save(file, inputs(config))
+    made_of = inputs(config)
+    if data.versions(config.pairs) != read:
+        raise ValueError(f"the files of {config.pairs} changed while they were read; start again")
+    tokens.save(file, made_of, tokenizer.files())  # the first file of a run: `run_folder` knows its folder by it
+    tokenizer.save_pretrained(output)
     return model, tokens, teacher
 
 
@@ -159,8 +170,13 @@ def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColB
     if teacher is not None:
         table = encoder.embeddings.tok_embeddings.weight
         teach_embeddings(table, tokenizer, teacher, deviation=encoder.config.initializer_range)
-    lengths = ColBERTConfig(query_length=config.train_query_length, document_length=config.train_document_length)
-    return ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=lengths).to(config.device)
+    # Built with the lengths of the result, so that wrong ones are refused before the training and not after it.
+    lengths = ColBERTConfig(query_length=config.query_length, document_length=config.document_length)
+    model = ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=lengths).to(config.device)
+    model.config = replace(
+        lengths, query_length=config.train_query_length, document_length=config.train_document_length
+    )
+    return model
 
 
 def batch_loss(
@@ -191,4 +207,4 @@ def vectors(model: ColBERT, tokens: Tokens) -> Ragged:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    run(main, parse(Config, __doc__))

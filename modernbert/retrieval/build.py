@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..inference.session import Session
@@ -18,10 +19,13 @@ from ..progress import progress_bar
 from .documents.find import find_files, read_file
 from .documents.records import is_records
 from .documents.text import OnNote, file_name
+from .engines import is_target
 from .passages import Document
 from .store.draft import Draft, open_draft
-from .store.format import DTYPES, PASSAGES, VERSION, IndexRequest, Manifest, read_manifest
+from .store.folder import LOCK, is_store
+from .store.format import DTYPES, MANIFEST, PASSAGES, VERSION, Manifest, read_manifest
 from .store.identity import LoadedModel, ModelSource, absolute, load_model
+from .store.request import IndexRequest, resume_command
 from .store.writer import StoreWriter, Summary
 from .windows import BLOCK, Window, batch, windows
 
@@ -42,8 +46,9 @@ def index(
     """Update the store in the folder `output` from files and folders, or make a new store.
 
     Afterwards, the store holds what is now under `paths`: new and changed documents are encoded, and documents that no
-    longer exist are removed. Documents from other paths stay. Memory does not grow with the corpus, and the old state
-    of the store can be searched in the meantime.
+    longer exist are removed. Documents from other paths stay, and so do those of files and folders that cannot be read
+    now, which `Summary.unread` counts. Memory does not grow with the corpus, and the old state of the store can be
+    searched in the meantime.
 
     Args:
         paths: see `find_files`; `read_file` describes the kinds of files and how they are read.
@@ -57,12 +62,14 @@ def index(
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: there is no text, a record is broken, or the store has another model or dtype.
+        ValueError: there is no text, a record is broken, a path that held documents has none now, or the store has
+            another model or dtype.
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """
-    total = sum(file.stat().st_size for file in find_files(paths, on_note=lambda message: None))
-    roots = _roots(paths)
-    request: IndexRequest = {"paths": roots, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
+    _check_output(output)
+    roots, named = _roots(paths), [os.path.abspath(path) for path in paths]
+    total = _total_size(paths, Path(output))
+    request: IndexRequest = {"paths": named, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
     with (
         open_draft(Path(output), request) as draft,
         progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
@@ -70,12 +77,37 @@ def index(
         manifest, session = _prepare(draft, model, dtype, engine)
         writer = StoreWriter(draft, manifest, prefilter=prefilter)
         encoder = DocumentEncoder(writer, session, on_bytes)
-        for file in find_files(paths, on_note=note):
+
+        def update(file: Path) -> None:
             for document in _changed_documents(file, paths, writer, encoder.count_bytes, note):
                 writer.add_document(document)
                 encoder.add_document(document)
+
+        def keep(path: str) -> None:
+            if writer.keep(file_name(path)):
+                note(f"{file_name(path)} cannot be read now: the store keeps what it holds of it")
+
+        for damaged in writer.find_damage():
+            note(f"{damaged} is damaged or missing: its documents are read and encoded again")
+        for file in find_files(paths, on_unread=keep, on_note=note):
+            if not (file.name == LOCK and is_store(file.parent)):
+                update(file)
         encoder.flush()
+        for root in roots:
+            if count := writer.is_emptied(root):
+                raise ValueError(
+                    f"{root} held {count:,} documents and has none now: is its disk or network folder there? If they "
+                    f"are meant to go, remove them with: {_forget_command(root, draft.folder)}"
+                )
         writer.remove_unseen(roots)
+        for lost in filter(os.path.isfile, writer.lost_files()):
+            update(Path(lost))
+        encoder.flush()
+        if lost := writer.lost_files():
+            raise ValueError(
+                f"{output} is damaged, and {lost[0]}, one of {len(lost)} files to rebuild it from, cannot be read: "
+                "restore the store from a copy, or remove these documents with --forget"
+            )
         writer.merge_shards()
         return writer.commit()
 
@@ -84,7 +116,7 @@ def forget(paths: Paths, output: str | os.PathLike[str]) -> Summary:
     """Remove every document that was read from under `paths`, which need not exist. Raises OSError as `index` does."""
     folder, roots = Path(output), _roots(paths)
     read_manifest(folder)  # Raises if there is no store, before `open_draft` makes one.
-    with open_draft(folder, {"forget": roots}) as draft:
+    with open_draft(folder, {"forget": [os.path.abspath(path) for path in paths]}) as draft:
         writer = StoreWriter(draft, read_manifest(folder))
         writer.remove_unseen(roots)
         writer.merge_shards()
@@ -176,7 +208,35 @@ def _changed_documents(
         if is_records(file) or str(file) in [os.path.abspath(path) for path in paths]:
             raise
         on_note(f"skipped a file: {error}")
-        writer.keep_file(file_name(file))
+        writer.keep(file_name(file))
+
+
+def _total_size(paths: Paths, output: Path) -> int:
+    """The bytes of all files, for the progress bar. Raises FileNotFoundError for a path that does not exist."""
+    total = 0
+    try:
+        for file in find_files(paths, on_note=lambda message: None):
+            with suppress(OSError):  # It has just been deleted, or reading it will raise the same error.
+                total += file.stat().st_size
+    except FileNotFoundError as error:
+        if not (output / MANIFEST).is_file():
+            raise
+        (root, *_) = (root for root in paths if not os.path.exists(root))
+        command = _forget_command(file_name(os.path.abspath(root)), output)
+        raise FileNotFoundError(f"{error}; remove what the store holds of it with: {command}") from None
+    return total
+
+
+def _forget_command(root: str, output: Path) -> str:
+    return resume_command({"forget": [root]}, output)
+
+
+def _check_output(output: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a name under which the store could not be found again."""
+    if not os.fspath(output):
+        raise ValueError("the name of the store is empty: give the name of a folder")
+    if is_target(os.fspath(output)):
+        raise ValueError(f"{output} is how `modernbert export` names an engine: give the store another name")
 
 
 def _roots(paths: Paths) -> list[str]:

@@ -126,7 +126,7 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -
         ValueError: an id contains white space, which the format does not allow, or a score is not finite.
         OSError: the file cannot be written. An existing file is then unchanged.
     """
-    with replacing(Path(path).resolve()) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+    with replacing(Path(os.path.realpath(path))) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         for query, scores in run.items():
             last = np.float32(np.inf)
             for rank, (document, score) in enumerate(_ranked(scores), start=1):

@@ -81,18 +81,20 @@ def match(
 def strongest_words(matches: Sequence[TokenMatch], query: str, document: str, *, limit: int = 6) -> list[WordMatch]:
     """The `limit` query words with the largest contributions, strongest first. Punctuation is not a word."""
     tokens_of: dict[tuple[int, int], list[TokenMatch]] = {}
+    asked = _words(query, [match.query for match in matches])
+    found_words = _words(document, [match.document for match in matches])
     for match in matches:
-        word = _word(query, match.query)
+        word = asked.get(match.query)
         if word:
             tokens_of.setdefault(word, []).append(match)
     words = []
     for (start, end), tokens in tokens_of.items():
         shares: dict[Span, float] = {}
         for token in tokens:
-            place = _word(document, token.document) or token.document
+            place = found_words.get(token.document) or token.document
             shares[place] = shares.get(place, 0.0) + token.contribution
         best = max(shares, key=lambda place: shares[place])
-        found = document[best[0] : best[1]].strip() if best else None
+        found = brief(document[best[0] : best[1]].strip()) if best else None
         words.append(WordMatch(query[start:end], found, sum(shares.values())))
     return sorted(words, key=lambda word: -word.contribution)[:limit]
 
@@ -185,15 +187,23 @@ def excerpt(content: str, matches: Sequence[TokenMatch], *, words: int = 60) -> 
     return spans[first][0] if first else 0, spans[last][1] if last + 1 < len(spans) else len(content)
 
 
+LONGEST = 100
+"""Characters of the longest word. What goes on without a space, such as base64, is taken for several words."""
+
 # Letters and digits with inner apostrophes and hyphens; in scripts without spaces, one character.
-_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|(?<=\w)['’-](?=\w))+")
+_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|(?<=\w)['’-](?=\w)){{1,{LONGEST}}}")
 
 
-def _word(text: str, span: Span) -> Span:
-    """The word of `text` that a token belongs to, or None."""
-    if span is None:
-        return None
-    for word in _WORD.finditer(text):
-        if word.end() > span[0]:
-            return word.span() if word.start() < span[1] else None
-    return None
+def _words(text: str, spans: Sequence[Span]) -> dict[Span, tuple[int, int]]:
+    """The words of `text` that tokens belong to, by the spans of the tokens. Others have none."""
+    named = [span for span in spans if span]
+    last = max((end for _, end in named), default=0)
+    words = [word.span() for word in _WORD.finditer(text, 0, last + LONGEST)]
+    ends = [end for _, end in words]
+    found = {span: words[at] for span in named if (at := bisect_right(ends, span[0])) < len(words)}
+    return {span: word for span, word in found.items() if word[0] < span[1]}
+
+
+def brief(text: str) -> str:
+    """The text of a token as it is shown: a token for what is unknown may be of any length."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

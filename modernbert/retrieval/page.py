@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from .explain import Place, TokenMatch, level, places, strongest_words
+from .explain import Place, TokenMatch, brief, level, places, strongest_words
 
 if TYPE_CHECKING:
     from .passages import Passage
@@ -202,7 +202,7 @@ def _token(text: str, span: tuple[int, int] | None) -> str:
 
 
 def _visible(token: str) -> str:
-    return token.strip() or "␣"
+    return brief(token.strip()) or "␣"
 
 
 def _data(value: float, digits: int = 3, strength: int = 0) -> str:

@@ -76,6 +76,12 @@ class Heading(NamedTuple):
     title: str
 
 
+TITLE = 1000
+"""Characters of the longest title that passages carry. A longer one becomes text."""
+
+SECTION = 64
+"""Characters that a section counts for in addition to its title, because the model reads each as a passage."""
+
 _ATX = re.compile(r" {0,3}(#{1,6})[ \t](.*)$", re.DOTALL)
 _UNDERLINE = re.compile(r"([-=~^\"'*+#])\1{2,}\s*$")
 _TEXT = re.compile(rf"(?!{_UNDERLINE.pattern})\s*\S")
@@ -88,8 +94,16 @@ def sections(document: Document) -> Iterator[Section]:
     """The text between headings, titled "document: heading > heading", without white space around it.
 
     Every word is in a section, a heading or the front matter. A record is one section, even if it has only a title.
+    If the titles would be much longer than the text, the document is one section in spite of its headings.
     """
-    for title, start, end in _between_headings(document):
+    found, room = [], 10_000 + 3 * len(document.text)
+    for section in _between_headings(document):
+        found.append(section)
+        room -= SECTION + len(section.title)
+        if room < 0:
+            found = [Section(document.title or _stem(document), 0, len(document.text))]
+            break
+    for title, start, end in found:
         text = document.text[start:end]
         start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
         if start < end:
@@ -109,17 +123,22 @@ def _between_headings(document: Document) -> Iterator[Section]:
     titled = _FRONT_TITLE.search(front[1]) if front else None
     named = titled[1].strip().strip("\"'") if titled else ""
     top = [heading.title for heading in headings if heading.level == 1]
-    stem = path.stem.replace("_", " ").replace("-", " ")
-    name = named or (top[0] if len(top) == 1 else document.title or stem)
+    name = named or (top[0] if len(top) == 1 else document.title or _stem(document))
     yield Section(name, front.end() if front else 0, headings[0].start)
     trail: list[Heading] = []
     for heading, following in pairwise(headings):
         trail = [above for above in trail if above.level < heading.level] + [heading]
         inner = " > ".join(above.title for above in trail if above.title != name)
+        title = f"{name}: {inner}" if inner else name
         start, end = heading.end, following.start
         if not text[start:end].strip() and following.level <= heading.level:
             start = heading.start  # a heading with no text below it becomes the text
-        yield Section(f"{name}: {inner}" if inner else name, start, end)
+            title = title if len(title) <= TITLE else ""
+        yield Section(title, start, end)
+
+
+def _stem(document: Document) -> str:
+    return Path(document.path).stem.replace("_", " ").replace("-", " ")
 
 
 def _headings(text: str, suffix: str) -> Iterator[Heading]:
@@ -164,6 +183,9 @@ def _without_hashes(title: str) -> str:
 UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Characters of scripts that are written without spaces between words."""
 
+GAP = 64
+"""Characters of white space that are looked at on either side of a border."""
+
 _LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])[ \t]")
 _SENTENCE_END = re.compile(r"[.!?:][\"')\]”’»]*$")
 SENTENCE_ENDS = frozenset("。！？")  # no space follows them
@@ -192,10 +214,9 @@ def _border(text: str, before: int, after: int) -> int:
     """The quality of a cut between two tokens: 4 paragraph, 3 list item, 2 sentence, 1 space, 0 word, -1 character."""
     if after < before:
         return -1
-    while before > 0 and text[before - 1].isspace():  # the token may end in white space
-        before -= 1
-    while after < len(text) and text[after].isspace():
-        after += 1
+    first, last = max(0, before - GAP), min(len(text), after + GAP)
+    before = first + len(text[first:before].rstrip())  # the token may end in white space
+    after = last - len(text[after:last].lstrip())
     gap = text[before:after]
     if gap.count("\n") > 1:
         return 4

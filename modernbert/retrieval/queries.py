@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import Tensor
 
@@ -43,8 +44,16 @@ def query_vectors(session: Session, queries: Sequence[str | EncodedQuery]) -> Ra
 
 
 def check_search(queries: Sequence[str | EncodedQuery], top_k: int) -> None:
-    """Raise ValueError for arguments that no search takes: one text in place of a list, or `top_k` below 1."""
+    """Raise ValueError for arguments that no search takes: no list of queries, or a wrong `top_k`."""
     if isinstance(queries, str):
         raise ValueError(f"queries must be a list of texts, got the text {queries!r}; write [query]")
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; ask for 1 or more")
+    for number, query in enumerate(queries):
+        if not isinstance(query, (str, EncodedQuery)):
+            raise ValueError(f"queries[{number}] is {query!r}; give a text, or what `encode` made of one")
+    check_top_k(top_k)
+
+
+def check_top_k(top_k: int) -> None:
+    """Raise ValueError unless `top_k` is a whole number of 1 or more."""
+    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; ask for a whole number of 1 or more")

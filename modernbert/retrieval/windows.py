@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from ..heads.colbert import ColBERT
 from ..packing import Tokens, pack
-from .passages import Document, Passage, cut, sections
+from .passages import SECTION, TITLE, Document, Passage, cut, sections
 
 OVERLAP = 16
 """Tokens of context on either side of a passage. 0, 16 and 32 gave the same nDCG@10 within 0.006 (cranfield, cacm)."""
@@ -58,18 +58,30 @@ def batch(windows: Sequence[Window]) -> Tokens:
 
 
 def _parts(document: Document) -> Iterator[Passage]:
-    """The sections of a document as passages. Sections longer than `BLOCK` are cut."""
-    text, line, counted = document.text, document.line or 1, 0
+    """The sections of a document as passages. Sections longer than `BLOCK` are cut, and titles longer than `TITLE`."""
+    path, name, text, line, counted = document.path, document.id, document.text, document.line or 1, 0
     for title, start, end in sections(document):
-        borders = [start]
-        while end - borders[-1] > BLOCK:
-            first, last = borders[-1] + 1, borders[-1] + BLOCK
-            space = max(text.rfind(" ", first, last), text.rfind("\n", first, last))
-            borders.append(last if space < 0 else space)
-        for first, last in pairwise([*borders, end]):
+        if document.line is None:
+            line, counted = line + text.count("\n", counted, start), start
+        if len(title) > TITLE:  # It becomes a part of the text, once and not in each block.
+            for first, last in _blocks(title, 0, len(title)):
+                yield Passage(path, name, "", title[first:last], start, start, line, document.metadata)
+            title = ""
+        for first, last in _blocks(text, start, end):
             if document.line is None:
                 line, counted = line + text.count("\n", counted, first), first
-            yield Passage(document.path, document.id, title, text[first:last], first, last, line, document.metadata)
+            if title or first < last:
+                yield Passage(path, name, title, text[first:last], first, last, line, document.metadata)
+
+
+def _blocks(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Characters `start` to `end` in runs of at most `BLOCK`, cut at white space."""
+    while end - start > BLOCK:
+        space = max(text.rfind(blank, start + 1, start + BLOCK) for blank in " \n")
+        stop = start + BLOCK if space < 0 else space
+        yield start, stop
+        start = stop
+    yield start, end
 
 
 def _group(parts: Iterator[Passage]) -> list[Passage]:
@@ -77,7 +89,7 @@ def _group(parts: Iterator[Passage]) -> list[Passage]:
     group, size = [], 0
     for part in parts:
         group.append(part)
-        size += len(part.title) + len(part.text)
+        size += SECTION + len(part.title) + len(part.text)
         if size >= BLOCK:
             break
     return group

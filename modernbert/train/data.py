@@ -9,7 +9,9 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,6 +25,9 @@ from ..packing import Tokens
 from .options import check_same
 from .teacher import Teacher
 
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+FILE = "file."  # in front of the names of files in an .npz file
+
 
 class Pair(NamedTuple):
     query: str
@@ -32,7 +37,7 @@ class Pair(NamedTuple):
 
 
 def read_pairs(folder: str | os.PathLike, *, exclude_sources: Collection[str] = ()) -> Iterator[Pair]:
-    """The pairs of a folder's `*.jsonl` and `*.jsonl.zst` files in name order, except those of excluded sources.
+    """The pairs of a folder's files (`ENDINGS`) in name order, except those of excluded sources.
 
     A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name)
     and "group" (default: the positive itself). Pairs of one group never serve as each other's negatives.
@@ -51,10 +56,16 @@ def read_pairs(folder: str | os.PathLike, *, exclude_sources: Collection[str] = 
 
 
 def pair_files(folder: str | os.PathLike) -> list[Path]:
-    files = sorted(path for path in Path(folder).iterdir() if path.name.endswith((".jsonl", ".jsonl.zst")))
+    files = sorted(path for path in Path(folder).iterdir() if path.name.endswith(ENDINGS))
     if not files:
-        raise ValueError(f"no *.jsonl or *.jsonl.zst file in {folder}: --pairs wants a folder of such files")
+        names = ", ".join(f"*{ending}" for ending in ENDINGS)
+        raise ValueError(f"no {names} in {folder}: --pairs wants a folder of such files")
     return files
+
+
+def versions(folder: str | os.PathLike) -> list[tuple[str, int, int]]:
+    """The name, size and time of each file of pairs: something differs after a file was changed."""
+    return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in pair_files(folder)]
 
 
 def _pair(row: object, source: str) -> Pair:
@@ -63,24 +74,45 @@ def _pair(row: object, source: str) -> Pair:
         raise ValueError(f'a pair needs "query" and "positive", got {got}')
     pair = Pair(row["query"], row["positive"], row.get("source", source), row.get("group", row["positive"]))
     for name, value in zip(Pair._fields, pair, strict=True):
-        if not isinstance(value, str) and not (name == "group" and isinstance(value, int)):
+        if not isinstance(value, str) and not (name == "group" and type(value) is int):
             raise ValueError(f'"{name}" must be a string, got {value!r:.60}')
         str(value).encode()  # half a surrogate pair raises here, and not hours later in a tokenizer
     return pair
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    if path.suffix != ".zst":
-        with path.open("rb") as file:
-            yield from file
-        return
+    """The lines of a file, decompressed. Raises a ValueError for a compressed one that is damaged or ends too early."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            yield from _split(_zstandard(file)) if path.suffix == ".zst" else file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _zstandard(file: io.BufferedIOBase) -> Iterator[bytes]:
+    """The content of all frames. The library's own reader takes a file that was cut for a whole one."""
     import zstandard
 
-    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as text:
-        try:
-            yield from io.BufferedReader(text)
-        except zstandard.ZstdError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+    frame = None
+    while block := file.read(1 << 14):
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from error
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
+
+
+def _split(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -190,24 +222,38 @@ class TokenizedPairs:
             ),
         )
 
-    def save(self, file: Path, inputs: dict[str, object]) -> None:
-        """Write an .npz file that remembers what the pairs were made of."""
+    def save(self, file: Path, inputs: dict[str, object], files: Mapping[str, bytes] | None = None) -> None:
+        """Write an .npz file that remembers what the pairs were made of, with the `files` of the tokenizer."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         for side in ("queries", "positives"):
             arrays |= {f"{side}.{name}": value for name, value in vars(getattr(self, side)).items()}
         with replacing(file) as beside, beside.open("wb") as part:
+            arrays |= {FILE + name: np.frombuffer(content, np.uint8) for name, content in (files or {}).items()}
             np.savez(part, allow_pickle=False, inputs=np.array(json.dumps(inputs)), **arrays)
 
     @classmethod
     def load(cls, file: Path, inputs: dict[str, object]) -> TokenizedPairs:
-        """Read what `save` has written. ValueError: it was made of something else than `inputs`."""
+        """Read what `save` has written. ValueError: it was made of something else than `inputs`, or is damaged."""
+        arrays = _arrays(file)
+        check_same(file, json.loads(str(arrays.pop("inputs", "{}"))), inputs)
+        queries, positives = (
+            RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"]) for side in ("queries", "positives")
+        )
+        return cls(queries, positives, **{name: array for name, array in arrays.items() if "." not in name})
+
+
+def tokenizer_files(file: Path) -> dict[str, bytes]:
+    """The `files` that `TokenizedPairs.save` was given."""
+    arrays = _arrays(file)
+    return {name.removeprefix(FILE): array.tobytes() for name, array in arrays.items() if name.startswith(FILE)}
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    try:
         with np.load(file) as arrays:
-            check_same(file, json.loads(str(arrays["inputs"])) if "inputs" in arrays else {}, inputs)
-            queries, positives = (
-                RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"]) for side in ("queries", "positives")
-            )
-            rest = {name: arrays[name] for name in arrays.files if "." not in name and name != "inputs"}
-            return cls(queries, positives, **rest)
+            return dict(arrays)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} is damaged; delete it, and the pairs are tokenised again: {error}") from error
 
 
 def _tokenize(

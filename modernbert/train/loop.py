@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def fit(
 
     Raises:
         FloatingPointError: a loss, a gradient or a weight is not finite. The step is not taken, nothing is saved.
-        ValueError: the checkpoint has other settings.
+        ValueError: the checkpoint is damaged, or has other settings.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     first = load_checkpoint(output / "checkpoint.pt", model, optimizer, settings)
@@ -112,7 +112,7 @@ def load_checkpoint(
     """Restore the model, the optimizer and the random state; return the step to go on from, 0 without a checkpoint."""
     if not file.exists():
         return 0
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = read_checkpoint(file)
     check_same(file, state["settings"], settings)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -122,6 +122,19 @@ def load_checkpoint(
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
     print(f"resumed at step {state['step']:,}", flush=True)
     return state["step"]
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """The content of a checkpoint, mapped. ValueError: damaged, or not written by `save_checkpoint`."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # as in `pickles.read`: a damaged file raises nearly any exception
+        raise ValueError(f"{file} is damaged, or not a checkpoint: {error}") from error
+    if not isinstance(state, dict) or not {"settings", "step", "model", "optimizer", "random"} <= state.keys():
+        raise ValueError(f"{file} is not the checkpoint of a recipe")
+    return state
 
 
 def check_finite(model: nn.Module, when: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,14 @@ def parse(config: type[C], description: str | None, arguments: Sequence[str] | N
         parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=text, **kind)
     values = vars(parser.parse_args(arguments))
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def run(main: Callable[[C], object], config: C) -> None:
+    """`main(config)` as a program: what it refuses is one sentence on stderr, with exit status 1."""
+    try:
+        main(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 def fixed(config: DataclassInstance) -> dict[str, object]:

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import replacing
+from ..files import output_folder, replacing
+from ..json_files import read_json
 from ..tokenizer import Tokenizer
+
+ABOUT = "teacher.json"  # written first: by its content `write_teacher` knows its folder after it was killed
 
 
 class Teacher:
@@ -25,9 +28,12 @@ class Teacher:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.keys = np.load(Path(folder) / "keys.npy")
-        self.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
-        if self.keys.shape != self.vectors.shape[:1] or np.any(self.keys[1:] <= self.keys[:-1]):
+        try:
+            self.keys = np.load(Path(folder) / "keys.npy")
+            self.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{folder}: keys.npy or vectors.npy is damaged: {error}") from error
+        if not len(self.keys) or self.keys.shape != self.vectors.shape[:1] or np.any(self.keys[1:] <= self.keys[:-1]):
             shapes = f"{self.keys.shape} and {self.vectors.shape}"
             raise ValueError(f"{folder}: keys.npy must ascend and be as long as vectors.npy, got {shapes}")
 
@@ -48,9 +54,18 @@ def text_key(text: str) -> int:
 
 
 def write_teacher(texts: Sequence[str], model: str, folder: str | os.PathLike, *, max_length: int = 96) -> None:
-    """Embed texts, cut to `max_length` tokens, with a sentence-transformers model under bfloat16 autocast."""
+    """Embed texts, cut to `max_length` tokens, with a sentence-transformers model under bfloat16 autocast.
+
+    Raises:
+        FileExistsError: the folder holds files of these names that another program has written.
+    """
     from sentence_transformers import SentenceTransformer
 
+    folder = output_folder(folder)
+    taken = [name for name in (ABOUT, "keys.npy", "vectors.npy") if os.path.lexists(folder / name)]
+    if taken and not _is_teacher(folder):
+        raise FileExistsError(f"{folder} holds {', '.join(taken)} of another program; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
     encoder = SentenceTransformer(model)
     encoder.max_seq_length = max_length
     unique = sorted({text_key(text): text for text in texts}.items())
@@ -61,14 +76,19 @@ def write_teacher(texts: Sequence[str], model: str, folder: str | os.PathLike, *
             vectors.append(encoder.encode(part, batch_size=128, convert_to_tensor=True).half().cpu().numpy())
         seconds = time.perf_counter() - started
         print(f"teacher: {start + len(part):,} of {len(unique):,} texts, {seconds:.0f} s", flush=True)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "vectors.npy", np.concatenate(vectors))
     about = {"model": Path(model).name, "texts": len(unique), "max_length": max_length}
-    (folder / "teacher.json").write_text(json.dumps(about))
+    (folder / ABOUT).write_text(json.dumps(about))
+    np.save(folder / "vectors.npy", np.concatenate(vectors))
     # Last and in one step: a folder without keys is written again.
     with replacing(folder / "keys.npy") as beside, beside.open("wb") as file:
         np.save(file, np.array([key for key, _ in unique], np.uint64))
+
+
+def _is_teacher(folder: Path) -> bool:
+    try:
+        return {"model", "texts", "max_length"} == read_json(folder, ABOUT).keys()
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def token_texts(tokenizer: Tokenizer) -> list[str]:

@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(modernbert, model, tmp_p
 
     monkeypatch.setattr(Path, "replace", full_disk)
     status, _, err = modernbert("encode", source, "--output", output, "--model", model)
-    assert (status, err) == (2, "modernbert: [Errno 28] No space left on device\n")
+    assert (status, err) == (2, f"modernbert: [Errno 28] No space left on device: '{output}'\n")
     assert output.read_text() == "an older file"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt", output.name]
 

@@ -132,8 +132,9 @@ def batch():
         queries = [torch.randn(rand.randrange(3, 64), model.dim) for _ in range(rand.randrange(1, 5))]
         maxsim(queries, list(corpus[: rand.randrange(200, 20_000)].split(150)), top_k=10)
     else:
-        texts = [" ".join(rand.choices(words, k=rand.randrange(1, 300))) for _ in range(rand.randrange(1, 9))]
-        model.tokenizer([text + str(rand.random()) for text in texts])
+        count = rand.randrange(1, 9)
+        texts = [" ".join(rand.choices(words, k=rand.randrange(1, 300))) for _ in range(count)]
+        model.tokenizer([f"{text} {rand.random()}" for text in texts])
 
 with torch.inference_mode():
     for index in range(batches):

@@ -120,7 +120,9 @@ def test_a_folder_is_followed_and_others_are_left_alone(colbert, tmp_path, encod
     assert (summary.added, summary.changed, summary.removed) == (1, 1, 1)
     assert sum(encoded) == 3
     assert {Path(path).name for path, _ in content(folder, colbert)} == {"a.md", "d.txt", "c.txt"}
-    assert index([other], folder, colbert).removed == 1
+    with pytest.raises(ValueError, match="held 1 documents and has none now"):
+        index([other], folder, colbert)
+    assert forget([other], folder).removed == 1
     assert forget([docs / "sub"], folder).removed == 1
     assert {Path(path).name for path, _ in content(folder, colbert)} == {"a.md"}
     assert forget([docs / "a.md"], folder).documents == 0

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -73,6 +74,10 @@ def test_first_per_source_is_a_fixed_draw():
         (b"[1]", r"got \[1\]"),
         (b'{"query": null, "positive": "x"}', '"query" must be a string, got None'),
         (b'{"query": "a", "positive": "b", "group": [1]}', r'"group" must be a string, got \[1\]'),
+        (b'{"query": "a", "positive": "b", "group": true}', '"group" must be a string, got True'),
+        (b'{"query": "a", "positive": "b", "group": 1.5}', '"group" must be a string, got 1.5'),
+        (b'{"query": 10, "positive": "b"}', '"query" must be a string, got 10'),
+        (b'{"query": ["a"], "positive": "b"}', '"query" must be a string'),
         (b'{"query": "a", "positive": "b", "source": 3}', '"source" must be a string, got 3'),
         (b'{"query": "a", "positive": "\\ud800"}', "surrogates not allowed"),
         (b'{"query": "a", "positive": "\xff"}', "invalid start byte"),
@@ -97,6 +102,49 @@ def test_all_frames_of_a_compressed_file_are_read(tmp_path):
     frame = zstandard.ZstdCompressor().compress(b'{"query": "q", "positive": "p"}\n')
     (tmp_path / "x.jsonl.zst").write_bytes(frame + frame)
     assert len(list(read_pairs(tmp_path))) == 2
+
+
+LINES = b"".join(b'{"query": "q%d", "positive": "p%d"}\n' % (i, i) for i in range(20_000))
+
+
+def compressed(ending):
+    if ending == "gz":
+        return gzip.compress(LINES)
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(LINES)
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_compressed_files_are_read_to_the_end(tmp_path, ending):
+    (tmp_path / f"x.jsonl.{ending}").write_bytes(compressed(ending))
+    pairs = list(read_pairs(tmp_path))
+    assert pairs == [Pair(f"q{i}", f"p{i}", "x", f"p{i}") for i in range(20_000)]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+@pytest.mark.parametrize("left", [0.5, 0.999])
+def test_a_compressed_file_that_was_cut_is_an_error(tmp_path, ending, left):
+    """The reader of zstandard takes it for a whole one, and a run would train on a part of the pairs."""
+    content = compressed(ending)
+    (tmp_path / f"x.jsonl.{ending}").write_bytes(content[: int(len(content) * left)])
+    with pytest.raises(ValueError, match=rf"x\.jsonl\.{ending} is damaged: "):
+        list(read_pairs(tmp_path))
+
+
+def test_a_broken_line_of_a_compressed_file_is_named(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"query": "q", "positive": "p"}\n{oops\n'))
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz:2: Expecting property name"):
+        list(read_pairs(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "bits"])
+def test_damaged_tokens_are_named(model, tmp_path, damage):
+    file = tmp_path / "tokens.npz"
+    TokenizedPairs.from_pairs(PAIRS, model, None).save(file, {})
+    whole = file.read_bytes()
+    flipped = whole.replace(b"NUMPY", b"NUMPX", 1)
+    file.write_bytes({"cut": whole[:-99], "noise": b"\xff" * 99, "empty": b"", "bits": flipped}[damage])
+    with pytest.raises(ValueError, match=r"tokens\.npz is damaged; delete it, and the pairs are tokenised again"):
+        TokenizedPairs.load(file, {})
 
 
 def test_no_pair_left_is_an_error(tmp_path):

@@ -179,6 +179,19 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         Recipe(tmp_path).fit(settings={"rate": 0.2})
 
 
+@pytest.mark.parametrize("content", [b"", b"noise", "cut", {"model": 1}, [1]])
+def test_a_checkpoint_that_cannot_be_read_is_named_and_kept(tmp_path, content):
+    file = tmp_path / "checkpoint.pt"
+    Recipe(tmp_path).fit(steps=1)
+    if content == "cut":
+        content = file.read_bytes()[:-999]
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is (damaged, or )?not (a|the) checkpoint"):
+        Recipe(tmp_path).fit()
+    assert file.read_bytes() == before
+
+
 def test_a_crash_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     Recipe(tmp_path).fit(steps=2)
     save = torch.save

@@ -42,6 +42,23 @@ def test_a_written_teacher_folder_reads_back(tmp_path, monkeypatch):
     torch.testing.assert_close(teacher[index], wanted, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("name", ["keys.npy", "vectors.npy", "teacher.json"])
+def test_a_folder_of_another_program_is_not_written_to(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=None))
+    (tmp_path / name).write_text('{"model": 1}')
+    with pytest.raises(FileExistsError, match=f"holds {name} of another program"):
+        write_teacher(["a"], "some-model", tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '{"model": 1}'}
+
+
+@pytest.mark.parametrize("content", [b"", b"noise", b"\x93NUMPY"])
+def test_a_damaged_teacher_is_named(tmp_path, content):
+    np.save(tmp_path / "keys.npy", np.zeros(1, np.uint64))
+    (tmp_path / "vectors.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: keys\.npy or vectors\.npy is damaged"):
+        Teacher(tmp_path)
+
+
 @pytest.fixture
 def tokenizer():
     return train_tokenizer(iter(["some words of a small vocabulary"] * 9), vocab_size=320)

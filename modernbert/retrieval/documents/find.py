@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -28,7 +29,12 @@ CODE = frozenset(KINDS_OF_CODE.split())
 GENERATED = (".min.js", ".min.css", "-lock.yaml", "_pb2.py", "_pb2.pyi")  # name endings of generated code
 CORPORA = frozenset({"corpus.jsonl", "corpus.jsonl.gz"})  # the only files of records that are found in a folder
 
+UNREADABLE = "broken link or special file"
+
 Paths = Iterable[str | os.PathLike[str]]
+
+OnUnread = Callable[[str], None]
+"""Called with the path of each file or folder that cannot be examined now, which says nothing about what is in it."""
 
 
 class Key(NamedTuple):
@@ -40,13 +46,15 @@ class Key(NamedTuple):
     line: int | None
 
 
-def find_files(paths: Paths, *, on_note: OnNote = warnings.warn) -> Iterator[Path]:
+def find_files(
+    paths: Paths, *, on_unread: OnUnread = lambda path: None, on_note: OnNote = warnings.warn
+) -> Iterator[Path]:
     """The files to read, each once, as absolute paths with unresolved links.
 
     A file that is named in `paths` is read whatever its name. Of a folder, all text, source code, HTML and PDF in it
     and its subfolders is read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked folders, node_modules
     and all other files are skipped, and counted in a note. Raises FileNotFoundError for a path that does not exist,
-    before anything else.
+    and OSError for one that cannot be examined, before anything else.
     """
     roots: dict[str, bool] = {}
     for path in paths:
@@ -55,7 +63,7 @@ def find_files(paths: Paths, *, on_note: OnNote = warnings.warn) -> Iterator[Pat
         except FileNotFoundError:
             raise FileNotFoundError(f"no such file or folder: {file_name(path)}") from None
     for root, is_folder in roots.items():
-        yield from _walk(root, roots, on_note) if is_folder else [Path(root)]
+        yield from _walk(root, roots, on_unread, on_note) if is_folder else [Path(root)]
 
 
 def read_file(
@@ -126,7 +134,7 @@ def read_texts(path: str | os.PathLike[str], *, on_note: OnNote = warnings.warn)
             yield Document(name, str(number), "", line.strip(), number)
 
 
-def _walk(root: str, roots: Container[str], on_note: OnNote) -> Iterator[Path]:
+def _walk(root: str, roots: Container[str], on_unread: OnUnread, on_note: OnNote) -> Iterator[Path]:
     """The files to read in a folder, before those in its subfolders. Skipped files are counted by kind in a note.
 
     Other `roots` are left out, so that nothing comes twice.
@@ -134,11 +142,13 @@ def _walk(root: str, roots: Container[str], on_note: OnNote) -> Iterator[Path]:
     skipped: Counter[str] = Counter()
     folders = [root]
     while folders:
+        folder = folders.pop()
         try:
-            with os.scandir(folders.pop()) as entries:
+            with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             on_note(f"skipped a folder: {error}")
+            on_unread(folder)
             continue
         subfolders = []
         for entry in found:
@@ -146,21 +156,39 @@ def _walk(root: str, roots: Container[str], on_note: OnNote) -> Iterator[Path]:
                 continue
             if entry.name.startswith(".") or entry.name == "node_modules":
                 skipped["hidden or node_modules"] += 1
-            elif entry.is_dir(follow_symlinks=False):
+                continue
+            try:
+                kind = _kind(entry)
+            except OSError as error:
+                on_note(f"skipped a file: {error}")
+                on_unread(entry.path)
+                continue
+            if kind == "folder":
                 subfolders.append(entry.path)
-            elif os.path.isdir(entry):
-                skipped["linked folder"] += 1
-            elif not os.path.isfile(entry):
-                skipped["broken link or special file"] += 1
-            elif _is_wanted(entry.name):
+            elif kind == "file" and _is_wanted(entry.name):
                 yield Path(entry.path)
             else:
-                skipped[os.path.splitext(entry.name)[1].lower()] += 1
+                skipped[kind if kind != "file" else os.path.splitext(entry.name)[1].lower()] += 1
+                if kind == UNREADABLE:
+                    on_unread(entry.path)
         folders += reversed(subfolders)
     if skipped:
         kinds = ", ".join(f"{count} {file_name(kind)}" for kind, count in skipped.most_common(8))
         kinds += ", ..." if len(skipped) > 8 else ""
         on_note(f"skipped {skipped.total()} files and folders in {file_name(root)} that are not read: {kinds}")
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Raises OSError if it cannot be found out now. A file that has just been deleted is like a broken link."""
+    try:
+        mode = os.stat(entry.path).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return UNREADABLE
+        raise
+    if stat.S_ISDIR(mode):
+        return "linked folder" if entry.is_symlink() else "folder"
+    return "file" if stat.S_ISREG(mode) else UNREADABLE
 
 
 def _is_wanted(name: str) -> bool:

@@ -31,9 +31,10 @@ def read_plain(raw: bytes, on_note: OnNote) -> tuple[str, str]:
 def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     """Its title and its text, with an empty line between pages.
 
-    The title only if the first page contains it: many PDFs have a wrong one.
+    The title only if the first page contains it: many PDFs have a wrong one. Pages that unpack to far more than a file
+    of this size holds are left out.
     """
-    from pypdf import PdfReader
+    from pypdf import Configuration, PdfReader, apply_configuration
     from pypdf.errors import DependencyError, FileNotDecryptedError
 
     repairs: list[str] = []
@@ -42,16 +43,30 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     logger = logging.getLogger("pypdf")
     logger.addHandler(listener)
     title, pages, lost = "", [], []
+    # A PDF of text unpacks to about its own size, and has one operator for every twenty bytes.
+    unpacked, work = (1 << 18) + 16 * len(raw), _Work(10_000 + len(raw))
+    limits = Configuration(
+        zlib_maximum_output_length=unpacked,
+        lzw_maximum_output_length=unpacked,
+        run_length_maximum_output_length=unpacked,
+        array_based_stream_maximum_output_length=unpacked,
+        stream_parsing_work_maximum_count=50_000 + 2 * len(raw),
+    )
     try:
-        reader = PdfReader(io.BytesIO(raw))
-        for number in range(len(reader.pages)):
-            try:
-                pages.append(storable(reader.pages[number].extract_text()).strip())
-            # pypdf may raise any exception on a broken file; its documentation does not list them.
-            except Exception as error:
-                lost.append(f"{number + 1} ({type(error).__name__}: {error})")
-        if reader.metadata and reader.metadata.title:
-            title = " ".join(storable(reader.metadata.title).split())
+        with apply_configuration(limits):
+            reader = PdfReader(io.BytesIO(raw))
+            for number in range(len(reader.pages)):
+                try:
+                    page = reader.pages[number]
+                    content = page.get_contents()
+                    work.count(100 + len(content.get_data() if content else b"") // 16)
+                    text = page.extract_text(visitor_operand_before=work.visit)
+                    pages.append(storable(text).strip())
+                # pypdf may raise any exception on a broken file; its documentation does not list them.
+                except Exception as error:
+                    lost.append(f"{number + 1} ({type(error).__name__}: {error})")
+            if reader.metadata and reader.metadata.title:
+                title = " ".join(storable(reader.metadata.title).split())
     except FileNotDecryptedError as error:
         raise ValueError("an encrypted PDF; save it without its password first") from error
     except DependencyError as error:
@@ -70,6 +85,23 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
         on_note(f"a PDF with errors, read as far as possible: {repairs[0]}")
     is_on_first_page = pages and title.casefold() in " ".join(pages[0].split()).casefold()
     return title if is_on_first_page else "", "\n\n".join(filter(None, pages))
+
+
+class _Work:
+    """What reading a PDF may still cost, in operators of its pages."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def visit(self, operator: bytes, *_: object) -> None:
+        """Count an operator, as pypdf calls it. `Do` reads a whole form."""
+        self.count(200 if operator == b"Do" else 1)
+
+    def count(self, operators: int) -> None:
+        """Raises ValueError if nothing is left, so that pages that share or repeat their content cost no more."""
+        self._left -= operators
+        if self._left < 0:
+            raise ValueError("the pages unpack to far more than such a small file holds")
 
 
 READERS: Mapping[str, Callable[[bytes, OnNote], tuple[str, str]]] = {

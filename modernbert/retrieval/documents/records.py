@@ -66,14 +66,16 @@ def read_lines(path: Path, *, on_bytes: Callable[[int], None] = lambda size: Non
     `on_bytes` is called with the number of bytes of the file that were read for each line.
     """
     name, count, done = file_name(path), 0, 0
+    is_packed = path.suffix.lower() == ".gz"
+    largest = LARGEST // 4 if is_packed else LARGEST  # A small file may unpack to a line of any length.
     with open(path, "rb") as file, gzip_errors(name):
-        stream = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+        stream = gzip.GzipFile(fileobj=file) if is_packed else file
         encoding = marked_encoding(stream.peek(4)[:4]) or "utf-8-sig"
         if not encoding.startswith("utf-8"):  # In UTF-16 and UTF-32 a byte 10 is not always a line end.
             stream = io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
-        while raw := stream.readline(LARGEST + 1):
-            if len(raw) > LARGEST:
-                raise ValueError(f"{name}: a line of more than {LARGEST >> 20} MiB; cut it into several records")
+        while raw := stream.readline(largest + 1):
+            if len(raw) > largest:
+                raise ValueError(f"{name}: a line of more than {largest >> 20} MiB; cut it into several records")
             line, bad = decode(raw) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
             del raw  # Free the bytes now: the caller may hold the line for a while.
             count += bad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,16 +22,23 @@ BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
 }
 
 
+MOST = 64
+"""Characters of the longest run of broken places that is kept, because megabytes of NULs mean nothing."""
+
+_BROKEN = re.compile(f"(\ufffd{{{MOST}}})\ufffd+")
+
+
 def marked_encoding(raw: bytes) -> str | None:
     """The encoding given by a byte order mark at the beginning, or None."""
     return next((encoding for mark, encoding in BOMS.items() if raw.startswith(mark)), None)
 
 
 def decode(raw: bytes, encoding: str = "utf-8-sig") -> tuple[str, int]:
-    """Text, and how many U+FFFD in it replace broken bytes, runs of bytes, or NULs."""
+    """Text, and how many U+FFFD replace broken bytes, runs of bytes, or NULs. No more than `MOST` are kept in a row."""
     text = raw.decode(encoding, errors="replace").replace("\0", "\ufffd")
     meant = raw.count("\ufffd".encode()) if encoding.startswith("utf-8") else 0
-    return text, text.count("\ufffd") - meant
+    count = text.count("\ufffd") - meant
+    return _BROKEN.sub(r"\1", text) if count > MOST else text, count
 
 
 def replaced(count: int, encoding: str = "utf-8") -> str:
@@ -44,8 +52,13 @@ def storable(text: str) -> str:
 
 
 def file_name(path: str | os.PathLike[str]) -> str:
-    r"""The name of a file as storable text: bytes that are not UTF-8 are written as `\xff`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""The name of a file as storable text: bytes that are not UTF-8 are written as `\xff`.
+
+    Two files never have the same name: where a name itself contains four characters like `\xff`, its backslash is
+    written as `\x5c`.
+    """
+    raw = os.fsencode(path)
+    return re.sub(rb"\\(?=x5c|x[89a-f][0-9a-f])", rb"\\x5c", raw).decode("utf-8", "backslashreplace")
 
 
 @contextmanager

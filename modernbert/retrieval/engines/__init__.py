@@ -71,7 +71,8 @@ class Adapter(Protocol):
 
 def is_target(name: str) -> bool:
     """Whether `name` is a target; anything else is the folder of a store."""
-    return name.partition(":")[0] in ENGINES
+    engine, colon, _ = name.partition(":")
+    return bool(colon) and engine in ENGINES
 
 
 def export(store: Store, target: str, *, progress: bool | None = None) -> int:

@@ -7,10 +7,12 @@ Its binary works with one version of torch only, which its package pins.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -18,38 +20,53 @@ from pathlib import Path
 import torch
 from fast_plaid.search import FastPlaid  # pyright: ignore[reportMissingImports] -- needs another torch
 
-from ...files import replacing
 from ...late_interaction import Ragged
 from ..passages import Passage
 from ..store.format import ModelIdentity
+from ..store.request import write_json
 from ..store.search import Store
 from . import Found, Row
+from .folder import claim, read_mark
 
 MANIFEST, TABLE, PREFIX = "modernbert.json", "passages.sqlite", "fast-plaid-"
+INDEX = re.compile(rf"{PREFIX}[0-9a-f]{{32}}")
+"""The whole name of the folder of an index."""
 
 
 def export(store: Store, address: str, rows: Iterable[Row]) -> None:
     """Make a new index next to the old one, and replace the old one when the new one is complete."""
     _check_torch()
-    folder = Path(address)
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+    manifest = {"model": store.model, "fingerprint": store.fingerprint}
+    folder = claim(address, _is_export, MANIFEST, {**manifest, "index": None})
+    before, fresh = read_mark(folder / MANIFEST).get("index"), folder / f"{PREFIX}{uuid.uuid4().hex}"
+    fresh.mkdir()
+    try:
+        _write(fresh, rows)
+        write_json(folder / MANIFEST, {**manifest, "index": fresh.name})
+    except BaseException as error:
+        shutil.rmtree(fresh)
+        if isinstance(error, sqlite3.OperationalError):
+            raise OSError(f"fast-plaid in {address}: {error}") from error
+        raise
+    for old in folder.glob(f"{PREFIX}*"):
+        if old != fresh and (old.name == before or INDEX.fullmatch(old.name)) and not old.is_symlink():
+            shutil.rmtree(old)
+
+
+def _write(fresh: Path, rows: Iterable[Row]) -> None:
     vectors = []
-    table = sqlite3.connect(fresh / TABLE)
-    table.execute("CREATE TABLE passages (row INTEGER PRIMARY KEY, number INTEGER, passage TEXT)")
-    for row, (passage_id, passage, x_NE) in enumerate(rows):
-        vectors.append(x_NE.half())
-        table.execute("INSERT INTO passages VALUES (?, ?, ?)", (row, passage_id, json.dumps(asdict(passage))))
-    table.commit()
-    table.close()
+    with closing(sqlite3.connect(fresh / TABLE)) as table:
+        table.execute("CREATE TABLE passages (row INTEGER PRIMARY KEY, number INTEGER, passage TEXT)")
+        for row, (passage_id, passage, x_NE) in enumerate(rows):
+            vectors.append(x_NE.half())
+            table.execute("INSERT INTO passages VALUES (?, ?, ?)", (row, passage_id, json.dumps(asdict(passage))))
+        table.commit()
     # A non-zero `start_from_scratch` keeps a copy of all vectors for updates, which an export does not need.
     FastPlaid(str(fresh), device="cpu").create(vectors, start_from_scratch=0)
-    manifest = {"model": store.model, "fingerprint": store.fingerprint, "index": fresh.name}
-    with replacing(folder / MANIFEST) as beside:
-        beside.write_text(json.dumps(manifest))
-    for old in folder.glob(f"{PREFIX}*"):
-        if old != fresh:
-            shutil.rmtree(old)
+
+
+def _is_export(folder: Path) -> bool:
+    return read_mark(folder / MANIFEST).keys() == {"model", "fingerprint", "index"}
 
 
 class Index:
@@ -61,6 +78,8 @@ class Index:
         if not file.is_file():
             raise FileNotFoundError(f"no {MANIFEST} in {address}; `modernbert export` makes one")
         manifest = json.loads(file.read_text())
+        if manifest["index"] is None:
+            raise FileNotFoundError(f"the export to {address} is unfinished: run `modernbert export` again")
         self.identity = ModelIdentity(manifest["model"], manifest["fingerprint"])
         folder = Path(address) / manifest["index"]
         self._table = sqlite3.connect(f"{(folder / TABLE).resolve().as_uri()}?mode=ro", uri=True)

@@ -11,6 +11,8 @@ passages for a scan, make an index with LanceDB; it is approximate, and is used 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -27,10 +29,14 @@ from ..passages import Passage
 from ..store.format import ModelIdentity
 from ..store.search import Store
 from . import Found, Row
+from .folder import claim, read_mark
 
 TABLE = "passages"
 KEY = b"modernbert"
 """The key of the manifest in the metadata of the table's schema."""
+
+MARK, EXPORT = "modernbert.json", {"engine": "lancedb"}
+"""The first file of an export, and its content."""
 
 ROWS = 256
 """Passages of a batch: about 10 MB of vectors."""
@@ -54,11 +60,17 @@ def export(store: Store, address: str, rows: Iterable[Row]) -> None:
     # Float16 would halve the folder, but LanceDB compares it three times as slowly.
     vectors = pa.list_(pa.list_(pa.float32(), store.dim))
     schema = pa.schema({**FIELDS, "vectors": vectors}, metadata={KEY: json.dumps(manifest)})
+    if not _is_remote(address):
+        if re.search(r"[\x00-\x1f\x7f]", os.path.abspath(address)):
+            raise ValueError(f"{address} has a control character, which LanceDB cannot open: give another folder")
+        claim(address, _is_database, MARK, EXPORT)
     failures: list[Exception] = []
     batches = pa.RecordBatchReader.from_batches(schema, _batches(iter(rows), schema, failures))
     try:
-        database = lancedb.connect(address)
+        database = _connect(address)
         is_there = TABLE in database.list_tables().tables
+        if is_there and not _is_remote(address):
+            is_there = _is_table(Path(address, f"{TABLE}.lance"))  # else an export was killed before its first version
         if is_there:
             _manifest(database.open_table(TABLE), address)
         table = database.create_table(TABLE, batches, mode="overwrite" if is_there else "create")
@@ -72,9 +84,9 @@ class Index:
     """A table made by `export`."""
 
     def __init__(self, address: str) -> None:
-        if "://" not in address and not Path(address).is_dir():
+        if not _is_remote(address) and not Path(address).is_dir():
             raise FileNotFoundError(f"no such folder: {address}; `modernbert export` makes one")
-        database = lancedb.connect(address)
+        database = _connect(address)
         if TABLE not in database.list_tables().tables:
             raise FileNotFoundError(f"no table {TABLE} in {address}; `modernbert export` makes one")
         self._address = address
@@ -116,6 +128,23 @@ def _batches(rows: Iterator[Row], schema: pa.Schema, failures: list[Exception]) 
     except Exception as error:
         failures.append(error)
         raise
+
+
+def _is_remote(address: str) -> bool:
+    return "://" in address
+
+
+def _connect(address: str) -> lancedb.DBConnection:
+    # An absolute path, because a relative one that begins with "file:" is also an address.
+    return lancedb.connect(address if _is_remote(address) else os.path.abspath(address))
+
+
+def _is_database(folder: Path) -> bool:
+    return read_mark(folder / MARK) == EXPORT or any(map(_is_table, folder.glob("*.lance")))
+
+
+def _is_table(folder: Path) -> bool:
+    return (folder / "_versions").is_dir()
 
 
 def _passage(hit: dict[str, Any]) -> Passage:

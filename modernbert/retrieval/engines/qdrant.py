@@ -8,6 +8,7 @@ compares with every passage and is exact. To trade exactness for speed, enable H
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,14 +19,19 @@ from urllib.parse import urlsplit, urlunsplit
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
+from ...files import DISK_FULL
 from ...late_interaction import Ragged
 from ..passages import Passage
 from ..store.format import ModelIdentity
 from ..store.search import Store
 from . import Found, Row
+from .folder import claim, read_mark
 
 COLLECTION = "modernbert"
 """The collection in a folder, or on a server if its address names none; also the key of our metadata."""
+
+MARK, EMPTY = "meta.json", {"collections": {}, "aliases": {}}
+"""The file by which Qdrant's client knows a folder, and its content without a collection."""
 
 FLOATS = 1 << 20
 """A server refuses a multivector with this many numbers or more."""
@@ -50,6 +56,8 @@ def export(store: Store, address: str, rows: Iterable[Row]) -> None:
         multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM),
         hnsw_config=models.HnswConfigDiff(m=0),
     )
+    if not _is_address(address):
+        claim(address, _is_database, MARK, EMPTY)
     with _failures(address):
         client, name = _connect(address)
         try:
@@ -72,7 +80,7 @@ class Index:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        if not _is_address(address) and not (Path(address) / "meta.json").is_file():
+        if not _is_address(address) and not _is_database(Path(address)):
             raise FileNotFoundError(f"no Qdrant folder: {address}; `modernbert export` makes one")
         with _failures(address):
             self._client, self._name = _connect(address)
@@ -127,10 +135,16 @@ def _is_address(address: str) -> bool:
     return address.startswith(("http://", "https://"))
 
 
+def _is_database(folder: Path) -> bool:
+    meta = read_mark(folder / MARK)
+    return all(isinstance(meta.get(key), dict) for key in EMPTY)
+
+
 def _connect(address: str) -> tuple[QdrantClient, str]:
     """A client, and the name of the collection. A server's key comes from QDRANT_API_KEY, not from the command line."""
     if not _is_address(address):
-        return QdrantClient(path=address), COLLECTION
+        # An absolute path, because SQLite takes a relative one that begins with "file:" for a URI.
+        return QdrantClient(path=os.path.abspath(address)), COLLECTION
     url = urlsplit(address)
     path, _, name = url.path.rpartition("/")
     address = urlunsplit((url.scheme, url.netloc, path, "", ""))
@@ -146,8 +160,15 @@ def _manifest(client: QdrantClient, name: str) -> dict[str, Any]:
 
 @contextmanager
 def _failures(address: str) -> Iterator[None]:
-    """Turn errors of the client into OSError: the server is unreachable or refuses, or the folder is in use."""
+    """Turn errors of the client into OSError with the address.
+
+    The server is unreachable or refuses, the folder is in use, or its disk is full.
+    """
     try:
         yield
-    except (ApiException, RuntimeError) as error:
+    except (ApiException, RuntimeError, sqlite3.OperationalError) as error:
         raise OSError(f"Qdrant at {address}: {error}") from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OSError(error.errno, f"Qdrant at {address}: {error.strerror}") from error

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,22 +13,12 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from .format import (
-    LOCK,
-    MANIFEST,
-    REPAIR,
-    SHARDS,
-    UNFINISHED,
-    Manifest,
-    Request,
-    file_sha256,
-    find_manifest,
-    read_unfinished,
-    resume_command,
-    write_json,
-)
+from ...files import DISK_FULL
+from .folder import HALF_FILES, HALF_PARTS, LOCK, files_named, holds_store
+from .format import REPAIR, SHARDS, Manifest, file_sha256, find_manifest
+from .request import NOTHING, UNFINISHED, Request, read_unfinished, resume_command, write_request
 
-TABLES = """
+SCHEMA = """
 CREATE TABLE documents (
     number INTEGER PRIMARY KEY, path TEXT NOT NULL, id TEXT NOT NULL, line INTEGER,
     digest TEXT NOT NULL, metadata TEXT NOT NULL, UNIQUE (path, id)
@@ -44,8 +34,6 @@ CREATE TABLE shards (
 );
 CREATE TABLE lists (shard INTEGER PRIMARY KEY, file TEXT NOT NULL, sha256 TEXT NOT NULL);
 """
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Draft(NamedTuple):
@@ -73,40 +61,60 @@ def open_draft(folder: Path, request: Request) -> Iterator[Draft]:
         BlockingIOError: another process is writing to the store.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
-    if names and not names & {MANIFEST, UNFINISHED, SHARDS, LOCK}:
-        raise ValueError(f"{folder} is not a store, and not empty: give the folder of a store, or a new one")
-    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        _check_unfinished(folder, request)
-        for left_over in [*folder.glob(".*"), *(folder / SHARDS).glob(".*")]:
-            left_over.unlink()  # A run was killed while it wrote this file.
-        manifest, table_file, table = find_manifest(folder), folder / f".passages.{os.getpid()}", None
-        unchanged = f"the store is as it was; make room, then resume with: {resume_command(request, folder)}"
-        try:
-            write_json(folder / UNFINISHED, request)
-            if manifest:
-                _copy_table(folder, manifest, table_file)
-            table = sqlite3.connect(table_file, isolation_level=None)
-            table.execute("PRAGMA journal_mode = OFF")
-            table.execute("PRAGMA synchronous = OFF")
-            if not manifest:
-                table.executescript(TABLES)
-            table.execute("BEGIN")
-            yield Draft(folder, manifest, table, table_file)
-        except ValueError:
-            (folder / UNFINISHED).unlink(missing_ok=True)  # The request is impossible, so it cannot be resumed.
+    is_new = not holds_store(folder)
+    with _explained(folder, request):
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            write_request(folder, request)  # First of all: whenever the run is killed, the folder is known as a store.
+        with _locked(folder):
+            _check_unfinished(folder, request)
+            (folder / SHARDS).mkdir(exist_ok=True)
+            for left_over in [*files_named(HALF_FILES, folder), *files_named(HALF_PARTS, folder / SHARDS)]:
+                left_over.unlink()
+            write_request(folder, request)
+            with _open_table(folder) as draft:
+                yield draft
+
+
+@contextmanager
+def _explained(folder: Path, request: Request) -> Iterator[None]:
+    """Name the store, and the command that resumes, in errors that are about the disk."""
+    unchanged = f"the store is as it was; make room, then resume with: {resume_command(request, folder)}"
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(f"cannot write to {folder} ({error}): {unchanged}") from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
             raise
-        except sqlite3.Error as error:
-            raise OSError(f"cannot write to {folder} ({error}): {unchanged}") from error
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise OSError(error.errno, f"no room left for {folder}: {unchanged}") from error
-        finally:
-            if table:
-                table.close()
-            table_file.unlink(missing_ok=True)
+        raise OSError(error.errno, f"no room left for {folder}: {unchanged}") from error
+
+
+@contextmanager
+def _open_table(folder: Path) -> Iterator[Draft]:
+    # An absolute path, because SQLite takes a relative one that begins with "file:" for a URI.
+    table_file, table = Path(os.path.abspath(folder / f".passages.sqlite.{uuid.uuid4().hex[:8]}")), None
+    manifest = find_manifest(folder)
+    try:
+        if manifest:
+            _copy_table(folder, manifest, table_file)
+        table = sqlite3.connect(table_file, isolation_level=None)
+        table.execute("PRAGMA journal_mode = OFF")
+        table.execute("PRAGMA synchronous = OFF")
+        if not manifest:
+            table.executescript(SCHEMA)
+        table.execute("BEGIN")
+        yield Draft(folder, manifest, table, table_file)
+    except ValueError:  # The request is impossible, so it cannot be resumed.
+        if manifest:
+            (folder / UNFINISHED).unlink(missing_ok=True)
+        else:
+            write_request(folder, NOTHING)
+        raise
+    finally:
+        if table:
+            table.close()
+        table_file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -123,12 +131,13 @@ def _check_unfinished(folder: Path, request: Request) -> None:
     before = read_unfinished(folder)
     if before is not None and before != request:
         resume = f"resume with: {resume_command(before, folder)}"
-        raise ValueError(
-            f"the store {folder} is unfinished; {resume}; or, to give that up, delete {folder / UNFINISHED}"
-        )
+        useless = folder / UNFINISHED if find_manifest(folder) else folder
+        raise ValueError(f"the store {folder} is unfinished; {resume}; or, to give that up, delete {useless}")
 
 
 def _copy_table(folder: Path, manifest: Manifest, target: Path) -> None:
+    if not (folder / manifest.table).is_file():
+        raise FileNotFoundError(f"{folder / manifest.table} is missing: {REPAIR}")
     shutil.copyfile(folder / manifest.table, target)
     if file_sha256(target) != manifest.sha256:
         raise ValueError(f"{folder / manifest.table} is damaged: {REPAIR}")

@@ -4,22 +4,23 @@
     passages-<hash>.sqlite      documents, passages and the list of shards; never changed after the manifest names it
     shards/<hash>.safetensors   token vectors of up to `PASSAGES` passages; never changed
     shards/centroids-*, lists-* the pre-filter, if the store has one; never changed
-    unfinished.json             the request of an `index` run that has not finished
+    unfinished.json             the request of a run that has not finished; the first file of a new store
     lock                        held by the process that writes
 
 Every file is replaced in one step. The manifest holds the checksum of itself and of the table, and the table holds
-those of the shards, so a corrupted byte is found when its file is first read.
+those of the shards, so a corrupted byte is found when its file is first read. What others put into the folder is
+neither read nor removed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from ...files import replacing
 from ...late_interaction import Ragged
+from .request import read_unfinished, resume_command, write_json
 
 VERSION = 1
-MANIFEST, UNFINISHED, SHARDS, LOCK = "store.json", "unfinished.json", "shards", "lock"
+MANIFEST, SHARDS = "store.json", "shards"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 
 PASSAGES = 4096
@@ -95,25 +97,6 @@ class Manifest:
         return ModelIdentity(self.model, self.fingerprint)
 
 
-class IndexRequest(TypedDict):
-    """The arguments of `index` that decide what the store will hold."""
-
-    paths: list[str]
-    model: str | None
-    dtype: str | None
-    prefilter: bool
-
-
-class ForgetRequest(TypedDict):
-    """The paths whose documents `forget` removes."""
-
-    forget: list[str]
-
-
-Request = IndexRequest | ForgetRequest
-"""The content of unfinished.json."""
-
-
 class Shard:
     """Token vectors of consecutive passages, memory-mapped.
 
@@ -175,8 +158,7 @@ def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Part:
 def finished_part(folder: Path, name: str) -> Part | None:
     """The part `name` if an interrupted run has written it completely, else None."""
     for path in sorted((folder / SHARDS).glob(f"{name}-*.safetensors")):
-        sha256 = file_sha256(path)
-        if path.stem.endswith(sha256[:16]):
+        if path.is_file() and path.stem == f"{name}-{(sha256 := file_sha256(path))[:16]}":
             return Part(path.name, sha256)
     return None
 
@@ -187,11 +169,16 @@ def read_part(folder: Path, file: str, sha256: str) -> dict[str, Tensor]:
     return _open(folder / SHARDS / file)
 
 
+def is_intact(path: Path, sha256: str) -> bool:
+    """Whether a file has the content that was written."""
+    return path.is_file() and file_sha256(path) == sha256
+
+
 def verify(path: Path, sha256: str) -> None:
     """Raise FileNotFoundError if the file is missing, ValueError if its content is not the content that was written."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. If the store was updated meanwhile, open it again; else {REPAIR}")
-    if file_sha256(path) != sha256:
+    if not is_intact(path, sha256):
         raise ValueError(f"{path} is damaged: its checksum does not match; {REPAIR}")
 
 
@@ -215,20 +202,22 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        if request := read_unfinished(folder):
-            raise FileNotFoundError(f"the store {folder} is unfinished; resume with: {resume_command(request, folder)}")
+        with suppress(ValueError):  # Without a manifest, the folder of such an unfinished.json is not a store's.
+            if request := read_unfinished(folder):
+                resume = resume_command(request, folder)
+                raise FileNotFoundError(f"the store {folder} is unfinished; resume with: {resume}")
         what = "holds no store" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}; make one with: modernbert index PATH... --output {folder}")
     try:
         fields = json.loads(path.read_bytes())
-        if fields["version"] != VERSION:
-            raise ValueError(
-                f"{path} is of version {fields['version']}, and this modernbert reads version {VERSION}: "
-                "install the one that wrote it, or index again into a new folder"
-            )
-        checksum = fields.pop("checksum")
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): {REPAIR}") from error
+        checksum, version = fields.pop("checksum"), fields["version"]
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or is not the manifest of a store ({error!r}): {REPAIR}") from error
+    if version != VERSION:
+        raise ValueError(
+            f"{path} is of version {version}, and this modernbert reads version {VERSION}: "
+            "install the one that wrote it, or index again into a new folder"
+        )
     if checksum != _checksum(fields):
         raise ValueError(f"{path} is damaged: its checksum does not match; {REPAIR}")
     prefilter = fields.pop("prefilter", None)
@@ -246,29 +235,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     if manifest.prefilter is None:
         del fields["prefilter"]
     write_json(folder / MANIFEST, {**fields, "checksum": _checksum(fields)})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one step."""
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_unfinished(folder: Path) -> Request | None:
-    """The request of a run that has not finished, or None."""
-    path = folder / UNFINISHED
-    return json.loads(path.read_bytes()) if path.is_file() else None
-
-
-def resume_command(request: Request, folder: Path) -> str:
-    """The command line that makes the same request again."""
-    if "forget" in request:
-        return shlex.join(["modernbert", "index", "--forget", *request["forget"], "--output", str(folder)])
-    options: list[str] = []
-    for name, value in (("--model", request["model"]), ("--dtype", request["dtype"])):
-        options += [name, value] if value else []
-    options += ["--prefilter"] if request["prefilter"] else []
-    return shlex.join(["modernbert", "index", *request["paths"], "--output", str(folder), *options])
 
 
 def file_sha256(path: Path) -> str:

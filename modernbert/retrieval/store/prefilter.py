@@ -24,7 +24,7 @@ from torch import Tensor
 import modernbert_kernels as ops
 
 from ...late_interaction import Ragged
-from .format import SHARDS, CentroidsEntry, Shard, finished_part, read_part, write_part
+from .format import SHARDS, CentroidsEntry, Shard, finished_part, is_intact, read_part, write_part
 
 CANDIDATES = 2048
 """Passages scored exactly, at least. This finds 99 of 100 of the ten best, among 10,000 passages and among 100,000."""
@@ -85,15 +85,19 @@ def update_lists(folder: Path, table: sqlite3.Connection, entry: CentroidsEntry 
     """Give every shard its lists. `entry` is the manifest's entry so far; returns the new one."""
     rows = table.execute("SELECT number, file, sha256 FROM shards ORDER BY number").fetchall()
     shards = {number: Shard(folder / SHARDS / file, sha256).raw() for number, file, sha256 in rows}
+    if entry and not shards:
+        table.execute("DELETE FROM lists")
+        return entry  # Damaged centroids are trained again when there is something to train on.
     wanted = num_centroids(sum(len(shard.values) for shard in shards.values()))
-    if entry is None or wanted > OUTGROWN * entry.count:
+    if entry is None or wanted > OUTGROWN * entry.count or not is_intact(folder / SHARDS / entry.file, entry.sha256):
         centroids = train_centroids(list(shards.values()))
         parts = {"values": centroids.values, "offsets": centroids.offsets}
         entry = CentroidsEntry(*write_part(folder, "centroids", parts), count=len(centroids.values))
         table.execute("DELETE FROM lists")
     table.execute("DELETE FROM lists WHERE shard NOT IN (SELECT number FROM shards)")
     centroids = Ragged(**read_part(folder, entry.file, entry.sha256))
-    listed = {number for (number,) in table.execute("SELECT shard FROM lists")}
+    lists_of = table.execute("SELECT shard, file, sha256 FROM lists").fetchall()
+    listed = {number for number, file, sha256 in lists_of if is_intact(folder / SHARDS / file, sha256)}
     for number, _, sha256 in rows:
         if number not in listed:
             name = f"lists-{sha256[:16]}-{entry.sha256[:16]}"
@@ -101,7 +105,7 @@ def update_lists(folder: Path, table: sqlite3.Connection, entry: CentroidsEntry 
             if part is None:
                 lists = build_lists(shards[number], centroids)
                 part = write_part(folder, name, {"offsets": lists.offsets, "passages": lists.passages})
-            table.execute("INSERT INTO lists VALUES (?, ?, ?)", (number, *part))
+            table.execute("INSERT OR REPLACE INTO lists VALUES (?, ?, ?)", (number, *part))
     return entry
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -18,9 +16,11 @@ import torch
 from ...late_interaction import Ragged, maxsim
 from ..explain import TokenMatch, match
 from ..passages import Passage
-from ..queries import EncodedQuery, check_search, encode_queries, query_vectors
-from .format import SHARDS, Manifest, Shard, read_manifest, verify
+from ..queries import EncodedQuery, check_search, check_top_k, encode_queries, query_vectors
+from .folder import check_name
+from .format import read_manifest
 from .identity import LoadedModel, ModelSource, load_model
+from .opened import OpenFiles
 from .prefilter import Prefilter
 from .ranking import TopK, score_shard
 
@@ -77,30 +77,26 @@ class Store:
             ValueError: the store is damaged, or has another version or another model.
         """
         self.folder = Path(folder)
+        check_name(self.folder)
         manifest = read_manifest(self.folder)
         try:
-            self._table, self._shards = self._open(manifest)
+            self._files = OpenFiles(self.folder, manifest)
         except FileNotFoundError:
             if read_manifest(self.folder) == manifest:
                 raise
             manifest = read_manifest(self.folder)  # The store was updated in the meantime.
-            self._table, self._shards = self._open(manifest)
+            self._files = OpenFiles(self.folder, manifest)
         self.dtype, self.dim, self.documents = manifest.dtype, manifest.width, manifest.documents
         self.model, self.fingerprint = manifest.model, manifest.fingerprint
         self._num_passages, self._centroids = manifest.passages, manifest.prefilter
         self._prefilter: Prefilter | None = None
-        self.session = load_model(model, manifest.identity, engine).session
+        try:
+            self.session = load_model(model, manifest.identity, engine).session
+        except BaseException:
+            self._files.close()
+            raise
         self.colbert = self.session.model
         self._selected = lru_cache(maxsize=1024)(self._select)
-
-    def _open(self, manifest: Manifest) -> tuple[sqlite3.Connection, dict[int, Shard]]:
-        path = self.folder / manifest.table
-        verify(path, manifest.sha256)
-        # A published table never changes: it needs no locks, and a read-only disk would not allow any.
-        address = f"file:{quote(os.path.abspath(path))}?mode=ro&immutable=1"
-        table = sqlite3.connect(address, uri=True, check_same_thread=False)
-        rows = table.execute("SELECT number, file, sha256 FROM shards ORDER BY number")
-        return table, {number: Shard(self.folder / SHARDS / file, sha256) for number, file, sha256 in rows}
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -113,13 +109,16 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Release the files."""
-        self._table.close()
-        self._shards.clear()
+        """Release the files. What needs them raises ValueError afterwards."""
+        self._files.close()
         self._prefilter = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a Store cannot be pickled or copied: pass on the folder {self.folder}, and open it again")
 
     def encode(self, queries: Sequence[str]) -> list[EncodedQuery]:
         """Encode queries once, for `search` and `explain`."""
+        self._files.check()
         return encode_queries(self.session, queries)
 
     def search(
@@ -141,18 +140,26 @@ class Store:
             where: only documents with these fields and values in their metadata.
             prefilter: score only likely passages. This may miss some; the scores of those found are the same. Raises
                 ValueError unless the store was made with `prefilter`.
+
+        Raises:
+            ValueError: an argument is not one of these, or the store is closed.
+            RuntimeError: the store was opened before a fork.
         """
         check_search(queries, top_k)
-        vectors, ids = query_vectors(self.session, queries), self._searched(by, path, where)
+        _check_filters(by, path, where)
+        ids, vectors = self._searched(by, path, where), query_vectors(self.session, queries)
         best = self._likely(vectors, ids, top_k) if prefilter else self._best(vectors, ids, top_k)
         return [self._hits(found) for found in best]
 
     def explain(self, query: str | EncodedQuery, hit: Hit) -> list[TokenMatch]:
         """For each token of `query` the most similar token of one of its hits; contributions sum to the score."""
-        encoded = self.encode([query])[0] if isinstance(query, str) else query
         select = "SELECT shard, row FROM passages WHERE number = ?"
-        shard_number, row = self._table.execute(select, (hit.passage_id,)).fetchone()
-        shard = self._shards[shard_number]
+        found = self._files.table.execute(select, (hit.passage_id,)).fetchone()
+        if found is None:
+            raise KeyError(f"the store {self.folder} has no passage {hit.passage_id}: the hit is of another one")
+        encoded = self.encode([query])[0] if isinstance(query, str) else query
+        shard_number, row = found
+        shard = self._files.shards[shard_number]
         rows = slice(int(shard.offsets[row]), int(shard.offsets[row + 1]))
         spans = [(start, stop) if stop else None for start, stop in shard.spans[rows].tolist()]
         return match(encoded.vectors, encoded.spans, shard.vectors(row, row + 1).values.float(), spans)
@@ -165,8 +172,10 @@ class Store:
         A document scores as its best passage. `path` as in `search`. Raises ValueError if documents of several files
         share an id.
         """
+        check_top_k(top_k)
+        _check_filters("document", path, None)
         among, values = ("WHERE path GLOB ?", [_pattern(path)]) if path else ("", [])
-        shared = self._table.execute(
+        shared = self._files.table.execute(
             f"SELECT id FROM documents {among} GROUP BY id HAVING count(*) > 1", values
         ).fetchone()
         if shared:
@@ -189,8 +198,8 @@ class Store:
 
     def batches(self) -> Iterator[tuple[list[int], list[Passage], Ragged]]:
         """Everything, a shard at a time: keys, passages, and their vectors in float32."""
-        for number, shard in self._shards.items():
-            found = self._table.execute(
+        for number, shard in self._files.shards.items():
+            found = self._files.table.execute(
                 f"SELECT {COLUMNS}, p.row FROM {JOINED} WHERE p.shard = ? ORDER BY p.row", (number,)
             ).fetchall()
             matrices = list(shard.vectors(0, len(shard)))
@@ -199,7 +208,7 @@ class Store:
 
     def _searched(self, by: str, path: str | None, where: Mapping[str, str] | None) -> list[np.ndarray]:
         """For each shard, the passages to search: see `_select`."""
-        return [self._selected(number, by, path, tuple((where or {}).items())) for number in self._shards]
+        return [self._selected(number, by, path, tuple((where or {}).items())) for number in self._files.shards]
 
     def _select(self, number: int, by: str, path: str | None, where: tuple[tuple[str, str], ...]) -> np.ndarray:
         """`[N, 3]` int64 for the passages of a shard that match: id of the passage or document, shard, row."""
@@ -212,14 +221,14 @@ class Store:
             condition += f" AND EXISTS ({FIELD})"
             values += [field, value, value]
         counted = "p.document" if by == "document" else "p.number"
-        found = self._table.execute(
+        found = self._files.table.execute(
             f"SELECT {counted}, p.shard, p.row FROM {JOINED} WHERE {condition} ORDER BY p.row", values
         )
         return np.array(found.fetchall(), dtype=np.int64).reshape(-1, 3)
 
     def _best(self, queries: Ragged, ids: Sequence[np.ndarray], top_k: int) -> list[TopK]:
         best = [TopK(top_k) for _ in range(len(queries))]
-        for shard, ids_N3 in zip(self._shards.values(), ids, strict=True):
+        for shard, ids_N3 in zip(self._files.shards.values(), ids, strict=True):
             if len(ids_N3):
                 scores_BN = score_shard(queries, shard)[:, ids_N3[:, 2]]
                 for found, scores_N in zip(best, scores_BN, strict=True):
@@ -231,9 +240,9 @@ class Store:
         if self._centroids is None:
             raise ValueError(f"{self.folder} has no pre-filter; modernbert index ... --prefilter gives it one")
         if self._prefilter is None:
-            self._prefilter = Prefilter(self.folder, self._table, self._centroids, self._shards)
+            self._prefilter = Prefilter(self.folder, self._files.table, self._centroids, self._files.shards)
         allowed, by_row = [], [np.empty((0, 3), dtype=np.int64)]
-        for shard, ids_N3 in zip(self._shards.values(), ids, strict=True):
+        for shard, ids_N3 in zip(self._files.shards.values(), ids, strict=True):
             by_row.append(np.full((len(shard), 3), -1))
             by_row[-1][ids_N3[:, 2]] = ids_N3
             allowed.append(torch.from_numpy(by_row[-1][:, 0] >= 0))
@@ -255,13 +264,28 @@ class Store:
         return hits
 
     def _document_id(self, number: int) -> str:
-        return self._table.execute("SELECT id FROM documents WHERE number = ?", (number,)).fetchone()[0]
+        return self._files.table.execute("SELECT id FROM documents WHERE number = ?", (number,)).fetchone()[0]
 
     def _passage(self, condition: str, *values: int) -> tuple[int, Passage]:
-        found = self._table.execute(f"SELECT {COLUMNS} FROM {JOINED} WHERE {condition}", values).fetchone()
+        found = self._files.table.execute(f"SELECT {COLUMNS} FROM {JOINED} WHERE {condition}", values).fetchone()
         if found is None:
             raise KeyError(f"the store {self.folder} has no passage {values}")
         return found[0], _passage(found)
+
+
+def _check_filters(by: str, path: str | None, where: Mapping[str, str] | None) -> None:
+    """Raise ValueError for filters that would find nothing, or fail, because they are not of the right kind."""
+    if by not in ("passage", "document"):
+        raise ValueError(f"by is {by!r}; it can be 'passage' or 'document'")
+    if path is not None and not isinstance(path, str):
+        raise ValueError(f"path is {path!r}; give a shell pattern as a text")
+    if where is None:
+        return
+    if not isinstance(where, Mapping):
+        raise ValueError(f"where is {where!r}; give a dict of fields and values")
+    for field, value in where.items():
+        if not isinstance(field, str) or not isinstance(value, str):
+            raise ValueError(f"where has {field!r}: {value!r}; give both as texts")
 
 
 def _pattern(path: str) -> str:

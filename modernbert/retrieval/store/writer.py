@@ -19,20 +19,25 @@ from ..documents.find import Key
 from ..passages import Document
 from ..windows import Window
 from .draft import Draft
+from .folder import PARTS, TABLES, files_named
 from .format import (
     PASSAGES,
     SHARDS,
-    UNFINISHED,
     Manifest,
     Part,
     Shard,
     file_sha256,
     finished_part,
+    is_intact,
     quantize,
     write_manifest,
     write_part,
 )
 from .prefilter import update_lists
+from .request import UNFINISHED
+
+BELOW = "FROM documents WHERE path = ? OR (path >= ? AND path < ?)"
+"""The documents of a file, or in a folder and its subfolders; `_below` gives the values."""
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Summary:
     removed: int = 0
     documents: int = 0
     passages: int = 0
+    unread: int = 0  # documents that are kept as they were, because their file or folder cannot be read now
 
 
 class ShardRow(NamedTuple):
@@ -88,9 +94,31 @@ class StoreWriter:
         self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,))
         self._summary.unchanged += 1
 
-    def keep_file(self, path: str) -> None:
-        """Keep all documents of a file that exists but cannot be read now."""
-        self._table.execute("INSERT OR IGNORE INTO seen SELECT number FROM documents WHERE path = ?", (path,))
+    def keep(self, path: str) -> int:
+        """Keep all documents of a file or below a folder that cannot be read now. Returns how many there are."""
+        kept = self._table.execute(f"INSERT OR IGNORE INTO seen SELECT number {BELOW}", _below(path)).rowcount
+        self._summary.unread += kept
+        return kept
+
+    def is_emptied(self, root: str) -> int:
+        """How many documents the store holds from under `root`, if this run has seen none of them; else 0."""
+        counts = f"SELECT count(*), count(seen.number) FROM (SELECT number {BELOW}) LEFT JOIN seen USING (number)"
+        held, seen = self._table.execute(counts, _below(root)).fetchone()
+        return 0 if seen else held
+
+    def find_damage(self) -> list[str]:
+        """Find shards that are missing or damaged. Their documents count as changed. Returns the shards' files."""
+        damaged = []
+        for number, file, sha256 in self._table.execute("SELECT number, file, sha256 FROM shards").fetchall():
+            if not is_intact(self._folder / SHARDS / file, sha256):
+                documents = "SELECT document FROM passages WHERE shard = ?"
+                self._table.execute(f"UPDATE documents SET digest = '' WHERE number IN ({documents})", (number,))
+                damaged.append(file)
+        return damaged
+
+    def lost_files(self) -> list[str]:
+        """The files of documents that were in damaged shards and have not been added again."""
+        return [path for (path,) in self._table.execute("SELECT DISTINCT path FROM documents WHERE digest = ''")]
 
     def add_document(self, document: Document) -> None:
         """Add a document, without passages yet. It replaces the one with the same path and id."""
@@ -103,7 +131,8 @@ class StoreWriter:
         metadata = json.dumps(dict(document.metadata), ensure_ascii=False)
         row = (*key, document.line, document.digest, metadata)
         number = self._table.execute("INSERT INTO documents VALUES (NULL, ?, ?, ?, ?, ?)", row).lastrowid
-        self._table.execute("INSERT INTO seen VALUES (?)", (number,))
+        # A number that was freed just now may have been seen.
+        self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,))
 
     def add_windows(self, windows: Sequence[Window], encode: Callable[[], Ragged]) -> None:
         """Add passages of added documents as one shard.
@@ -134,11 +163,7 @@ class StoreWriter:
         """Remove the documents from under `roots` that this run has neither added nor marked as seen."""
         self._table.execute("CREATE TEMP TABLE gone (number INTEGER PRIMARY KEY)")
         for root in roots:
-            below = root.rstrip(os.sep) + os.sep
-            self._table.execute(
-                "INSERT OR IGNORE INTO gone SELECT number FROM documents WHERE path = ? OR (path >= ? AND path < ?)",
-                (root, below, below[:-1] + chr(ord(os.sep) + 1)),
-            )
+            self._table.execute(f"INSERT OR IGNORE INTO gone SELECT number {BELOW}", _below(root))
         self._table.execute("DELETE FROM gone WHERE number IN (SELECT number FROM seen)")
         self._summary.removed += self._table.execute("SELECT count(*) FROM gone").fetchone()[0]
         self._remove("SELECT number FROM gone")
@@ -184,11 +209,9 @@ class StoreWriter:
         manifest = replace(self._manifest, documents=documents, passages=passages, prefilter=entry)
         write_manifest(self._folder, replace(manifest, table=table, sha256=sha256))
         (self._folder / UNFINISHED).unlink()
-        for path in (self._folder / SHARDS).iterdir():
+        needed.add(table)
+        for path in [*files_named(PARTS, self._folder / SHARDS), *files_named(TABLES, self._folder)]:
             if path.name not in needed:
-                path.unlink()
-        for path in self._folder.glob("passages-*.sqlite"):
-            if path.name != table:
                 path.unlink()
         return replace(self._summary, documents=documents, passages=passages)
 
@@ -217,6 +240,8 @@ class StoreWriter:
         rows_of: dict[str, list[Tensor]] = {}
         lengths, passages, origin = [0], [], []
         for shard_row in group:
+            if not shard_row.live:
+                continue  # It may be damaged or missing.
             shard = Shard(self._folder / SHARDS / shard_row.file, shard_row.sha256)
             shard.verify()
             found = "SELECT number, row FROM passages WHERE shard = ? ORDER BY row"
@@ -234,3 +259,8 @@ class StoreWriter:
             moved = [(new, row, passage) for row, passage in enumerate(passages)]
             self._table.executemany("UPDATE passages SET shard = ?, row = ? WHERE number = ?", moved)
         self._table.executemany("DELETE FROM shards WHERE number = ?", [(shard.number,) for shard in group])
+
+
+def _below(root: str) -> tuple[str, str, str]:
+    below = root.rstrip(os.sep) + os.sep
+    return root, below, below[:-1] + chr(ord(os.sep) + 1)
