@@ -15,6 +15,7 @@ FROZEN = {
     "modernbert.ColBERT.default": "()",
     "modernbert.ColBERT.document_ids": "(self, texts)",
     "modernbert.ColBERT.document_tokens": "(self, ids, spans=(), *, truncate=True)",
+    "modernbert.ColBERT.stream_documents": "(self, texts, *, batch_tokens=None, pool_factor=1)",
     "modernbert.ColBERT.encode_documents": (
         "(self, texts, *, batch_tokens=None, progress=None, devices=None, pool_factor=1)"
     ),
@@ -71,6 +72,7 @@ FROZEN = {
     "modernbert.Packed.to": "(self, device, *, non_blocking=False)",
     "modernbert.Session": "(model)",
     "modernbert.Session.__call__": "(self, batch, *, rows=None)",
+    "modernbert.Session.stream_documents": "(self, texts, *, batch_tokens=None, pool_factor=1)",
     "modernbert.Session.encode_documents": "(self, texts, *, batch_tokens=None, progress=None, pool_factor=1)",
     "modernbert.Session.encode_queries": "(self, texts, *, batch_tokens=None, progress=None)",
     "modernbert.Session.encode_tokens": "(self, tokens, *, batch_tokens=None, advance=None)",

@@ -87,7 +87,7 @@ def placement(model: nn.Module) -> tuple[torch.device, int]:
 def encode_texts(
     caller: Caller,
     tokenize: Callable[..., Tokens],
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     dim: int,
     batch_tokens: int | None = None,
@@ -103,10 +103,10 @@ def encode_texts(
             not finite, with the index of its text.
         RuntimeError: in a forked process (see `check_process`).
     """
-    texts = list_of_texts(texts)
-    shown = progress if progress is not None else None if len(texts) >= PROGRESS_TEXTS else False
-    with progress_bar("encoding", len(texts), shown) as advance:
-        return joined(list(_texts_to_rows(caller, tokenize, texts, batch_tokens, advance)), dim)
+    found = list_of_texts(texts)
+    shown = progress if progress is not None else None if len(found) >= PROGRESS_TEXTS else False
+    with progress_bar("encoding", len(found), shown) as advance:
+        return joined(list(_texts_to_rows(caller, tokenize, found, batch_tokens, advance)), dim)
 
 
 def stream_texts(
