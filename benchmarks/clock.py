@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +22,6 @@ WINDOW = 0.004
 
 SLOWEST = 0.25
 """Seconds of a call above which a kernel is not timed."""
-
-GPU_PACKAGES = ("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim", "packed-encoders", "flash-attn")
-SENSORS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
 
 
 class Refused(RuntimeError):
@@ -215,46 +210,3 @@ def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
     # On some processors oneDNN, which our layers use, multiplies twice as fast as what `@` calls.
     products: list[Call] = [lambda: a @ b] if is_gpu else [lambda: a @ b, lambda: linear(a, weight)]
     return Rates(rate(lambda: y.copy_(x), 2 * x.nbytes), max(rate(one, 2 * width**3) for one in products))
-
-
-@lru_cache
-def identity(device: torch.device) -> dict[str, Any]:
-    """What a row says about the GPU and its driver; for a CPU only versions."""
-    found: dict[str, Any] = {package: installed(package) for package in GPU_PACKAGES}
-    known: dict[str, Any] = {"gpu": None, "driver": None, "capability": None, "versions": found}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        known["gpu"], known["capability"] = properties.name, f"{properties.major}.{properties.minor}"
-        known["driver"] = (query(device, ("driver_version",), lambda: None) or [None])[0]
-        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    return known
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def sensors(device: torch.device, run: Call) -> dict[str, float]:
-    """Clocks, power and temperature of a GPU while `run` is repeated, as far as they are known."""
-    values = query(device, tuple(SENSORS), run) if device.type == "cuda" else []
-    return {name: float(text) for name, text in zip(SENSORS.values(), values, strict=False) if "N/A" not in text}
-
-
-def query(device: torch.device, fields: Sequence[str], run: Call) -> list[str]:
-    """The answer of nvidia-smi for this GPU while `run` is repeated; empty if there is none."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    command = ["nvidia-smi", *([f"--id=GPU-{uuid}"] if uuid else []), f"--query-gpu={','.join(fields)}"]
-    try:
-        asked = subprocess.Popen([*command, "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        return []
-    until = time.monotonic() + 10
-    while asked.poll() is None and time.monotonic() < until:
-        run()
-        torch.cuda.synchronize(device)
-    asked.kill()
-    values = [value.strip() for value in asked.communicate()[0].strip().split(",")]
-    return values if asked.returncode == 0 and len(values) == len(fields) else []

@@ -1,8 +1,8 @@
 """Every implementation of the encoder: a row of `PEERS` each, and the builders that the rows name.
 
-A builder loads a model in its worker and returns the variants of a job: several batchings, settings and exporters, of
-which the fastest is taken. Padded batches are ready before the clock starts; our packing is timed where ids start on
-the host. With `width`, hidden states are projected and normalised, as for late interaction.
+A builder loads a model in its worker and returns the variants of a job: several batchings and settings, of which the
+fastest is taken. Padded batches are ready before the clock starts; our packing is timed where ids start on the host.
+With `width`, hidden states are projected and normalised, as for late interaction.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import modernbert
 import modernbert_kernels as ops
-from benchmarks import exported, inputs, texts
+from benchmarks import inputs, runtimes
 from benchmarks.inputs import groups
-from benchmarks.worker import Build, Job, Peer, Setup, Variant
+from benchmarks.worker import OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import Encoder, Packed, pack
 
 Inputs = dict[str, Any]
@@ -50,20 +50,18 @@ def of_batches(
     forward: Forward,
     *,
     model: nn.Module | None = None,
-    rows: Sequence[int] | None = None,
     together: Callable[[list[Any]], list[Tensor]] | None = None,
 ) -> Variant:
     """A variant that calls `forward` on each batch. What is timed and what is compared are the same calls.
 
-    With the option `first` of the job, the first row of each text is compared; with `adamw`, weights are stepped.
+    With the option `adamw` of the job, weights are stepped.
 
     Args:
         forward: to hidden states, `[T, D]` of all texts in a row, or right-padded `[B, S, D]`.
         model: holds the parameters, under the names of the checkpoint; for a backward pass.
-        rows: of each text in `[T, D]`, if they are not the tokens of the job.
         together: all batches at once, in place of `forward`.
     """
-    rows, trained = rows or job.lengths, model if job.backward else None
+    trained = model if job.backward else None
     # It does all of its work and leaves the weights as they are, so that all calls do the same.
     adamw = (
         trained is not None and "adamw" in job.options and torch.optim.AdamW(trained.parameters(), lr=0.0, fused=True)
@@ -96,18 +94,14 @@ def of_batches(
         outputs = map(step, wanted) if together is None else together([batch.inputs for batch in wanted])
         found: dict[int, Tensor] = {}
         for batch, hidden in zip(wanted, outputs, strict=True):
-            for index, of_text in zip(batch.indices, split(hidden, [rows[at] for at in batch.indices]), strict=True):
-                found[index] = (of_text[:1] if "first" in job.options else of_text).float().cpu()
+            lengths = [job.lengths[index] for index in batch.indices]
+            each = hidden.split(lengths) if hidden.dim() == 2 else [x[:n] for x, n in zip(hidden, lengths, strict=True)]
+            found |= {index: of_text.float().cpu() for index, of_text in zip(batch.indices, each, strict=True)}
         return torch.cat([found[index] for index in sorted(job.checked)])
 
     largest = max(batches, key=lambda batch: sum(job.lengths[index] for index in batch.indices))
     # Beside many batches one is enough to warm up.
     return Variant(settings, run, answer, (lambda: step(largest)) if len(batches) > 4 and not job.backward else None)
-
-
-def split(hidden: Tensor, lengths: Sequence[int]) -> Iterable[Tensor]:
-    """The hidden states of each text, `[n, D]`."""
-    return hidden.split([*lengths]) if hidden.dim() == 2 else [x[:n] for x, n in zip(hidden, lengths, strict=True)]
 
 
 def gradient_of(model: nn.Module) -> Tensor:
@@ -117,9 +111,8 @@ def gradient_of(model: nn.Module) -> Tensor:
 
 
 def ids_of(job: Job, indices: Iterable[int]) -> list[Tensor]:
-    """The token ids of these texts: those that the job brings, or seeded ones."""
-    known = job.options.get("ids")
-    return [known[index] if known else inputs.ids(index, job.lengths[index]) for index in indices]
+    """The token ids of these texts."""
+    return [inputs.ids(index, job.lengths[index]) for index in indices]
 
 
 def cotangent(job: Job, setup: Setup, indices: Sequence[int], width: int, *, padded: bool) -> Tensor | None:
@@ -157,7 +150,7 @@ class Projected(nn.Module):
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
         weight = encoder.embeddings.tok_embeddings.weight
-        self.register_buffer("weight_ED", texts.projection(encoder.config.hidden_size, width).to(weight))
+        self.register_buffer("weight_ED", inputs.projection(encoder.config.hidden_size, width).to(weight))
         self.weight_ED: Tensor
 
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
@@ -165,25 +158,19 @@ class Projected(nn.Module):
 
 
 def packed(
-    setup: Setup,
-    *,
-    session: bool = False,
-    first: bool = False,
-    int8: bool = False,
-    adamw: bool = False,
-    width: int | None = None,
+    setup: Setup, *, session: bool = False, int8: bool = False, adamw: bool = False, width: int | None = None
 ) -> Build:
     """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has CUDA graphs there.
 
     Args:
-        first: only the first row of each text is computed in the last layer.
-        int8: the products of `with_int8`. adamw: float32 weights under autocast.
+        int8: the products of `runtimes.with_int8`. adamw: float32 weights under autocast.
     """
     model: Any = load_ours(replace(setup, dtype="float32") if adamw else setup)
-    model = with_autocast(model, setup) if adamw else with_int8(model) if int8 else model
+    model = with_autocast(model, setup) if adamw else runtimes.with_int8(model) if int8 else model
     model = model if width is None else Projected(model, width).eval()
     called, name = (session_of(model), "Session") if session else (model, "plain modules")
     name, budget = "int8, scales per channel" if int8 else name, GRAPHS if session else BUDGET
+    packs, device = not setup.is_gpu, "cpu" if session else setup.device
 
     def variants(job: Job) -> Iterator[Variant]:
         yield variant(name, job, groups(job.lengths, job.batch or len(job.lengths)))
@@ -191,51 +178,19 @@ def packed(
             yield variant(f"{name}, at most {budget:,} tokens at a time", job, inputs.within(job.lengths, budget))
 
     def variant(settings: str, job: Job, batches: Sequence[Sequence[int]]) -> Variant:
-        packs, device = not setup.is_gpu or job.from_host, "cpu" if session else setup.device
-        made = []
+        from_ids, made = packs or job.from_host, []
         for indices in batches:
             ids = [text.tolist() for text in ids_of(job, indices)]
             gradient = cotangent(job, setup, indices, model.config.hidden_size, padded=False)
-            made.append(Batch(indices, ids if packs else pack(ids).to(device), gradient))
+            made.append(Batch(indices, ids if from_ids else pack(ids).to(device), gradient))
 
         def forward(one: Any) -> Tensor:
-            batch = pack(one) if packs else one
-            batch = batch.to(device) if setup.is_gpu else batch
-            return called(batch, rows=batch.cu_seqlens[:-1]) if first else called(batch)
+            batch = pack(one) if from_ids else one
+            return called(batch.to(device) if setup.is_gpu else batch)
 
-        settings += ", rows=cu_seqlens[:-1]" * first + "; packing is timed" * packs
-        return of_batches(settings, job, made, forward, model=model, rows=[1] * len(job.lengths) if first else None)
+        return of_batches(settings + "; packing is timed" * from_ids, job, made, forward, model=model)
 
     return variants
-
-
-class Int8Linear(nn.Module):
-    """A linear layer for inference on a CPU: int8 weights, inputs quantised dynamically. `[T, D]` to `[T, F]` float32.
-
-    Weights have a scale for each output, inputs one for each call. PyTorch's own module always leaves a bit of the
-    inputs unused, which only processors without VNNI need: their sums of products would overflow.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight_FD = linear.weight.detach()
-        scale_F = weight_FD.abs().amax(1).clamp(min=1e-12).double() / 127
-        zero_F = torch.zeros(len(weight_FD), dtype=torch.int64)
-        quantised_FD = torch.quantize_per_channel(weight_FD, scale_F, zero_F, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(quantised_FD, linear.bias)
-        self.reduce_range = not torch.cpu._is_vnni_supported()
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x_TD, self.packed, self.reduce_range)
-
-
-def with_int8(encoder: Any) -> Any:
-    """This encoder with int8 linear layers, changed in place: a few lines that a user can copy."""
-    for parent in [*encoder.modules()]:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
-    return encoder.eval()
 
 
 # transformers, and what is built on it.
@@ -253,7 +208,7 @@ def load_theirs(setup: Setup, attention: str) -> Any:
 def forward_of(model: Any, width: int | None = None) -> Forward:
     """Inputs on any device to hidden states; flattened ones lose the dimension that they do not need."""
     parameter = next(model.parameters())
-    weight_ED = None if width is None else texts.projection(model.config.hidden_size, width).to(parameter)
+    weight_ED = None if width is None else inputs.projection(model.config.hidden_size, width).to(parameter)
 
     def forward(given: Inputs) -> Tensor:
         hidden = model(**onto(given, parameter.device)).last_hidden_state
@@ -274,21 +229,17 @@ def alone(setup: Setup, *, width: int | None = None) -> Build:
     return variants
 
 
-def transformers(
-    setup: Setup, *, attention: str, order: str | None = None, width: int | None = None, adamw: bool = False
-) -> Build:
-    """Padded batches of several sizes, with FlashAttention all texts in one row too unless the job has `padded`.
-
-    `order` leaves only batches "as they come", "length-sorted" or "one by one".
-    """
+def transformers(setup: Setup, *, attention: str, width: int | None = None, adamw: bool = False) -> Build:
+    """Padded batches of several sizes, in order and sorted by length; with FlashAttention all texts in one row."""
     model = load_theirs(replace(setup, dtype="float32") if adamw else setup, attention)
     model = with_autocast(model, setup) if adamw else model
 
     def variants(job: Job) -> Iterator[Variant]:
         forward = forward_of(model, width)
-        if attention == "flash" and "padded" not in job.options:
+        if attention == "flash":
             yield flattened_variant("FlashAttention of torch, flattened", job, setup, model, forward)
-        yield from batchings(attention, job, setup, model, forward, sizes(job, setup, order))
+        else:
+            yield from batchings(attention, job, setup, model, forward)
 
     return variants
 
@@ -314,39 +265,8 @@ def compiled(setup: Setup, *, attention: str) -> Build:
             if attention == "flash":
                 yield flattened_variant(f"{settings}, flattened", job, setup, model, forward)
             else:
-                # Length-sorted where that makes a difference; one size, because each takes a minute to compile.
-                offered = sizes(job, setup)
-                chosen = next((one for one in offered if one[1]), offered[0])
-                yield from batchings(settings, job, setup, model, forward, [chosen])
-
-    return variants
-
-
-def sentence_transformers(setup: Setup) -> Build:
-    """Its Transformer module on token ids, so that its tokenizer is not measured.
-
-    With FlashAttention it flattens a batch into one row by transformers' collator. It looks for a package by name; here
-    torch's kernel takes its place where a GPU computes in half precision. Otherwise batches are padded.
-    """
-    flattens = half_on_gpu(setup)
-    texts.add_tokenizer(setup.folder)  # required, and not used
-    module = import_module("sentence_transformers.sentence_transformer.modules").Transformer
-    known = {"attn_implementation": register_flash() if flattens else "sdpa", "dtype": setup.torch_dtype}
-    body = module(setup.folder, model_kwargs=known).to(setup.device).eval()
-    if body.model_forward_params is not None:  # as it does where it flattens
-        body.model_forward_params |= {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-
-    def forward(given: Inputs) -> Tensor:
-        found = body(onto(given, setup.device))["token_embeddings"]
-        return found[0] if "cu_seq_lens_q" in given else found
-
-    def variants(job: Job) -> Iterator[Variant]:
-        if flattens:
-            yield flattened_variant("FlashAttention of torch, flattened", job, setup, body.model, forward)
-        offered = sizes(job, setup)
-        by_length = [one for one in offered if one[1] or one[0] == 1]  # as its `encode` sorts
-        chosen = by_length if varies(job) and job.batch is None and by_length else offered
-        yield from batchings("sdpa", job, setup, body.model, forward, chosen)
+                # The last is sorted by length where that makes a difference; one, because each takes a minute.
+                yield from batchings(settings, job, setup, model, forward, sizes(job, setup)[-1:])
 
     return variants
 
@@ -373,20 +293,18 @@ def batchings(
         yield padded_variant(f"{settings}, batches of {size}{note}", job, setup, model, indices, forward)
 
 
-def sizes(job: Job, setup: Setup, order: str | None = None) -> list[tuple[int, bool]]:
+def sizes(job: Job, setup: Setup) -> list[tuple[int, bool]]:
     """Batch sizes, and whether to sort by length: the protocol's and its halves, or several in order and sorted."""
     count = len(job.lengths)
     if job.batch is not None:
         first = min(job.batch, count)
         return [(first >> halved, False) for halved in range(first.bit_length())]
-    if order == "one by one":
-        return [(1, False)]
     offered = [count, count // 4, count // 16, *([1] if count <= 16 else [])]
     if not setup.is_gpu:
         offered = [min(8, count)] if setup.quick else [32, 16, 8, 4, 2, 1]
     offered = [size for size in dict.fromkeys(offered) if 1 <= size <= count] or [count]
-    in_order = [(size, False) for size in offered if order != "length-sorted"]
-    return in_order + [(size, True) for size in offered if varies(job) and order != "as they come" and 1 < size < count]
+    by_length = [(size, True) for size in offered if varies(job) and 1 < size < count]
+    return [(size, False) for size in offered] + by_length
 
 
 def varies(job: Job) -> bool:
@@ -448,47 +366,25 @@ def flash_of_torch(
     return torch.ops.aten._flash_attention_forward(q_THK, k_THK, v_THK, *bounds, **switches, scale=scale, **windows)[0]
 
 
-def real_tokens(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, Tensor, int] | None:
-    """The mask function: rows of the real tokens of a padded batch, flattened, their cumulative lengths, the longest.
-
-    Once per forward pass, not in every layer as in transformers' own FlashAttention. None where nothing is padded.
-    """
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    lengths_B = attention_mask.sum(1, dtype=torch.int32)
-    cu_seqlens = F.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
-    return attention_mask.flatten().nonzero().flatten(), cu_seqlens, int(lengths_B.max())
-
-
 def varlen_attention(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """The attention function around a kernel. transformers' `sliding_window` is neighbours per side plus one."""
+    """The attention function around a kernel, for texts in a row. transformers' `sliding_window` counts the token."""
 
     def attend(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: tuple[Tensor, Tensor, int] | None,
+        attention_mask: None,
         *,
         scaling: float,
+        cu_seq_lens_q: Tensor,
+        max_length_q: int,
         sliding_window: int | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        max_length_q: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        size, heads, length, width = query.shape
-        q, k, v = (x.transpose(1, 2).reshape(size * length, heads, width) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = None if sliding_window is None else sliding_window - 1
-        if attention_mask is not None:
-            rows, cu_seqlens, longest = attention_mask
-            real = kernel(q[rows], k[rows], v[rows], cu_seqlens, longest, window, scaling)
-            out = real.new_zeros(size * length, heads, width).index_copy(0, rows, real)
-        elif cu_seq_lens_q is not None and max_length_q is not None:
-            out = kernel(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)
-        else:
-            ends = torch.arange(0, (size + 1) * length, length, dtype=torch.int32, device=query.device)
-            out = kernel(q, k, v, ends, length, window, scaling)
-        return out.view(size, length, heads, width), None
+        return kernel(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)[None], None
 
     return attend
 
@@ -499,7 +395,7 @@ def register_flash(kernel: Callable[..., Tensor] = flash_of_torch) -> str:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(FLASH_NAME, varlen_attention(kernel))
-    AttentionMaskInterface.register(FLASH_NAME, real_tokens)
+    AttentionMaskInterface.register(FLASH_NAME, lambda *_, **__: None)
     return FLASH_NAME
 
 
@@ -510,28 +406,25 @@ def onnx_runtime(setup: Setup, *, int8: bool = False) -> Build:
     """Both exports that torch has, as neither is always the fastest, with threads that spin between runs or sleep."""
 
     def variants(job: Job) -> Iterator[Variant]:
-        for exporter in exported.EXPORTERS[:1] if setup.quick else exported.EXPORTERS:
-            for spins in (True, False):
-                run = exported.onnx_session(setup, exporter, spins=spins, int8=int8)
+        for exporter in runtimes.EXPORTERS[:1] if setup.quick else runtimes.EXPORTERS:
+            for spins in (True,) if setup.quick else (True, False):
+                run = runtimes.onnx_session(setup, exporter, spins=spins, int8=int8)
                 settings = f"{exporter} export, {'' if spins else 'no '}spinning{', scales per channel' * int8}"
                 yield from fed(settings, job, setup, run)
 
     return variants
 
 
-def openvino(setup: Setup, *, int8: bool = False) -> Build:
-    """Made from the torch model and from its ONNX file, for latency and, with several batches, for throughput.
+def openvino(setup: Setup) -> Build:
+    """Made from the ONNX file, for latency and, with several batches, for throughput.
 
-    Padded batches take the ONNX file: what OpenVINO makes of the torch model returns NaN around a token whose whole
-    window is padding.
+    What OpenVINO makes of the torch model returns NaN around a token whose whole window is padding.
     """
 
     def variants(job: Job) -> Iterator[Variant]:
-        for source in ("torch",) if setup.quick else ("torch", "onnx"):
-            for hint in ("latency", "throughput")[: len(job.lengths)]:
-                run, together = exported.openvino_model(setup, source, hint, int8=int8)
-                settings = f"from {source}, {hint} hint{f', groups of {exported.GROUP}' * int8}"
-                yield from fed(settings, job, setup, run, together=together, may_pad=source == "onnx")
+        for hint in ("latency", "throughput")[: len(job.lengths)]:
+            run, together = runtimes.openvino_model(setup, hint)
+            yield from fed(f"from onnx, {hint} hint", job, setup, run, together=together)
 
     return variants
 
@@ -543,15 +436,13 @@ def fed(
     run: Forward,
     *,
     together: Callable[[list[Any]], list[Tensor]] | None = None,
-    may_pad: bool = True,
 ) -> Iterator[Variant]:
     """A compiled graph on each text alone, and on length-sorted batches of 4 where lengths vary."""
-    for size in (1, 4) if may_pad and varies(job) and not setup.quick else (1,):
+    for size in (1, 4) if varies(job) and not setup.quick else (1,):
         words = f"length-sorted batches of {size}" if size > 1 else "one by one" if len(job.lengths) > 1 else "one text"
         made = []
         for indices in groups(job.lengths, size, by_length=True):
-            given = inputs.padded(ids_of(job, indices))
-            given = {"attention_mask": torch.ones_like(given["input_ids"])} | given
+            given = inputs.padded(ids_of(job, indices), masked=True)
             made.append(Batch(indices, {name: x.numpy() for name, x in given.items()}))
         yield of_batches(f"{settings}, {words}", job, made, run, together=together)
 
@@ -577,39 +468,29 @@ def can_compile(setup: Setup) -> bool:
     return setup.is_gpu or shutil.which("g++") is not None
 
 
-OURS, SESSION, INT8 = "modernbert", "modernbert, Session", "modernbert, int8"
-FIRST_ROWS = "modernbert, first rows"
-TRANSFORMERS = "transformers"
+INT8, TRANSFORMERS = "modernbert, int8", "transformers"
 SDPA, EAGER, FLASH = (f"{TRANSFORMERS}, {attention}" for attention in ("sdpa", "eager", "flash"))
 COMPILED = SDPA_COMPILED, FLASH_COMPILED = f"{SDPA}, compiled", f"{FLASH}, compiled"
-ORDERS = tuple(f"{TRANSFORMERS}, {order}" for order in ("as they come", "length-sorted", "one by one"))
-SENTENCE_TRANSFORMERS, PACKED_ENCODERS = "sentence-transformers", "packed-encoders"
-ONNX_RUNTIME, OPENVINO = "ONNX Runtime", "OpenVINO"
+PACKED_ENCODERS, ONNX_RUNTIME, OPENVINO = "packed-encoders", "ONNX Runtime", "OpenVINO"
 
 REFERENCE = Peer(alone, package="transformers")
 
 PEERS: dict[str, Peer] = {
     OURS: Peer(packed),
     SESSION: Peer(packed, {"session": True}),
-    FIRST_ROWS: Peer(packed, {"first": True}),
     INT8: Peer(packed, {"int8": True}, on_cpu, exact=False),
     SDPA: Peer(transformers, {"attention": "sdpa"}, package="transformers"),
     EAGER: Peer(transformers, {"attention": "eager"}, package="transformers"),
-    **{
-        name: Peer(transformers, {"attention": "sdpa", "order": name.partition(", ")[2]}, package="transformers")
-        for name in ORDERS
-    },
     FLASH: Peer(transformers, {"attention": "flash"}, half_on_gpu, "transformers"),
     SDPA_COMPILED: Peer(compiled, {"attention": "sdpa"}, can_compile, "transformers", slow=True),
     FLASH_COMPILED: Peer(compiled, {"attention": "flash"}, half_on_gpu, "transformers", slow=True),
-    SENTENCE_TRANSFORMERS: Peer(sentence_transformers, package="sentence_transformers"),
     PACKED_ENCODERS: Peer(packed_encoders, {}, half_on_gpu, "packed_encoders"),
     ONNX_RUNTIME: Peer(onnx_runtime, {}, on_cpu, "onnxruntime"),
     OPENVINO: Peer(openvino, {}, on_cpu, "openvino"),
     f"{ONNX_RUNTIME}, int8": Peer(onnx_runtime, {"int8": True}, on_cpu, "onnxruntime", exact=False),
-    f"{OPENVINO}, int8": Peer(openvino, {"int8": True}, on_cpu, "openvino", exact=False),
 }
 
 
-def those(*names: str) -> dict[str, Peer]:
-    return {name: PEERS[name] for name in names}
+def those(*names: str, **options: Any) -> dict[str, Peer]:
+    """Rows of `PEERS`, with further options of their builders."""
+    return {name: PEERS[name]._replace(options={**PEERS[name].options, **options}) for name in names}

@@ -1,4 +1,4 @@
-"""transformers' model as a graph that ONNX Runtime or OpenVINO runs on a CPU, in float32 and with int8 products."""
+"""What other runtimes make of the encoder on a CPU: ONNX Runtime, OpenVINO, and int8 products, ours among them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from benchmarks.worker import Setup
 Feed = dict[str, np.ndarray]
 
 EXPORTERS = ("dynamo", "legacy") if find_spec("onnxscript") else ("legacy",)
-GROUP = 128
-"""Inputs of OpenVINO's int8 products that share a scale: from 32 to a whole row, more is faster and less exact."""
 
 
 @cache
@@ -41,23 +39,12 @@ def onnx_session(setup: Setup, exporter: str, *, spins: bool, int8: bool) -> Cal
 
 @cache
 def openvino_model(
-    setup: Setup, source: str, hint: str, *, int8: bool
+    setup: Setup, hint: str
 ) -> tuple[Callable[[Feed], Tensor], Callable[[list[Feed]], list[Tensor]] | None]:
-    """OpenVINO on one batch after another, and for throughput on several at once, one stream for each thread.
-
-    With `int8` weights have a scale for each output, and inputs one for each `GROUP` of a row, which needs no packages
-    beside OpenVINO.
-    """
+    """OpenVINO on one batch after another, and for throughput on several at once, one stream for each thread."""
     runtime = import_module("openvino")
     core = runtime.Core()
-    if source == "onnx":
-        model = core.read_model(onnx_file(setup.folder, EXPORTERS[0]))
-    else:
-        logging.getLogger("openvino").setLevel(logging.ERROR)
-        example = dict(zip(("input_ids", "attention_mask"), padded_example(), strict=True))
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tracing; the output is compared before anything is timed
-            model = runtime.convert_model(LastHiddenState(setup.folder), example_input=example)
+    model = core.read_model(onnx_file(setup.folder, EXPORTERS[0]))
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": setup.threads,
@@ -65,9 +52,6 @@ def openvino_model(
         "NUM_STREAMS": 1 if hint == "latency" else setup.threads,
         "ENABLE_CPU_PINNING": False,  # it would keep other processes off these cores
     }
-    if int8:
-        compress(model)
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
     compiled = core.compile_model(model, "CPU", settings)
 
     def several(feeds: list[Feed]) -> list[Tensor]:
@@ -87,24 +71,6 @@ def openvino_model(
         return torch.from_numpy(compiled(feed, share_inputs=True)[0])
 
     return one, several if hint == "throughput" else None
-
-
-def compress(model: Any) -> None:
-    """Put int8 weights with a scale for each output in place of float32 ones."""
-    ops = import_module("openvino.opset15")
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "MatMul":
-            continue
-        constant, transposed = node.input_value(1).get_node(), node.get_attributes()["transpose_b"]
-        if constant.get_type_name() != "Constant" or len(constant.shape) != 2:
-            continue
-        weight_FD = constant.data if transposed else constant.data.T
-        scale_F1 = np.abs(weight_FD).max(1, keepdims=True).clip(1e-12) / np.float32(127)
-        quantised_FD = np.ascontiguousarray(np.round(weight_FD / scale_F1).astype(np.int8))
-        weight = ops.multiply(ops.convert(ops.constant(quantised_FD), "f32"), ops.constant(scale_F1))
-        product = ops.matmul(node.input_value(0), weight, node.get_attributes()["transpose_a"], True)
-        node.output(0).replace(product.output(0))
-    model.validate_nodes_and_infer_types()
 
 
 def onnx_int8_file(folder: str, exporter: str) -> Path:
@@ -133,7 +99,7 @@ def onnx_file(folder: str, exporter: str) -> Path:
         options = {"dynamo": False, "dynamic_axes": axes}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as above
+        warnings.simplefilter("ignore")  # about tracing; the output is compared before anything is timed
         torch.onnx.export(LastHiddenState(folder), padded_example(), file, **names, **options)
     return file
 
@@ -145,19 +111,43 @@ def padded_example() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-@cache
-def model_of(folder: str) -> Any:
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
-
-
 class LastHiddenState(nn.Module):
     """transformers' model with its hidden states as the only output."""
 
     def __init__(self, folder: str) -> None:
+        from transformers import AutoModel
+
         super().__init__()
-        self.model = model_of(folder)
+        self.model: Any = AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+class Int8Linear(nn.Module):
+    """A linear layer for inference on a CPU: int8 weights, inputs quantised dynamically. `[T, D]` to `[T, F]` float32.
+
+    Weights have a scale for each output, inputs one for each call. PyTorch's own module always leaves a bit of the
+    inputs unused, which only processors without VNNI need: their sums of products would overflow.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight_FD = linear.weight.detach()
+        scale_F = weight_FD.abs().amax(1).clamp(min=1e-12).double() / 127
+        zero_F = torch.zeros(len(weight_FD), dtype=torch.int64)
+        quantised_FD = torch.quantize_per_channel(weight_FD, scale_F, zero_F, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(quantised_FD, linear.bias)
+        self.reduce_range = not torch.cpu._is_vnni_supported()
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x_TD, self.packed, self.reduce_range)
+
+
+def with_int8(encoder: Any) -> Any:
+    """This encoder with int8 linear layers, changed in place: a few lines that a user can copy."""
+    for parent in [*encoder.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8Linear(child))
+    return encoder.eval()
