@@ -82,12 +82,11 @@ def peak_bytes(run: Call) -> int:
 
 
 class Machine(NamedTuple):
-    """Where kernels run: the clock, the least seconds of a sample, and the most runs until a time is stable."""
+    """Where kernels run: the clock, and the least seconds of a sample."""
 
     device: torch.device
     read: Callable[[Call], Reading]
     window: float
-    patience: int
 
     @property
     def is_gpu(self) -> bool:
@@ -105,8 +104,8 @@ def this_machine() -> Machine:
     """
     if torch.cuda.is_available():
         torch.cuda.set_stream(torch.cuda.Stream())
-        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW, 20)
-    return Machine(torch.device("cpu"), read_clocks, 0.0, 3)
+        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW)
+    return Machine(torch.device("cpu"), read_clocks, 0.0)
 
 
 class Loop(NamedTuple):
@@ -176,16 +175,6 @@ def copies_beyond_cache(nbytes: int, cache: int) -> int:
     return min(32, max(2, math.ceil(3 * cache / max(nbytes, 1))))
 
 
-def settle(run: Call, machine: Machine, *, spread: float = 0.02) -> int:
-    """Run until three runs in a row took the same time within `spread`, or patience ends; how many runs it took."""
-    last: list[float] = []
-    for done in range(1, machine.patience + 1):
-        last = [*last[-2:], machine.read(run).seconds]
-        if len(last) == 3 and max(last) <= (1 + spread) * min(last):
-            return done
-    return machine.patience
-
-
 class Rates(NamedTuple):
     """What this machine reached in this run: bytes copied (read and written) and operations, per second."""
 
@@ -196,7 +185,7 @@ class Rates(NamedTuple):
 def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
     """A copy and a product of square matrices, of random data: zeros are multiplied faster."""
     is_gpu = device.type == "cuda"
-    machine = Machine(device, read_gpu if is_gpu else read_clocks, 0.0, 20 if is_gpu else 3)
+    read = read_gpu if is_gpu else read_clocks
     rows, width = ((1 << 16, 8192) if is_gpu else (1 << 12, 1024)) if not quick else (1 << 9, 256)
     x = torch.randn(rows, 4096, device=device, dtype=dtype)
     a, b = torch.randn(2, width, width, device=device, dtype=dtype)
@@ -204,8 +193,8 @@ def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
 
     def rate(call: Call, amount: int) -> float:
         several = partial(repeat, 4, call)  # the start of the first then counts for little
-        settle(several, machine)
-        return 4 * amount / statistics.median(machine.read(several).seconds for _ in range(7))
+        several()
+        return 4 * amount / statistics.median(read(several).seconds for _ in range(7))
 
     # On some processors oneDNN, which our layers use, multiplies twice as fast as what `@` calls.
     products: list[Call] = [lambda: a @ b] if is_gpu else [lambda: a @ b, lambda: linear(a, weight)]

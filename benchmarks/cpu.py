@@ -1,4 +1,4 @@
-"""Suite `cpu`: encoding, MaxSim and search on two threads, in float32 and in int8, next to what people use today.
+"""Suite `cpu`: encoding, MaxSim and search on two threads, next to what people use today.
 
 With `--against CHECKOUT` a workload compares a `Session` and the plain modules of this checkout with the plain modules
 of another one, which its own process imports.
@@ -15,7 +15,7 @@ from benchmarks import harness, inputs
 from benchmarks.encoder import of_texts
 from benchmarks.harness import MS, PEAK, Result, Run, Suite, Table
 from benchmarks.late_interaction import maxsim_table, text_table
-from benchmarks.peers import INT8, ONNX_RUNTIME, OPENVINO, SDPA, SDPA_COMPILED, those
+from benchmarks.peers import ONNX_RUNTIME, OPENVINO, SDPA, SDPA_COMPILED, those
 from benchmarks.retrieval import THREADS, search_of_ours
 from benchmarks.worker import OURS, SESSION
 
@@ -58,14 +58,6 @@ def long(here: Run, workload: str) -> Table:
     return of_texts(here, workload, "ettin-17m", what, [8192], found, rounds=4)
 
 
-def int8(here: Run, workload: str) -> Table:
-    found, one = those(OURS, INT8, f"{ONNX_RUNTIME}, int8"), workload == "int8-short-32"
-    lengths = [32] if one else paper_lengths(32)
-    what = f"Ettin-17m, int8 products, {'one text of 32 tokens' if one else words(lengths)}"
-    known = {"checked": tuple(range(len(lengths))), "rounds": 9} | (MS if one else {})
-    return of_texts(here, workload, "ettin-17m", what, lengths, found, **known)
-
-
 def text(here: Run, workload: str) -> Table:
     if workload == "from-text":
         count = 4 if here.quick else 64
@@ -97,8 +89,6 @@ TABLES: dict[str, tuple[Callable[[Run, str], Table], str]] = {
     "long-8192": (long, "one text of 8192 tokens"),
     "long-8192-memory": (long, "its peak memory beyond the loaded model, a fresh process for each sample"),
     "base-variable": (base, "ModernBERT-base, 8 texts of the paper's lengths"),
-    "int8-short-32": (int8, "int8 products, one text of 32 tokens, next to our float32; the error is in the row"),
-    "int8-variable": (int8, "int8 products, 32 texts of the paper's lengths, next to our float32"),
 }
 """A workload is a function that makes its table, and a line for --list."""
 
@@ -111,7 +101,7 @@ def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
 
 SUITES = {
     "cpu": Suite(
-        "encoding, MaxSim and search on two threads of a CPU, in float32 and in int8, next to what people use today",
+        "encoding, MaxSim and search on two threads of a CPU, next to what people use today",
         {name: line for name, (_, line) in TABLES.items()},
         "transformers (and under torch.compile), sentence-transformers, ONNX Runtime, OpenVINO, maxsim-cpu",
         measure,

@@ -36,30 +36,47 @@ def models(here: Run, *names: str) -> Sequence[str]:
     return (names if not here.quick else names[:1]) if here.is_gpu else ("ettin-17m",)
 
 
-COUNTS = {"fixed-512": (8, 2), "variable-short": (16, 4), "fixed-8192": (1, 1), "variable-long": (2, 1)}
-"""Texts on a CPU, and in a try-out. On a GPU about 65,536 tokens fill it."""
+PUBLISHED = {
+    "modernbert-base": {"fixed-512": 148.1, "variable-short": 147.3, "fixed-8192": 123.7, "variable-long": 133.8},
+    "modernbert-large": {"fixed-512": 52.3, "variable-short": 52.9, "fixed-8192": 46.8, "variable-long": 49.8},
+}
+"""Table 2 of the paper, thousand tokens per second of its own implementation on one RTX 4090, in float32 except for
+attention. It is part of `what`, never a row."""
 
 FILLS = (0.25, 1.0, 0.5, 0.75, 0.1)
 
 
 def throughput(here: Run, names: Sequence[str]) -> Iterator[Table]:
-    """What compiles takes part for one model only: it takes minutes for each."""
-    every = ("modernbert-base", "ettin-17m", "ettin-32m", "ettin-68m", "modernbert-large", "ettin-1b")
+    """By the protocol of the paper, in bfloat16; the models of the paper in float32 too, without TF32, as published."""
+    every = ("modernbert-base", "modernbert-large", "ettin-17m", "ettin-32m", "ettin-68m", "ettin-1b")
     for model in models(here, *every):
-        peers = those(OURS, SESSION, SDPA, FLASH)
-        if not here.quick:
-            peers |= those(EAGER, PACKED_ENCODERS, *(COMPILED if here.is_gpu and model == every[0] else ()))
-        for workload in (name for name in names if name in SETS):
-            lengths = SETS[workload]
-            count = COUNTS[workload][here.quick] if here.quick or not here.is_gpu else 65_536 // lengths.mean
-            what = f"{model}, {count} texts of {lengths.words(short=here.tries)}"
-            yield of_texts(here, workload, model, what, lengths.first(count, short=here.tries), peers)
+        for dtype in ("bfloat16", "float32") if here.is_gpu and model in PUBLISHED else (here.dtype,):
+            peers = those(OURS, SESSION, SDPA, FLASH)
+            if not here.quick:
+                # What compiles takes minutes for each set.
+                slow = COMPILED if here.is_gpu and dtype == "bfloat16" and model == every[0] else ()
+                peers |= those(EAGER, PACKED_ENCODERS, *slow)
+            for name in (name for name in names if name in SETS):
+                documents, count, batch = SETS[name], count_of(here, name, dtype), 32 if SETS[name].is_long else 512
+                what = f"{model}, {dtype}: {count:,} of the paper's {DOCUMENTS:,} documents, "
+                what += f"{documents.words(short=here.tries)}, batches of {batch}"
+                if model in PUBLISHED:
+                    what += f"; published: {PUBLISHED[model][name]:g} thousand tokens/s on an RTX 4090"
+                lengths, known = documents.first(count, short=here.tries), {"dtype": dtype, "batch": batch, "rounds": 3}
+                yield of_texts(here, name, model, what, lengths, peers, **known)
         count, longest = (64, 512) if here.is_gpu else (8, 64) if here.quick else (16, 512)
-        for fill in FILLS if "fill" in names and model in every[:2] else ():
+        for fill in FILLS if "fill" in names and model in ("modernbert-base", "ettin-17m") else ():
             lengths = lengths_of_fill(fill, count, longest)
             what = f"{model}, one batch of {count} texts, the longest of {longest} tokens, {fill:.0%} of it real"
-            x = ("fill", round(sum(lengths) / (count * longest), 3))
-            yield of_texts(here, "fill", model, what, lengths, those(OURS, SDPA, FLASH), batch=count, x=x)
+            yield of_texts(here, "fill", model, what, lengths, those(OURS, SDPA, FLASH), batch=count)
+
+
+def count_of(here: Run, name: str, dtype: str) -> int:
+    """As many of a set as the time allows: all short ones and 512 long ones in a long run, in bfloat16."""
+    if not here.is_gpu:
+        return (2, 1)[here.quick] if SETS[name].is_long else (32, 2)[here.quick]
+    whole = DOCUMENTS // (16 if SETS[name].is_long else 1) // (4 if dtype == "float32" else 1)
+    return whole // (64 if here.quick else 8 if here.minutes is not None and here.minutes < 20 else 1)
 
 
 def lengths_of_fill(fill: float, count: int, longest: int) -> tuple[int, ...]:
@@ -82,8 +99,7 @@ def latency(here: Run, names: Sequence[str]) -> Iterator[Table]:
             for count, lengths in queries[workload].items():
                 words = "one query of 32 tokens" if count == 1 else f"{count} queries of 8 to 32 tokens"
                 what = f"{model}, {words}, ids on the host to vectors on the device"
-                x = None if count == 1 else ("batch", count)
-                yield of_texts(here, workload, model, what, lengths, peers, x=x, checked=tuple(range(count)), **known)
+                yield of_texts(here, workload, model, what, lengths, peers, checked=tuple(range(count)), **known)
 
 
 def memory(here: Run, names: Sequence[str]) -> Iterator[Table]:
@@ -92,54 +108,20 @@ def memory(here: Run, names: Sequence[str]) -> Iterator[Table]:
     for count, length in ((1, 64), (2, 64)) if here.tries else on_gpu if here.is_gpu else on_cpu:
         for workload in names:
             what = f"{model}, {count} texts of {length} tokens in one batch: peak memory, {workload}"
-            known = {"batch": count, "x": ("tokens", count * length), "backward": workload == "backward"} | PEAK
+            known = {"batch": count, "backward": workload == "backward"} | PEAK
             yield of_texts(here, workload, model, what, (length,) * count, peers, **known)
-
-
-PUBLISHED = {
-    "modernbert-base": {"fixed-512": 148.1, "variable-short": 147.3, "fixed-8192": 123.7, "variable-long": 133.8},
-    "modernbert-large": {"fixed-512": 52.3, "variable-short": 52.9, "fixed-8192": 46.8, "variable-long": 49.8},
-}
-"""Table 2 of the paper, thousand tokens per second of its own implementation on one RTX 4090, in float32 except for
-attention. It is part of `what`, never a row."""
-
-
-def paper_table(here: Run, names: Sequence[str]) -> Iterator[Table]:
-    for model in models(here, "modernbert-base", "modernbert-large"):
-        for dtype in names:
-            # What compiles takes minutes for each set.
-            slow = dtype == "bfloat16" and model == "modernbert-base"
-            peers = those(OURS, SDPA, FLASH, *(COMPILED if slow else ()))
-            # bfloat16 is slow where a CPU has none, and one set shows that it works.
-            for name in ("variable-short",) if here.tries and dtype == "bfloat16" else SETS:
-                count, batch = paper_documents(here, name, dtype), 32 if SETS[name].is_long else 512
-                parts = [f"{model}, {dtype}: {SETS[name].words(short=here.tries)}"]
-                parts.append(f"{count:,} of the paper's {DOCUMENTS:,} documents, batches of {batch}")
-                if model in PUBLISHED:
-                    parts.append(f"published: {PUBLISHED[model][name]:g} thousand tokens/s on an RTX 4090")
-                lengths = SETS[name].first(count, short=here.tries)
-                known = {"dtype": dtype, "batch": batch, "rounds": 3}
-                yield of_texts(here, dtype, model, "; ".join(parts), lengths, peers, **known)
-
-
-def paper_documents(here: Run, name: str, dtype: str) -> int:
-    """As many of a set as the time allows: all short ones and 512 long ones in a long run, in bfloat16."""
-    if not here.is_gpu:
-        return (2, 1)[here.quick] if SETS[name].is_long else (32, 2)[here.quick]
-    whole = DOCUMENTS // (16 if SETS[name].is_long else 1) // (4 if dtype == "float32" else 1)
-    return whole // (64 if here.quick else 8 if here.minutes is not None and here.minutes < 15 else 1)
 
 
 AGAINST = "transformers (eager, sdpa, FlashAttention, under torch.compile), packed-encoders"
 
 SUITES = {
-    "throughput": Suite(
-        "tokens per second of whole encoders, forward, by model, by lengths and by padding",
-        {name: f"texts of {lengths.words()}" for name, lengths in SETS.items()}
+    "paper-table": Suite(
+        "tokens per second of whole encoders, forward, by the efficiency protocol of the ModernBERT paper",
+        {name: f"documents of {lengths.words()}" for name, lengths in SETS.items()}
         | {"fill": "one batch of 64 texts, the longest of 512, by the share of it that is real tokens, 1.0 to 0.1"},
         AGAINST,
         harness.of_tables(throughput),
-        weight=28,
+        weight=42,
     ),
     "latency": Suite(
         "latency of queries, ids on the host to vectors on the device: p50, p99 and the device",
@@ -157,15 +139,5 @@ SUITES = {
         AGAINST,
         harness.of_tables(memory),
         weight=6,
-    ),
-    "paper-table": Suite(
-        "tokens per second by the efficiency protocol of the ModernBERT paper",
-        {
-            "bfloat16": "the four sets in bfloat16, 512 short or 32 long documents a batch",
-            "float32": "the same in float32 without TF32, as published",
-        },
-        AGAINST,
-        harness.of_tables(paper_table),
-        weight=14,
     ),
 }

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import worker
-from benchmarks.clock import Rates, Refused
+from benchmarks import clock, worker
+from benchmarks.clock import Rates, Reading, Refused
 from benchmarks.inputs import save_seeded
 from benchmarks.rows import Row, rounded, row
 from benchmarks.work import shares
@@ -140,7 +139,7 @@ class Measured:
 
     Attributes:
         foreign: percent of a core that others used, the worst of the samples; None where it does not matter.
-        exact: whether it was compared with a tolerance. more: further fields of its row.
+        exact: whether it was compared with a tolerance.
     """
 
     name: str
@@ -151,7 +150,6 @@ class Measured:
     foreign: float | None = None
     clean: bool = True
     exact: bool = True
-    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -161,19 +159,20 @@ class Measured:
         """Median over rounds: only samples of one round are compared."""
         return statistics.median(theirs / mine for mine, theirs in zip(self.costs, other.costs, strict=True))
 
-    def quiet(self, samples: Sequence[Sample]) -> Measured:
+    def quiet(self, samples: Sequence[Sample | Reading]) -> Measured:
         """With what others used during these samples of a CPU."""
-        self.foreign, self.clean = max(one.foreign for one in samples), all(one.clean for one in samples)
+        self.foreign = max(one.foreign for one in samples)
+        self.clean = self.foreign <= FOREIGN_LIMIT
         return self
 
     def row(self, others: Sequence[Measured], value: Callable[[float], float], **more: Any) -> Row:
-        """With factors over these others. An exact implementation is not worse for being slower than int8."""
+        """With factors over these others. An exact one is not worse for being slower than another."""
         rivals = {other.name: other for other in others if other is not self and other.exact >= self.exact}
         known = {"implementation": self.name, "settings": self.settings, "calls_per_sample": self.calls}
         known |= {"foreign_percent": rounded(self.foreign, digits=2), "clean": self.clean}
         known["times_better_than"] = {name: rounded(self.times_better_than(other)) for name, other in rivals.items()}
         errors = {"max_error": self.error.found, "tolerance": self.error.allowed}
-        return row([value(cost) for cost in self.costs], **errors, **known | more | self.more)
+        return row([value(cost) for cost in self.costs], **errors, **known | more)
 
 
 @dataclass(frozen=True)
@@ -186,9 +185,7 @@ class Table:
         figure, unit: what the number is (throughput, p50, ...).
         value: from the cost of a call to a number in the unit; None is real tokens per second.
         model_pass: a cost is the seconds of a pass through the model, which has a roofline.
-        x: (name, value) of this point on a curve.
         rounds: samples. measure: how; by default `speed`.
-        more: further fields of all rows.
     """
 
     workload: str
@@ -202,10 +199,8 @@ class Table:
     unit: str = "tokens/s"
     value: Callable[[float], float] | None = None
     model_pass: bool = True
-    x: tuple[str, float] | None = None
     rounds: int = 5
     measure: Callable[[Workers, Table], Result] | None = None
-    more: Row = field(default_factory=dict)
 
     def in_unit(self, cost: float) -> float:
         return sum(self.job.lengths) / cost if self.value is None else self.value(cost)
@@ -261,11 +256,9 @@ class Run:
         return Setup(str(folder), dtype, self.device, torch.get_num_threads(), self.quick)
 
     def rates(self, dtype: str) -> Rates:
-        """What this machine reaches in this dtype, measured in a process of its own, once in a run."""
+        """What this machine reaches in this dtype, measured once in a run."""
         if dtype not in self.known_rates:
-            one = Worker(self.setup("", dtype), Peer(nothing), self.scratch)
-            self.known_rates[dtype] = one.ask(worker.rates, timeout=120)
-            one.close()
+            self.known_rates[dtype] = clock.rates(torch.device(self.device), getattr(torch, dtype), quick=self.quick)
         return self.known_rates[dtype]
 
     def checked(self, lengths: Sequence[int]) -> tuple[int, ...]:
@@ -281,11 +274,6 @@ class Run:
         setup = self.setup(table.model, table.dtype)
         installed = {name for name, peer in found.items() if peer.package is None or find_spec(peer.package)}
         return {name: peer for name, peer in found.items() if name in installed and peer.applies(setup)}
-
-
-def nothing(setup: Setup) -> worker.Build:
-    """The builder of a process that is not asked for a job."""
-    return lambda job: ()
 
 
 def measure(here: Run, tables: Iterable[Table]) -> Iterator[Result]:
@@ -374,8 +362,7 @@ class Workers:
                 timeout = LOADING + max(30.0, min(self.here.left(), 600.0))
                 told = self.worker(name).ask(worker.prepare, timeout=timeout, job=job, window=window, seconds=seconds)
                 error = self.judged(name, told["answer"], exact, plain, job)
-                more = cosines(told["answer"], exact) if name.endswith("int8") else {}
-                ready[name] = Measured(name, told["settings"], error, told["calls"], exact=peer.exact, more=more)
+                ready[name] = Measured(name, told["settings"], error, told["calls"], exact=peer.exact)
             except Refused as reason:
                 refused[name] = str(reason)
         return ready, refused
@@ -401,19 +388,12 @@ class Workers:
         known |= {"dtype": self.setup.dtype, "model": table.model, "figure": table.figure}
         known["pass"] = "forward + backward" if table.job.backward else "forward"
         known["lengths"] = {"sequences": len(lengths), "tokens": sum(lengths), "longest": max(lengths, default=0)}
-        known["x"] = None if table.x is None else dict(zip(("name", "value"), table.x, strict=True))
         rows, dtype = [], self.setup.torch_dtype
         rates = self.here.rates(self.setup.dtype) if table.model_pass and done else None
         for one in done:
             of_pass = shares(EncoderConfig.preset(table.model), table.job, one.median, rates, dtype) if rates else {}
-            rows.append(one.row(done, table.in_unit, **known | of_pass | table.more))
+            rows.append(one.row(done, table.in_unit, **known | of_pass))
         return Result(table.workload, rows, {f"{table.what}: {name}": reason for name, reason in refused.items()})
-
-
-def cosines(got: Tensor, exact: Tensor) -> Row:
-    """How far the rows of an int8 model are from float32."""
-    cosine = F.cosine_similarity(got, exact, dim=-1)
-    return {"dtype": "int8", "cosine": rounded(cosine.mean().item()), "worst_cosine": rounded(cosine.min().item())}
 
 
 # What is measured of a table.

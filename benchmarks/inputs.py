@@ -81,19 +81,6 @@ def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> lis
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def within(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices in batches of at most `tokens` tokens, and at least one text."""
-    batches: list[list[int]] = []
-    left = 0
-    for index, length in enumerate(lengths):
-        if length > left:
-            batches.append([])
-            left = tokens
-        batches[-1].append(index)
-        left -= length
-    return batches
-
-
 # Texts of the demo corpus, for the tokenizer of the default model.
 
 ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"

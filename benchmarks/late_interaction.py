@@ -1,4 +1,4 @@
-"""Suite `colbert`: token ids and text to unit vectors, and MaxSim, against transformers, PyLate and the like."""
+"""Suite `colbert`: text to vectors, and MaxSim, against sentence-transformers, PyLate and the like."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import modernbert_kernels as ops
 from benchmarks import harness, inputs, peers
 from benchmarks.encoder import of_texts
 from benchmarks.harness import Run, Suite, Table
-from benchmarks.peers import FLASH, REFERENCE, SDPA, those
 from benchmarks.worker import OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT
 
@@ -28,16 +27,6 @@ MAXSIM_CPU, EINSUM, TUNED, COMPILED = (
     "padded, tuned by hand",
     "padded einsum, compiled",
 )
-
-
-# Token ids to vectors.
-
-
-def vectors_table(here: Run, workload: str, model: str, what: str, lengths: Sequence[int], **more: Any) -> Table:
-    width = int(workload.rpartition("-")[2])
-    found, reference = those(OURS, SESSION, SDPA, FLASH, width=width), REFERENCE._replace(options={"width": width})
-    what = f"{model}, {what} to vectors of width {width}"
-    return of_texts(here, workload, model, what, lengths, found, reference=reference, **more)
 
 
 # Text to vectors of width 128, tokenising timed.
@@ -234,29 +223,13 @@ def maxsim_table(here: Run, workload: str, queries: int, count: int, **more: Any
 
 def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:
     for workload in names:
-        kind, _, width = workload.rpartition("-")
-        if here.tries and width == "48":
-            continue  # a try-out tries one width: the other takes the same path
-        count = 1 if kind == "queries" else 1024 if here.is_gpu else 4 if here.quick else 32
-        if kind == "maxsim":
+        if workload == "documents":
+            count = 1024 if here.is_gpu else 4 if here.quick else 32
+            what, known = f"{count:,} Wikipedia paragraphs", per_second("documents", count)
+            yield text_table(here, workload, what, count=count, **known)
+        else:
             queries, count = (32, 1000) if here.is_gpu else (2, 50) if here.quick else (4, 1000)
             yield maxsim_table(here, workload, queries, count, **per_second("pairs", queries * count))
-        elif kind == "from":
-            what = f"{count:,} Wikipedia paragraphs"
-            yield text_table(here, workload, what, count=count, **per_second("documents", count))
-        elif kind == "queries":
-            known = per_second("queries", 1) | {"from_host": True}
-            for model in models_of(here, width):
-                yield vectors_table(here, workload, model, "one query of 32 tokens, ids on the host", (32,), **known)
-        else:
-            lengths = tuple(min(180, length) for length in inputs.SETS["variable-short"].first(count))
-            for model in models_of(here, width):
-                what = f"{count:,} documents of at most 180 tokens, ids"
-                yield vectors_table(here, workload, model, what, lengths, **per_second("documents", count))
-
-
-def models_of(here: Run, width: str) -> Sequence[str]:
-    return ("ettin-17m", "modernbert-base") if here.is_gpu and not here.quick and width == "128" else ("ettin-17m",)
 
 
 def per_second(figure: str, count: int) -> dict[str, Any]:
@@ -265,16 +238,13 @@ def per_second(figure: str, count: int) -> dict[str, Any]:
 
 SUITES = {
     "colbert": Suite(
-        "late interaction: documents and queries a second to unit vectors, from ids and from text, and pairs a second",
+        "late interaction: Wikipedia paragraphs a second from text to vectors, and pairs a second",
         {
-            "documents-128": "documents of at most 180 tokens a second, ids to unit vectors of width 128",
-            "queries-128": "one query of 32 tokens at a time, ids to unit vectors of width 128",
-            "maxsim-128": "pairs of a query of 32 vectors and a document of 16 to 300 a second, width 128",
-            "documents-48": "as documents-128, width 48",
-            "maxsim-48": "as maxsim-128, width 48",
-            "from-text": "Wikipedia paragraphs a second, text to vectors of width 128, tokenising timed",
+            "documents": "text to vectors of width 128, tokenising timed",
+            "maxsim-128": "pairs of a query of 32 vectors and a document of 16 to 300, width 128",
+            "maxsim-48": "the same in width 48",
         },
-        "transformers (sdpa, FlashAttention), sentence-transformers, PyLate, padded einsum as PyLate has it",
+        "sentence-transformers, PyLate, padded einsum as PyLate has it, maxsim-cpu",
         harness.of_tables(tables),
         weight=8,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,14 +24,13 @@ from torch.utils._pytree import tree_map_only
 import modernbert_kernels as ops
 from benchmarks import clock
 from benchmarks.clock import Loop, Machine, Rates, Refused
-from benchmarks.harness import Difference, Measured, Result, Run, Sample, Suite, difference, in_turns
+from benchmarks.harness import Difference, Measured, Result, Run, Suite, difference, in_turns
 from benchmarks.rows import rounded
 from benchmarks.work import visible_pairs
 
 CHOSEN = "what the op chooses"
 TOKENS, FEW = 16_384, 2_048
-MINUTES, ROUNDS = 8.5, 9
-"""After these minutes nothing new is begun where no other limit is set, so that the suite fits into ten minutes."""
+ROUNDS = 9
 
 Args = tuple[Any, ...]
 
@@ -41,17 +40,12 @@ class Way:
     """One way to compute a task.
 
     Attributes:
-        call: takes the arguments of the task (or what `prepare` made of them) and its keyword arguments.
-        prepare: makes the arguments that this way prefers, before the clock starts.
-        restore: turns its gradients into those of the arguments of the task.
-        around: a context for both passes of a call.
+        call: takes the arguments of the task. around: a context for both passes of a call.
     """
 
     name: str
     call: Callable[..., Any]
     settings: str = ""
-    prepare: Callable[[Args], Args] = lambda args: args
-    restore: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -64,7 +58,6 @@ class Task:
         compile: whether the reference takes part under torch.compile too.
         moved: bytes that a forward pass must read and write; by default all arguments and outputs once.
         flops: operations of the products, of a forward pass and of both passes.
-        memory: whether peak memory is measured too.
     """
 
     what: str
@@ -76,7 +69,6 @@ class Task:
     moved: int | None = None
     flops: tuple[int, int] | None = None
     reference: Callable[..., Any] | None = None
-    memory: bool = False
 
     @property
     def specification(self) -> Callable[..., Any]:
@@ -137,7 +129,7 @@ def copied(task: Task, backward: bool, dtype: torch.dtype | None = None) -> tupl
 def call_of(way: Way, args: Args, kwargs: dict[str, Any], backward: bool) -> Callable[[], list[Tensor]]:
     """What is timed: outputs, and then the gradients of all real arguments by a fixed cotangent."""
     # Leaves of this way alone, which no other's backward pass has met on another stream.
-    args = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in way.prepare(args))
+    args = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args)
     leaves, cotangents = [x for x in args if isinstance(x, Tensor) and x.requires_grad], []
 
     def call() -> list[Tensor]:
@@ -176,8 +168,7 @@ def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: 
     root mean squares over a tensor and shares of the truth.
     """
     got = call_of(way, *copied(task, backward), backward)()
-    outputs = len(truth) - (len(real(task.args)) if backward else 0)
-    pairs = zip([*got[:outputs], *way.restore(got[outputs:])], truth, plain, strict=True)
+    pairs = zip(got, truth, plain, strict=True)
     each = [difference(mine, exact, yardstick, dtype=task.dtype) for mine, exact, yardstick in pairs]
     return max(each, key=lambda one: one.found / (one.allowed or 1.0))
 
@@ -192,11 +183,9 @@ def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
         if not here.quick:
             raise SystemExit("the suite `kernels` needs a GPU, and there is none here (--quick tries it on the CPU)")
         names = [name for name in names if name in ("attention", "elementwise")]
-    if here.minutes is None and not here.quick:
-        here = replace(here, minutes=MINUTES, until=clock.time.monotonic() + 60 * MINUTES)
     rates = clock.rates(machine.device, torch.bfloat16, quick=here.quick)
     for name in names:
-        for task in TASKS[name](machine.device, FEW if here.quick else TOKENS):
+        for task in TASKS[name][0](machine.device, FEW if here.quick else TOKENS):
             if here.left() <= 0:
                 yield here.rest(name)
                 return
@@ -212,12 +201,9 @@ def timed(
     """Check these ways to compute a task, and time those that are right in turns."""
     what = f"{task.what}, {'forward + backward' if backward else 'forward'}"
     ready, refused = prepared(task, ways, backward, machine)
-    for _, loop in ready.values():
-        clock.settle(loop.run, machine)
-    asks = {name: partial(sampled, loop.run, machine) for name, (_, loop) in ready.items()}
-    taken, _ = in_turns(asks, rounds, retries=0)
+    taken, _ = in_turns({name: partial(machine.read, loop.run) for name, (_, loop) in ready.items()}, rounds)
     for name, (measured, loop) in ready.items():
-        measured.costs = [sample.host[0] / loop.calls for sample in taken[name]]
+        measured.costs = [reading.seconds / loop.calls for reading in taken[name]]
         if not machine.is_gpu:
             measured.quiet(taken[name])
     done = [measured for measured, _ in ready.values()]
@@ -227,15 +213,7 @@ def timed(
     for one in done:
         found = shares(task, one, backward, rates)
         rows.append(one.row(done, lambda seconds: 1e6 * seconds, what=what, unit="us", **known, **found))
-    if task.memory and machine.is_gpu:
-        peaks = [replace(one, costs=one.more.pop("peaks")) for one in done]
-        rows += [one.row(peaks, float, what=f"{what}, peak memory", unit="MB", **known) for one in peaks]
     return Result(workload, rows, {f"{what}: {name}": reason for name, reason in refused.items()})
-
-
-def sampled(run: Callable[[], Any], machine: Machine) -> Sample:
-    seconds, foreign = machine.read(run)
-    return Sample([seconds], [], foreign)
 
 
 def prepared(
@@ -251,13 +229,9 @@ def prepared(
             known = known or truth_of(task, backward)
             error = check(way, task, backward, *known)
             calls = [call_of(way, *slot, backward) for slot in slots]
-            more = {}
-            if task.memory and machine.is_gpu:
-                calls[0]()
-                more = {"peaks": [clock.peak_bytes(calls[0]) / 1e6 for _ in range(3)]}
             loop = clock.loop(calls, machine)
             settings = ", ".join(filter(None, (way.settings, loop.how)))
-            ready[way.name] = Measured(way.name, settings, error, loop.calls, more=more), loop
+            ready[way.name] = Measured(way.name, settings, error, loop.calls), loop
         except Refused as reason:
             refused[way.name] = str(reason)
         except Exception as error:
@@ -302,29 +276,20 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
     return plain(torch.compile(call, dynamic=False))
 
 
-def liger(name: str) -> tuple[Way, ...]:
-    """Liger's kernel of this name, with contiguous halves and a bias of zeros ready."""
+def liger(file: str, function: str, call: Callable[..., Any], settings: str = "") -> tuple[Way, ...]:
+    """A kernel of Liger, which `call` gets before the arguments of the task."""
     if not (find_spec("liger_kernel") and find_spec("triton")):
         return ()
-    file, function = LIGER[name]
     run = getattr(import_module(f"liger_kernel.ops.{file}"), function).apply
-    if name == "layer_norm":
-        with_bias = lambda x, weight, bias, eps: (x, weight, torch.zeros_like(weight) if bias is None else bias, eps)  # noqa: E731
-        return (Way("liger", run, prepare=lambda args: with_bias(*args)),)
-    if name == "linear_cross_entropy":
-        loss = lambda x, weight, bias, targets: run(x, weight, targets, bias)[0]  # noqa: E731
-        return (Way("liger", loss, "fused linear cross-entropy"),)
-    halves = lambda args: tuple(half.contiguous() for half in args[0].chunk(2, dim=-1))  # noqa: E731
-    whole = lambda gradients: [torch.cat(gradients, dim=-1)] if gradients else []  # noqa: E731
-    return (Way("liger", run, "two halves" if name == "silu" else "two halves, tanh in place of erf", halves, whole),)
+    return (Way("liger", partial(call, run), settings),)
 
 
-LIGER = {
-    "gelu": ("geglu", "LigerGELUMulFunction"),
-    "silu": ("swiglu", "LigerSiLUMulFunction"),
-    "layer_norm": ("layer_norm", "LigerLayerNormFunction"),
-    "linear_cross_entropy": ("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"),
-}
+def liger_norm(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
+    return run(x, weight, torch.zeros_like(weight), eps)  # it needs a bias
+
+
+def liger_loss(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, targets: Tensor) -> Tensor:
+    return run(x, weight, targets, bias)[0]
 
 
 def plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -333,29 +298,11 @@ def plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) 
 
 
 def attentions(args: Args, kwargs: Mapping[str, Any], count: int, *, flex: bool) -> Iterator[Way]:
-    """Ours rotated on load and before, every FlashAttention, cuDNN, PyTorch's sdpa and FlexAttention; one length."""
+    """FlashAttention at every length, cuDNN, PyTorch's sdpa and FlexAttention; of texts of one length."""
     qkv, _, length = args
     window, on_gpu = kwargs["window"], qkv.is_cuda
-    if "triton" in ops.attention.backends and on_gpu:
-        # One of them is what `triton` does: the difference to it says how much two equal ways differ.
-        ours = import_module("modernbert_kernels.fused.attention")._Attention
-        for name, rotate in (("on load", True), ("before", False)):
-            yield Way(
-                f"triton, rotated {name}",
-                lambda qkv, cu, longest, *, rope, window, rotate=rotate: ours.apply(
-                    qkv, cu, None, *rope, window, rotate
-                ),
-            )
-    flash = import_module("modernbert_kernels.flash")
-    if flash.packages.choose(*args, **kwargs) is not None:
-        for name in flash.packages.usable(qkv.device):
-            yield Way(
-                f"flash: {name}",
-                lambda qkv, cu, longest, *, rope, window, name=name: flash._Flash.apply(
-                    qkv, cu, None, *rope, longest, window, name
-                ),
-                "rotated before",
-            )
+    if on_gpu and "flash" in ops.attention.backends:
+        yield Way("flash, forced", ops.attention.backends["flash"], "also where the op takes another backend")
 
     def batched(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         def call(qkv: Tensor, cu_seqlens: Tensor, longest: int, *, rope: Any, window: int | None) -> Tensor:
@@ -424,14 +371,14 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
     def task(what: str, op: ops.Op[..., Any], *args: Any, **known: Any) -> Task:
         return Task(f"{what}, bfloat16, {tokens:,} tokens", op, args, compile=device.type == "cuda", **known)
 
-    yield task("layer_norm 768", ops.layer_norm, x, *norms[768], more=liger("layer_norm"))
+    norm = liger("layer_norm", "LigerLayerNormFunction", liger_norm)
+    yield task("layer_norm 768", ops.layer_norm, x, *norms[768], more=norm)
     yield task("add_layer_norm 256", ops.add_layer_norm, of_256, of_256, *norms[256])
     yield task("add_layer_norm 768", ops.add_layer_norm, x, x, *norms[768])
     yield task("add_layer_norm 768, float32 stream", ops.add_layer_norm, x.float(), x, *norms[768])
     yield task("add_layer_norm 1024", ops.add_layer_norm, of_1024, of_1024, *norms[1024])
     for width, activation in ((384, "gelu"), (1152, "gelu"), (1152, "silu"), (2624, "gelu")):
-        h = make(tokens, 2 * width)
-        yield task(f"geglu {width} {activation}", ops.geglu, h, activation, more=liger(activation))
+        yield task(f"geglu {width} {activation}", ops.geglu, make(tokens, 2 * width), activation)
     yield task("rotary 12 x 64", ops.rotary, qkv, kwargs=rope)
     yield task("rotary 12 x 64, in place", ops.rotary, kwargs={"qkv_T3HK": qkv, **rope, "inplace": True})
     table, ids = make(50_368, 768), at * 7919 % 50_368
@@ -446,7 +393,7 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
 
 
 def attention(device: torch.device, tokens: int) -> Iterator[Task]:
-    """By length at constant tokens: where FlashAttention overtakes ours, and what it gains to rotate on load."""
+    """By length at constant tokens: where FlashAttention overtakes ours."""
     gpu, heads, width = device.type == "cuda", 12, 64
     tokens = tokens if gpu else 512
     for length in (128, 256, 512, 1024, 2048, 4096, 8192) if gpu else (256,):
@@ -468,16 +415,17 @@ def attention(device: torch.device, tokens: int) -> Iterator[Task]:
 
 
 def cross_entropy(device: torch.device, tokens: int) -> Iterator[Task]:
-    """Time and peak memory of the loss of masked language modelling, 30 percent of the tokens masked."""
+    """The loss of masked language modelling, 30 percent of the tokens masked."""
     classes, at = 50_368, torch.arange(tokens, device=device)
     targets = (at * 7919 % classes).masked_fill(at % 10 >= 3, -100)
     for width in (256, 768):
         x, weight = (randn(n, width, dtype=torch.bfloat16, device=device, scale=width**-0.5) for n in (tokens, classes))
-        more = (Way("F.cross_entropy", plain_loss, "over F.linear of all tokens"), *liger("linear_cross_entropy"))
+        fused = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", liger_loss)
+        more = (Way("F.cross_entropy", plain_loss, "over F.linear of all tokens"), *fused)
         product = 2 * int((targets >= 0).sum()) * weight.numel()
         what, args = f"linear_cross_entropy {width} to {classes}, {tokens:,} tokens", (x, weight, None, targets)
         flops = (product, 3 * product)
-        yield Task(what, ops.linear_cross_entropy, args, {}, more, flops=flops, memory=True)
+        yield Task(what, ops.linear_cross_entropy, args, {}, more, flops=flops)
 
 
 def maxsim(device: torch.device, tokens: int) -> Iterator[Task]:
@@ -495,21 +443,16 @@ def maxsim(device: torch.device, tokens: int) -> Iterator[Task]:
         yield Task(what, ops.maxsim, args, {}, more, flops=flops, reference=reference)
 
 
-TASKS: dict[str, Callable[[torch.device, int], Iterator[Task]]] = {
-    "attention": attention,
-    "cross-entropy": cross_entropy,
-    "maxsim": maxsim,
-    "elementwise": elementwise,
+TASKS: dict[str, tuple[Callable[[torch.device, int], Iterator[Task]], str]] = {
+    "attention": (attention, "local and global by length, 128 to 8192: ours, FlashAttention, cuDNN, FlexAttention"),
+    "cross-entropy": (cross_entropy, "the loss of masked tokens, F.cross_entropy and Liger"),
+    "maxsim": (maxsim, "128 queries and documents of 32 and 300 tokens, and one query against 1000; two libraries"),
+    "elementwise": (elementwise, "norms, GeGLU, rotary, projection, pooling: their share of a copy's rate; Liger"),
 }
 SUITES = {
     "kernels": Suite(
         "every op on one GPU, all ways to compute it, forward and with its backward pass",
-        {
-            "attention": "local and global by length, 128 to 8192: ours, FlashAttention, cuDNN, FlexAttention, sdpa",
-            "cross-entropy": "time and peak memory of the loss of masked tokens, F.cross_entropy and Liger",
-            "maxsim": "128 queries and documents of 32 and 300 tokens, and one query against 1000; two libraries",
-            "elementwise": "norms, GeGLU, rotary, projection, pooling: their share of a copy's rate; Liger",
-        },
+        {name: line for name, (_, line) in TASKS.items()},
         "every backend of an op, its reference under torch.compile, FlashAttention, Liger-Kernel, "
         "late-interaction-kernels, flash-maxsim",
         measure,

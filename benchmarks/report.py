@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import FOREIGN_LIMIT
-from benchmarks.peers import INT8
 from benchmarks.rows import ROOT, Row, read
 from benchmarks.worker import OURS, SESSION
 
@@ -22,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCS = {"cpu": ROOT / "docs" / "speed.md", "gpu": ROOT / "docs" / "speed.md", "retrieval": ROOT / "docs" / "search.md"}
 """The page of each generated table."""
 
-MINE = (SESSION, OURS, INT8, "modernbert, graphs", "triton")
+MINE = (SESSION, OURS, "modernbert, int8", "triton")
 """Our names; factors are those of the first that a table has."""
 
 SHOWN = ("modernbert-base", "ettin-17m")
@@ -101,7 +100,7 @@ def number(figure: float) -> str:
 
 def factor(group: Sequence[Row], one: Row) -> float | None:
     """How many times better ours is than this row, of the same figure."""
-    alike = [other for other in group if (other.get("figure"), other.get("x")) == (one.get("figure"), one.get("x"))]
+    alike = [other for other in group if other.get("figure") == one.get("figure")]
     return ours(alike)["times_better_than"].get(one["implementation"])
 
 
@@ -121,7 +120,7 @@ def table(titles: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 COLUMNS: dict[str, Callable[[Sequence[Row], Row], str]] = {
     "implementation": lambda group, one: one["implementation"],
-    "figure": lambda group, one: " ".join(map(str, [one.get("figure") or "", *(one.get("x") or {}).values()])).strip(),
+    "figure": lambda group, one: one.get("figure") or "",
     "median": lambda group, one: value(one),
     "bar": lambda group, one: bar(one),
     "range": lambda group, one: f"{number(one['min'])} to {number(one['max'])}",
@@ -227,7 +226,7 @@ def plots(rows: Sequence[Row]) -> Iterator[Plot]:
         for of_suite in grouped(here, "suite"):
             factors: dict[str, float] = {}
             for group in tables_of(of_suite):
-                for alike in grouped(group, "figure", "pass", "x"):
+                for alike in grouped(group, "figure", "pass"):
                     found, suffix = ours(alike), f" {alike[0].get('figure') or ''}".rstrip()
                     factors |= {f"{found['what'][:70]}{suffix}: {a}": x for a, x in found["times_better_than"].items()}
             suite = of_suite[0]["suite"]

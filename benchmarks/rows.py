@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "maxsim-cpu", "numpy")
 GPU_PACKAGES = ("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim", "packed-encoders", "flash-attn")
 DRIVER = Path("/sys/module/nvidia/version")
-FOLDERS = ("--output", "--work", "--data", "--against")
 
 
 def row(
@@ -76,7 +75,8 @@ def circumstances(device: str) -> Row:
             # Results and the pages made from them do not change what was measured.
             "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": "python -m benchmarks " + shlex.join(without_folders(sys.argv[1:])),
+            # Paths of this machine do not decide what is measured.
+            "command": shlex.join(["python", "-m", "benchmarks", *(one for one in sys.argv[1:] if os.sep not in one)]),
         }
     )
 
@@ -86,17 +86,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def without_folders(arguments: Sequence[str]) -> list[str]:
-    """The arguments that decide what is measured, without the paths of this machine."""
-    kept, following = [], iter(arguments)
-    for one in following:
-        if one in FOLDERS:
-            next(following, None)
-        elif not one.startswith(tuple(f"{folder}=" for folder in FOLDERS)):
-            kept.append(one)
-    return kept
 
 
 def _cpu() -> str:

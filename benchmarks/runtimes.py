@@ -1,4 +1,4 @@
-"""What other runtimes make of the encoder on a CPU: ONNX Runtime, OpenVINO, and int8 products, ours among them."""
+"""transformers' model as a graph that ONNX Runtime or OpenVINO runs on a CPU."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ EXPORTERS = ("dynamo", "legacy") if find_spec("onnxscript") else ("legacy",)
 
 
 @cache
-def onnx_session(setup: Setup, exporter: str, *, spins: bool, int8: bool) -> Callable[[Feed], Tensor]:
-    """ONNX Runtime on this export. `int8` quantises every product with a weight dynamically: a scale for each output of
-    a weight, one for all of the input.
-    """
+def onnx_session(setup: Setup, exporter: str, *, spins: bool) -> Callable[[Feed], Tensor]:
+    """ONNX Runtime on this export."""
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = setup.threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
-    file = onnx_int8_file(setup.folder, exporter) if int8 else onnx_file(setup.folder, exporter)
-    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    providers = ["CPUExecutionProvider"]
+    session = runtime.InferenceSession(onnx_file(setup.folder, exporter), options, providers=providers)
     return lambda feed: torch.from_numpy(session.run(None, feed)[0])
 
 
@@ -73,19 +71,6 @@ def openvino_model(
     return one, several if hint == "throughput" else None
 
 
-def onnx_int8_file(folder: str, exporter: str) -> Path:
-    """int8 weights: unsigned ones, the other choice, are slower on a CPU with VNNI."""
-    file = Path(folder) / f"{exporter}-int8.onnx"
-    if not file.exists():
-        package = import_module("onnxruntime.quantization")
-        logging.disable(logging.WARNING)  # it asks for a preparation that changes nothing here
-        package.quantize_dynamic(
-            onnx_file(folder, exporter), file, per_channel=True, weight_type=package.QuantType.QInt8
-        )
-        logging.disable(logging.NOTSET)
-    return file
-
-
 def onnx_file(folder: str, exporter: str) -> Path:
     file = Path(folder) / f"{exporter}.onnx"
     if file.exists():
@@ -122,32 +107,3 @@ class LastHiddenState(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-
-class Int8Linear(nn.Module):
-    """A linear layer for inference on a CPU: int8 weights, inputs quantised dynamically. `[T, D]` to `[T, F]` float32.
-
-    Weights have a scale for each output, inputs one for each call. PyTorch's own module always leaves a bit of the
-    inputs unused, which only processors without VNNI need: their sums of products would overflow.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight_FD = linear.weight.detach()
-        scale_F = weight_FD.abs().amax(1).clamp(min=1e-12).double() / 127
-        zero_F = torch.zeros(len(weight_FD), dtype=torch.int64)
-        quantised_FD = torch.quantize_per_channel(weight_FD, scale_F, zero_F, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(quantised_FD, linear.bias)
-        self.reduce_range = not torch.cpu._is_vnni_supported()
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x_TD, self.packed, self.reduce_range)
-
-
-def with_int8(encoder: Any) -> Any:
-    """This encoder with int8 linear layers, changed in place: a few lines that a user can copy."""
-    for parent in [*encoder.modules()]:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
-    return encoder.eval()

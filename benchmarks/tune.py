@@ -1,7 +1,6 @@
 """Chooses the tiles of the Triton kernels for the GPU at hand, by timing those that compile without a spill and fit.
 
-    python -m benchmarks.tune                     what is faster than the present tiles, and by how much
-    python -m benchmarks.tune --write             also written to kernels/modernbert_kernels/fused/tiles.py
+    python -m benchmarks.tune                     what is faster than the present tiles, and the rows to enter
     python -m benchmarks.tune --only attention    one op
     TRITON_INTERPRET=1 python -m benchmarks.tune --quick    tries the path without a GPU; those figures are no results
 
@@ -32,8 +31,6 @@ import modernbert_kernels as ops
 from benchmarks import clock
 from benchmarks.clock import Machine, Rates
 from benchmarks.ops import Task, Way, call_of, copied, offsets, randn, timed
-from benchmarks.rows import ROOT
-from modernbert.files import replacing
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
@@ -48,7 +45,6 @@ TOKENS, COMPILED, FEW = 16_384, 384, 16
 
 ROUNDS, DUEL = 5, 15
 ARCHS = (80, 89, 90, 100, 120)
-FILE = ROOT / "kernels" / "modernbert_kernels" / "fused" / "tiles.py"
 
 Key = tuple[str | int, ...]
 Table = Mapping[Key, Mapping[int, Tile]]
@@ -237,14 +233,11 @@ def label(tile: Tile) -> str:
 
 
 def summary(outcome: Outcome, tried: int) -> str:
-    name = ", ".join(map(str, outcome.key))
-    first = next((f", the first one {reason}" for reason in outcome.refused.values()), "")
-    wrong = f"; {len(outcome.refused)} refused{first}" if outcome.refused else ""
-    if label(outcome.present) in outcome.refused:
-        return f"{name}: the present tile {label(outcome.present)} {outcome.refused[label(outcome.present)]}"
+    name, present = ", ".join(map(str, outcome.key)), label(outcome.present)
+    wrong = "".join(f"; {tile} is refused: {reason}" for tile, reason in outcome.refused.items())
     if outcome.best == outcome.present:
-        return f"{name}: {label(outcome.present)} stays, none of {tried} is faster by more than noise{wrong}"
-    return f"{name}: {label(outcome.best)} is {outcome.factor:.3f} times as fast as {label(outcome.present)}{wrong}"
+        return f"{name}: {present} stays, none of {tried} is faster by more than noise{wrong}"
+    return f"{name}: {label(outcome.best)} is {outcome.factor:.3f} times as fast as {present}{wrong}"
 
 
 def run(machine: Machine, only: Sequence[str], *, quick: bool) -> Iterator[tuple[Outcome, int]]:
@@ -272,46 +265,28 @@ def with_outcome(table: Table, outcome: Outcome, arch: int, gpu: str) -> Table:
     return {**table, outcome.key: {**before, **kept, arch: outcome.best._replace(measured=gpu)}}
 
 
-def with_table(text: str, table: Table) -> str:
-    """The text of tiles.py with this table, formatted as ruff formats it."""
-    lines = []
-    for key, entries in table.items():
-        # Without the empty name of a GPU.
-        cells = [
-            f"{arch}: Tile({', '.join(json.dumps(x) for x in tile if x != '')})"
-            for arch, tile in sorted(entries.items())
-        ]
-        inside = (
-            f"{{{cells[0]}}}" if len(cells) == 1 else "{\n" + "".join(f"        {one},\n" for one in cells) + "    }"
-        )
-        name = ", ".join(map(json.dumps, key)) + ("," if len(key) == 1 else "")
-        lines.append(f"    ({name}): {inside},\n")
-    start = text.index("TILES: ")
-    head = text[: text.index("{\n", start) + 2]
-    return head + "".join(lines) + "}\n"
+def entry(key: Key, entries: Mapping[int, Tile]) -> str:
+    """A row of `TILES` as Python reads it."""
+    cells = (f"{arch}: Tile({', '.join(json.dumps(x) for x in tile if x != '')})" for arch, tile in entries.items())
+    return f"    ({', '.join(map(json.dumps, key))},): {{{', '.join(cells)}}},"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="ops: attention, maxsim, geglu")
-    parser.add_argument("--write", action="store_true", help="write what was found into tiles.py")
     parser.add_argument("--quick", action="store_true", help="few tokens, one candidate: tries the path")
     arguments = parser.parse_args()
     machine = clock.this_machine()
     if not machine.is_gpu and not (arguments.quick and interpreted()):
         raise SystemExit("there is no GPU here; TRITON_INTERPRET=1 python -m benchmarks.tune --quick tries the path")
-    if arguments.write and (arguments.quick or not machine.is_gpu):
-        raise SystemExit("--write takes what a GPU measured, and not --quick")
-    table: Table = TILES
+    rows = []
     for outcome, tried in run(machine, arguments.only, quick=arguments.quick):
         print(summary(outcome, tried), flush=True)
-        if arguments.write and label(outcome.present) not in outcome.refused:
+        if machine.is_gpu and not arguments.quick and label(outcome.present) not in outcome.refused:
             gpu = torch.cuda.get_device_properties(0).name
-            table = with_outcome(table, outcome, launch.arch(machine.device), gpu)
-            with replacing(FILE) as beside:
-                beside.write_text(with_table(FILE.read_text("utf-8"), table), encoding="utf-8")
-    if arguments.write:
-        print(f"wrote {FILE}; now update the resources, see kernels/README.md")
+            rows.append(entry(outcome.key, with_outcome(TILES, outcome, launch.arch(machine.device), gpu)[outcome.key]))
+    if rows:
+        print("The rows of TILES in kernels/modernbert_kernels/fused/tiles.py:", *rows, sep="\n")
 
 
 if __name__ == "__main__":

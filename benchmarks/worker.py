@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import clock
-from benchmarks.clock import Call, Rates, Reading, Refused
+from benchmarks.clock import Call, Reading, Refused
 from benchmarks.rows import ROOT
 
 HERE = Path(__file__).parent
@@ -102,7 +102,7 @@ class Peer(NamedTuple):
         builder: takes a `Setup` and the options, loads the model and returns a `Build`.
         applies: whether it runs in such a setup at all. package: must be installed.
         slow: compiles for minutes, and is left out where time is short.
-        exact: is refused where it differs from the reference; int8 is not, and its rows have the error.
+        exact: is refused where it differs from the reference; others are not, and their rows have the error.
         checkout: the project's folder that `modernbert` is imported from, by default this one.
     """
 
@@ -301,11 +301,6 @@ def memory(field: str, pid: str | int = "self") -> int:
 def answer(state: State, job: Job) -> Tensor:
     """The answer of a job that is not timed."""
     return next(iter(state.build(job))).answer()
-
-
-def rates(state: State) -> Rates:
-    """What this machine reaches in the dtype of the setup."""
-    return clock.rates(torch.device(state.setup.device), state.setup.torch_dtype, quick=state.setup.quick)
 
 
 def rest(state: State) -> None:
