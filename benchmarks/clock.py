@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +22,6 @@ WINDOW = 0.004
 
 SLOWEST = 0.25
 """Seconds of a call above which a kernel is not timed."""
-
-GPU_PACKAGES = ("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim", "packed-encoders", "flash-attn")
-SENSORS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
 
 
 class Refused(RuntimeError):
@@ -87,12 +82,11 @@ def peak_bytes(run: Call) -> int:
 
 
 class Machine(NamedTuple):
-    """Where kernels run: the clock, the least seconds of a sample, and the most runs until a time is stable."""
+    """Where kernels run: the clock, and the least seconds of a sample."""
 
     device: torch.device
     read: Callable[[Call], Reading]
     window: float
-    patience: int
 
     @property
     def is_gpu(self) -> bool:
@@ -110,8 +104,8 @@ def this_machine() -> Machine:
     """
     if torch.cuda.is_available():
         torch.cuda.set_stream(torch.cuda.Stream())
-        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW, 20)
-    return Machine(torch.device("cpu"), read_clocks, 0.0, 3)
+        return Machine(torch.device("cuda", torch.cuda.current_device()), read_gpu, WINDOW)
+    return Machine(torch.device("cpu"), read_clocks, 0.0)
 
 
 class Loop(NamedTuple):
@@ -181,16 +175,6 @@ def copies_beyond_cache(nbytes: int, cache: int) -> int:
     return min(32, max(2, math.ceil(3 * cache / max(nbytes, 1))))
 
 
-def settle(run: Call, machine: Machine, *, spread: float = 0.02) -> int:
-    """Run until three runs in a row took the same time within `spread`, or patience ends; how many runs it took."""
-    last: list[float] = []
-    for done in range(1, machine.patience + 1):
-        last = [*last[-2:], machine.read(run).seconds]
-        if len(last) == 3 and max(last) <= (1 + spread) * min(last):
-            return done
-    return machine.patience
-
-
 class Rates(NamedTuple):
     """What this machine reached in this run: bytes copied (read and written) and operations, per second."""
 
@@ -201,7 +185,7 @@ class Rates(NamedTuple):
 def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
     """A copy and a product of square matrices, of random data: zeros are multiplied faster."""
     is_gpu = device.type == "cuda"
-    machine = Machine(device, read_gpu if is_gpu else read_clocks, 0.0, 20 if is_gpu else 3)
+    read = read_gpu if is_gpu else read_clocks
     rows, width = ((1 << 16, 8192) if is_gpu else (1 << 12, 1024)) if not quick else (1 << 9, 256)
     x = torch.randn(rows, 4096, device=device, dtype=dtype)
     a, b = torch.randn(2, width, width, device=device, dtype=dtype)
@@ -209,52 +193,9 @@ def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
 
     def rate(call: Call, amount: int) -> float:
         several = partial(repeat, 4, call)  # the start of the first then counts for little
-        settle(several, machine)
-        return 4 * amount / statistics.median(machine.read(several).seconds for _ in range(7))
+        several()
+        return 4 * amount / statistics.median(read(several).seconds for _ in range(7))
 
     # On some processors oneDNN, which our layers use, multiplies twice as fast as what `@` calls.
     products: list[Call] = [lambda: a @ b] if is_gpu else [lambda: a @ b, lambda: linear(a, weight)]
     return Rates(rate(lambda: y.copy_(x), 2 * x.nbytes), max(rate(one, 2 * width**3) for one in products))
-
-
-@lru_cache
-def identity(device: torch.device) -> dict[str, Any]:
-    """What a row says about the GPU and its driver; for a CPU only versions."""
-    found: dict[str, Any] = {package: installed(package) for package in GPU_PACKAGES}
-    known: dict[str, Any] = {"gpu": None, "driver": None, "capability": None, "versions": found}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        known["gpu"], known["capability"] = properties.name, f"{properties.major}.{properties.minor}"
-        known["driver"] = (query(device, ("driver_version",), lambda: None) or [None])[0]
-        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    return known
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def sensors(device: torch.device, run: Call) -> dict[str, float]:
-    """Clocks, power and temperature of a GPU while `run` is repeated, as far as they are known."""
-    values = query(device, tuple(SENSORS), run) if device.type == "cuda" else []
-    return {name: float(text) for name, text in zip(SENSORS.values(), values, strict=False) if "N/A" not in text}
-
-
-def query(device: torch.device, fields: Sequence[str], run: Call) -> list[str]:
-    """The answer of nvidia-smi for this GPU while `run` is repeated; empty if there is none."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    command = ["nvidia-smi", *([f"--id=GPU-{uuid}"] if uuid else []), f"--query-gpu={','.join(fields)}"]
-    try:
-        asked = subprocess.Popen([*command, "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        return []
-    until = time.monotonic() + 10
-    while asked.poll() is None and time.monotonic() < until:
-        run()
-        torch.cuda.synchronize(device)
-    asked.kill()
-    values = [value.strip() for value in asked.communicate()[0].strip().split(",")]
-    return values if asked.returncode == 0 and len(values) == len(fields) else []

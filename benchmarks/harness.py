@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,15 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import worker
-from benchmarks.clock import Rates, Refused
+from benchmarks import clock, worker
+from benchmarks.clock import Rates, Reading, Refused
 from benchmarks.inputs import save_seeded
 from benchmarks.rows import Row, rounded, row
 from benchmarks.work import shares
-from benchmarks.worker import Job, Peer, Setup, Worker
+from benchmarks.worker import BEFORE, OURS, SESSION, Job, Peer, Setup, Worker
 from modernbert import EncoderConfig
 
 FOREIGN_LIMIT = 6.0
@@ -46,9 +44,10 @@ COMPILING = 3.0
 
 
 class Sample(NamedTuple):
-    """The median call of one window of calls, and the CPU that others used meanwhile in percent of a core."""
+    """The seconds of some calls on the host and on a GPU, and the CPU that others used in percent of a core."""
 
-    seconds: float
+    host: Sequence[float]
+    device: Sequence[float]
     foreign: float
 
     @property
@@ -101,20 +100,27 @@ class Difference(NamedTuple):
     allowed: float | None
 
 
-def difference(got: Tensor, exact: Tensor, plain: Tensor | None, *, absolute: bool) -> Difference:
+def difference(
+    got: Tensor,
+    exact: Tensor,
+    plain: Tensor | None,
+    *,
+    absolute: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Difference:
     """Judge an answer, or raise `Refused`.
 
     Args:
-        exact: the reference in float32.
-        plain: the reference in the dtype that is measured; None for float32. Twice its root mean square error and a
-            rounding step of bfloat16 are allowed.
-        absolute: for float32, the largest absolute difference counts.
+        exact: the reference in a higher precision.
+        plain: the reference in the dtype that is measured; None for float32 on the same device. Twice its root mean
+            square error and a rounding step of `dtype` are allowed.
+        absolute: without `plain`, the largest absolute difference counts.
     """
     if got.shape != exact.shape:
         raise Refused(f"returned shape {tuple(got.shape)}, the reference has {tuple(exact.shape)}")
     found, allowed = rms(got, exact), RELATIVE
     if plain is not None:
-        allowed = 2 * rms(plain, exact) + torch.finfo(torch.bfloat16).eps
+        allowed = 2 * rms(plain, exact) + torch.finfo(dtype).eps
     elif absolute:
         found, allowed = (got.double() - exact.double()).abs().max().item(), ABSOLUTE
     if not found <= allowed:  # NaN is refused too
@@ -123,8 +129,8 @@ def difference(got: Tensor, exact: Tensor, plain: Tensor | None, *, absolute: bo
 
 
 def rms(got: Tensor, exact: Tensor) -> float:
-    """Root mean square error as a share of the reference."""
-    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+    """Root mean square error as a share of the reference; something of size zero is compared absolutely."""
+    return (got.double() - exact.double()).norm().item() / (exact.double().norm().item() or 1.0)
 
 
 @dataclass
@@ -133,7 +139,7 @@ class Measured:
 
     Attributes:
         foreign: percent of a core that others used, the worst of the samples; None where it does not matter.
-        exact: whether it was compared with a tolerance. more: further fields of its row.
+        exact: whether it was compared with a tolerance.
     """
 
     name: str
@@ -144,7 +150,6 @@ class Measured:
     foreign: float | None = None
     clean: bool = True
     exact: bool = True
-    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -154,19 +159,20 @@ class Measured:
         """Median over rounds: only samples of one round are compared."""
         return statistics.median(theirs / mine for mine, theirs in zip(self.costs, other.costs, strict=True))
 
-    def quiet(self, samples: Sequence[Sample]) -> Measured:
+    def quiet(self, samples: Sequence[Sample | Reading]) -> Measured:
         """With what others used during these samples of a CPU."""
-        self.foreign, self.clean = max(one.foreign for one in samples), all(one.clean for one in samples)
+        self.foreign = max(one.foreign for one in samples)
+        self.clean = self.foreign <= FOREIGN_LIMIT
         return self
 
     def row(self, others: Sequence[Measured], value: Callable[[float], float], **more: Any) -> Row:
-        """With factors over these others. An exact implementation is not worse for being slower than int8."""
+        """With factors over these others. An exact one is not worse for being slower than another."""
         rivals = {other.name: other for other in others if other is not self and other.exact >= self.exact}
         known = {"implementation": self.name, "settings": self.settings, "calls_per_sample": self.calls}
         known |= {"foreign_percent": rounded(self.foreign, digits=2), "clean": self.clean}
         known["times_better_than"] = {name: rounded(self.times_better_than(other)) for name, other in rivals.items()}
         errors = {"max_error": self.error.found, "tolerance": self.error.allowed}
-        return row([value(cost) for cost in self.costs], **errors, **known | more | self.more)
+        return row([value(cost) for cost in self.costs], **errors, **known | more)
 
 
 @dataclass(frozen=True)
@@ -175,11 +181,10 @@ class Table:
 
     Attributes:
         workload, what: its name in `--only`; the table in words.
-        model: a preset, or a config of `Run.models`.
+        model: a preset; the folder of its checkpoint.
         figure, unit: what the number is (throughput, p50, ...).
         value: from the cost of a call to a number in the unit; None is real tokens per second.
         model_pass: a cost is the seconds of a pass through the model, which has a roofline.
-        x: (name, value) of this point on a curve.
         rounds: samples. measure: how; by default `speed`.
     """
 
@@ -194,7 +199,6 @@ class Table:
     unit: str = "tokens/s"
     value: Callable[[float], float] | None = None
     model_pass: bool = True
-    x: tuple[str, float] | None = None
     rounds: int = 5
     measure: Callable[[Workers, Table], Result] | None = None
 
@@ -207,15 +211,20 @@ MS: dict[str, Any] = {"figure": "time", "unit": "ms", "value": lambda seconds: 1
 
 @dataclass
 class Run:
-    """One run of a suite; nothing is begun after `until`, and `scratch` is deleted at the end."""
+    """One run of a suite: nothing is begun after `until`.
+
+    Attributes:
+        scratch: a folder for checkpoints and stores.
+        against: another checkout of this project. Only ours and its plain modules take part then.
+    """
 
     suite: str
-    quick: bool
-    device: str
-    minutes: float | None
-    until: float
     scratch: Path
-    models: dict[str, EncoderConfig] = field(default_factory=dict)
+    quick: bool = False
+    device: str = "cpu"
+    minutes: float | None = None
+    until: float = math.inf
+    against: Path | None = None
     known_rates: dict[str, Rates] = field(default_factory=dict)
 
     @property
@@ -239,58 +248,38 @@ class Run:
         reason = f"was not reached within {self.minutes:g} minutes: ask for it with --only {workload}"
         return Result(workload, [], {"the rest": reason})
 
-    def config(self, model: str) -> EncoderConfig:
-        return self.models[model] if model in self.models else EncoderConfig.preset(model)
-
     def setup(self, model: str, dtype: str) -> Setup:
         """With the checkpoint, which is written when it is first asked for."""
         folder = self.scratch / model
         if model and not folder.exists():
-            save_seeded(self.config(model), folder)
+            save_seeded(EncoderConfig.preset(model), folder)
         return Setup(str(folder), dtype, self.device, torch.get_num_threads(), self.quick)
 
     def rates(self, dtype: str) -> Rates:
-        """What this machine reaches in this dtype, measured in a process of its own, once in a run."""
+        """What this machine reaches in this dtype, measured once in a run."""
         if dtype not in self.known_rates:
-            one = Worker(self.setup("", dtype), Peer(nothing), self.scratch)
-            self.known_rates[dtype] = one.ask(worker.rates, timeout=120)
-            one.close()
+            self.known_rates[dtype] = clock.rates(torch.device(self.device), getattr(torch, dtype), quick=self.quick)
         return self.known_rates[dtype]
 
     def checked(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        """Which texts are compared: the longest, the shortest, the first and the last, as far as tokens allow."""
-        left, order = 20_000 if self.is_gpu else 1_500, sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
-        chosen: list[int] = []
-        for index in dict.fromkeys([order[0], order[-1], 0, len(lengths) - 1]):
-            if not chosen or lengths[index] <= left:
-                chosen.append(index)
-                left -= lengths[index]
-        return tuple(sorted(chosen))
+        """Which texts are compared: the longest and the shortest."""
+        return tuple(sorted({lengths.index(max(lengths)), lengths.index(min(lengths))}))
 
-
-def nothing(setup: Setup) -> worker.Build:
-    """The builder of a process that is not asked for a job."""
-    return lambda job: ()
-
-
-@contextmanager
-def run(
-    suite: str,
-    *,
-    quick: bool,
-    minutes: float | None,
-    models: Mapping[str, EncoderConfig] | None = None,
-    device: str | None = None,
-) -> Iterator[Run]:
-    """One run of a suite, on the GPU if there is one; a test says where, and brings small models."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    until = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Run(suite, quick, device, minutes, until, Path(scratch), dict(models or {}))
+    def peers(self, table: Table) -> dict[str, Peer]:
+        """Those of a table that this machine can run; with another checkout only ours."""
+        found = dict(table.peers)
+        if self.against:
+            before = found[OURS]._replace(checkout=str(self.against))
+            found = {name: found[name] for name in (SESSION, OURS) if name in found} | {BEFORE: before}
+        setup = self.setup(table.model, table.dtype)
+        installed = {name for name, peer in found.items() if peer.package is None or find_spec(peer.package)}
+        return {name: peer for name, peer in found.items() if name in installed and peer.applies(setup)}
 
 
 def measure(here: Run, tables: Iterable[Table]) -> Iterator[Result]:
     """The results of these tables. Neighbours of one model, dtype and choice of peers share their processes."""
+    if here.against:
+        tables = (table for table in tables if OURS in table.peers)
     for _, group in groupby(tables, lambda one: (one.model, one.dtype, dict(one.peers), one.reference)):
         first = next(group)
         with workers_of(here, first) as workers:
@@ -312,42 +301,19 @@ def workers_of(here: Run, table: Table) -> Iterator[Workers]:
 
 
 class Workers:
-    """The processes of one model, which start when they are first asked."""
+    """The processes of one model, which all load it at the same time."""
 
     def __init__(self, here: Run, table: Table) -> None:
-        self.here, self.reference, self.model = here, table.reference, table.model
-        self.setup = here.setup(table.model, table.dtype)
-        known = {
-            name: peer
-            for name, peer in table.peers.items()
-            if peer.applies(self.setup) and (peer.package is None or find_spec(peer.package))
-        }
+        self.here, self.reference = here, table.reference
+        self.setup, known = here.setup(table.model, table.dtype), here.peers(table)
         short = here.quick or (here.minutes is not None and here.minutes < COMPILING)
         self.peers = {name: peer for name, peer in known.items() if not (peer.slow and short)}
         self.left_out = {name: "is left out: it compiles for minutes" for name in known if name not in self.peers}
         self.running: dict[str, Worker] = {}
-        self.identity: dict[str, Any] = {}
-        self.started = False
-
-    def start(self) -> dict[str, str]:
-        """Load everything at the same time, once; why some could not, which are absent from the following tables."""
-        if self.started:
-            return {}
-        self.started, refused = True, dict(self.left_out)
-        judges = [self.judge(dtype) for dtype in self.dtypes]
-        for one in [*judges, *map(self.worker, self.peers)]:
-            one.send(worker.hello)
-        for one in judges:
-            with suppress(Refused):  # it fails again when it is asked for the reference
-                self.identity = one.receive(LOADING)
-        for name in list(self.peers):
-            try:
-                self.running[name].receive(LOADING)
-            except Refused as reason:
-                refused[name] = str(reason)
-                self.running.pop(name).close()
-                del self.peers[name]
-        return refused
+        for dtype in self.dtypes:
+            self.judge(dtype)
+        for name in self.peers:
+            self.worker(name)
 
     def worker(self, name: str) -> Worker:
         """The process of an implementation; a new one if the last has died."""
@@ -366,11 +332,6 @@ class Workers:
         """Those in which the reference runs."""
         return list(dict.fromkeys(["float32", self.setup.dtype]))
 
-    def dismiss_judges(self) -> None:
-        """End the processes of the reference, whose memory others need."""
-        for dtype in self.dtypes:
-            self.judge(dtype).close()
-
     def expected(self, job: Job) -> tuple[Tensor, Tensor | None]:
         """The reference in float32, and in the dtype that is measured if that is another."""
         try:
@@ -382,13 +343,13 @@ class Workers:
     def judged(self, name: str, got: Tensor, exact: Tensor, plain: Tensor | None, job: Job) -> Difference:
         """How wrong an answer is, or `Refused`."""
         absolute = not self.here.is_gpu and not job.backward and plain is None
-        if name in self.peers and not self.peers[name].exact and got.shape == exact.shape:
+        if not self.peers[name].exact and got.shape == exact.shape:
             return Difference((got - exact).abs().max().item() if absolute else rms(got, exact), None)
         return difference(got, exact, plain, absolute=absolute)
 
     def prepared(self, job: Job) -> tuple[dict[str, Measured], dict[str, str]]:
         """Prepare a job everywhere: the implementations that are right, and why the others are not among them."""
-        refused = self.start()
+        refused = dict(self.left_out)
         try:
             exact, plain = self.expected(job)
         except Refused as reason:
@@ -398,11 +359,10 @@ class Workers:
         seconds = min(5.0 if self.here.quick else 60.0, max(1.0, self.here.left() / 4))
         for name, peer in self.peers.items():
             try:
-                timeout = max(30.0, min(self.here.left(), 600.0))
+                timeout = LOADING + max(30.0, min(self.here.left(), 600.0))
                 told = self.worker(name).ask(worker.prepare, timeout=timeout, job=job, window=window, seconds=seconds)
                 error = self.judged(name, told["answer"], exact, plain, job)
-                more = cosines(told["answer"], exact) if name.endswith("int8") else {}
-                ready[name] = Measured(name, told["settings"], error, told["calls"], exact=peer.exact, more=more)
+                ready[name] = Measured(name, told["settings"], error, told["calls"], exact=peer.exact)
             except Refused as reason:
                 refused[name] = str(reason)
         return ready, refused
@@ -413,74 +373,50 @@ class Workers:
         """Answers to a request, in turns. Those to `worker.sample` are `Sample`s, and busy ones are repeated."""
 
         def ask(name: str) -> Any:
-            found = self.running[name].ask(request, timeout=max(60.0, min(self.here.left(), 900.0)), **arguments)
-            return Sample(*found) if request is worker.sample else found
+            found = self.worker(name).ask(request, timeout=max(60.0, min(self.here.left(), 900.0)), **arguments)
+            if request is worker.sample:
+                return Sample(found["host"], found["device"], 0.0 if self.here.is_gpu else found["foreign"])
+            return found
 
         return in_turns({name: partial(ask, name) for name in names}, rounds, until=self.here.until)
 
-    def look(self, ready: Mapping[str, Measured], names: Iterable[str]) -> None:
-        """Read the clocks of a GPU while each of these runs."""
-        for name in names if self.here.is_gpu else ():
-            with suppress(Refused):  # the figure is right without it
-                ready[name].more["state"] = self.running[name].ask(worker.sensors, timeout=60)
-
     def result(self, table: Table, done: Sequence[Measured], refused: Mapping[str, str]) -> Result:
         """A row for each, with factors over the others, and the reasons of those without one."""
-        lengths, known = table.job.lengths, dict(self.identity)
-        versions = known.pop("versions", {})
-        known |= {"suite": self.here.suite, "workload": table.workload, "what": table.what, "unit": table.unit}
+        lengths = table.job.lengths
+        known: Row = {"device": self.here.device, "suite": self.here.suite}
+        known |= {"workload": table.workload, "what": table.what, "unit": table.unit}
         known |= {"dtype": self.setup.dtype, "model": table.model, "figure": table.figure}
         known["pass"] = "forward + backward" if table.job.backward else "forward"
         known["lengths"] = {"sequences": len(lengths), "tokens": sum(lengths), "longest": max(lengths, default=0)}
-        known["x"] = None if table.x is None else dict(zip(("name", "value"), table.x, strict=True))
-        rows = []
+        rows, dtype = [], self.setup.torch_dtype
+        rates = self.here.rates(self.setup.dtype) if table.model_pass and done else None
         for one in done:
-            of_pass = self._shares(table, one) if table.model_pass else {}
-            made = one.row(done, table.in_unit, **known, **of_pass)
-            rows.append(made | {"versions": made["versions"] | versions})
+            of_pass = shares(EncoderConfig.preset(table.model), table.job, one.median, rates, dtype) if rates else {}
+            rows.append(one.row(done, table.in_unit, **known | of_pass))
         return Result(table.workload, rows, {f"{table.what}: {name}": reason for name, reason in refused.items()})
 
-    def _shares(self, table: Table, one: Measured) -> Row:
-        rates, setup = self.here.rates(self.setup.dtype), self.setup
-        return shares(
-            self.here.config(table.model), table.job, one.median, rates, setup.torch_dtype, self.identity.get("gpu")
-        )
+
+# What is measured of a table.
 
 
-def cosines(got: Tensor, exact: Tensor) -> Row:
-    """How far the rows of an int8 model are from float32."""
-    cosine = F.cosine_similarity(got, exact, dim=-1)
-    return {"dtype": "int8", "cosine": rounded(cosine.mean().item()), "worst_cosine": rounded(cosine.min().item())}
+def speed(workers: Workers, table: Table, *, count: int | None = None) -> Result:
+    """Rows of the implementations that are right, by the seconds of a call, and why the others have none.
 
-
-def speed(workers: Workers, table: Table) -> Result:
-    """Rows of the implementations that are right, by the seconds of a call, and why the others have none."""
+    With `count` each of so many calls is waited for, and there are rows of p50, of p99, and of the time on a GPU.
+    """
     ready, refused = workers.prepared(table.job)
-    taken, failed = workers.turns(ready, worker.sample, 2 if workers.here.quick else table.rounds)
-    for name, samples in taken.items():
-        ready[name].costs = [sample.seconds for sample in samples]
-        if not workers.here.is_gpu:
-            ready[name].quiet(samples)
-    workers.look(ready, taken)
-    return workers.result(table, [ready[name] for name in ready if name in taken], refused | failed)
-
-
-def latency(workers: Workers, table: Table, *, count: int, figures: Sequence[str] = ("p50", "p99", "device")) -> Result:
-    """Rows of each figure over `count` calls, each waited for; only a GPU has a time on the device."""
-    ready, refused = workers.prepared(table.job)
-    taken, failed = workers.turns(ready, worker.latencies, 2 if workers.here.quick else table.rounds, count=count)
-    workers.look(ready, taken)
-    found = workers.result(table, [], refused | failed)
-    for figure in figures:
-        source, at = ("device" if figure == "device" else "host"), p99 if figure == "p99" else statistics.median
+    taken, failed = workers.turns(ready, worker.sample, 2 if workers.here.quick else table.rounds, count=count)
+    rows: list[Row] = []
+    for figure, (source, at) in (LATENCIES if count else {table.figure: ("host", statistics.median)}).items():
         done = []
-        for name, told in taken.items():
-            if told[0][source]:
-                one = replace(ready[name], calls=count, costs=[at(each[source]) for each in told])
-                done.append(one if workers.here.is_gpu else one.quiet([Sample(0.0, each["foreign"]) for each in told]))
+        for name, samples in taken.items():
+            if getattr(samples[0], source):
+                costs = [at(getattr(one, source)) for one in samples]
+                one = replace(ready[name], calls=count or ready[name].calls, costs=costs)
+                done.append(one if workers.here.is_gpu else one.quiet(samples))
         of_pass = table.model_pass and figure != "p99"
-        found.rows.extend(workers.result(replace(table, figure=figure, model_pass=of_pass), done, {}).rows)
-    return found
+        rows += workers.result(replace(table, figure=figure, model_pass=of_pass), done, {}).rows
+    return workers.result(table, [], refused | failed)._replace(rows=rows)
 
 
 def p99(seconds: Sequence[float]) -> float:
@@ -488,7 +424,38 @@ def p99(seconds: Sequence[float]) -> float:
     return sorted(seconds)[int(0.99 * (len(seconds) - 1))]
 
 
-NO, BETTER, MUST = "needs no GPU", "made for a GPU; on a CPU it measures a small model", "needs a GPU"
+LATENCIES = {"p50": ("host", statistics.median), "p99": ("host", p99), "device": ("device", statistics.median)}
+
+
+def peak_memory(workers: Workers, table: Table) -> Result:
+    """Bytes at the peak of a call beyond the loaded model and its inputs, a fresh process for each sample."""
+    here, taken, refused = workers.here, {}, {}
+    if not here.is_gpu and not worker.CLEAR.exists():
+        return workers.result(table, [], {"every implementation": "only Linux resets the peak memory of a process"})
+    warm = Job((16, 8), (0,), batch=2, backward=table.job.backward)
+    for _ in range(1 if here.quick else 3):
+        with workers_of(here, table) as fresh:
+            refused |= fresh.left_out
+            try:
+                exact, plain = fresh.expected(table.job)
+            except Refused as reason:
+                return workers.result(table, [], {"every implementation": str(reason)})
+            for dtype in fresh.dtypes:
+                fresh.judge(dtype).close()  # others need its memory
+            told, failed = fresh.turns(fresh.peers, worker.peak, 1, job=table.job, warm=warm)
+            refused |= failed
+            for name, (found,) in told.items():
+                try:
+                    error = fresh.judged(name, found["answer"], exact, plain, table.job)
+                    one = taken.setdefault(name, Measured(name, found["settings"], error))
+                    one.costs.append(max(1, found["bytes"]))
+                except Refused as reason:
+                    refused[name] = str(reason)
+    return workers.result(table, [one for name, one in taken.items() if name not in refused], refused)
+
+
+PEAK: dict[str, Any] = {"figure": "peak memory", "unit": "MB", "value": lambda nbytes: nbytes / 1e6}
+PEAK |= {"measure": peak_memory, "model_pass": False}
 
 
 class Suite(NamedTuple):
@@ -496,17 +463,17 @@ class Suite(NamedTuple):
 
     Attributes:
         what: is measured. workloads: what `--only` takes, with a line each. against: the other implementations.
-        measure: takes a `Run`, the names of workloads and the suite's options; yields results as they are done.
-        gpu: `NO`, `BETTER` or `MUST`, of which only --quick runs without one. minutes: in words.
+        measure: takes a `Run` and the names of workloads; yields results as they are done.
+        on: the machine that it is for. needs_gpu: only --quick runs without one.
         weight: its part of the time of `all`; 0 leaves it out there.
     """
 
     what: str
     workloads: Mapping[str, str]
     against: str
-    measure: Callable[..., Iterator[Result]]
-    gpu: str = NO
-    minutes: str = "until everything is done, or as long as --minutes allows"
+    measure: Callable[[Run, Sequence[str]], Iterator[Result]]
+    on: str = "made for a GPU; on a CPU it measures a small model"
+    needs_gpu: bool = False
     weight: int = 0
 
 

@@ -1,59 +1,59 @@
-"""What is encoded: the lengths of the ModernBERT paper, token ids, and checkpoints of seeded weights."""
+"""What is encoded: the lengths of the ModernBERT paper, token ids, texts of the demo corpus, and seeded checkpoints."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
-from collections.abc import Callable, Sequence
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modernbert import Encoder, EncoderConfig
+from modernbert import ColBERT, Encoder, EncoderConfig
 
 DOCUMENTS = 8192
 """Of each set of the paper."""
 
 
-def variable(count: int, *, mean: int, spread: int = 64, low: int = 32, longest: int) -> tuple[int, ...]:
-    """The first lengths of a set of the ModernBERT paper: normal, clipped, seed 42."""
-    generator = torch.Generator().manual_seed(42)
-    drawn = torch.randn(max(count, DOCUMENTS), generator=generator)[:count] * spread + mean
-    return tuple(drawn.round().clamp(low, longest).int().tolist())
+class Lengths(NamedTuple):
+    """A set of documents: normal lengths, clipped, seed 42."""
+
+    mean: int
+    spread: int
+    longest: int
+    shortest: int = 32
+
+    def first(self, count: int, *, short: bool = False) -> tuple[int, ...]:
+        """Lengths of the first documents; `short` cuts those of long sets to an eighth, for a try-out."""
+        generator = torch.Generator().manual_seed(42)
+        drawn = torch.randn(max(count, DOCUMENTS), generator=generator)[:count] * self.spread + self.mean
+        lengths = drawn.round().clamp(self.shortest, self.longest).int().tolist()
+        return tuple(length // 8 for length in lengths) if short and self.is_long else tuple(lengths)
+
+    @property
+    def is_long(self) -> bool:
+        return self.mean > 512
+
+    def words(self, *, short: bool = False) -> str:
+        each = f"N({self.mean}, {self.spread}) tokens, clipped to [{self.shortest}, {self.longest}]"
+        return "an eighth of " * (short and self.is_long) + (each if self.spread else f"{self.mean} tokens each")
 
 
-LENGTHS: dict[str, Callable[[int], tuple[int, ...]]] = {
-    "fixed 512": lambda count: (512,) * count,
-    "variable short": lambda count: variable(count, mean=256, longest=512),
-    "fixed 8192": lambda count: (8192,) * count,
-    "variable long": lambda count: variable(count, mean=4096, spread=1024, longest=8192),
+SETS = {
+    "fixed-512": Lengths(512, 0, 512),
+    "variable-short": Lengths(256, 64, 512),
+    "fixed-8192": Lengths(8192, 0, 8192),
+    "variable-long": Lengths(4096, 1024, 8192),
 }
-"""The four sets of the paper: from the number of documents to their lengths."""
-
-MEAN = {"fixed 512": 512, "variable short": 256, "fixed 8192": 8192, "variable long": 4096}
-WORDS = {
-    "fixed 512": "512 tokens each",
-    "variable short": "N(256, 64) tokens, clipped to [32, 512]",
-    "fixed 8192": "8192 tokens each",
-    "variable long": "N(4096, 1024) tokens, clipped to [32, 8192]",
-}
-
-
-def is_long(name: str) -> bool:
-    return MEAN[name] > 512
-
-
-def in_set(name: str, count: int, *, short: bool = False) -> tuple[int, ...]:
-    """Lengths of the first `count` documents of a set; `short` cuts those of long sets to an eighth, for a try-out."""
-    lengths = LENGTHS[name](count)
-    return tuple(max(1, length // 8) for length in lengths) if short and is_long(name) else lengths
-
-
-def words(name: str, *, short: bool = False) -> str:
-    """A set in words."""
-    return f"an eighth of {WORDS[name]}" if short and is_long(name) else WORDS[name]
+"""Of the ModernBERT paper."""
 
 
 def ids(index: int, length: int) -> Tensor:
@@ -66,11 +66,11 @@ def cotangent(index: int, length: int, width: int) -> Tensor:
     return torch.randn(length, width, generator=torch.Generator().manual_seed(index)).bfloat16().float()
 
 
-def padded(texts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Input ids and attention mask `[B, S]` of these texts' ids, right-padded; no mask where nothing is padded."""
+def padded(texts: Sequence[Tensor], *, masked: bool = False) -> dict[str, Tensor]:
+    """Input ids and attention mask `[B, S]` of these texts' ids, right-padded; a mask where one is needed or asked."""
     ids_BS = nn.utils.rnn.pad_sequence([*texts], batch_first=True)
     mask_BS = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    return {"input_ids": ids_BS} | ({} if bool(mask_BS.all()) else {"attention_mask": mask_BS})
+    return {"input_ids": ids_BS} | ({"attention_mask": mask_BS} if masked or not bool(mask_BS.all()) else {})
 
 
 def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:
@@ -81,17 +81,71 @@ def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> lis
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def within(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices in batches of at most `tokens` tokens, and at least one text."""
-    batches: list[list[int]] = []
-    left = 0
-    for index, length in enumerate(lengths):
-        if length > left:
-            batches.append([])
-            left = tokens
-        batches[-1].append(index)
-        left -= length
-    return batches
+# Texts of the demo corpus, for the tokenizer of the default model.
+
+ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"
+
+HELD_OUT = 8
+"""Every so many paragraphs of the corpus one is kept for queries, so that no passage contains a query."""
+
+
+@cache
+def default() -> ColBERT:
+    return ColBERT.default()
+
+
+@cache
+def records() -> list[dict[str, str]]:
+    """The paragraphs of the demo corpus, with `title` and `text`."""
+    with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def paragraphs(count: int) -> list[str]:
+    """The first of the corpus, from the start again where it has no more."""
+    return [records()[index % len(records())]["text"].strip() for index in range(count)]
+
+
+def write_corpus(path: Path, passages: int) -> None:
+    """A BEIR corpus.jsonl: under the title of an article three of its sentences, 100 tokens in the mean.
+
+    The same call writes the same file.
+    """
+    asked = {sentence for record in records()[::HELD_OUT] for sentence in sentences(record)}
+    by_title: dict[str, list[str]] = {}
+    for record in (record for index, record in enumerate(records()) if index % HELD_OUT):
+        by_title.setdefault(record["title"], []).extend(one for one in sentences(record) if one not in asked)
+    draw, titles = random.Random(0), [title for title, known in by_title.items() if known]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    with beside.open("w", encoding="utf-8") as file:
+        for number in range(passages):
+            title = draw.choice(titles)
+            one = {"_id": f"p{number}", "title": title, "text": " ".join(draw.choices(by_title[title], k=3))}
+            file.write(json.dumps(one, ensure_ascii=False) + "\n")
+    beside.replace(path)
+
+
+def sentences(record: Mapping[str, str]) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", record["text"])
+
+
+def queries(count: int) -> list[str]:
+    """The first 20 words of paragraphs of all articles that no passage contains, about 30 tokens."""
+    held_out = random.Random(0).sample(records()[::HELD_OUT], count)
+    return [" ".join(record["text"].split()[:20]) for record in held_out]
+
+
+def of_lengths(lengths: Sequence[int]) -> list[str]:
+    """Texts of random words that have these lengths as documents of the default model, special tokens included."""
+    words = sorted({word for record in records() for word in record["text"].split() if word.isalpha()})
+    tokens = default().tokenize_documents(["", *words], truncate=False).batch.lengths
+    single = [word for word, length in zip(words, tokens[1:], strict=True) if length == tokens[0] + 1]
+    draw = random.Random(0)
+    return [" ".join(draw.choices(single, k=length - tokens[0])) for length in lengths]
+
+
+# Checkpoints.
 
 
 def save_seeded(config: EncoderConfig, folder: Path) -> None:
@@ -117,3 +171,25 @@ def save_seeded(config: EncoderConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def projection(width: int, to: int) -> Tensor:
+    """A seeded matrix `[to, width]`."""
+    return torch.randn(to, width, generator=torch.Generator().manual_seed(2)) / math.sqrt(width)
+
+
+def save_colbert(checkpoint: str, *, width: int) -> Path:
+    """A folder for PyLate, sentence-transformers and us, made once: a checkpoint, a projection to `width` and the
+    default model's tokenizer. Documents are cut to 512 tokens.
+    """
+    from modernbert.heads.dense import Dense  # not in every checkout that a worker may import
+
+    folder = Path(checkpoint) / f"colbert-{width}"
+    if not folder.exists():
+        encoder, template = Encoder.from_pretrained(checkpoint), default()
+        head = Dense(encoder.config.hidden_size, width)
+        with torch.no_grad():
+            head.linear.weight.copy_(projection(encoder.config.hidden_size, width))
+        config = replace(template.config, document_length=512)
+        ColBERT(encoder, template.tokenizer, [head], config).save_pretrained(folder)
+    return folder

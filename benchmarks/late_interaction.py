@@ -1,9 +1,9 @@
-"""Suite `colbert`: token ids and text to unit vectors, and MaxSim, against transformers, PyLate and the like."""
+"""Suite `colbert`: text to vectors, and MaxSim, against sentence-transformers, PyLate and the like."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -11,94 +11,96 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import modernbert_kernels as ops
-from benchmarks import inputs, peers, texts
-from benchmarks.encoder import of_texts, suite
-from benchmarks.harness import Run, Table
-from benchmarks.peers import FLASH, OURS, REFERENCE, SDPA, SENTENCE_TRANSFORMERS, SESSION, those
-from benchmarks.worker import Build, Job, Peer, Setup, Variant
+from benchmarks import harness, inputs, peers
+from benchmarks.encoder import of_texts
+from benchmarks.harness import Run, Suite, Table
+from benchmarks.worker import OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT
 
-PYLATE, MAXSIM_CPU = "PyLate", "maxsim-cpu"
-EINSUM, TUNED, COMPILED = "padded einsum, as PyLate", "padded, tuned by hand", "padded einsum, compiled"
+MAXSIM_CPU, EINSUM, TUNED, COMPILED = (
+    "maxsim-cpu",
+    "padded einsum, as PyLate",
+    "padded, tuned by hand",
+    "padded einsum, compiled",
+)
 
 
-# Token ids to vectors, and text to vectors.
+# Text to vectors of width 128, tokenising timed.
 
 
-def multi_vector(setup: Setup, *, width: int) -> Build:
-    """The modules of sentence-transformers' MultiVectorEncoder on padded token ids: its tokenizer is not measured."""
-    model = multi_vector_encoder(setup, width)
-
-    def forward(given: dict[str, Tensor]) -> Tensor:
-        return model(with_mask(given))["token_embeddings"]
-
-    return lambda job: peers.batchings("sdpa, MultiVectorEncoder", job, setup, model, forward)
-
-
-def pylate(setup: Setup, *, width: int) -> Build:
-    """The modules of PyLate's ColBERT on padded token ids, and the normalisation that follows them in `encode`."""
-    model = import_module("pylate.models").ColBERT(str(colbert_folder(setup, width)), device=setup.device)
-    # It cuts the vocabulary to that of the tokenizer, which is not measured.
-    model[0].auto_model = body = peers.load_theirs(setup, "sdpa")
-    model = model.to(setup.torch_dtype).eval()
-
-    def forward(given: dict[str, Tensor]) -> Tensor:
-        return F.normalize(model(with_mask(given))["token_embeddings"], dim=-1)
-
-    return lambda job: peers.batchings("sdpa, models.ColBERT", job, setup, body, forward)
-
-
-def with_mask(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"attention_mask": torch.ones_like(given["input_ids"]), **given}
-
-
-def multi_vector_encoder(setup: Setup, width: int) -> Any:
-    known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype}
-    make = import_module("sentence_transformers").MultiVectorEncoder  # from 6.2 on
-    model = make(str(colbert_folder(setup, width)), device=setup.device, model_kwargs=known)
-    return model.to(setup.torch_dtype).eval()
-
-
-def colbert_folder(setup: Setup, width: int) -> Path:
-    return texts.save_colbert(setup.folder, Path(setup.folder) / f"colbert-{width}", width=width)
-
-
-def vectors(width: int) -> tuple[dict[str, Peer], Peer]:
-    """The implementations that take part, and the reference."""
-    known = {"width": width}
-    found = {
-        name: one._replace(options={**one.options, **known}) for name, one in those(OURS, SESSION, SDPA, FLASH).items()
-    }
-    found[SENTENCE_TRANSFORMERS] = Peer(multi_vector, known, package="sentence_transformers")
-    return found | {PYLATE: Peer(pylate, known, package="pylate")}, REFERENCE._replace(options=known)
-
-
-def text_ours(setup: Setup, *, session: bool = False) -> Build:
-    model = ColBERT.from_pretrained(colbert_folder(setup, 128), dtype=setup.torch_dtype, device=setup.device)
+def text_ours(setup: Setup, *, session: bool) -> Build:
+    model = ColBERT.from_pretrained(Path(setup.folder) / "colbert-128", dtype=setup.torch_dtype, device=setup.device)
     encoding: Any = peers.session_of(model) if session else model
     encode = partial(encoding.encode_documents, progress=False)
     return lambda job: [text_variant(job, encode, "encode_documents")]
 
 
-def text_theirs(setup: Setup) -> Build:
-    model = multi_vector_encoder(setup, 128)
+def sentence_transformers(setup: Setup) -> Build:
+    known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype}
+    make = import_module("sentence_transformers").MultiVectorEncoder  # from 6.2 on
+    model = make(f"{setup.folder}/colbert-128", device=setup.device, model_kwargs=known).to(setup.torch_dtype).eval()
+    return partial(batched, setup, model.encode_document)
 
-    def variants(job: Job) -> Iterator[Variant]:
-        for size in (32,) if setup.quick else (32, 128, 512) if setup.is_gpu else (8, 32):
-            encode = partial(model.encode_document, batch_size=size, show_progress_bar=False)
-            yield text_variant(job, encode, f"encode_document, sdpa, batch_size={size}")
 
-    return variants
+def pylate(setup: Setup) -> Build:
+    model = import_module("pylate.models").ColBERT(f"{setup.folder}/colbert-128", device=setup.device)
+    model = model.to(setup.torch_dtype).eval()
+    return partial(batched, setup, partial(model.encode, is_query=False, convert_to_tensor=True))
+
+
+def batched(setup: Setup, encode: Callable[..., Any], job: Job) -> Iterator[Variant]:
+    for size in (32,) if setup.quick else (32, 128, 512) if setup.is_gpu else (1, 4, 8, 32):
+        yield text_variant(job, partial(encode, batch_size=size, show_progress_bar=False), f"batch_size={size}")
 
 
 def text_variant(job: Job, encode: Callable[[list[str]], Any], settings: str) -> Variant:
-    """Paragraphs of the demo corpus; the job's lengths say how many, and nothing else."""
-    passages = texts.paragraphs(len(job.lengths))
-    checked = [passages[index] for index in job.checked]
-    return Variant(settings, partial(encode, passages), lambda: torch.cat([x.float().cpu() for x in encode(checked)]))
+    texts = texts_of(job)
+    checked = [texts[index] for index in job.checked]
+    return Variant(settings, partial(encode, texts), lambda: torch.cat([x.float().cpu() for x in encode(checked)]))
+
+
+def texts_of(job: Job) -> list[str]:
+    """Wikipedia paragraphs, or random words of the lengths of the job."""
+    return inputs.paragraphs(len(job.lengths)) if "paragraphs" in job.options else inputs.of_lengths(job.lengths)
+
+
+def text_alone(setup: Setup) -> Build:
+    """The reference: transformers on every text alone, the projection, and the norm."""
+    folder = Path(setup.folder) / "colbert-128"
+    model, tokens = peers.load_theirs(setup, "sdpa"), ColBERT.from_pretrained(folder)
+    weight_ED = load_file(folder / "1_Dense" / "model.safetensors")["linear.weight"].to(setup.device, setup.torch_dtype)
+
+    def encode(text: str) -> Tensor:
+        ids = tokens.tokenize_documents([text]).batch.input_ids.to(setup.device)
+        with torch.inference_mode():
+            return F.normalize(F.linear(model(input_ids=ids[None]).last_hidden_state[0], weight_ED), dim=-1)
+
+    return lambda job: [text_variant(job, lambda texts: map(encode, texts), "every text alone")]
+
+
+TEXT = {
+    SESSION: Peer(text_ours, {"session": True}),
+    OURS: Peer(text_ours, {"session": False}),
+    "sentence-transformers": Peer(sentence_transformers, package="sentence_transformers"),
+    "PyLate": Peer(pylate, package="pylate"),
+}
+
+
+def text_table(
+    here: Run, workload: str, what: str, lengths: Sequence[int] | None = None, count: int = 0, **more: Any
+) -> Table:
+    """Texts of these lengths, or so many Wikipedia paragraphs."""
+    inputs.save_colbert(here.setup("ettin-17m", here.dtype).folder, width=128)
+    known = {"reference": Peer(text_alone, package="transformers"), "model_pass": False}
+    if lengths is None:
+        tokenized = inputs.default().tokenize_documents(inputs.paragraphs(count), truncate=False)
+        lengths, known["options"] = tokenized.batch.lengths, {"paragraphs": True}
+    what = f"Ettin-17m, {what} to vectors of width 128, tokenising timed"
+    return of_texts(here, workload, "ettin-17m", what, lengths, TEXT, **known | more)
 
 
 # MaxSim.
@@ -196,19 +198,19 @@ def maxsim_cpu(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple
         yield settings, lambda score=score: torch.stack([torch.from_numpy(score(query.numpy())) for query in queries])
 
 
-ON_CPU = {OURS: ragged, EINSUM: plain_einsum, TUNED: tuned, MAXSIM_CPU: maxsim_cpu}
-ON_GPU = {OURS: ragged, EINSUM: plain_einsum, COMPILED: compiled_einsum}
+SCORES = {
+    OURS: Peer(maxsim, {"score": ragged}),
+    EINSUM: Peer(maxsim, {"score": plain_einsum}),
+    TUNED: Peer(maxsim, {"score": tuned}, peers.on_cpu),
+    COMPILED: Peer(maxsim, {"score": compiled_einsum}, peers.can_compile, slow=True),
+    "maxsim-cpu": Peer(maxsim, {"score": maxsim_cpu}, peers.on_cpu, "maxsim_cpu"),
+}
+DOCUMENTS = inputs.Lengths(181, 64, 300, shortest=16)
 
 
-def maxsim_table(
-    here: Run, workload: str, queries: int, count: int, scores: Mapping[str, Callable[..., Any]], **more: Any
-) -> Table:
-    documents, width = inputs.variable(count, mean=181, low=16, longest=300), int(workload.rpartition("-")[2])
-    found = {name: Peer(maxsim, {"score": score, "width": width}) for name, score in scores.items()}
-    if COMPILED in found:
-        found[COMPILED] = found[COMPILED]._replace(slow=True, applies=peers.can_compile)
-    if MAXSIM_CPU in found:
-        found[MAXSIM_CPU] = found[MAXSIM_CPU]._replace(package="maxsim_cpu")
+def maxsim_table(here: Run, workload: str, queries: int, count: int, **more: Any) -> Table:
+    documents, width = DOCUMENTS.first(count), int(workload.rpartition("-")[2])
+    found = {name: one._replace(options={**one.options, "width": width}) for name, one in SCORES.items()}
     words = f"{queries} {'query' if queries == 1 else 'queries'} of 32 x {count:,} documents"
     known = {"reference": Peer(maxsim, {"score": pair_by_pair, "width": width}), "model_pass": False}
     known |= {"options": {"queries": queries}, "checked": (0,)}
@@ -221,56 +223,29 @@ def maxsim_table(
 
 def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:
     for workload in names:
-        kind, _, width = workload.rpartition("-")
-        if here.tries and width == "48":
-            continue  # a try-out tries one width: the other takes the same path
-        if kind == "maxsim":
+        if workload == "documents":
+            count = 1024 if here.is_gpu else 4 if here.quick else 32
+            what, known = f"{count:,} Wikipedia paragraphs", per_second("documents", count)
+            yield text_table(here, workload, what, count=count, **known)
+        else:
             queries, count = (32, 1000) if here.is_gpu else (2, 50) if here.quick else (4, 1000)
-            value = partial(per_second, queries * count)
-            yield maxsim_table(here, workload, queries, count, ON_GPU, figure="pairs", unit="pairs/s", value=value)
-            continue
-        several = here.is_gpu and kind in ("documents", "queries") and not here.quick
-        for model in ("ettin-17m", "modernbert-base") if several else ("ettin-17m",):
-            yield encoding(here, model, workload, kind, width)
+            yield maxsim_table(here, workload, queries, count, **per_second("pairs", queries * count))
 
 
-def per_second(count: int, cost: float) -> float:
-    return count / cost
-
-
-def encoding(here: Run, model: str, workload: str, kind: str, width: str) -> Table:
-    count = 1 if kind == "queries" else 1024 if here.is_gpu else 4 if here.quick else 32
-    lengths = (32,) if kind == "queries" else tuple(min(180, n) for n in inputs.in_set("variable short", count))
-    figure = "queries" if kind == "queries" else "documents"
-    known: dict[str, Any] = {"figure": figure, "unit": f"{figure}/s", "value": partial(per_second, count)}
-    if workload == "from-text":
-        theirs = Peer(text_theirs, package="sentence_transformers")
-        found = {OURS: Peer(text_ours), SESSION: Peer(text_ours, {"session": True}), SENTENCE_TRANSFORMERS: theirs}
-        what = f"{model}, {count:,} passages of the demo corpus, text to vectors of width 128"
-        return of_texts(here, workload, model, what, lengths, found, reference=theirs, model_pass=False, **known)
-    found, reference = vectors(int(width))
-    what = (
-        f"{count:,} documents of at most 180 tokens, ids"
-        if kind == "documents"
-        else "one query of 32 tokens, ids on the host"
-    )
-    known |= {"from_host": kind == "queries", "reference": reference}
-    return of_texts(here, workload, model, f"{model}, {what} to vectors of width {width}", lengths, found, **known)
+def per_second(figure: str, count: int) -> dict[str, Any]:
+    return {"figure": figure, "unit": f"{figure}/s", "value": lambda cost: count / cost}
 
 
 SUITES = {
-    "colbert": suite(
-        "late interaction: documents and queries a second to unit vectors, from ids and from text, and pairs a second",
+    "colbert": Suite(
+        "late interaction: Wikipedia paragraphs a second from text to vectors, and pairs a second",
         {
-            "documents-128": "documents of at most 180 tokens a second, ids to unit vectors of width 128",
-            "queries-128": "one query of 32 tokens at a time, ids to unit vectors of width 128",
-            "maxsim-128": "pairs of a query of 32 vectors and a document of 16 to 300 a second, width 128",
-            "documents-48": "as documents-128, width 48",
-            "maxsim-48": "as maxsim-128, width 48",
-            "from-text": "passages of the demo corpus a second, text to vectors of width 128, tokenising timed",
+            "documents": "text to vectors of width 128, tokenising timed",
+            "maxsim-128": "pairs of a query of 32 vectors and a document of 16 to 300, width 128",
+            "maxsim-48": "the same in width 48",
         },
-        "transformers (sdpa, FlashAttention), sentence-transformers, PyLate, padded einsum as PyLate has it",
-        tables,
-        8,
+        "sentence-transformers, PyLate, padded einsum as PyLate has it, maxsim-cpu",
+        harness.of_tables(tables),
+        weight=8,
     )
 }

@@ -7,9 +7,9 @@ of a product are measured first, and each row has its share of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,16 +23,14 @@ from torch.utils._pytree import tree_map_only
 
 import modernbert_kernels as ops
 from benchmarks import clock
-from benchmarks.cases import Case, named, offsets, randn, work
 from benchmarks.clock import Loop, Machine, Rates, Refused
-from benchmarks.harness import MUST, Difference, Measured, Result, Run, Sample, Suite, in_turns
+from benchmarks.harness import Difference, Measured, Result, Run, Suite, difference, in_turns
 from benchmarks.rows import rounded
-from benchmarks.work import DATASHEETS
+from benchmarks.work import visible_pairs
 
 CHOSEN = "what the op chooses"
 TOKENS, FEW = 16_384, 2_048
-MINUTES, ROUNDS = 8.5, 9
-"""After these minutes nothing new is begun where no other limit is set, so that the suite fits into ten minutes."""
+ROUNDS = 9
 
 Args = tuple[Any, ...]
 
@@ -42,49 +40,82 @@ class Way:
     """One way to compute a task.
 
     Attributes:
-        call: takes the arguments of the task (or what `prepare` made of them) and its keyword arguments.
-        prepare: makes the arguments that this way prefers, before the clock starts.
-        restore: turns its gradients into those of the arguments of the task.
-        around: a context for both passes of a call.
+        call: takes the arguments of the task. around: a context for both passes of a call.
     """
 
     name: str
     call: Callable[..., Any]
     settings: str = ""
-    prepare: Callable[[Args], Args] = lambda args: args
-    restore: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
 class Task:
-    """A case with all ways to compute it; `truth` replaces the reference where a higher precision does not give it."""
+    """A call `op(*args, **kwargs)` with all ways to compute it; floating-point tensors of `args` get gradients.
+
+    Attributes:
+        more: ways beside the backends of the op and its reference.
+        compile: whether the reference takes part under torch.compile too.
+        moved: bytes that a forward pass must read and write; by default all arguments and outputs once.
+        flops: operations of the products, of a forward pass and of both passes.
+    """
 
     what: str
-    case: Case
-    reference: Callable[..., Any]
-    ways: tuple[Way, ...]
-    passes: tuple[bool, ...] = (False, True)
-    memory: bool = False
-    truth: Callable[..., Any] | None = None
+    op: ops.Op[..., Any]
+    args: Args
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    more: tuple[Way, ...] = ()
+    compile: bool = False
+    moved: int | None = None
+    flops: tuple[int, int] | None = None
+    reference: Callable[..., Any] | None = None
+
+    @property
+    def specification(self) -> Callable[..., Any]:
+        return self.reference or plain(self.op.reference)
+
+    def ways(self) -> Iterator[Way]:
+        """The backends of the op that take this call, the reference, and `more`."""
+        names = [name for name, when, _ in self.op._choices if when(*self.args, **self.kwargs)]
+        for name in names:
+            yield Way(name, self.op.backends[name], CHOSEN if name == names[0] else "")
+        if self.reference is None:
+            yield Way("reference", self.specification, "" if names else CHOSEN)
+        if self.compile:
+            yield Way("torch.compile", compiled(self.op.reference), "of the reference")
+        yield from self.more
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
 
     @property
     def dtype(self) -> torch.dtype:
         """The coarsest of its arguments."""
-        dtypes = [x.dtype for x in real((*self.case.args, *self.case.kwargs.values()))]
+        dtypes = [x.dtype for x in real(self.tensors)]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in real((*self.case.args, *self.case.kwargs.values())))
+        return sum(x.nbytes for x in self.tensors)
 
 
-def real(args: Args) -> list[Tensor]:
+def randn(*shape: int, dtype: torch.dtype, device: str | torch.device = "cpu", scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+def offsets(count: int, length: int, device: str | torch.device = "cpu") -> Tensor:
+    """Cumulative lengths of `count` texts of one length."""
+    return torch.arange(count + 1, device=device, dtype=torch.int32) * length
+
+
+def real(args: Sequence[Any]) -> list[Tensor]:
     """The tensors that get gradients."""
     return [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def copied(case: Case, backward: bool, dtype: torch.dtype | None = None) -> tuple[Args, dict[str, Any]]:
+def copied(task: Task, backward: bool, dtype: torch.dtype | None = None) -> tuple[Args, dict[str, Any]]:
     """Arguments of the same numbers in new memory, the real ones in this dtype."""
 
     def leaf(x: Any) -> Any:
@@ -92,13 +123,13 @@ def copied(case: Case, backward: bool, dtype: torch.dtype | None = None) -> tupl
             return x
         return x.to(dtype or x.dtype, copy=True).requires_grad_(backward) if x.is_floating_point() else x.clone()
 
-    return tuple(map(leaf, case.args)), tree_map_only(Tensor, lambda x: x.clone(), case.kwargs)
+    return tuple(map(leaf, task.args)), tree_map_only(Tensor, lambda x: x.clone(), dict(task.kwargs))
 
 
 def call_of(way: Way, args: Args, kwargs: dict[str, Any], backward: bool) -> Callable[[], list[Tensor]]:
     """What is timed: outputs, and then the gradients of all real arguments by a fixed cotangent."""
     # Leaves of this way alone, which no other's backward pass has met on another stream.
-    args = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in way.prepare(args))
+    args = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args)
     leaves, cotangents = [x for x in args if isinstance(x, Tensor) and x.requires_grad], []
 
     def call() -> list[Tensor]:
@@ -126,8 +157,8 @@ def cotangent(at: int, output: Tensor) -> Tensor:
 def truth_of(task: Task, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
     """The reference in float32 (in float64 for float32 arguments), and in the dtype of the arguments."""
     higher = torch.float64 if task.dtype is torch.float32 else torch.float32
-    truth = call_of(Way("", task.truth or task.reference), *copied(task.case, backward, higher), backward)()
-    return truth, call_of(Way("", task.reference), *copied(task.case, backward), backward)()
+    truth = call_of(Way("", task.specification), *copied(task, backward, higher), backward)()
+    return truth, call_of(Way("", task.specification), *copied(task, backward), backward)()
 
 
 def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: Sequence[Tensor]) -> Difference:
@@ -136,94 +167,71 @@ def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: 
     Allowed are twice the error of the reference in the same dtype and one rounding step of the coarsest argument, as
     root mean squares over a tensor and shares of the truth.
     """
-    got = call_of(way, *copied(task.case, backward), backward)()
-    outputs = len(truth) - (len(real(task.case.args)) if backward else 0)
-    step = torch.finfo(task.dtype).eps
-    worst = Difference(0.0, step)
-    for mine, exact, yardstick in zip([*got[:outputs], *way.restore(got[outputs:])], truth, plain, strict=True):
-        if mine.shape != exact.shape:
-            raise Refused(f"returned shape {tuple(mine.shape)}, the reference has {tuple(exact.shape)}")
-        size = rms(exact) or 1.0  # something of size zero is compared absolutely
-        found, allowed = rms(mine - exact) / size, 2 * rms(yardstick - exact) / size + step
-        if not found <= allowed:  # NaN is refused too
-            raise Refused(f"differs from the reference by {found:.2g} of it, allowed are {allowed:.2g}")
-        worst = max(worst, Difference(found, allowed), key=lambda one: one.found / (one.allowed or step))
-    return worst
-
-
-def rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+    got = call_of(way, *copied(task, backward), backward)()
+    pairs = zip(got, truth, plain, strict=True)
+    each = [difference(mine, exact, yardstick, dtype=task.dtype) for mine, exact, yardstick in pairs]
+    return max(each, key=lambda one: one.found / (one.allowed or 1.0))
 
 
 # Measuring.
 
 
-def measure(here: Run, names: Sequence[str], *, machine: Machine | None = None) -> Iterator[Result]:
-    """A result for each table. A CPU takes --quick only, with a few tasks: those figures are not results."""
-    machine = machine or clock.this_machine()
+def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
+    """A result for each task and pass. A CPU takes --quick only, with a few tasks: those figures are not results."""
+    machine = clock.this_machine()
     if not machine.is_gpu:
         if not here.quick:
             raise SystemExit("the suite `kernels` needs a GPU, and there is none here (--quick tries it on the CPU)")
         names = [name for name in names if name in ("attention", "elementwise")]
-    if here.minutes is None:
-        here = replace(here, minutes=MINUTES, until=here.until if here.quick else clock.time.monotonic() + 60 * MINUTES)
     rates = clock.rates(machine.device, torch.bfloat16, quick=here.quick)
     for name in names:
-        for task in TASKS[name](machine.device, FEW if here.quick else TOKENS):
+        for task in TASKS[name][0](machine.device, FEW if here.quick else TOKENS):
             if here.left() <= 0:
                 yield here.rest(name)
                 return
-            for backward in task.passes:
-                yield timed(name, task, backward, machine, rates, rounds=3 if here.quick else ROUNDS)
+            # What is overwritten can have no gradient.
+            for backward in (False,) if task.kwargs.get("inplace") else (False, True):
+                ways, rounds = tuple(task.ways()), 3 if here.quick else ROUNDS
+                yield timed(name, task, ways, backward, machine, rates, rounds=rounds)
 
 
-def timed(workload: str, task: Task, backward: bool, machine: Machine, rates: Rates, *, rounds: int) -> Result:
-    """Check every way of a task, and time those that are right in turns."""
+def timed(
+    workload: str, task: Task, ways: Sequence[Way], backward: bool, machine: Machine, rates: Rates, *, rounds: int
+) -> Result:
+    """Check these ways to compute a task, and time those that are right in turns."""
     what = f"{task.what}, {'forward + backward' if backward else 'forward'}"
-    ready, refused = prepared(task, backward, machine)
-    for one in ready.values():
-        clock.settle(one[1].run, machine)
-    asks = {name: lambda run=loop.run: Sample(*machine.read(run)) for name, (_, loop) in ready.items()}
-    taken, _ = in_turns(asks, rounds, retries=0)
-    done = []
+    ready, refused = prepared(task, ways, backward, machine)
+    taken, _ = in_turns({name: partial(machine.read, loop.run) for name, (_, loop) in ready.items()}, rounds)
     for name, (measured, loop) in ready.items():
-        measured.costs = [sample.seconds / loop.calls for sample in taken[name]]
-        done.append(measured)
+        measured.costs = [reading.seconds / loop.calls for reading in taken[name]]
         if not machine.is_gpu:
             measured.quiet(taken[name])
-    state = clock.sensors(machine.device, next(iter(ready.values()))[1].run) if ready else {}
-    gpu, least = clock.identity(machine.device), work(task.case)
-    known = gpu | {"pass": "forward + backward" if backward else "forward", "state": state, "suite": "kernels"}
-    known |= {"workload": workload, "dtype": str(task.dtype).removeprefix("torch.")}
-    moved, computed = least.of(backward) if least else (None, None)
+    done = [measured for measured, _ in ready.values()]
+    known: dict[str, Any] = {"pass": "forward + backward" if backward else "forward", "device": machine.device.type}
+    known |= {"suite": "kernels", "workload": workload, "dtype": str(task.dtype).removeprefix("torch.")}
     rows = []
     for one in done:
-        found = shares(task, one, moved, computed, rates, gpu["gpu"])
+        found = shares(task, one, backward, rates)
         rows.append(one.row(done, lambda seconds: 1e6 * seconds, what=what, unit="us", **known, **found))
-    if task.memory and machine.is_gpu:
-        peaks = [replace(one, costs=one.more.pop("peaks")) for one in done]
-        rows += [one.row(peaks, float, what=f"{what}, peak memory", unit="MB", **known) for one in peaks]
     return Result(workload, rows, {f"{what}: {name}": reason for name, reason in refused.items()})
 
 
-def prepared(task: Task, backward: bool, machine: Machine) -> tuple[dict[str, tuple[Measured, Loop]], dict[str, str]]:
+def prepared(
+    task: Task, ways: Sequence[Way], backward: bool, machine: Machine
+) -> tuple[dict[str, tuple[Measured, Loop]], dict[str, str]]:
     """The ways that are right, each with a loop of calls, and why others are refused."""
-    slots = [copied(task.case, backward) for _ in range(clock.copies_beyond_cache(task.nbytes, machine.cache))]
+    slots = [copied(task, backward) for _ in range(clock.copies_beyond_cache(task.nbytes, machine.cache))]
     ready: dict[str, tuple[Measured, Loop]] = {}
     refused: dict[str, str] = {}
     known = None
-    for way in task.ways:
+    for way in ways:
         try:
             known = known or truth_of(task, backward)
             error = check(way, task, backward, *known)
             calls = [call_of(way, *slot, backward) for slot in slots]
-            more = {}
-            if task.memory and machine.is_gpu:
-                calls[0]()
-                more = {"peaks": [clock.peak_bytes(calls[0]) / 1e6 for _ in range(3)]}
             loop = clock.loop(calls, machine)
             settings = ", ".join(filter(None, (way.settings, loop.how)))
-            ready[way.name] = Measured(way.name, settings, error, loop.calls, more=more), loop
+            ready[way.name] = Measured(way.name, settings, error, loop.calls), loop
         except Refused as reason:
             refused[way.name] = str(reason)
         except Exception as error:
@@ -232,23 +240,21 @@ def prepared(task: Task, backward: bool, machine: Machine) -> tuple[dict[str, tu
     return ready, refused
 
 
-def shares(
-    task: Task, one: Measured, moved: int | None, computed: int | None, rates: Rates, gpu: str | None
-) -> dict[str, float | None]:
-    """Bytes and operations per second, and their share of what this machine can do."""
-    half, sheet = task.dtype.itemsize == 2, DATASHEETS.get(gpu or "")
-    bytes_per_s, flops_per_s = (None if amount is None else amount / one.median for amount in (moved, computed))
-    bounds = ((bytes_per_s, sheet.bytes), (flops_per_s, sheet.bfloat16 if half else sheet.float32)) if sheet else ()
+def shares(task: Task, one: Measured, backward: bool, rates: Rates) -> dict[str, float | None]:
+    """Bytes of a forward pass and operations per second, and their share of what this machine reached in this run."""
+    bytes_per_s = None if backward else (task.moved or task.nbytes + bytes_of_outputs(task)) / one.median
+    flops_per_s = task.flops[backward] / one.median if task.flops else None
     return {
         "gb_per_s": rounded(bytes_per_s, 1e-9),
         "tflop_per_s": rounded(flops_per_s, 1e-12),
         "percent_of_copy": rounded(bytes_per_s, 100 / rates.copy),
         # The rate of bfloat16 is not a yardstick for float32.
-        "percent_of_matmul": rounded(flops_per_s, 100 / rates.matmul) if half else None,
-        "percent_of_datasheet": rounded(
-            max((rate / most for rate, most in bounds if rate is not None), default=None), 100
-        ),
+        "percent_of_matmul": rounded(flops_per_s, 100 / rates.matmul) if task.dtype.itemsize == 2 else None,
     }
+
+
+def bytes_of_outputs(task: Task) -> int:
+    return sum(x.nbytes for x in call_of(Way("", task.op), *copied(task, False), False)())
 
 
 # The ways.
@@ -270,61 +276,20 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
     return plain(torch.compile(call, dynamic=False))
 
 
-def task_of(case: Case, what: str, more: Sequence[Way] = (), *, compile: bool = False, memory: bool = False) -> Task:
-    """A case with every backend of its op that takes it, the reference, `compile`d too if wanted, and `more`."""
-    names = [name for name, when, _ in case.op._choices if when(*case.args, **case.kwargs)]
-    ways = [Way(name, case.op.backends[name], CHOSEN if name == names[0] else "") for name in names]
-    ways.append(Way("reference", plain(case.op.reference), "" if names else CHOSEN))
-    if compile:
-        ways.append(Way("torch.compile", compiled(case.op.reference), "of the reference"))
-    table = case.op is ops.rotary_table
-    # What is overwritten can have no gradient, and positions have none.
-    passes = (False,) if table or case.kwargs.get("inplace") else (False, True)
-    truth = exact_rotary_table if table else None
-    return Task(what, case, plain(case.op.reference), (*ways, *more), passes, memory, truth)
-
-
-def exact_rotary_table(positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """`rotary_table` in float64, which its specification does not reach: no argument of it has a dtype to raise."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device).double() / head_dim
-    angle = positions.double()[:, None] * theta**-exponent
-    return angle.cos(), angle.sin()
-
-
-def liger(case: Case) -> tuple[Way, ...]:
-    """Liger's kernel for this op, if it has one, with contiguous halves and a bias of zeros ready."""
-    if case.op.name not in LIGER or not (find_spec("liger_kernel") and find_spec("triton")):
+def liger(file: str, function: str, call: Callable[..., Any], settings: str = "") -> tuple[Way, ...]:
+    """A kernel of Liger, which `call` gets before the arguments of the task."""
+    if not (find_spec("liger_kernel") and find_spec("triton")):
         return ()
-    file, function = LIGER[case.op.name]
-    if case.args[1:] == ("silu",):
-        file, function = "swiglu", "LigerSiLUMulFunction"
-    run = getattr(import_module(f"liger_kernel.ops.{file}"), function)
-    if case.op is ops.geglu:
-        return (
-            Way(
-                "liger",
-                lambda a, gate: run.apply(a, gate),
-                "two halves" if file == "swiglu" else "two halves, tanh in place of erf",
-                lambda args: tuple(half.contiguous() for half in args[0].chunk(2, dim=-1)),
-                lambda gradients: [torch.cat(gradients, dim=-1)] if gradients else [],
-            ),
-        )
-    if case.op is ops.layer_norm:
-        with_bias = lambda x, weight, bias, eps: (x, weight, torch.zeros_like(weight) if bias is None else bias, eps)  # noqa: E731
-        return (Way("liger", run.apply, prepare=lambda args: with_bias(*args)),)
-
-    def loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        found = run.apply(x, weight, targets, bias)
-        return found[0] if isinstance(found, tuple) else found
-
-    return (Way("liger", loss, "fused linear cross-entropy"),)
+    run = getattr(import_module(f"liger_kernel.ops.{file}"), function).apply
+    return (Way("liger", partial(call, run), settings),)
 
 
-LIGER = {
-    "geglu": ("geglu", "LigerGELUMulFunction"),
-    "layer_norm": ("layer_norm", "LigerLayerNormFunction"),
-    "linear_cross_entropy": ("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"),
-}
+def liger_norm(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
+    return run(x, weight, torch.zeros_like(weight), eps)  # it needs a bias
+
+
+def liger_loss(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, targets: Tensor) -> Tensor:
+    return run(x, weight, targets, bias)[0]
 
 
 def plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -332,30 +297,12 @@ def plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) 
     return F.cross_entropy(F.linear(x, weight, bias).float(), targets)
 
 
-def attentions(case: Case, count: int, *, flex: bool) -> Iterator[Way]:
-    """Ours rotated on load and before, every FlashAttention, cuDNN, PyTorch's sdpa and FlexAttention; one length."""
-    qkv, _, length = case.args
-    window, on_gpu = case.kwargs["window"], qkv.is_cuda
-    if "triton" in case.op.backends and on_gpu:
-        # One of them is what `triton` does: the difference to it says how much two equal ways differ.
-        ours = import_module("modernbert_kernels.fused.attention")._Attention
-        for name, rotate in (("on load", True), ("before", False)):
-            yield Way(
-                f"triton, rotated {name}",
-                lambda qkv, cu, longest, *, rope, window, rotate=rotate: ours.apply(
-                    qkv, cu, None, *rope, window, rotate
-                ),
-            )
-    flash = import_module("modernbert_kernels.flash")
-    if flash.packages.choose(*case.args, **case.kwargs) is not None:
-        for name in flash.packages.usable(qkv.device):
-            yield Way(
-                f"flash: {name}",
-                lambda qkv, cu, longest, *, rope, window, name=name: flash._Flash.apply(
-                    qkv, cu, None, *rope, longest, window, name
-                ),
-                "rotated before",
-            )
+def attentions(args: Args, kwargs: Mapping[str, Any], count: int, *, flex: bool) -> Iterator[Way]:
+    """FlashAttention at every length, cuDNN, PyTorch's sdpa and FlexAttention; of texts of one length."""
+    qkv, _, length = args
+    window, on_gpu = kwargs["window"], qkv.is_cuda
+    if on_gpu and "flash" in ops.attention.backends:
+        yield Way("flash, forced", ops.attention.backends["flash"], "also where the op takes another backend")
 
     def batched(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         def call(qkv: Tensor, cu_seqlens: Tensor, longest: int, *, rope: Any, window: int | None) -> Tensor:
@@ -369,10 +316,7 @@ def attentions(case: Case, count: int, *, flex: bool) -> Iterator[Way]:
     sdpa = batched(partial(F.scaled_dot_product_attention, attn_mask=mask))
     yield Way("sdpa", sdpa, "rotated before, as PyTorch chooses")
     if on_gpu and mask is None:
-        only = partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
-        yield Way("sdpa, cuDNN", sdpa, "rotated before", around=only)
-        if qkv.element_size() == 2:
-            yield Way("cuDNN, packed", packed_cudnn, "rotated before")
+        yield Way("sdpa, cuDNN", sdpa, "rotated before", around=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION))
     if on_gpu and flex:
         package = import_module("torch.nn.attention.flex_attention")
         torch._dynamo.reset()
@@ -380,29 +324,6 @@ def attentions(case: Case, count: int, *, flex: bool) -> Iterator[Way]:
         near = lambda batch, head, query, key: (query - key).abs() <= window  # noqa: E731
         blocks = None if window is None else package.create_block_mask(near, None, None, length, length, qkv.device)
         yield Way("FlexAttention", batched(partial(attend, block_mask=blocks)), "rotated before, torch.compile")
-
-
-def packed_cudnn(qkv: Tensor, cu_seqlens: Tensor, longest: int, *, rope: Any, window: None) -> Tensor:
-    return _Cudnn.apply(*ops.rotary(qkv, *rope).unbind(1), cu_seqlens, longest)
-
-
-class _Cudnn(torch.autograd.Function):
-    """PyTorch's packed cuDNN attention, which has no public name: q, k and v `[T, H, K]` of texts in a row."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:  # pyright: ignore
-        bounds = (cu_seqlens, cu_seqlens, longest, longest)
-        found = torch.ops.aten._cudnn_attention_forward(q, k, v, None, *bounds, True, 0.0, False, False)
-        out, lse, seed, offset = found[0], found[1], found[6], found[7]
-        ctx.save_for_backward(q, k, v, out, lse, seed, offset)
-        ctx.bounds = bounds
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore
-        # No bias is an undefined tensor here, written as None.
-        gradients = torch.ops.aten._cudnn_attention_backward(dout, *ctx.saved_tensors, None, *ctx.bounds, 0.0, False)
-        return *gradients, None, None
 
 
 def products(queries: int, documents: int, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -416,19 +337,16 @@ def products(queries: int, documents: int, dtype: torch.dtype) -> Callable[..., 
 
 
 def maxsims(queries: int, documents: int) -> Iterator[Way]:
-    """Plain products, late-interaction-kernels and flash-maxsim, packed and padded; sides have one length each."""
+    """Plain products, late-interaction-kernels and flash-maxsim; sides have one length each."""
     yield Way("einsum, max and sum", products(queries, documents, torch.bfloat16), "padded")
-    yield Way("einsum, max and sum in float32", products(queries, documents, torch.float32), "padded")
 
     def padded(score: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         return lambda q, _, d, __: score(q.unflatten(0, (queries, -1)), d.unflatten(0, (documents, -1)))
 
     if find_spec("late_interaction_kernels") and find_spec("triton"):
         late = import_module("late_interaction_kernels")
-        longest = 32, 300
-        varlen = lambda q, cu_q, d, cu_d: late.maxsim_varlen(q, d, cu_q, cu_d, *longest)  # noqa: E731
+        varlen = lambda q, cu_q, d, cu_d: late.maxsim_varlen(q, d, cu_q, cu_d, 32, 300)  # noqa: E731
         yield Way("late-interaction-kernels, packed", varlen)
-        yield Way("late-interaction-kernels, padded", padded(late.maxsim))
     if find_spec("flash_maxsim") and find_spec("triton"):
         flash = import_module("flash_maxsim")
 
@@ -437,105 +355,109 @@ def maxsims(queries: int, documents: int) -> Iterator[Way]:
             return (flash.flash_maxsim_batched_train if wanted else flash.flash_maxsim_batched)(q, d)
 
         yield Way("flash-maxsim, padded", padded(trained), "in float16")
-        if queries == 1:
-            packed = lambda q, _, d, cu_d: flash.flash_maxsim_packed(q, d, cu_d, 300)[None]  # noqa: E731
-            yield Way("flash-maxsim, packed", packed, "in float16, no gradient")
 
 
-# The tasks. An op is one more row of ELEMENTWISE, or one more function.
-
-ELEMENTWISE = {
-    "add_layer_norm": ("256", "768", "768 float32 stream", "1024"),
-    "geglu": ("384 gelu", "1152 gelu", "1152 silu", "2624 gelu"),
-    "rotary": ("12 x 64", "12 x 64, in place"),
-    "rotary_table": ("64, theta 160,000",),
-    "layer_norm": ("768",),
-    "embed_layer_norm": ("768",),
-    "project_normalize": ("256 to 48", "256 to 128, half of the rows"),
-}
-"""Of the cases of `cases.py` those of the models that people use."""
+# The tasks. An op is one more row of `elementwise`, or one more function.
 
 
 def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
-    """Bound by memory: the bytes that a fusion saves are the time that it saves. A CPU tries one case of each op."""
-    gpu = device.type == "cuda"
-    for dtype in (torch.bfloat16, torch.float32):
-        for op, names in ELEMENTWISE.items():
-            half = dtype is torch.bfloat16
-            chosen = names if half else tuple(name for name in names if name in ("768", "1152 gelu", "12 x 64"))
-            chosen = chosen if gpu else chosen[: half or op == "add_layer_norm"]
-            for case in named(op, chosen, dtype, str(device), tokens):
-                made = "float32" if op == "rotary_table" else str(dtype).removeprefix("torch.")
-                yield task_of(case, f"{op} {case.name}, {made}, {tokens:,} tokens", liger(case), compile=gpu and half)
+    """Bound by memory: the bytes that a fusion saves are the time that it saves."""
+    make = partial(randn, dtype=torch.bfloat16, device=device)
+    of_256, x, of_1024, qkv = make(tokens, 256), make(tokens, 768), make(tokens, 1024), make(tokens, 3, 12, 64)
+    norms = {width: (make(width), None, 1e-5) for width in (256, 768, 1024)}
+    at = torch.arange(tokens, device=device)
+    rope = dict(zip(("cos_TR", "sin_TR"), ops.rotary_table(at % 512, 10_000.0, 64), strict=True))
+
+    def task(what: str, op: ops.Op[..., Any], *args: Any, **known: Any) -> Task:
+        return Task(f"{what}, bfloat16, {tokens:,} tokens", op, args, compile=device.type == "cuda", **known)
+
+    norm = liger("layer_norm", "LigerLayerNormFunction", liger_norm)
+    yield task("layer_norm 768", ops.layer_norm, x, *norms[768], more=norm)
+    yield task("add_layer_norm 256", ops.add_layer_norm, of_256, of_256, *norms[256])
+    yield task("add_layer_norm 768", ops.add_layer_norm, x, x, *norms[768])
+    yield task("add_layer_norm 768, float32 stream", ops.add_layer_norm, x.float(), x, *norms[768])
+    yield task("add_layer_norm 1024", ops.add_layer_norm, of_1024, of_1024, *norms[1024])
+    for width, activation in ((384, "gelu"), (1152, "gelu"), (1152, "silu"), (2624, "gelu")):
+        yield task(f"geglu {width} {activation}", ops.geglu, make(tokens, 2 * width), activation)
+    yield task("rotary 12 x 64", ops.rotary, qkv, kwargs=rope)
+    yield task("rotary 12 x 64, in place", ops.rotary, kwargs={"qkv_T3HK": qkv, **rope, "inplace": True})
+    table, ids = make(50_368, 768), at * 7919 % 50_368
+    yield task("embed_layer_norm 768", ops.embed_layer_norm, ids, table, *norms[768], moved=2 * x.nbytes)
+    yield task("project_normalize 256 to 48", ops.project_normalize, of_256, make(48, 256))
+    half = "project_normalize 256 to 128, half of the rows", ops.project_normalize
+    yield task(*half, of_256, make(128, 256), None, at[::2], moved=of_256.nbytes)
+    texts = offsets(tokens // 256, 256, device)
     for mode in ("cls", "mean", "max"):
-        x = randn(tokens, 768, dtype=torch.bfloat16, device=str(device))
-        case = Case(ops.pool, mode, (x, offsets(tokens // 256, 256, device), mode), {"normalize": True})
-        yield task_of(case, f"pool {mode} normalized 768, bfloat16, {tokens // 256} texts of 256 tokens")
+        moved = 2 * x[::256].nbytes if mode == "cls" else None  # one row of each text
+        yield task(f"pool {mode}", ops.pool, x, texts, mode, kwargs={"normalize": True}, moved=moved)
 
 
 def attention(device: torch.device, tokens: int) -> Iterator[Task]:
-    """By length at constant tokens: where FlashAttention overtakes ours, and what it gains to rotate on load."""
+    """By length at constant tokens: where FlashAttention overtakes ours."""
     gpu, heads, width = device.type == "cuda", 12, 64
     tokens = tokens if gpu else 512
     for length in (128, 256, 512, 1024, 2048, 4096, 8192) if gpu else (256,):
         if (count := tokens // length) == 0:
             continue
         dtype = torch.bfloat16 if gpu else torch.float32  # the backends of the CPU are for float32
-        qkv = randn(tokens, 3, heads, width, dtype=dtype, device=str(device))
+        qkv = randn(tokens, 3, heads, width, dtype=dtype, device=device)
         rope = ops.rotary_table(torch.arange(length, device=device).repeat(count), 160_000.0, width)
         for window in (64, None) if gpu else (64,):
-            case = Case(
-                ops.attention, "", (qkv, offsets(count, length, device), length), {"rope": rope, "window": window}
-            )
+            args, kwargs = (qkv, offsets(count, length, device), length), {"rope": rope, "window": window}
             how = "global" if window is None else f"window {window}"
             what = f"attention {heads} x {width}, {how}, {count} times {length:,} tokens"
+            # Two products over the visible pairs, and five backward: the scores once more, and four gradients.
+            product = 2 * heads * width * count * visible_pairs(length, window)
             # What has to be compiled takes part here and there: it takes seconds each.
-            ways = tuple(attentions(case, count, flex=length in (512, 8192)))
-            yield task_of(case, what, ways, compile=gpu and length == 512)
+            more = tuple(attentions(args, kwargs, count, flex=length in (512, 8192)))
+            flops, compile = (2 * product, 7 * product), gpu and length == 512
+            yield Task(what, ops.attention, args, kwargs, more, compile, flops=flops)
 
 
 def cross_entropy(device: torch.device, tokens: int) -> Iterator[Task]:
-    """Time and peak memory of the loss of masked language modelling, 30 percent of the tokens masked."""
-    for case in named("linear_cross_entropy", ("256 to 50368", "768 to 50368"), torch.bfloat16, str(device), tokens):
-        more = (Way("F.cross_entropy", plain_loss, "over F.linear of all tokens"), *liger(case))
-        yield task_of(case, f"linear_cross_entropy {case.name}, {tokens:,} tokens", more, memory=True)
+    """The loss of masked language modelling, 30 percent of the tokens masked."""
+    classes, at = 50_368, torch.arange(tokens, device=device)
+    targets = (at * 7919 % classes).masked_fill(at % 10 >= 3, -100)
+    for width in (256, 768):
+        x, weight = (randn(n, width, dtype=torch.bfloat16, device=device, scale=width**-0.5) for n in (tokens, classes))
+        fused = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", liger_loss)
+        more = (Way("F.cross_entropy", plain_loss, "over F.linear of all tokens"), *fused)
+        product = 2 * int((targets >= 0).sum()) * weight.numel()
+        what, args = f"linear_cross_entropy {width} to {classes}, {tokens:,} tokens", (x, weight, None, targets)
+        flops = (product, 3 * product)
+        yield Task(what, ops.linear_cross_entropy, args, {}, more, flops=flops)
 
 
 def maxsim(device: torch.device, tokens: int) -> Iterator[Task]:
     """Queries of 32 and documents of 300 tokens: all pairs as in training, and one query as in reranking."""
     many, single = (16, 100) if tokens == FEW else (128, 1000)
     for queries, documents, width in ((many, many, 128), (many, many, 48), (1, single, 128), (1, single, 48)):
-        counts = (32 * queries, 300 * documents)
-        vectors = (randn(n, width, dtype=torch.float32, device=str(device)) for n in counts)
+        vectors = (randn(n, width, dtype=torch.float32, device=device) for n in (32 * queries, 300 * documents))
         q, d = (F.normalize(x, dim=-1).bfloat16() for x in vectors)
-        case = Case(ops.maxsim, "", (q, offsets(queries, 32, device), d, offsets(documents, 300, device)))
+        args = (q, offsets(queries, 32, device), d, offsets(documents, 300, device))
         what = f"maxsim of {queries} queries and {documents} documents, width {width}"
-        task = task_of(case, what, tuple(maxsims(queries, documents)))
-        # The reference is a loop over pairs, which takes seconds for thousands.
-        ways = tuple(way for way in task.ways if way.name != "reference" or queries == 1)
-        yield replace(task, reference=products(queries, documents, torch.float32), ways=ways)
+        # Backward each query token meets one token of every document, twice.
+        flops = 2 * len(q) * d.numel(), 2 * len(q) * d.numel() + 4 * q.numel() * documents
+        # The reference of the op is a loop over pairs, which takes seconds for thousands.
+        more, reference = tuple(maxsims(queries, documents)), products(queries, documents, torch.float32)
+        yield Task(what, ops.maxsim, args, {}, more, flops=flops, reference=reference)
 
 
-TASKS: dict[str, Callable[[torch.device, int], Iterator[Task]]] = {
-    "attention": attention,
-    "cross-entropy": cross_entropy,
-    "maxsim": maxsim,
-    "elementwise": elementwise,
+TASKS: dict[str, tuple[Callable[[torch.device, int], Iterator[Task]], str]] = {
+    "attention": (attention, "local and global by length, 128 to 8192: ours, FlashAttention, cuDNN, FlexAttention"),
+    "cross-entropy": (cross_entropy, "the loss of masked tokens, F.cross_entropy and Liger"),
+    "maxsim": (maxsim, "128 queries and documents of 32 and 300 tokens, and one query against 1000; two libraries"),
+    "elementwise": (elementwise, "norms, GeGLU, rotary, projection, pooling: their share of a copy's rate; Liger"),
 }
 SUITES = {
     "kernels": Suite(
         "every op on one GPU, all ways to compute it, forward and with its backward pass",
-        {
-            "attention": "local and global by length, 128 to 8192: ours, FlashAttention, cuDNN, FlexAttention, sdpa",
-            "cross-entropy": "time and peak memory of the loss of masked tokens, F.cross_entropy and Liger",
-            "maxsim": "128 queries and documents of 32 and 300 tokens, and one query against 1000; two libraries",
-            "elementwise": "norms, GeGLU, rotary, projection, pooling: their share of a copy's rate; Liger",
-        },
+        {name: line for name, (_, line) in TASKS.items()},
         "every backend of an op, its reference under torch.compile, FlashAttention, Liger-Kernel, "
         "late-interaction-kernels, flash-maxsim",
         measure,
-        MUST,
-        "about nine minutes",
+        on="needs a GPU; about nine minutes",
+        needs_gpu=True,
         weight=20,
     )
 }

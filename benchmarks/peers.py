@@ -1,113 +1,99 @@
 """Every implementation of the encoder: a row of `PEERS` each, and the builders that the rows name.
 
-A builder loads a model in its worker and returns the variants of a job: several batchings, settings and exporters, of
-which the fastest is taken. Padded batches are ready before the clock starts; our packing is timed where ids start on
-the host. With `width`, hidden states are projected and normalised, as for late interaction.
+A builder loads a model in its worker and returns the variants of a job: several batchings and settings, of which the
+fastest is taken. Padded batches are ready before the clock starts; our packing is timed where ids start on the host.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modernbert
-import modernbert_kernels as ops
-from benchmarks import exported, inputs, texts
+from benchmarks import inputs, runtimes
 from benchmarks.inputs import groups
-from benchmarks.worker import Build, Job, Peer, Setup, Variant
-from modernbert import Encoder, Packed, pack
+from benchmarks.worker import OURS, SESSION, Build, Job, Peer, Setup, Variant
+from modernbert import Encoder, pack
 
 Inputs = dict[str, Any]
 Forward = Callable[[Any], Tensor]
-
-GRAPHS, BUDGET = 16_384, 65_536
-"""Tokens above which a `Session` has no CUDA graphs, and of a packed batch on a GPU, offered beside all texts."""
 
 GRADIENT = "layers.0.attn.Wo.weight"
 """The gradient that is compared after a backward pass: it depends on all layers, and has one name everywhere."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Texts that run together: their indices, what the model takes, and the gradient of its hidden states."""
-
-    indices: Sequence[int]
-    inputs: Any
-    cotangent: Tensor | None = None
-
-
 def of_batches(
     settings: str,
     job: Job,
-    batches: Sequence[Batch],
+    setup: Setup,
+    batches: Sequence[Sequence[int]],
+    make: Callable[[Sequence[int]], Any],
     forward: Forward,
     *,
-    model: nn.Module | None = None,
-    rows: Sequence[int] | None = None,
+    model: Any = None,
+    padded: bool = True,
     together: Callable[[list[Any]], list[Tensor]] | None = None,
 ) -> Variant:
     """A variant that calls `forward` on each batch. What is timed and what is compared are the same calls.
 
-    With the option `first` of the job, the first row of each text is compared; with `adamw`, weights are stepped.
+    With the option `adamw` of the job, weights are stepped.
 
     Args:
+        batches: indices of the texts that run together. make: what `forward` takes of a batch.
         forward: to hidden states, `[T, D]` of all texts in a row, or right-padded `[B, S, D]`.
         model: holds the parameters, under the names of the checkpoint; for a backward pass.
-        rows: of each text in `[T, D]`, if they are not the tokens of the job.
+        padded: whether hidden states are padded, and so their gradients are.
         together: all batches at once, in place of `forward`.
     """
-    rows, trained = rows or job.lengths, model if job.backward else None
+    made = [make(indices) for indices in batches]
+    width = model.config.hidden_size if job.backward else 0
+    cotangents = [cotangent(job, setup, indices, width, padded=padded) for indices in batches]
     # It does all of its work and leaves the weights as they are, so that all calls do the same.
-    adamw = (
-        trained is not None and "adamw" in job.options and torch.optim.AdamW(trained.parameters(), lr=0.0, fused=True)
-    )
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if "adamw" in job.options else None
 
-    def step(batch: Batch) -> Tensor:
-        if batch.cotangent is None:
+    def step(at: int) -> Tensor:
+        gradient = cotangents[at]
+        if gradient is None:
             with torch.inference_mode():
-                return forward(batch.inputs)
-        hidden = forward(batch.inputs)
-        torch.autograd.backward(hidden, batch.cotangent)
+                return forward(made[at])
+        hidden = forward(made[at])
+        torch.autograd.backward(hidden, gradient)
         return hidden.detach()
 
     def run() -> None:
         if together is not None:
-            together([batch.inputs for batch in batches])
+            together(made)
             return
-        if trained is not None:
-            trained.zero_grad(set_to_none=True)
-        for batch in batches:
-            step(batch)
+        if job.backward:
+            model.zero_grad(set_to_none=True)
+        for at in range(len(made)):
+            step(at)
         if adamw:
             adamw.step()
 
     def answer() -> Tensor:
-        if trained is not None:
+        if job.backward:
             run()
-            return gradient_of(trained)
-        wanted = [batch for batch in batches if set(job.checked) & set(batch.indices)]
-        outputs = map(step, wanted) if together is None else together([batch.inputs for batch in wanted])
+            return gradient_of(model)
+        wanted = [at for at, indices in enumerate(batches) if set(job.checked) & set(indices)]
+        outputs = map(step, wanted) if together is None else together([made[at] for at in wanted])
         found: dict[int, Tensor] = {}
-        for batch, hidden in zip(wanted, outputs, strict=True):
-            for index, of_text in zip(batch.indices, split(hidden, [rows[at] for at in batch.indices]), strict=True):
-                found[index] = (of_text[:1] if "first" in job.options else of_text).float().cpu()
+        for at, hidden in zip(wanted, outputs, strict=True):
+            lengths = [job.lengths[index] for index in batches[at]]
+            each = hidden.split(lengths) if hidden.dim() == 2 else [x[:n] for x, n in zip(hidden, lengths, strict=True)]
+            found |= {index: of_text.float().cpu() for index, of_text in zip(batches[at], each, strict=True)}
         return torch.cat([found[index] for index in sorted(job.checked)])
 
-    largest = max(batches, key=lambda batch: sum(job.lengths[index] for index in batch.indices))
+    largest = max(range(len(made)), key=lambda at: sum(job.lengths[index] for index in batches[at]))
     # Beside many batches one is enough to warm up.
-    return Variant(settings, run, answer, (lambda: step(largest)) if len(batches) > 4 and not job.backward else None)
-
-
-def split(hidden: Tensor, lengths: Sequence[int]) -> Iterable[Tensor]:
-    """The hidden states of each text, `[n, D]`."""
-    return hidden.split([*lengths]) if hidden.dim() == 2 else [x[:n] for x, n in zip(hidden, lengths, strict=True)]
+    return Variant(settings, run, answer, partial(step, largest) if len(made) > 4 and not job.backward else None)
 
 
 def gradient_of(model: nn.Module) -> Tensor:
@@ -117,9 +103,8 @@ def gradient_of(model: nn.Module) -> Tensor:
 
 
 def ids_of(job: Job, indices: Iterable[int]) -> list[Tensor]:
-    """The token ids of these texts: those that the job brings, or seeded ones."""
-    known = job.options.get("ids")
-    return [known[index] if known else inputs.ids(index, job.lengths[index]) for index in indices]
+    """The token ids of these texts."""
+    return [inputs.ids(index, job.lengths[index]) for index in indices]
 
 
 def cotangent(job: Job, setup: Setup, indices: Sequence[int], width: int, *, padded: bool) -> Tensor | None:
@@ -131,9 +116,10 @@ def cotangent(job: Job, setup: Setup, indices: Sequence[int], width: int, *, pad
     return whole.to(setup.device, setup.torch_dtype)
 
 
-def with_autocast(model: Any, setup: Setup) -> Any:
-    """float32 weights, both passes under autocast to the dtype of the setup."""
-    if setup.dtype != "float32":
+def loaded(load: Callable[[Setup], Any], setup: Setup, *, adamw: bool) -> Any:
+    """A model in the dtype of the setup; with `adamw` in float32, both passes under autocast to that dtype."""
+    model = load(replace(setup, dtype="float32") if adamw else setup)
+    if adamw and setup.dtype != "float32":
         model.forward = torch.autocast(setup.device, setup.torch_dtype)(model.forward)
     return model
 
@@ -150,92 +136,27 @@ def session_of(model: Any) -> Any:
     return modernbert.Session(model) if hasattr(modernbert, "Session") else model
 
 
-class Projected(nn.Module):
-    """Our encoder, its rows projected to `width` and normalised."""
-
-    def __init__(self, encoder: Encoder, width: int) -> None:
-        super().__init__()
-        self.encoder, self.config = encoder, encoder.config
-        weight = encoder.embeddings.tok_embeddings.weight
-        self.register_buffer("weight_ED", texts.projection(encoder.config.hidden_size, width).to(weight))
-        self.weight_ED: Tensor
-
-    def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
-        return ops.project_normalize(self.encoder(batch, rows=rows), self.weight_ED)
-
-
-def packed(
-    setup: Setup,
-    *,
-    session: bool = False,
-    first: bool = False,
-    int8: bool = False,
-    adamw: bool = False,
-    width: int | None = None,
-) -> Build:
-    """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has CUDA graphs there.
-
-    Args:
-        first: only the first row of each text is computed in the last layer.
-        int8: the products of `with_int8`. adamw: float32 weights under autocast.
-    """
-    model: Any = load_ours(replace(setup, dtype="float32") if adamw else setup)
-    model = with_autocast(model, setup) if adamw else with_int8(model) if int8 else model
-    model = model if width is None else Projected(model, width).eval()
+def packed(setup: Setup, *, session: bool = False, adamw: bool = False) -> Build:
+    """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has graphs there."""
+    model = loaded(load_ours, setup, adamw=adamw)
     called, name = (session_of(model), "Session") if session else (model, "plain modules")
-    name, budget = "int8, scales per channel" if int8 else name, GRAPHS if session else BUDGET
+    device = "cpu" if session else setup.device
 
     def variants(job: Job) -> Iterator[Variant]:
-        yield variant(name, job, groups(job.lengths, job.batch or len(job.lengths)))
-        if job.batch is None and setup.is_gpu and sum(job.lengths) > budget:
-            yield variant(f"{name}, at most {budget:,} tokens at a time", job, inputs.within(job.lengths, budget))
+        from_ids = job.from_host or not setup.is_gpu
 
-    def variant(settings: str, job: Job, batches: Sequence[Sequence[int]]) -> Variant:
-        packs, device = not setup.is_gpu or job.from_host, "cpu" if session else setup.device
-        made = []
-        for indices in batches:
+        def make(indices: Sequence[int]) -> Any:
             ids = [text.tolist() for text in ids_of(job, indices)]
-            gradient = cotangent(job, setup, indices, model.config.hidden_size, padded=False)
-            made.append(Batch(indices, ids if packs else pack(ids).to(device), gradient))
+            return ids if from_ids else pack(ids).to(device)
 
         def forward(one: Any) -> Tensor:
-            batch = pack(one) if packs else one
-            batch = batch.to(device) if setup.is_gpu else batch
-            return called(batch, rows=batch.cu_seqlens[:-1]) if first else called(batch)
+            batch = pack(one) if from_ids else one
+            return called(batch.to(device) if setup.is_gpu else batch)
 
-        settings += ", rows=cu_seqlens[:-1]" * first + "; packing is timed" * packs
-        return of_batches(settings, job, made, forward, model=model, rows=[1] * len(job.lengths) if first else None)
+        settings, batches = name + "; packing is timed" * from_ids, groups(job.lengths, job.batch or len(job.lengths))
+        yield of_batches(settings, job, setup, batches, make, forward, model=model, padded=False)
 
     return variants
-
-
-class Int8Linear(nn.Module):
-    """A linear layer for inference on a CPU: int8 weights, inputs quantised dynamically. `[T, D]` to `[T, F]` float32.
-
-    Weights have a scale for each output, inputs one for each call. PyTorch's own module always leaves a bit of the
-    inputs unused, which only processors without VNNI need: their sums of products would overflow.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight_FD = linear.weight.detach()
-        scale_F = weight_FD.abs().amax(1).clamp(min=1e-12).double() / 127
-        zero_F = torch.zeros(len(weight_FD), dtype=torch.int64)
-        quantised_FD = torch.quantize_per_channel(weight_FD, scale_F, zero_F, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(quantised_FD, linear.bias)
-        self.reduce_range = not torch.cpu._is_vnni_supported()
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x_TD, self.packed, self.reduce_range)
-
-
-def with_int8(encoder: Any) -> Any:
-    """This encoder with int8 linear layers, changed in place: a few lines that a user can copy."""
-    for parent in [*encoder.modules()]:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
-    return encoder.eval()
 
 
 # transformers, and what is built on it.
@@ -250,54 +171,40 @@ def load_theirs(setup: Setup, attention: str) -> Any:
     return model.to(setup.device).eval()
 
 
-def forward_of(model: Any, width: int | None = None) -> Forward:
+def forward_of(model: Any) -> Forward:
     """Inputs on any device to hidden states; flattened ones lose the dimension that they do not need."""
-    parameter = next(model.parameters())
-    weight_ED = None if width is None else texts.projection(model.config.hidden_size, width).to(parameter)
+    device = next(model.parameters()).device
 
     def forward(given: Inputs) -> Tensor:
-        hidden = model(**onto(given, parameter.device)).last_hidden_state
-        hidden = hidden[0] if "cu_seq_lens_q" in given else hidden
-        return hidden if weight_ED is None else F.normalize(F.linear(hidden, weight_ED), dim=-1)
+        hidden = model(**onto(given, device)).last_hidden_state
+        return hidden[0] if "cu_seq_lens_q" in given else hidden
 
     return forward
 
 
-def alone(setup: Setup, *, width: int | None = None) -> Build:
+def alone(setup: Setup) -> Build:
     """The reference: sdpa, every text alone, so that nothing is padded. Forward only the checked texts run."""
     model = load_theirs(setup, "sdpa")
 
     def variants(job: Job) -> Iterator[Variant]:
         wanted = [[index] for index in (range(len(job.lengths)) if job.backward else job.checked)]
-        yield padded_variant("every text alone", job, setup, model, wanted, forward_of(model, width))
+        yield in_padded("every text alone", job, setup, wanted, model, forward_of(model))
 
     return variants
 
 
-def transformers(
-    setup: Setup, *, attention: str, order: str | None = None, width: int | None = None, adamw: bool = False
-) -> Build:
-    """Padded batches of several sizes, with FlashAttention all texts in one row too unless the job has `padded`.
-
-    `order` leaves only batches "as they come", "length-sorted" or "one by one".
-    """
-    model = load_theirs(replace(setup, dtype="float32") if adamw else setup, attention)
-    model = with_autocast(model, setup) if adamw else model
-
-    def variants(job: Job) -> Iterator[Variant]:
-        forward = forward_of(model, width)
-        if attention == "flash" and "padded" not in job.options:
-            yield flattened_variant("FlashAttention of torch, flattened", job, setup, model, forward)
-        yield from batchings(attention, job, setup, model, forward, sizes(job, setup, order))
-
-    return variants
+def transformers(setup: Setup, *, attention: str, adamw: bool = False) -> Build:
+    """Padded batches of several sizes, in order and sorted by length; with FlashAttention all texts in one row."""
+    model = loaded(partial(load_theirs, attention=attention), setup, adamw=adamw)
+    make = flattened if attention == "flash" else batchings
+    return lambda job: make(attention, job, setup, model, forward_of(model))
 
 
 def compiled(setup: Setup, *, attention: str) -> Build:
     """torch.compile of the whole model: flattened for FlashAttention, in padded batches for sdpa.
 
-    On a GPU, queries from the host are compiled with CUDA graphs, everything else without; where lengths do not vary,
-    and so nothing is dynamic, the products are tuned too. On a CPU weights are constants of the compiled code.
+    On a GPU, queries from the host are compiled with CUDA graphs, everything else without. On a CPU weights are
+    constants of the compiled code.
     """
     model = load_theirs(setup, attention)
 
@@ -305,48 +212,12 @@ def compiled(setup: Setup, *, attention: str) -> Build:
         torch._dynamo.reset()
         if not setup.is_gpu:
             forward = forward_of(torch.compile(model, dynamic=False, options={"freezing": True}))
-            yield from batchings(f"{attention}, torch.compile, freezing", job, setup, model, forward)
+            yield from batchings("sdpa, torch.compile, freezing", job, setup, model, forward)
             return
-        tuned = [] if varies(job) or setup.quick else ["max-autotune-no-cudagraphs"]
-        for mode in ["reduce-overhead"] if job.from_host else ["default", *tuned]:
-            forward = forward_of(torch.compile(model, mode=mode, dynamic=None if job.from_host else varies(job)))
-            settings = f"{attention}, torch.compile, {mode}"
-            if attention == "flash":
-                yield flattened_variant(f"{settings}, flattened", job, setup, model, forward)
-            else:
-                # Length-sorted where that makes a difference; one size, because each takes a minute to compile.
-                offered = sizes(job, setup)
-                chosen = next((one for one in offered if one[1]), offered[0])
-                yield from batchings(settings, job, setup, model, forward, [chosen])
-
-    return variants
-
-
-def sentence_transformers(setup: Setup) -> Build:
-    """Its Transformer module on token ids, so that its tokenizer is not measured.
-
-    With FlashAttention it flattens a batch into one row by transformers' collator. It looks for a package by name; here
-    torch's kernel takes its place where a GPU computes in half precision. Otherwise batches are padded.
-    """
-    flattens = half_on_gpu(setup)
-    texts.add_tokenizer(setup.folder)  # required, and not used
-    module = import_module("sentence_transformers.sentence_transformer.modules").Transformer
-    known = {"attn_implementation": register_flash() if flattens else "sdpa", "dtype": setup.torch_dtype}
-    body = module(setup.folder, model_kwargs=known).to(setup.device).eval()
-    if body.model_forward_params is not None:  # as it does where it flattens
-        body.model_forward_params |= {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-
-    def forward(given: Inputs) -> Tensor:
-        found = body(onto(given, setup.device))["token_embeddings"]
-        return found[0] if "cu_seq_lens_q" in given else found
-
-    def variants(job: Job) -> Iterator[Variant]:
-        if flattens:
-            yield flattened_variant("FlashAttention of torch, flattened", job, setup, body.model, forward)
-        offered = sizes(job, setup)
-        by_length = [one for one in offered if one[1] or one[0] == 1]  # as its `encode` sorts
-        chosen = by_length if varies(job) and job.batch is None and by_length else offered
-        yield from batchings("sdpa", job, setup, body.model, forward, chosen)
+        mode, dynamic = ("reduce-overhead", None) if job.from_host else ("default", varies(job))
+        settings = f"{attention}, torch.compile, {mode}"
+        make = flattened if attention == "flash" else partial(batchings, most=1)  # each size takes a minute
+        yield from make(settings, job, setup, model, forward_of(torch.compile(model, mode=mode, dynamic=dynamic)))
 
     return variants
 
@@ -359,74 +230,57 @@ def packed_encoders(setup: Setup) -> Build:
 
 
 def batchings(
-    settings: str,
-    job: Job,
-    setup: Setup,
-    model: Any,
-    forward: Forward,
-    chosen: Sequence[tuple[int, bool]] | None = None,
+    settings: str, job: Job, setup: Setup, model: Any, forward: Forward, *, most: int | None = None
 ) -> Iterator[Variant]:
-    """Padded variants, one for each of `sizes`, or of those that are chosen."""
-    for size, by_length in sizes(job, setup) if chosen is None else chosen:
-        indices = groups(job.lengths, size, by_length=by_length)
-        note = ", length-sorted" if by_length else ""
-        yield padded_variant(f"{settings}, batches of {size}{note}", job, setup, model, indices, forward)
-
-
-def sizes(job: Job, setup: Setup, order: str | None = None) -> list[tuple[int, bool]]:
-    """Batch sizes, and whether to sort by length: the protocol's and its halves, or several in order and sorted."""
+    """Padded variants: length-sorted batches of several sizes, then in order; or the protocol's size and its halves."""
     count = len(job.lengths)
     if job.batch is not None:
         first = min(job.batch, count)
-        return [(first >> halved, False) for halved in range(first.bit_length())]
-    if order == "one by one":
-        return [(1, False)]
-    offered = [count, count // 4, count // 16, *([1] if count <= 16 else [])]
-    if not setup.is_gpu:
-        offered = [min(8, count)] if setup.quick else [32, 16, 8, 4, 2, 1]
-    offered = [size for size in dict.fromkeys(offered) if 1 <= size <= count] or [count]
-    in_order = [(size, False) for size in offered if order != "length-sorted"]
-    return in_order + [(size, True) for size in offered if varies(job) and order != "as they come" and 1 < size < count]
+        sizes = [(first >> halved, False) for halved in range(first.bit_length())]
+    else:
+        on_cpu = [min(8, count)] if setup.quick else [32, 16, 8, 4, 2, 1]
+        offered = [count, count // 4, count // 16] if setup.is_gpu else on_cpu
+        offered = [size for size in offered if 1 <= size <= count] or [count]
+        by_length = [(size, True) for size in offered if varies(job) and 1 < size < count]
+        sizes = by_length + [(size, False) for size in offered]
+    for size, sort in sizes[:most]:
+        words = f"{settings}, batches of {size}{', length-sorted' if sort else ''}"
+        yield in_padded(words, job, setup, groups(job.lengths, size, by_length=sort), model, forward)
 
 
 def varies(job: Job) -> bool:
     return len(set(job.lengths)) > 1
 
 
-def padded_variant(
-    settings: str, job: Job, setup: Setup, model: Any, batches: Iterable[Sequence[int]], forward: Forward
+def in_padded(
+    settings: str, job: Job, setup: Setup, batches: Sequence[Sequence[int]], model: Any, forward: Forward
 ) -> Variant:
-    """Right-padded batches, ready on the device, or in pinned memory of the host."""
-    made = []
-    for indices in batches:
-        given = ready(inputs.padded(ids_of(job, indices)), job, setup)
-        made.append(Batch(indices, given, cotangent(job, setup, indices, model.config.hidden_size, padded=True)))
-    return of_batches(settings, job, made, forward, model=model)
+    """Right-padded batches, ready on the device or on the host."""
+
+    def make(indices: Sequence[int]) -> Inputs:
+        return onto(inputs.padded(ids_of(job, indices)), "cpu" if job.from_host else setup.device)
+
+    return of_batches(settings, job, setup, batches, make, forward, model=model)
 
 
-def flattened_variant(settings: str, job: Job, setup: Setup, model: Any, forward: Forward) -> Variant:
+def flattened(settings: str, job: Job, setup: Setup, model: Any, forward: Forward) -> Iterator[Variant]:
     """All texts of a batch in one row, with positions that restart, as sentence-transformers makes them."""
-    made = []
-    for indices in groups(job.lengths, job.batch or len(job.lengths)):
+
+    def make(indices: Sequence[int]) -> Inputs:
         lengths = [job.lengths[index] for index in indices]
+        ends, longest = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths)
         given = {
             "input_ids": torch.cat(ids_of(job, indices))[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
         }
-        given |= dict.fromkeys(
-            ("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        )
-        given |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
-        gradient = cotangent(job, setup, indices, model.config.hidden_size, padded=False)
-        made.append(Batch(indices, ready(given, job, setup), gradient))
-    return of_batches(settings, job, made, forward, model=model)
+        return onto(given, "cpu" if job.from_host else setup.device)
 
-
-def ready(given: Mapping[str, Any], job: Job, setup: Setup) -> Inputs:
-    """Where the clock finds them."""
-    if not job.from_host:
-        return onto(given, setup.device)
-    return {name: x.pin_memory() if setup.is_gpu and isinstance(x, Tensor) else x for name, x in given.items()}
+    batches = groups(job.lengths, job.batch or len(job.lengths))
+    yield of_batches(f"{settings}, flattened", job, setup, batches, make, forward, model=model, padded=False)
 
 
 def onto(given: Mapping[str, Any], device: torch.device | str) -> Inputs:
@@ -448,47 +302,25 @@ def flash_of_torch(
     return torch.ops.aten._flash_attention_forward(q_THK, k_THK, v_THK, *bounds, **switches, scale=scale, **windows)[0]
 
 
-def real_tokens(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, Tensor, int] | None:
-    """The mask function: rows of the real tokens of a padded batch, flattened, their cumulative lengths, the longest.
-
-    Once per forward pass, not in every layer as in transformers' own FlashAttention. None where nothing is padded.
-    """
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    lengths_B = attention_mask.sum(1, dtype=torch.int32)
-    cu_seqlens = F.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
-    return attention_mask.flatten().nonzero().flatten(), cu_seqlens, int(lengths_B.max())
-
-
 def varlen_attention(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """The attention function around a kernel. transformers' `sliding_window` is neighbours per side plus one."""
+    """The attention function around a kernel, for texts in a row. transformers' `sliding_window` counts the token."""
 
     def attend(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: tuple[Tensor, Tensor, int] | None,
+        attention_mask: None,
         *,
         scaling: float,
+        cu_seq_lens_q: Tensor,
+        max_length_q: int,
         sliding_window: int | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        max_length_q: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        size, heads, length, width = query.shape
-        q, k, v = (x.transpose(1, 2).reshape(size * length, heads, width) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = None if sliding_window is None else sliding_window - 1
-        if attention_mask is not None:
-            rows, cu_seqlens, longest = attention_mask
-            real = kernel(q[rows], k[rows], v[rows], cu_seqlens, longest, window, scaling)
-            out = real.new_zeros(size * length, heads, width).index_copy(0, rows, real)
-        elif cu_seq_lens_q is not None and max_length_q is not None:
-            out = kernel(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)
-        else:
-            ends = torch.arange(0, (size + 1) * length, length, dtype=torch.int32, device=query.device)
-            out = kernel(q, k, v, ends, length, window, scaling)
-        return out.view(size, length, heads, width), None
+        return kernel(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)[None], None
 
     return attend
 
@@ -499,39 +331,35 @@ def register_flash(kernel: Callable[..., Tensor] = flash_of_torch) -> str:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(FLASH_NAME, varlen_attention(kernel))
-    AttentionMaskInterface.register(FLASH_NAME, real_tokens)
+    AttentionMaskInterface.register(FLASH_NAME, lambda *_, **__: None)
     return FLASH_NAME
 
 
 # Compiled graphs on a CPU.
 
 
-def onnx_runtime(setup: Setup, *, int8: bool = False) -> Build:
+def onnx_runtime(setup: Setup) -> Build:
     """Both exports that torch has, as neither is always the fastest, with threads that spin between runs or sleep."""
 
     def variants(job: Job) -> Iterator[Variant]:
-        for exporter in exported.EXPORTERS[:1] if setup.quick else exported.EXPORTERS:
-            for spins in (True, False):
-                run = exported.onnx_session(setup, exporter, spins=spins, int8=int8)
-                settings = f"{exporter} export, {'' if spins else 'no '}spinning{', scales per channel' * int8}"
-                yield from fed(settings, job, setup, run)
+        for exporter in runtimes.EXPORTERS[:1] if setup.quick else runtimes.EXPORTERS:
+            for spins in (True,) if setup.quick else (True, False):
+                run = runtimes.onnx_session(setup, exporter, spins=spins)
+                yield from fed(f"{exporter} export, {'' if spins else 'no '}spinning", job, setup, run)
 
     return variants
 
 
-def openvino(setup: Setup, *, int8: bool = False) -> Build:
-    """Made from the torch model and from its ONNX file, for latency and, with several batches, for throughput.
+def openvino(setup: Setup) -> Build:
+    """Made from the ONNX file, for latency and, with several batches, for throughput.
 
-    Padded batches take the ONNX file: what OpenVINO makes of the torch model returns NaN around a token whose whole
-    window is padding.
+    What OpenVINO makes of the torch model returns NaN around a token whose whole window is padding.
     """
 
     def variants(job: Job) -> Iterator[Variant]:
-        for source in ("torch",) if setup.quick else ("torch", "onnx"):
-            for hint in ("latency", "throughput")[: len(job.lengths)]:
-                run, together = exported.openvino_model(setup, source, hint, int8=int8)
-                settings = f"from {source}, {hint} hint{f', groups of {exported.GROUP}' * int8}"
-                yield from fed(settings, job, setup, run, together=together, may_pad=source == "onnx")
+        for hint in ("latency", "throughput")[: len(job.lengths)]:
+            run, together = runtimes.openvino_model(setup, hint)
+            yield from fed(f"from onnx, {hint} hint", job, setup, run, together)
 
     return variants
 
@@ -541,19 +369,16 @@ def fed(
     job: Job,
     setup: Setup,
     run: Forward,
-    *,
     together: Callable[[list[Any]], list[Tensor]] | None = None,
-    may_pad: bool = True,
 ) -> Iterator[Variant]:
     """A compiled graph on each text alone, and on length-sorted batches of 4 where lengths vary."""
-    for size in (1, 4) if may_pad and varies(job) and not setup.quick else (1,):
-        words = f"length-sorted batches of {size}" if size > 1 else "one by one" if len(job.lengths) > 1 else "one text"
-        made = []
-        for indices in groups(job.lengths, size, by_length=True):
-            given = inputs.padded(ids_of(job, indices))
-            given = {"attention_mask": torch.ones_like(given["input_ids"])} | given
-            made.append(Batch(indices, {name: x.numpy() for name, x in given.items()}))
-        yield of_batches(f"{settings}, {words}", job, made, run, together=together)
+
+    def make(indices: Sequence[int]) -> Inputs:
+        return {name: x.numpy() for name, x in inputs.padded(ids_of(job, indices), masked=True).items()}
+
+    for size in (1, 4) if varies(job) and not setup.quick else (1,):
+        batches = groups(job.lengths, size, by_length=True)
+        yield of_batches(f"{settings}, batches of {size}", job, setup, batches, make, run, together=together)
 
 
 # Which implementation takes part where. A new peer is a builder above and a row here.
@@ -577,39 +402,27 @@ def can_compile(setup: Setup) -> bool:
     return setup.is_gpu or shutil.which("g++") is not None
 
 
-OURS, SESSION, INT8 = "modernbert", "modernbert, Session", "modernbert, int8"
-FIRST_ROWS = "modernbert, first rows"
 TRANSFORMERS = "transformers"
 SDPA, EAGER, FLASH = (f"{TRANSFORMERS}, {attention}" for attention in ("sdpa", "eager", "flash"))
 COMPILED = SDPA_COMPILED, FLASH_COMPILED = f"{SDPA}, compiled", f"{FLASH}, compiled"
-ORDERS = tuple(f"{TRANSFORMERS}, {order}" for order in ("as they come", "length-sorted", "one by one"))
-SENTENCE_TRANSFORMERS, PACKED_ENCODERS = "sentence-transformers", "packed-encoders"
-ONNX_RUNTIME, OPENVINO = "ONNX Runtime", "OpenVINO"
+PACKED_ENCODERS, ONNX_RUNTIME, OPENVINO = "packed-encoders", "ONNX Runtime", "OpenVINO"
 
 REFERENCE = Peer(alone, package="transformers")
 
 PEERS: dict[str, Peer] = {
     OURS: Peer(packed),
     SESSION: Peer(packed, {"session": True}),
-    FIRST_ROWS: Peer(packed, {"first": True}),
-    INT8: Peer(packed, {"int8": True}, on_cpu, exact=False),
     SDPA: Peer(transformers, {"attention": "sdpa"}, package="transformers"),
     EAGER: Peer(transformers, {"attention": "eager"}, package="transformers"),
-    **{
-        name: Peer(transformers, {"attention": "sdpa", "order": name.partition(", ")[2]}, package="transformers")
-        for name in ORDERS
-    },
     FLASH: Peer(transformers, {"attention": "flash"}, half_on_gpu, "transformers"),
     SDPA_COMPILED: Peer(compiled, {"attention": "sdpa"}, can_compile, "transformers", slow=True),
     FLASH_COMPILED: Peer(compiled, {"attention": "flash"}, half_on_gpu, "transformers", slow=True),
-    SENTENCE_TRANSFORMERS: Peer(sentence_transformers, package="sentence_transformers"),
     PACKED_ENCODERS: Peer(packed_encoders, {}, half_on_gpu, "packed_encoders"),
     ONNX_RUNTIME: Peer(onnx_runtime, {}, on_cpu, "onnxruntime"),
     OPENVINO: Peer(openvino, {}, on_cpu, "openvino"),
-    f"{ONNX_RUNTIME}, int8": Peer(onnx_runtime, {"int8": True}, on_cpu, "onnxruntime", exact=False),
-    f"{OPENVINO}, int8": Peer(openvino, {"int8": True}, on_cpu, "openvino", exact=False),
 }
 
 
-def those(*names: str) -> dict[str, Peer]:
-    return {name: PEERS[name] for name in names}
+def those(*names: str, **options: Any) -> dict[str, Peer]:
+    """Rows of `PEERS`, with further options of their builders."""
+    return {name: PEERS[name]._replace(options={**PEERS[name].options, **options}) for name in names}

@@ -13,25 +13,32 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.clock import installed
-
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "maxsim-cpu", "numpy")
-FOLDERS = ("--output", "--work", "--data", "--against")
+GPU_PACKAGES = ("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim", "packed-encoders", "flash-attn")
+DRIVER = Path("/sys/module/nvidia/version")
 
 
-def row(values: Sequence[float], *, max_error: float | None = None, tolerance: float | None = None, **more: Any) -> Row:
+def row(
+    values: Sequence[float],
+    *,
+    device: str = "cpu",
+    max_error: float | None = None,
+    tolerance: float | None = None,
+    **more: Any,
+) -> Row:
     """One measured row.
 
     Args:
-        values: one per sample, in the row's `unit`.
+        values: one per sample, in the row's `unit`. device: "cpu" or "cuda".
         max_error: the largest difference from the reference; None if there is nothing to compare.
         more: suite, workload, what, implementation, unit, and what else is known of it.
     """
@@ -39,7 +46,7 @@ def row(values: Sequence[float], *, max_error: float | None = None, tolerance: f
     usual = {"kind": "measured", "settings": "", "dtype": "float32", "clean": True, "foreign_percent": None}
     usual |= {"calls_per_sample": 1, "times_better_than": {}, "samples": len(values)}
     errors = {"max_error": rounded(max_error, digits=2), "tolerance": rounded(tolerance, digits=2)}
-    return usual | more | {name: rounded(x) for name, x in figures.items()} | errors | circumstances()
+    return usual | more | {name: rounded(x) for name, x in figures.items()} | errors | circumstances(device)
 
 
 def rounded(value: float | None, scale: float = 1.0, *, digits: int = 4) -> Any:
@@ -47,32 +54,38 @@ def rounded(value: float | None, scale: float = 1.0, *, digits: int = 4) -> Any:
 
 
 @cache
-def circumstances() -> Row:
+def circumstances(device: str) -> Row:
     """The machine, the versions, the commit, the date and the command of this run."""
-    return {
-        "cpu": _cpu(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # such as AVX512
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
-        "commit": git("rev-parse", "HEAD"),
-        # Results and the pages made from them do not change what was measured.
-        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + shlex.join(without_folders(sys.argv[1:])),
-    }
+    packages: tuple[str, ...] = PACKAGES
+    gpu: Row = {"gpu": None, "driver": None, "capability": None}
+    if device == "cuda":
+        properties, packages = torch.cuda.get_device_properties(0), PACKAGES + GPU_PACKAGES
+        gpu["gpu"], gpu["capability"] = properties.name, f"{properties.major}.{properties.minor}"
+        gpu["driver"] = DRIVER.read_text().strip() if DRIVER.exists() else None
+    return (
+        gpu
+        | {
+            "cpu": _cpu(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # such as AVX512
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "versions": {"python": platform.python_version()} | {name: installed(name) for name in packages},
+            "commit": git("rev-parse", "HEAD"),
+            # Results and the pages made from them do not change what was measured.
+            "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            # Paths of this machine do not decide what is measured.
+            "command": shlex.join(["python", "-m", "benchmarks", *(one for one in sys.argv[1:] if os.sep not in one)]),
+        }
+    )
 
 
-def without_folders(arguments: Sequence[str]) -> list[str]:
-    """The arguments that decide what is measured, without the paths of this machine."""
-    kept, following = [], iter(arguments)
-    for one in following:
-        if one in FOLDERS:
-            next(following, None)
-        elif not one.startswith(tuple(f"{folder}=" for folder in FOLDERS)):
-            kept.append(one)
-    return kept
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

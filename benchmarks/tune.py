@@ -1,7 +1,6 @@
 """Chooses the tiles of the Triton kernels for the GPU at hand, by timing those that compile without a spill and fit.
 
-    python -m benchmarks.tune                     what is faster than the present tiles, and by how much
-    python -m benchmarks.tune --write             also written to kernels/modernbert_kernels/fused/tiles.py
+    python -m benchmarks.tune                     what is faster than the present tiles, and the rows to enter
     python -m benchmarks.tune --only attention    one op
     TRITON_INTERPRET=1 python -m benchmarks.tune --quick    tries the path without a GPU; those figures are no results
 
@@ -29,12 +28,9 @@ import torch
 import torch.nn.functional as F
 
 import modernbert_kernels as ops
-from benchmarks import clock, resources
-from benchmarks.cases import Case, offsets, randn
+from benchmarks import clock
 from benchmarks.clock import Machine, Rates
-from benchmarks.ops import Task, Way, timed
-from benchmarks.rows import ROOT
-from modernbert.files import replacing
+from benchmarks.ops import Task, Way, call_of, copied, offsets, randn, timed
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
@@ -44,9 +40,11 @@ MINUTES = 8.5
 NOISE = 1.02
 """A candidate must be faster than the present tile by more than this: two equal kernels differ as much."""
 
-TOKENS, FEW = 16_384, 16
+TOKENS, COMPILED, FEW = 16_384, 384, 16
+"""Of a call that is timed, that is compiled (the kernels do not depend on it), and in a try-out."""
+
 ROUNDS, DUEL = 5, 15
-FILE = ROOT / "kernels" / "modernbert_kernels" / "fused" / "tiles.py"
+ARCHS = (80, 89, 90, 100, 120)
 
 Key = tuple[str | int, ...]
 Table = Mapping[Key, Mapping[int, Tile]]
@@ -70,14 +68,14 @@ class Subject(NamedTuple):
     Attributes:
         kernel: takes the tile. backward: it belongs to the backward pass, so both passes are timed.
         candidates: block_m, block_n, warps, stages.
-        cases: calls that take the entry, on a device with so many tokens; all count alike.
+        tasks: calls that take the entry, on a device with so many tokens; all count alike.
     """
 
     key: Key
     kernel: str
     backward: bool
     candidates: tuple[tuple[int, int, int, int], ...]
-    cases: Callable[[str, int], Iterator[Case]]
+    tasks: Callable[[str, int], Iterator[Task]]
 
     @property
     def op(self) -> str:
@@ -87,48 +85,48 @@ class Subject(NamedTuple):
 def attention(part: str, width: int, itemsize: int) -> Subject:
     """Local and global layers of 768 numbers, in texts of 512 tokens."""
 
-    def cases(device: str, tokens: int) -> Iterator[Case]:
+    def tasks(device: str, tokens: int) -> Iterator[Task]:
         length = min(512, tokens)
         count = tokens // length
         qkv = randn(tokens, 3, max(1, min(768, tokens) // width), width, dtype=dtype_of(itemsize), device=device)
         rope = ops.rotary_table(torch.arange(length, device=device).repeat(count), 10_000.0, width)
-        args = (qkv, offsets(count, length, qkv.device), length)
+        args = (qkv, offsets(count, length, device), length)
         for window in (64, None):
-            yield Case(ops.attention, f"window {window}", args, {"rope": rope, "window": window})
+            yield Task(f"window {window}", ops.attention, args, {"rope": rope, "window": window})
 
     blocks = (32, 64, 128) if itemsize == 2 else (16, 32, 64)
     candidates = tuple(product(blocks, blocks, (4, 8), (1, 2, 3)))
     kernel = f"attention_{part}_kernel"
-    return Subject((f"attention {part}", width, itemsize), kernel, part != "forward", candidates, cases)
+    return Subject((f"attention {part}", width, itemsize), kernel, part != "forward", candidates, tasks)
 
 
 def maxsim(rows: int) -> Subject:
     """Many queries as in training, or one of so many tokens as in reranking, with documents of 300 tokens."""
 
-    def cases(device: str, tokens: int) -> Iterator[Case]:
-        queries, documents = (
-            (max(1, tokens // 128), max(2, tokens // 128)) if rows == 128 else (1, max(2, tokens // 16))
-        )
+    def tasks(device: str, tokens: int) -> Iterator[Task]:
+        queries, documents = (tokens // 128, tokens // 128) if rows == 128 else (1, tokens // 16)
+        queries, documents = max(1, queries), max(2, documents)
         for width in (128, 48):
             vectors = (randn(n, width, dtype=torch.float32, device=device) for n in (queries * rows, documents * 300))
             q, d = (F.normalize(x, dim=-1).to(dtype_of(2)) for x in vectors)
-            ends = offsets(queries, rows, q.device), offsets(documents, 300, d.device)
-            yield Case(ops.maxsim, f"width {width}", (q, ends[0], d, ends[1]))
+            args = (q, offsets(queries, rows, device), d, offsets(documents, 300, device))
+            yield Task(f"width {width}", ops.maxsim, args)
 
     candidates = tuple(product((rows,), (32, 64, 128), (4, 8), (2, 3, 4)))
-    return Subject(("maxsim", rows), "maxsim_kernel", False, candidates, cases)
+    return Subject(("maxsim", rows), "maxsim_kernel", False, candidates, tasks)
 
 
 def geglu(part: str) -> Subject:
     """In the MLPs of Ettin-17m and of ModernBERT-base."""
 
-    def cases(device: str, tokens: int) -> Iterator[Case]:
+    def tasks(device: str, tokens: int) -> Iterator[Task]:
         for width in (1152, 384):
-            yield Case(ops.geglu, f"{width}", (randn(tokens, 2 * width, dtype=dtype_of(2), device=device), "gelu"))
+            h = randn(tokens, 2 * width, dtype=dtype_of(2), device=device)
+            yield Task(f"{width}", ops.geglu, (h, "gelu"))
 
     # No loop of it could overlap stages.
     candidates = tuple(product((1024, 2048, 4096, 8192), (128, 512), (4, 8), (3,)))
-    return Subject((f"geglu {part}",), f"geglu_{part}_kernel", part == "backward", candidates, cases)
+    return Subject((f"geglu {part}",), f"geglu_{part}_kernel", part == "backward", candidates, tasks)
 
 
 PARTS = ("forward", "dq", "dkv")
@@ -161,31 +159,34 @@ def using(key: Key, arch: int, tile: Tile) -> AbstractContextManager[Any]:
     return mock.patch.dict(TILES[key], {arch: tile})
 
 
-def fits(index: int, arch: int, tile: Tile) -> bool:
-    """Whether the kernel of a subject, by its index, compiles with this tile, spills nothing, and has enough memory."""
-    subject, found = SUBJECTS[index], []
+def fits(index: int, device: str, tile: Tile) -> bool:
+    """Whether the kernel of a subject, by its index, runs on this GPU with this tile, and spills nothing."""
+    from triton.runtime import jit
 
-    def see(binary: Any) -> None:
-        if binary.metadata.name == subject.kernel:
-            found.append(resources.resources(binary, arch))
+    subject, found, run = SUBJECTS[index], [], jit.JITFunction.run
 
-    # An architecture that is not in their table has the limits of the newest that is.
-    known = max(each for each in resources.ARCHS if each <= arch)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        found.append(run(*args, **kwargs))
+        return found[-1]
+
     try:
-        with using(subject.key, arch, tile), resources.compiling(arch, see):
-            for case in subject.cases("cpu", resources.TOKENS):
-                resources.call(case)
-    except Exception:  # whatever the compiler says, it is not a candidate
+        with (
+            using(subject.key, launch.arch(torch.device(device)), tile),
+            mock.patch.object(jit.JITFunction, "run", seen),
+        ):
+            for task in subject.tasks(device, COMPILED):
+                way = Way("", task.op.backends["triton"])
+                call_of(way, *copied(task, subject.backward), subject.backward)()
+    except Exception:  # whatever the compiler and the driver say, it is not a candidate
         return False
-    limit = resources.SHARED[known] << 10
-    return bool(found) and all(not row["spilled"] and row["shared"] <= limit and row["programs"] > 0 for row in found)
+    return not any(binary.n_spills for binary in found if binary.metadata.name == subject.kernel)
 
 
-def compiling_candidates(subject: Subject, arch: int) -> list[Tile]:
+def fitting(subject: Subject, device: str) -> list[Tile]:
     """The candidates that fit, compiled on all cores; Triton keeps the binaries, so that they load at once later."""
     tiles = [Tile(*one) for one in subject.candidates]
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
-        kept = list(pool.map(partial(fits, SUBJECTS.index(subject), arch), tiles))
+        kept = list(pool.map(partial(fits, SUBJECTS.index(subject), device), tiles))
     return [tile for tile, keep in zip(tiles, kept, strict=True) if keep]
 
 
@@ -211,14 +212,13 @@ def compared(
     names = {label(tile): tile for tile in (present, *rivals)}
     logarithms: dict[str, list[float]] = {name: [] for name in names}
     refused: dict[str, str] = {}
-    for case in subject.cases(str(machine.device), tokens):
-        ways = tuple(
-            Way(name, case.op.backends["triton"], around=partial(using, subject.key, arch, tile))
+    for task in subject.tasks(str(machine.device), tokens):
+        ways = [
+            Way(name, task.op.backends["triton"], around=partial(using, subject.key, arch, tile))
             for name, tile in names.items()
             if name not in refused
-        )
-        task = Task(case.name, case, case.op.reference, ways)
-        result = timed("tune", task, subject.backward, machine, Rates(1.0, 1.0), rounds=rounds)
+        ]
+        result = timed("tune", task, ways, subject.backward, machine, Rates(1.0, 1.0), rounds=rounds)
         refused |= {name.rpartition(": ")[2]: reason for name, reason in result.refused.items()}
         for row in result.rows:
             factor = row["times_better_than"].get(label(present), 1.0)
@@ -233,14 +233,11 @@ def label(tile: Tile) -> str:
 
 
 def summary(outcome: Outcome, tried: int) -> str:
-    name = ", ".join(map(str, outcome.key))
-    first = next((f", the first one {reason}" for reason in outcome.refused.values()), "")
-    wrong = f"; {len(outcome.refused)} refused{first}" if outcome.refused else ""
-    if label(outcome.present) in outcome.refused:
-        return f"{name}: the present tile {label(outcome.present)} {outcome.refused[label(outcome.present)]}"
+    name, present = ", ".join(map(str, outcome.key)), label(outcome.present)
+    wrong = "".join(f"; {tile} is refused: {reason}" for tile, reason in outcome.refused.items())
     if outcome.best == outcome.present:
-        return f"{name}: {label(outcome.present)} stays, none of {tried} is faster by more than noise{wrong}"
-    return f"{name}: {label(outcome.best)} is {outcome.factor:.3f} times as fast as {label(outcome.present)}{wrong}"
+        return f"{name}: {present} stays, none of {tried} is faster by more than noise{wrong}"
+    return f"{name}: {label(outcome.best)} is {outcome.factor:.3f} times as fast as {present}{wrong}"
 
 
 def run(machine: Machine, only: Sequence[str], *, quick: bool) -> Iterator[tuple[Outcome, int]]:
@@ -252,7 +249,7 @@ def run(machine: Machine, only: Sequence[str], *, quick: bool) -> Iterator[tuple
         if time.monotonic() > until:
             print(f"{', '.join(map(str, subject.key))} and what follows was not reached in {MINUTES:g} minutes")
             return
-        tiles = [Tile(*subject.candidates[0])] if quick else compiling_candidates(subject, launch.arch(machine.device))
+        tiles = [Tile(*subject.candidates[0])] if quick else fitting(subject, str(machine.device))
         tokens, rounds, duel = (FEW, 1, 1) if quick else (TOKENS, ROUNDS, DUEL)
         yield tune(subject, tiles, machine, tokens=tokens, rounds=rounds, duel=duel), len(tiles)
 
@@ -263,51 +260,33 @@ def with_outcome(table: Table, outcome: Outcome, arch: int, gpu: str) -> Table:
     An entry also serves newer architectures without one of their own, so the next one keeps its tile by name.
     """
     before = table[outcome.key]
-    newer = min((each for each in {*resources.ARCHS, *before} if each > arch), default=None)
+    newer = min((each for each in {*ARCHS, *before} if each > arch), default=None)
     kept = {} if newer is None else {newer: before[max(each for each in before if each <= newer)]}
     return {**table, outcome.key: {**before, **kept, arch: outcome.best._replace(measured=gpu)}}
 
 
-def with_table(text: str, table: Table) -> str:
-    """The text of tiles.py with this table, formatted as ruff formats it."""
-    lines = []
-    for key, entries in table.items():
-        # Without the empty name of a GPU.
-        cells = [
-            f"{arch}: Tile({', '.join(json.dumps(x) for x in tile if x != '')})"
-            for arch, tile in sorted(entries.items())
-        ]
-        inside = (
-            f"{{{cells[0]}}}" if len(cells) == 1 else "{\n" + "".join(f"        {one},\n" for one in cells) + "    }"
-        )
-        name = ", ".join(map(json.dumps, key)) + ("," if len(key) == 1 else "")
-        lines.append(f"    ({name}): {inside},\n")
-    start = text.index("TILES: ")
-    head = text[: text.index("{\n", start) + 2]
-    return head + "".join(lines) + "}\n"
+def entry(key: Key, entries: Mapping[int, Tile]) -> str:
+    """A row of `TILES` as Python reads it."""
+    cells = (f"{arch}: Tile({', '.join(json.dumps(x) for x in tile if x != '')})" for arch, tile in entries.items())
+    return f"    ({', '.join(map(json.dumps, key))},): {{{', '.join(cells)}}},"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="ops: attention, maxsim, geglu")
-    parser.add_argument("--write", action="store_true", help="write what was found into tiles.py")
     parser.add_argument("--quick", action="store_true", help="few tokens, one candidate: tries the path")
     arguments = parser.parse_args()
     machine = clock.this_machine()
     if not machine.is_gpu and not (arguments.quick and interpreted()):
         raise SystemExit("there is no GPU here; TRITON_INTERPRET=1 python -m benchmarks.tune --quick tries the path")
-    if arguments.write and (arguments.quick or not machine.is_gpu):
-        raise SystemExit("--write takes what a GPU measured, and not --quick")
-    table: Table = TILES
+    rows = []
     for outcome, tried in run(machine, arguments.only, quick=arguments.quick):
         print(summary(outcome, tried), flush=True)
-        if arguments.write and label(outcome.present) not in outcome.refused:
+        if machine.is_gpu and not arguments.quick and label(outcome.present) not in outcome.refused:
             gpu = torch.cuda.get_device_properties(0).name
-            table = with_outcome(table, outcome, launch.arch(machine.device), gpu)
-            with replacing(FILE) as beside:
-                beside.write_text(with_table(FILE.read_text("utf-8"), table), encoding="utf-8")
-    if arguments.write:
-        print(f"wrote {FILE}; now python -m benchmarks.resources --update")
+            rows.append(entry(outcome.key, with_outcome(TILES, outcome, launch.arch(machine.device), gpu)[outcome.key]))
+    if rows:
+        print("The rows of TILES in kernels/modernbert_kernels/fused/tiles.py:", *rows, sep="\n")
 
 
 if __name__ == "__main__":

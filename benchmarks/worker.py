@@ -1,6 +1,6 @@
 """One implementation in a process of its own: what it is started with, what it is asked, and the `Worker` that asks.
 
-A request is a function of this kind with its arguments. What goes wrong in the process costs only its own rows.
+What goes wrong in the process costs only its own rows.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import clock
-from benchmarks.clock import Call, Rates, Reading, Refused
+from benchmarks.clock import Call, Reading, Refused
 from benchmarks.rows import ROOT
 
 HERE = Path(__file__).parent
@@ -91,6 +91,10 @@ Build = Callable[[Job], Iterable[Variant]]
 """The variants of a job, made one after another, so that the memory of one is free before the next is made."""
 
 
+OURS, SESSION, BEFORE = "modernbert", "modernbert, Session", "modernbert, the other checkout"
+"""Our plain modules, a `Session`, and the plain modules of another checkout."""
+
+
 class Peer(NamedTuple):
     """An implementation: how its process builds it, and when it takes part.
 
@@ -98,7 +102,7 @@ class Peer(NamedTuple):
         builder: takes a `Setup` and the options, loads the model and returns a `Build`.
         applies: whether it runs in such a setup at all. package: must be installed.
         slow: compiles for minutes, and is left out where time is short.
-        exact: is refused where it differs from the reference; int8 is not, and its rows have the error.
+        exact: is refused where it differs from the reference; others are not, and their rows have the error.
         checkout: the project's folder that `modernbert` is imported from, by default this one.
     """
 
@@ -112,9 +116,7 @@ class Peer(NamedTuple):
 
 
 class Worker:
-    """A process that loads its model at the first request. `ask` is `send` and `receive`, between which others can be
-    asked.
-    """
+    """A process that loads its model when it starts, and answers requests, which are functions of this module."""
 
     def __init__(self, setup: Setup, peer: Peer, scratch: Path) -> None:
         self.connection, theirs = Pipe()
@@ -131,22 +133,13 @@ class Worker:
             command = [sys.executable, "-c", code]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | known, **pipes)
         theirs.close()  # so that its end is noticed here
-        self._put((setup, peer.builder, peer.options))
+        with suppress(OSError):  # a process that has died is noticed when its answer is awaited
+            self.connection.send_bytes(pickle.dumps((setup, peer.builder, peer.options)))
 
     def ask(self, request: Callable[..., Any], *, timeout: float, **arguments: Any) -> Any:
         """The answer to a request; `Refused` if it failed, its process died, or it took longer and was ended."""
-        self.send(request, **arguments)
-        return self.receive(timeout)
-
-    def send(self, request: Callable[..., Any], **arguments: Any) -> None:
-        self._put((request, arguments))
-
-    def _put(self, message: Any) -> None:
-        with suppress(OSError):  # a process that has died is noticed when its answer is awaited
-            self.connection.send_bytes(pickle.dumps(message))
-
-    def receive(self, timeout: float) -> Any:
         try:
+            self.connection.send_bytes(pickle.dumps((request, arguments)))
             if not self.connection.poll(max(0.0, timeout)):
                 self.close()
                 raise Refused(f"did not answer within {timeout:.0f} s")
@@ -183,10 +176,6 @@ class State:
     seconds: float = 0.0
 
     @property
-    def device(self) -> torch.device:
-        return torch.device(self.setup.device)
-
-    @property
     def ready(self) -> Variant:
         if self.variant is None:
             raise RuntimeError("no job is prepared")
@@ -200,31 +189,26 @@ def serve(fd: int) -> None:
     """Answer requests until the other side closes the connection: (True, value) or (False, reason)."""
     connection = Connection(fd)
     setup, builder, options = pickle.loads(connection.recv_bytes())
-    state = None
-    while True:
-        try:
+    torch.set_num_threads(setup.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    worked, state = attempt(lambda: State(setup, builder(setup, **options)))
+    with suppress(EOFError):
+        while True:
             request, arguments = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        try:
-            if state is None:
-                torch.set_num_threads(setup.threads)
-                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-                state = State(setup, builder(setup, **options))
-            answer = True, request(state, **arguments)
-        except Exception as error:
-            # Whatever other packages raise, and too little memory, becomes the reason of a missing row.
-            answer = False, f"fails: {type(error).__name__}: {str(error)[:300]}"
-            release()
-        connection.send_bytes(pickle.dumps(answer))
+            answer = attempt(partial(request, state, **arguments)) if worked else (False, state)
+            connection.send_bytes(pickle.dumps(answer))
+
+
+def attempt(work: Call) -> tuple[bool, Any]:
+    """Whether it works, and what it returns or why not: whatever other packages raise, and too little memory."""
+    try:
+        return True, work()
+    except Exception as error:
+        release()
+        return False, f"fails: {type(error).__name__}: {str(error)[:300]}"
 
 
 # The requests. All take the state of the process first.
-
-
-def hello(state: State) -> dict[str, Any]:
-    """The GPU and its driver."""
-    return clock.identity(state.device)
 
 
 def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, Any]:
@@ -254,43 +238,30 @@ def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, 
     return told
 
 
-def sample(state: State) -> tuple[float, float]:
-    """Seconds of a call, and the CPU that others used meanwhile.
+def sample(state: State, count: int | None = None) -> dict[str, Any]:
+    """Seconds of calls on the host and on a GPU, and the CPU that others used meanwhile.
 
-    A GPU makes its calls without waiting between them; on a CPU it is the median of the calls. An untimed call comes
-    first: it outlasts the threads of other processes that spin for a while after their last call.
+    With `count` so many calls, each waited for. Else those of a window, which a GPU makes without waiting between them:
+    then there is one figure, their mean. An untimed call comes first: it outlasts the threads of other processes that
+    spin for a while after their last call.
     """
-    variant, each = state.ready, []
-    if state.seconds < SLOW or state.setup.is_gpu:
+    variant, host, is_gpu = state.ready, [], state.setup.is_gpu
+    if state.seconds < SLOW or is_gpu:
         (variant.warm or variant.run)()
 
     def window() -> None:
-        for _ in range(state.calls):
+        for _ in range(count or state.calls):
             start = time.perf_counter()
             variant.run()
-            each.append(time.perf_counter() - start)
-
-    seconds, foreign = state.read(window)
-    release(few=True)
-    return (seconds / state.calls if state.setup.is_gpu else statistics.median(each)), foreign
-
-
-def latencies(state: State, count: int) -> dict[str, Any]:
-    """Seconds of `count` calls, each waited for: on the host, and between two events on a GPU."""
-    run, host = state.ready.run, []
-    clock.repeat(3, run)
-
-    def calls() -> None:
-        for _ in range(count):
-            start = time.perf_counter()
-            run()
-            if state.setup.is_gpu:
+            if count and is_gpu:
                 torch.cuda.synchronize()
             host.append(time.perf_counter() - start)
 
-    foreign = clock.read_clocks(calls).foreign
-    device = [clock.read_gpu(run).seconds for _ in range(count)] if state.setup.is_gpu else []
-    return {"host": host, "device": device, "foreign": 0.0 if state.setup.is_gpu else foreign}
+    seconds, foreign = state.read(window)
+    device = [clock.read_gpu(variant.run).seconds for _ in range(count)] if count and is_gpu else []
+    release(few=True)
+    host = [seconds / state.calls] if is_gpu and not count else host
+    return {"host": host, "device": device, "foreign": foreign}
 
 
 def peak(state: State, job: Job, warm: Job) -> dict[str, Any]:
@@ -330,28 +301,6 @@ def memory(field: str, pid: str | int = "self") -> int:
 def answer(state: State, job: Job) -> Tensor:
     """The answer of a job that is not timed."""
     return next(iter(state.build(job))).answer()
-
-
-def fits(state: State, job: Job) -> bool:
-    """Whether there is memory for the job in one batch."""
-    rest(state)
-    try:
-        state.read(next(iter(state.build(job))).run)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        release()
-    return True
-
-
-def sensors(state: State) -> dict[str, float]:
-    """Clocks, power and temperature while the prepared job runs."""
-    return clock.sensors(state.device, state.ready.warm or state.ready.run)
-
-
-def rates(state: State) -> Rates:
-    """What this machine reaches in the dtype of the setup."""
-    return clock.rates(state.device, state.setup.torch_dtype, quick=state.setup.quick)
 
 
 def rest(state: State) -> None:

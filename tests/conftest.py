@@ -20,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = "compile the Triton kernels for every kind of GPU, not for one"
     parser.addoption("--all-architectures", action="store_true", help=text)
     parser.addoption("--sweep", action="store_true", help="measure time and memory over many inputs: minutes")
+    text = "write the table of what the Triton kernels take of a GPU (with --all-architectures)"
+    parser.addoption("--update-resources", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import inputs
 from benchmarks.clock import Refused
-from benchmarks.worker import Build, Job, Peer, Setup, State, Variant
+from benchmarks.worker import Build, Job, Peer, Setup, State, Variant, attempt
 
 
 class LocalWorker:
@@ -22,24 +22,14 @@ class LocalWorker:
     pid = "self"
 
     def __init__(self, setup: Setup, peer: Peer, scratch: Path) -> None:
-        self.setup, self.peer, self.state = setup, peer, None
         self.process, self.is_alive = self, True
+        self.worked, self.state = attempt(lambda: State(setup, peer.builder(setup, **peer.options)))
 
     def ask(self, request: Any, *, timeout: float, **arguments: Any) -> Any:
-        self.send(request, **arguments)
-        return self.receive(timeout)
-
-    def send(self, request: Any, **arguments: Any) -> None:
-        try:
-            self.state = self.state or State(self.setup, self.peer.builder(self.setup, **self.peer.options))
-            self.answer: Any = request(self.state, **arguments)
-        except Exception as error:
-            self.answer = Refused(f"fails: {type(error).__name__}: {error}")
-
-    def receive(self, timeout: float) -> Any:
-        if isinstance(self.answer, Refused):
-            raise self.answer
-        return self.answer
+        worked, answer = attempt(lambda: request(self.state, **arguments)) if self.worked else (False, self.state)
+        if not worked:
+            raise Refused(answer)
+        return answer
 
     def close(self) -> None:
         self.is_alive = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from local_worker import LocalWorker, pretend, where_from
 from benchmarks import clock, harness, rows, worker
 from benchmarks.clock import Reading, Refused
 from benchmarks.harness import FOREIGN_LIMIT, Difference, Measured, Run, Sample, Table, difference, in_turns
-from benchmarks.worker import Job, Peer, Setup, State, Variant, Worker
+from benchmarks.worker import BEFORE, OURS, SESSION, Job, Peer, Setup, State, Variant, Worker
 
 RIGHT = torch.tensor([1.0, 2.0])
 LENGTHS = (21, 3, 40, 1)
@@ -27,12 +28,12 @@ def test_rounds_take_turns() -> None:
 
 
 def test_a_busy_sample_is_repeated_and_the_quietest_is_kept() -> None:
-    script = iter([(1.0, 50.0), (2.0, 9.0), (3.0, 20.0), (4.0, 1.0), (5.0, 40.0), (6.0, 30.0)])
-    taken, _ = in_turns({"a": lambda: Sample(*next(script))}, 2, retries=4)
+    script = iter([50.0, 9.0, 20.0, 1.0, 40.0, 30.0])
+    taken, _ = in_turns({"a": lambda: Sample([1.0], [], next(script))}, 2, retries=4)
     # Three retries in the first round end with a quiet sample; the last one is left for the second.
-    assert taken["a"] == [(4.0, 1.0), (6.0, 30.0)]
-    assert Sample(1.0, FOREIGN_LIMIT).clean
-    assert not Sample(1.0, FOREIGN_LIMIT + 0.1).clean
+    assert [one.foreign for one in taken["a"]] == [1.0, 30.0]
+    assert Sample([1.0], [], FOREIGN_LIMIT).clean
+    assert not Sample([1.0], [], FOREIGN_LIMIT + 0.1).clean
 
 
 def test_an_implementation_that_fails_leaves_and_the_others_go_on() -> None:
@@ -80,10 +81,10 @@ def test_factors_compare_samples_of_one_round() -> None:
     mine = Measured("a", "", Difference(0, 1), costs=[1.0, 2.0, 4.0])
     other = Measured("b", "", Difference(0, 1), costs=[3.0, 4.0, 4.0])
     assert mine.times_better_than(other) == 2.0
-    int8 = Measured("c, int8", "", Difference(0, None), costs=[1.0, 1.0, 1.0], exact=False)
-    made = mine.row([mine, other, int8], lambda cost: 1000 * cost, unit="ms")
-    assert made["times_better_than"] == {"b": 2.0}, "an exact one is not compared with int8"
-    assert int8.row([mine, other, int8], float)["times_better_than"] == {"a": 2.0, "b": 4.0}
+    rough = Measured("rough", "", Difference(0, None), costs=[1.0, 1.0, 1.0], exact=False)
+    made = mine.row([mine, other, rough], lambda cost: 1000 * cost, unit="ms")
+    assert made["times_better_than"] == {"b": 2.0}, "an exact one is not compared with a rough one"
+    assert rough.row([mine, other, rough], float)["times_better_than"] == {"a": 2.0, "b": 4.0}
     assert (made["median"], made["min"], made["max"], made["samples"]) == (2000.0, 1000.0, 4000.0, 3)
 
 
@@ -95,7 +96,7 @@ def table(**peers: Peer) -> Table:
 @pytest.fixture
 def here(tmp_path: Path) -> Run:
     (tmp_path / "m").mkdir()
-    return Run("suite", False, "cpu", None, float("inf"), tmp_path)
+    return Run("suite", tmp_path, quick=True)
 
 
 def test_the_fastest_right_variant_is_measured_and_the_wrong_are_refused(
@@ -112,7 +113,7 @@ def test_the_fastest_right_variant_is_measured_and_the_wrong_are_refused(
     assert [one["implementation"] for one in result.rows] == ["right", "inexact"]
     right, inexact = result.rows
     assert right["settings"] == "fast"
-    assert right["samples"] == 3
+    assert right["samples"] == 2
     assert (right["max_error"], right["tolerance"]) == (0.0, 1e-4)
     assert (inexact["max_error"], inexact["tolerance"]) == (1.0, None)
     assert right["lengths"] == {"sequences": 4, "tokens": 65, "longest": 40}
@@ -137,28 +138,35 @@ def test_what_is_not_reached_is_said(here: Run) -> None:
 
 
 def test_processes_answer_fail_die_and_hang_alone(tmp_path: Path) -> None:
-    job = Job(LENGTHS, (0,))
-    right, fails, dies, hangs = (
-        Worker(SETUP, Peer(pretend, {"how": how}), tmp_path) for how in ("right", "fails", "dies", "hangs")
-    )
-    for one in (fails, dies, hangs, right):
-        one.send(worker.prepare, job=job, window=0.0, seconds=0.0)
-    assert right.receive(120)["answer"].shape == (sum(LENGTHS),)
-    with pytest.raises(Refused, match="fails: ValueError: unknown shape"):
-        fails.receive(120)
-    with pytest.raises(Refused, match="its process ended with exit code 3: a kernel has crashed"):
-        dies.receive(120)
+    asked = partial(Worker.ask, request=worker.prepare, timeout=120, job=Job(LENGTHS, (0,)), window=0.0, seconds=0.0)
+    right, dies, hangs = (Worker(SETUP, Peer(pretend, {"how": how}), tmp_path) for how in ("right", "dies", "hangs"))
+    with pytest.raises(Refused, match="fails: RuntimeError: no job is prepared"):
+        right.ask(worker.sample, timeout=120)
+    told = asked(right)
+    assert told["answer"].shape == (sum(LENGTHS),)
+    sample = right.ask(worker.sample, timeout=60)
+    assert len(sample["host"]) == told["calls"]
+    assert min(sample["host"]) >= 0.001
+    assert sample["foreign"] >= 0
+    for _ in range(2):
+        with pytest.raises(Refused, match="its process ended with exit code 3: a kernel has crashed"):
+            asked(dies)
     assert not dies.is_alive
     with pytest.raises(Refused, match="did not answer within 0 s"):
-        hangs.receive(0.1)
+        asked(hangs, timeout=0.1)
     assert not hangs.is_alive
-    seconds, foreign = right.ask(worker.sample, timeout=60)
-    assert seconds >= 0.001
-    assert foreign >= 0
-    assert fails.is_alive
-    for one in (right, fails):
-        one.close()
-        assert not one.is_alive
+    assert right.is_alive
+    right.close()
+    assert not right.is_alive
+
+
+def test_another_checkout_takes_part_with_our_plain_modules_alone(here: Run, tmp_path: Path) -> None:
+    here.against = tmp_path
+    peers = {OURS: Peer(pretend, {"how": "right"}), SESSION: Peer(pretend), "transformers": Peer(pretend)}
+    found = here.peers(harness.replace(table(), peers=peers))
+    assert list(found) == [SESSION, OURS, BEFORE]
+    assert found[BEFORE] == peers[OURS]._replace(checkout=str(tmp_path))
+    assert not list(harness.measure(here, [table(other=Peer(pretend))])), "a table without ours is left out"
 
 
 def test_another_checkout_is_imported_in_its_process_alone(tmp_path: Path) -> None:
@@ -173,13 +181,22 @@ def test_another_checkout_is_imported_in_its_process_alone(tmp_path: Path) -> No
         one.close()
 
 
-def test_a_sample_is_the_median_call_after_an_untimed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_taken_after_an_untimed_call(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     variant = Variant("", lambda: log.append("run"), lambda: RIGHT, warm=lambda: log.append("warm"))
     state = State(SETUP, lambda job: [], variant, calls=3)
     monkeypatch.setattr(clock, "read_clocks", lambda work: (work(), Reading(9.0, 2.0))[1])
-    assert worker.sample(state)[1] == 2.0
+    assert worker.sample(state)["foreign"] == 2.0
     assert log == ["warm", "run", "run", "run"]
+    assert len(worker.sample(state, count=5)["host"]) == 5
+
+
+def test_a_table_of_latencies_has_p50_and_p99(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "Worker", LocalWorker)
+    made = harness.replace(table(right=Peer(pretend)), measure=partial(harness.speed, count=20))
+    (result,) = harness.measure(here, [made])
+    assert [(one["figure"], one["calls_per_sample"]) for one in result.rows] == [("p50", 20), ("p99", 20)]
+    assert harness.p99(list(range(200))) == 197, "the third slowest of 200"
 
 
 def test_a_row_says_where_and_when(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,5 +205,7 @@ def test_a_row_says_where_and_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     known = {"cpu", "cores", "threads", "system", "versions", "commit", "dirty", "date", "command"}
     assert known <= made.keys()
-    arguments = ["cpu", "--only", "variable", "--output", "/home/me/rows", "--against=/home/me/old", "--quick"]
-    assert rows.without_folders(arguments) == ["cpu", "--only", "variable", "--quick"]
+    rows.circumstances.cache_clear()
+    monkeypatch.setattr("sys.argv", ["", "cpu", "--only", "variable", "--against=/home/me/old", "--quick"])
+    assert rows.circumstances("cpu")["command"] == "python -m benchmarks cpu --only variable --quick"
+    rows.circumstances.cache_clear()

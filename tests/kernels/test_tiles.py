@@ -29,7 +29,7 @@ def test_another_tile_is_right(op: str) -> None:
     machine = clock.this_machine()
     if not machine.is_gpu:
         # Calls of the interpreter take so long that they would not be timed.
-        machine = Machine(torch.device("cpu"), lambda work: (work(), Reading(1e-3, 0.0))[1], 0.0, 3)
+        machine = Machine(torch.device("cpu"), lambda work: (work(), Reading(1e-3, 0.0))[1], 0.0)
     ((outcome, tried),) = tune.run(machine, [op], quick=True)
     assert tried == 1
     assert not outcome.refused, outcome.refused
