@@ -17,7 +17,7 @@ from benchmarks.harness import MS, PEAK, Result, Run, Suite, Table
 from benchmarks.late_interaction import maxsim_table, text_table
 from benchmarks.peers import ONNX_RUNTIME, OPENVINO, SDPA, SDPA_COMPILED, those
 from benchmarks.retrieval import THREADS, search_of_ours
-from benchmarks.worker import OURS, SESSION
+from benchmarks.worker import ENGINES, OURS, SESSION
 
 
 def paper_lengths(count: int) -> tuple[int, ...]:
@@ -29,7 +29,7 @@ def words(lengths: Sequence[int]) -> str:
 
 
 def short(here: Run, workload: str) -> Table:
-    length, found = int(workload[6:]), those(OURS, SESSION, SDPA, SDPA_COMPILED, ONNX_RUNTIME, OPENVINO)
+    length, found = int(workload[6:]), those(OURS, SESSION, *ENGINES, SDPA, SDPA_COMPILED, ONNX_RUNTIME, OPENVINO)
     return of_texts(
         here, workload, "ettin-17m", f"Ettin-17m, one text of {length} tokens", [length], found, rounds=9, **MS
     )
@@ -39,12 +39,12 @@ def bulk(here: Run, workload: str) -> Table:
     lengths = (512,) * 16 if workload == "fixed-512" else paper_lengths(32)
     what = f"Ettin-17m, {'16 texts of 512 tokens' if workload == 'fixed-512' else words(lengths)}"
     known = {"checked": tuple(range(len(lengths))), "rounds": 9}
-    found = those(OURS, SESSION, SDPA, ONNX_RUNTIME, OPENVINO)
+    found = those(OURS, SESSION, *ENGINES, SDPA, ONNX_RUNTIME, OPENVINO)
     return of_texts(here, workload, "ettin-17m", what, lengths, found, **known)
 
 
 def base(here: Run, workload: str) -> Table:
-    lengths, found = paper_lengths(4 if here.quick else 8), those(OURS, SESSION, SDPA, OPENVINO)
+    lengths, found = paper_lengths(4 if here.quick else 8), those(OURS, SESSION, *ENGINES, SDPA, OPENVINO)
     known = {"checked": tuple(range(len(lengths))), "rounds": 4}
     return of_texts(here, workload, "modernbert-base", f"ModernBERT-base, {words(lengths)}", lengths, found, **known)
 

@@ -26,7 +26,7 @@ from benchmarks.clock import Rates, Reading, Refused
 from benchmarks.inputs import save_seeded
 from benchmarks.rows import Row, rounded, row
 from benchmarks.work import shares
-from benchmarks.worker import BEFORE, OURS, SESSION, Job, Peer, Setup, Worker
+from benchmarks.worker import BEFORE, ENGINES, OURS, SESSION, Job, Peer, Setup, Worker
 from modernbert import EncoderConfig
 
 FOREIGN_LIMIT = 6.0
@@ -270,7 +270,7 @@ class Run:
         found = dict(table.peers)
         if self.against:
             before = found[OURS]._replace(checkout=str(self.against))
-            found = {name: found[name] for name in (SESSION, OURS) if name in found} | {BEFORE: before}
+            found = {name: found[name] for name in (*ENGINES, SESSION, OURS) if name in found} | {BEFORE: before}
         setup = self.setup(table.model, table.dtype)
         installed = {name for name, peer in found.items() if peer.package is None or find_spec(peer.package)}
         return {name: peer for name, peer in found.items() if name in installed and peer.applies(setup)}

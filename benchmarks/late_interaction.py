@@ -18,7 +18,7 @@ import modernbert_kernels as ops
 from benchmarks import harness, inputs, peers
 from benchmarks.encoder import of_texts
 from benchmarks.harness import Run, Suite, Table
-from benchmarks.worker import OURS, SESSION, Build, Job, Peer, Setup, Variant
+from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT
 
 MAXSIM_CPU, EINSUM, TUNED, COMPILED = (
@@ -32,9 +32,9 @@ MAXSIM_CPU, EINSUM, TUNED, COMPILED = (
 # Text to vectors of width 128, tokenising timed.
 
 
-def text_ours(setup: Setup, *, session: bool) -> Build:
+def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Build:
     model = ColBERT.from_pretrained(Path(setup.folder) / "colbert-128", dtype=setup.torch_dtype, device=setup.device)
-    encoding: Any = peers.session_of(model) if session else model
+    encoding: Any = peers.session_of(model, engine) if session else model
     encode = partial(encoding.encode_documents, progress=False)
     return lambda job: [text_variant(job, encode, "encode_documents")]
 
@@ -85,6 +85,10 @@ def text_alone(setup: Setup) -> Build:
 TEXT = {
     SESSION: Peer(text_ours, {"session": True}),
     OURS: Peer(text_ours, {"session": False}),
+    **{
+        name: Peer(text_ours, {"session": True, "engine": engine}, peers.on_cpu, engine.removesuffix("-int8"))
+        for name, engine in ENGINES.items()
+    },
     "sentence-transformers": Peer(sentence_transformers, package="sentence_transformers"),
     "PyLate": Peer(pylate, package="pylate"),
 }

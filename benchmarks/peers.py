@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import modernbert
 from benchmarks import inputs, runtimes
 from benchmarks.inputs import groups
-from benchmarks.worker import OURS, SESSION, Build, Job, Peer, Setup, Variant
+from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import Encoder, pack
 
 Inputs = dict[str, Any]
@@ -131,15 +131,19 @@ def load_ours(setup: Setup) -> Encoder:
     return Encoder.from_pretrained(setup.folder, dtype=setup.torch_dtype, device=setup.device).eval()
 
 
-def session_of(model: Any) -> Any:
+def session_of(model: Any, engine: str | None = None) -> Any:
     """A `Session`; in a checkout that has none, the model."""
+    if engine is not None:
+        return modernbert.Session(model, engine=engine)
     return modernbert.Session(model) if hasattr(modernbert, "Session") else model
 
 
-def packed(setup: Setup, *, session: bool = False, adamw: bool = False) -> Build:
+def packed(setup: Setup, *, session: bool = False, engine: str | None = None, adamw: bool = False) -> Build:
     """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has graphs there."""
     model = loaded(load_ours, setup, adamw=adamw)
-    called, name = (session_of(model), "Session") if session else (model, "plain modules")
+    called, name = (
+        (session_of(model, engine), f"Session, {engine or 'PyTorch'}") if session else (model, "plain modules")
+    )
     device = "cpu" if session else setup.device
 
     def variants(job: Job) -> Iterator[Variant]:
@@ -412,6 +416,10 @@ REFERENCE = Peer(alone, package="transformers")
 PEERS: dict[str, Peer] = {
     OURS: Peer(packed),
     SESSION: Peer(packed, {"session": True}),
+    **{
+        name: Peer(packed, {"session": True, "engine": engine}, on_cpu, engine.removesuffix("-int8"))
+        for name, engine in ENGINES.items()
+    },
     SDPA: Peer(transformers, {"attention": "sdpa"}, package="transformers"),
     EAGER: Peer(transformers, {"attention": "eager"}, package="transformers"),
     FLASH: Peer(transformers, {"attention": "flash"}, half_on_gpu, "transformers"),

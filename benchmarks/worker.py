@@ -94,6 +94,9 @@ Build = Callable[[Job], Iterable[Variant]]
 OURS, SESSION, BEFORE = "modernbert", "modernbert, Session", "modernbert, the other checkout"
 """Our plain modules, a `Session`, and the plain modules of another checkout."""
 
+ENGINES = {f"modernbert, {engine}": engine for engine in ("onnxruntime", "openvino", "onnxruntime-int8")}
+"""A `Session` with this engine."""
+
 
 class Peer(NamedTuple):
     """An implementation: how its process builds it, and when it takes part.
