@@ -67,4 +67,7 @@ def most(colbert, files) -> Cost:
 @pytest.mark.parametrize("name", shapes(100))
 def test_any_shape_costs_a_few_times_as_much_as_plain_text(colbert, files, most, name):
     found = cost(colbert, files / name)
+    if found.seconds > most.seconds:  # Other work on the machine may have slowed it down: measure both once more.
+        most = most._replace(seconds=5 * cost(colbert, files / "plain.txt").seconds)
+        found = cost(colbert, files / name)
     assert all(one <= other for one, other in zip(found, most, strict=True)), (found, most)
