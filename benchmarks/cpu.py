@@ -24,38 +24,32 @@ def paper_lengths(count: int) -> tuple[int, ...]:
     return inputs.SETS["variable-short"].first(count)
 
 
-def words(lengths: Sequence[int]) -> str:
-    return f"{len(lengths)} texts of the paper's variable lengths (mean {sum(lengths) / len(lengths):.0f})"
-
-
 def short(here: Run, workload: str) -> Table:
     length, found = int(workload[6:]), those(OURS, SESSION, *ENGINES, SDPA, SDPA_COMPILED, ONNX_RUNTIME, OPENVINO)
-    return of_texts(
-        here, workload, "ettin-17m", f"Ettin-17m, one text of {length} tokens", [length], found, rounds=9, **MS
-    )
+    what = f"ettin-17m, one text of {length} tokens"
+    return of_texts(here, workload, "ettin-17m", what, [length], found, rounds=9, **MS)
+
+
+BULK = {
+    "fixed-512": ("ettin-17m", (512,) * 16, "16 texts of 512 tokens"),
+    "variable": ("ettin-17m", paper_lengths(32), "32 texts of the paper's variable lengths"),
+    "base-variable": ("modernbert-base", paper_lengths(8), "8 texts of the paper's variable lengths"),
+}
 
 
 def bulk(here: Run, workload: str) -> Table:
-    lengths = (512,) * 16 if workload == "fixed-512" else paper_lengths(32)
-    what = f"Ettin-17m, {'16 texts of 512 tokens' if workload == 'fixed-512' else words(lengths)}"
-    known = {"checked": tuple(range(len(lengths))), "rounds": 9}
+    model, lengths, what = BULK[workload]
+    known = {"checked": tuple(range(len(lengths))), "rounds": 9 if model == "ettin-17m" else 4}
     found = those(OURS, SESSION, *ENGINES, SDPA, ONNX_RUNTIME, OPENVINO)
-    return of_texts(here, workload, "ettin-17m", what, lengths, found, **known)
-
-
-def base(here: Run, workload: str) -> Table:
-    lengths, found = paper_lengths(4 if here.quick else 8), those(OURS, SESSION, *ENGINES, SDPA, OPENVINO)
-    known = {"checked": tuple(range(len(lengths))), "rounds": 4}
-    return of_texts(here, workload, "modernbert-base", f"ModernBERT-base, {words(lengths)}", lengths, found, **known)
+    return of_texts(here, workload, model, f"{model}, {what}", lengths, found, **known)
 
 
 def long(here: Run, workload: str) -> Table:
     """Without ONNX Runtime, which needs more than 6 GB here."""
-    what, found = "Ettin-17m, one text of 8192 tokens", those(OURS, SDPA)
+    what, known = "ettin-17m, one text of 8192 tokens", {"rounds": 4}
     if workload.endswith("memory"):
         what, known = f"{what}: peak memory beyond the loaded model", {"batch": 1} | PEAK
-        return of_texts(here, workload, "ettin-17m", what, [8192], found, **known)
-    return of_texts(here, workload, "ettin-17m", what, [8192], found, rounds=4)
+    return of_texts(here, workload, "ettin-17m", what, [8192], those(OURS, SDPA), **known)
 
 
 def text(here: Run, workload: str) -> Table:
@@ -88,7 +82,7 @@ TABLES: dict[str, tuple[Callable[[Run, str], Table], str]] = {
     "search-10k": (search_of_ours, "p50 of exact search of 10,000 passages, default model"),
     "long-8192": (long, "one text of 8192 tokens"),
     "long-8192-memory": (long, "its peak memory beyond the loaded model, a fresh process for each sample"),
-    "base-variable": (base, "ModernBERT-base, 8 texts of the paper's lengths"),
+    "base-variable": (bulk, "ModernBERT-base, 8 texts of the paper's lengths"),
 }
 """A workload is a function that makes its table, and a line for --list."""
 

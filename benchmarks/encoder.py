@@ -5,7 +5,6 @@ A model is one more name in a tuple of models, a peer one more row of `peers.PEE
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -43,8 +42,6 @@ PUBLISHED = {
 """Table 2 of the paper, thousand tokens per second of its own implementation on one RTX 4090, in float32 except for
 attention. It is part of `what`, never a row."""
 
-FILLS = (0.25, 1.0, 0.5, 0.75, 0.1)
-
 
 def throughput(here: Run, names: Sequence[str]) -> Iterator[Table]:
     """By the protocol of the paper, in bfloat16; the models of the paper in float32 too, without TF32, as published."""
@@ -56,19 +53,14 @@ def throughput(here: Run, names: Sequence[str]) -> Iterator[Table]:
                 # What compiles takes minutes for each set.
                 slow = COMPILED if here.is_gpu and dtype == "bfloat16" and model == every[0] else ()
                 peers |= those(EAGER, PACKED_ENCODERS, *slow)
-            for name in (name for name in names if name in SETS):
+            for name in names:
                 documents, count, batch = SETS[name], count_of(here, name, dtype), 32 if SETS[name].is_long else 512
                 what = f"{model}, {dtype}: {count:,} of the paper's {DOCUMENTS:,} documents, "
-                what += f"{documents.words(short=here.tries)}, batches of {batch}"
+                what += f"{documents.words()}, batches of {batch}"
                 if model in PUBLISHED:
                     what += f"; published: {PUBLISHED[model][name]:g} thousand tokens/s on an RTX 4090"
-                lengths, known = documents.first(count, short=here.tries), {"dtype": dtype, "batch": batch, "rounds": 3}
+                lengths, known = documents.first(count), {"dtype": dtype, "batch": batch, "rounds": 3}
                 yield of_texts(here, name, model, what, lengths, peers, **known)
-        count, longest = (64, 512) if here.is_gpu else (8, 64) if here.quick else (16, 512)
-        for fill in FILLS if "fill" in names and model in ("modernbert-base", "ettin-17m") else ():
-            lengths = lengths_of_fill(fill, count, longest)
-            what = f"{model}, one batch of {count} texts, the longest of {longest} tokens, {fill:.0%} of it real"
-            yield of_texts(here, "fill", model, what, lengths, those(OURS, SDPA, FLASH), batch=count)
 
 
 def count_of(here: Run, name: str, dtype: str) -> int:
@@ -77,15 +69,6 @@ def count_of(here: Run, name: str, dtype: str) -> int:
         return (2, 1)[here.quick] if SETS[name].is_long else (32, 2)[here.quick]
     whole = DOCUMENTS // (16 if SETS[name].is_long else 1) // (4 if dtype == "float32" else 1)
     return whole // (64 if here.quick else 8 if here.minutes is not None and here.minutes < 20 else 1)
-
-
-def lengths_of_fill(fill: float, count: int, longest: int) -> tuple[int, ...]:
-    """Lengths from short to `longest` whose sum is `fill` of a full batch, in random order."""
-    # The mean of u ** k over u from 0 to 1 is 1 / (k + 1).
-    drawn = [max(1, round(longest * ((at + 0.5) / count) ** (1 / fill - 1))) for at in range(count)]
-    drawn[-1] = longest
-    random.Random(0).shuffle(drawn)
-    return tuple(drawn)
 
 
 def latency(here: Run, names: Sequence[str]) -> Iterator[Table]:
@@ -117,8 +100,7 @@ AGAINST = "transformers (eager, sdpa, FlashAttention, under torch.compile), pack
 SUITES = {
     "paper-table": Suite(
         "tokens per second of whole encoders, forward, by the efficiency protocol of the ModernBERT paper",
-        {name: f"documents of {lengths.words()}" for name, lengths in SETS.items()}
-        | {"fill": "one batch of 64 texts, the longest of 512, by the share of it that is real tokens, 1.0 to 0.1"},
+        {name: f"documents of {lengths.words()}" for name, lengths in SETS.items()},
         AGAINST,
         harness.of_tables(throughput),
         weight=42,

@@ -301,7 +301,7 @@ def workers_of(here: Run, table: Table) -> Iterator[Workers]:
 
 
 class Workers:
-    """The processes of one model, which all load it at the same time."""
+    """The processes of one model."""
 
     def __init__(self, here: Run, table: Table) -> None:
         self.here, self.reference = here, table.reference
@@ -310,10 +310,14 @@ class Workers:
         self.peers = {name: peer for name, peer in known.items() if not (peer.slow and short)}
         self.left_out = {name: "is left out: it compiles for minutes" for name in known if name not in self.peers}
         self.running: dict[str, Worker] = {}
+
+    def start(self) -> dict[str, str]:
+        """Let all load the model at the same time; why some take no part."""
         for dtype in self.dtypes:
             self.judge(dtype)
         for name in self.peers:
             self.worker(name)
+        return self.left_out
 
     def worker(self, name: str) -> Worker:
         """The process of an implementation; a new one if the last has died."""
@@ -349,7 +353,7 @@ class Workers:
 
     def prepared(self, job: Job) -> tuple[dict[str, Measured], dict[str, str]]:
         """Prepare a job everywhere: the implementations that are right, and why the others are not among them."""
-        refused = dict(self.left_out)
+        refused = dict(self.start())
         try:
             exact, plain = self.expected(job)
         except Refused as reason:
@@ -435,7 +439,7 @@ def peak_memory(workers: Workers, table: Table) -> Result:
     warm = Job((16, 8), (0,), batch=2, backward=table.job.backward)
     for _ in range(1 if here.quick else 3):
         with workers_of(here, table) as fresh:
-            refused |= fresh.left_out
+            refused |= fresh.start()
             try:
                 exact, plain = fresh.expected(table.job)
             except Refused as reason:

@@ -31,20 +31,19 @@ class Lengths(NamedTuple):
     longest: int
     shortest: int = 32
 
-    def first(self, count: int, *, short: bool = False) -> tuple[int, ...]:
-        """Lengths of the first documents; `short` cuts those of long sets to an eighth, for a try-out."""
+    def first(self, count: int) -> tuple[int, ...]:
+        """Lengths of the first documents."""
         generator = torch.Generator().manual_seed(42)
         drawn = torch.randn(max(count, DOCUMENTS), generator=generator)[:count] * self.spread + self.mean
-        lengths = drawn.round().clamp(self.shortest, self.longest).int().tolist()
-        return tuple(length // 8 for length in lengths) if short and self.is_long else tuple(lengths)
+        return tuple(drawn.round().clamp(self.shortest, self.longest).int().tolist())
 
     @property
     def is_long(self) -> bool:
         return self.mean > 512
 
-    def words(self, *, short: bool = False) -> str:
+    def words(self) -> str:
         each = f"N({self.mean}, {self.spread}) tokens, clipped to [{self.shortest}, {self.longest}]"
-        return "an eighth of " * (short and self.is_long) + (each if self.spread else f"{self.mean} tokens each")
+        return each if self.spread else f"{self.mean} tokens each"
 
 
 SETS = {

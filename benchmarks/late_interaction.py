@@ -103,7 +103,7 @@ def text_table(
     if lengths is None:
         tokenized = inputs.default().tokenize_documents(inputs.paragraphs(count), truncate=False)
         lengths, known["options"] = tokenized.batch.lengths, {"paragraphs": True}
-    what = f"Ettin-17m, {what} to vectors of width 128, tokenising timed"
+    what = f"ettin-17m, {what} to vectors of width 128, tokenising timed"
     return of_texts(here, workload, "ettin-17m", what, lengths, TEXT, **known | more)
 
 

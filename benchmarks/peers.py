@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -43,8 +42,6 @@ def of_batches(
 ) -> Variant:
     """A variant that calls `forward` on each batch. What is timed and what is compared are the same calls.
 
-    With the option `adamw` of the job, weights are stepped.
-
     Args:
         batches: indices of the texts that run together. make: what `forward` takes of a batch.
         forward: to hidden states, `[T, D]` of all texts in a row, or right-padded `[B, S, D]`.
@@ -55,8 +52,6 @@ def of_batches(
     made = [make(indices) for indices in batches]
     width = model.config.hidden_size if job.backward else 0
     cotangents = [cotangent(job, setup, indices, width, padded=padded) for indices in batches]
-    # It does all of its work and leaves the weights as they are, so that all calls do the same.
-    adamw = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if "adamw" in job.options else None
 
     def step(at: int) -> Tensor:
         gradient = cotangents[at]
@@ -75,8 +70,6 @@ def of_batches(
             model.zero_grad(set_to_none=True)
         for at in range(len(made)):
             step(at)
-        if adamw:
-            adamw.step()
 
     def answer() -> Tensor:
         if job.backward:
@@ -116,14 +109,6 @@ def cotangent(job: Job, setup: Setup, indices: Sequence[int], width: int, *, pad
     return whole.to(setup.device, setup.torch_dtype)
 
 
-def loaded(load: Callable[[Setup], Any], setup: Setup, *, adamw: bool) -> Any:
-    """A model in the dtype of the setup; with `adamw` in float32, both passes under autocast to that dtype."""
-    model = load(replace(setup, dtype="float32") if adamw else setup)
-    if adamw and setup.dtype != "float32":
-        model.forward = torch.autocast(setup.device, setup.torch_dtype)(model.forward)
-    return model
-
-
 # Ours.
 
 
@@ -138,12 +123,11 @@ def session_of(model: Any, engine: str | None = None) -> Any:
     return modernbert.Session(model) if hasattr(modernbert, "Session") else model
 
 
-def packed(setup: Setup, *, session: bool = False, engine: str | None = None, adamw: bool = False) -> Build:
+def packed(setup: Setup, *, session: bool = False, engine: str | None = None) -> Build:
     """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has graphs there."""
-    model = loaded(load_ours, setup, adamw=adamw)
-    called, name = (
-        (session_of(model, engine), f"Session, {engine or 'PyTorch'}") if session else (model, "plain modules")
-    )
+    model: Any = load_ours(setup)
+    called = session_of(model, engine) if session else model
+    name = f"Session, {engine or 'PyTorch'}" if session else "plain modules"
     device = "cpu" if session else setup.device
 
     def variants(job: Job) -> Iterator[Variant]:
@@ -197,9 +181,9 @@ def alone(setup: Setup) -> Build:
     return variants
 
 
-def transformers(setup: Setup, *, attention: str, adamw: bool = False) -> Build:
+def transformers(setup: Setup, *, attention: str) -> Build:
     """Padded batches of several sizes, in order and sorted by length; with FlashAttention all texts in one row."""
-    model = loaded(partial(load_theirs, attention=attention), setup, adamw=adamw)
+    model = load_theirs(setup, attention)
     make = flattened if attention == "flash" else batchings
     return lambda job: make(attention, job, setup, model, forward_of(model))
 
@@ -343,13 +327,12 @@ def register_flash(kernel: Callable[..., Tensor] = flash_of_torch) -> str:
 
 
 def onnx_runtime(setup: Setup) -> Build:
-    """Both exports that torch has, as neither is always the fastest, with threads that spin between runs or sleep."""
+    """With threads that spin between runs or sleep, as neither is always faster."""
 
     def variants(job: Job) -> Iterator[Variant]:
-        for exporter in runtimes.EXPORTERS[:1] if setup.quick else runtimes.EXPORTERS:
-            for spins in (True,) if setup.quick else (True, False):
-                run = runtimes.onnx_session(setup, exporter, spins=spins)
-                yield from fed(f"{exporter} export, {'' if spins else 'no '}spinning", job, setup, run)
+        for spins in (True,) if setup.quick else (True, False):
+            run = runtimes.onnx_session(setup, spins=spins)
+            yield from fed("spinning" if spins else "no spinning", job, setup, run)
 
     return variants
 
@@ -386,10 +369,6 @@ def fed(
 
 
 # Which implementation takes part where. A new peer is a builder above and a row here.
-
-
-def on_gpu(setup: Setup) -> bool:
-    return setup.is_gpu
 
 
 def on_cpu(setup: Setup) -> bool:
@@ -431,6 +410,5 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def those(*names: str, **options: Any) -> dict[str, Peer]:
-    """Rows of `PEERS`, with further options of their builders."""
-    return {name: PEERS[name]._replace(options={**PEERS[name].options, **options}) for name in names}
+def those(*names: str) -> dict[str, Peer]:
+    return {name: PEERS[name] for name in names}

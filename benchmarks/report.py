@@ -122,7 +122,6 @@ COLUMNS: dict[str, Callable[[Sequence[Row], Row], str]] = {
     "implementation": lambda group, one: one["implementation"],
     "figure": lambda group, one: one.get("figure") or "",
     "median": lambda group, one: value(one),
-    "bar": lambda group, one: bar(one),
     "range": lambda group, one: f"{number(one['min'])} to {number(one['max'])}",
     "samples": lambda group, one: str(one["samples"]),
     "ours is": lambda group, one: times(group, one),
@@ -140,11 +139,6 @@ COLUMNS: dict[str, Callable[[Sequence[Row], Row], str]] = {
 
 def known(one: Row, figure: str, unit: str = "") -> str:
     return "" if one.get(figure) is None else number(one[figure]) + unit
-
-
-def bar(one: Row) -> str:
-    """What a figure had to reach, and whether it does; older rows have it."""
-    return f"bar {one['bar']}, {'met' if one['met'] else 'missed'}" if one.get("bar") else ""
 
 
 def times(group: Sequence[Row], one: Row) -> str:
@@ -198,8 +192,8 @@ def summary_lines(here: Sequence[Row]) -> Iterator[list[str]]:
         for of_one in grouped(group, "implementation"):
             figures = []
             for one in of_one:
-                more = ", ".join(filter(None, (times(group, one), bar(one))))
-                figures.append(f"{one.get('figure') or ''} {value(one)}{f' ({more})' if more else ''}".strip())
+                found = times(group, one)
+                figures.append(f"{one.get('figure') or ''} {value(one)}{f' ({found})' if found else ''}".strip())
             cells[of_one[0]["implementation"]] = ", ".join(figures), factor(group, of_one[0]) or 0.0
         first, _ = cells.pop(mine["implementation"])
         others = sorted(cells.items(), key=lambda item: item[1][1])

@@ -133,17 +133,13 @@ def table(
     return Table(workload, what, job=Job((TOKENS,) * passages, (0,)), peers=peers, reference=reference, **known)
 
 
-def described(passages: int) -> str:
-    return f"{passages:,} passages, default model"
-
-
 def search_table(here: Run, workload: str, passages: int) -> Table:
     known = {"passages": passages}
     peers = {
         EXACT: Peer(searching, known | {"prefilter": False}),
         PREFILTER: Peer(searching, known | {"prefilter": True}, exact=False),
     }
-    what = f"Search of {described(passages)}: the best {TOP}, a query of 30 tokens at a time"
+    what = f"Search of {passages:,} passages: the best {TOP}, a query of 30 tokens at a time"
     measured = partial(search, passages=passages)
     return table(here, workload, what, passages, peers, Peer(brute_force, known), **MS | {"measure": measured})
 
@@ -180,7 +176,7 @@ def search_of_ours(here: Run, workload: str) -> Table:
     """Exact search with the default model, for comparing checkouts: each makes its own store."""
     passages = 64 if here.quick else 10_000
     known = {"passages": passages}
-    what = f"exact search of {described(passages)}: p50 of {QUERIES} queries of 30 tokens"
+    what = f"exact search of {passages:,} passages: p50 of {QUERIES} queries of 30 tokens"
     timed = partial(harness.speed, count=20 if here.quick else QUERIES)
     peers = {OURS: Peer(searching, known | {"prefilter": False})}
     return table(here, workload, what, passages, peers, Peer(brute_force, known), rounds=9, **MS | {"measure": timed})
@@ -189,7 +185,7 @@ def search_of_ours(here: Run, workload: str) -> Table:
 def index_table(here: Run, workload: str, passages: int, **more: Any) -> Table:
     bare = Peer(indexing, {"bare": True})
     peers = {"index": Peer(indexing), "bare encoder": bare}
-    what = f"Indexing {described(passages)}, {TOKENS} tokens in the mean, into a new store"
+    what = f"Indexing {passages:,} passages, {TOKENS} tokens in the mean, into a new store"
     usual: dict[str, Any] = {"figure": "rate", "unit": "passages/s", "value": lambda seconds: passages / seconds}
     return table(here, workload, what, passages, peers, bare, **usual | {"rounds": 3} | more)
 

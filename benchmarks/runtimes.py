@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,17 @@ from benchmarks.worker import Setup
 
 Feed = dict[str, np.ndarray]
 
-EXPORTERS = ("dynamo", "legacy") if find_spec("onnxscript") else ("legacy",)
-
 
 @cache
-def onnx_session(setup: Setup, exporter: str, *, spins: bool) -> Callable[[Feed], Tensor]:
-    """ONNX Runtime on this export."""
+def onnx_session(setup: Setup, *, spins: bool) -> Callable[[Feed], Tensor]:
+    """ONNX Runtime, with threads that spin between runs or sleep."""
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = setup.threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
     providers = ["CPUExecutionProvider"]
-    session = runtime.InferenceSession(onnx_file(setup.folder, exporter), options, providers=providers)
+    session = runtime.InferenceSession(onnx_file(setup.folder), options, providers=providers)
     return lambda feed: torch.from_numpy(session.run(None, feed)[0])
 
 
@@ -42,7 +39,7 @@ def openvino_model(
     """OpenVINO on one batch after another, and for throughput on several at once, one stream for each thread."""
     runtime = import_module("openvino")
     core = runtime.Core()
-    model = core.read_model(onnx_file(setup.folder, EXPORTERS[0]))
+    model = core.read_model(onnx_file(setup.folder))
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": setup.threads,
@@ -71,21 +68,16 @@ def openvino_model(
     return one, several if hint == "throughput" else None
 
 
-def onnx_file(folder: str, exporter: str) -> Path:
-    file = Path(folder) / f"{exporter}.onnx"
-    if file.exists():
-        return file
-    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
-    if exporter == "dynamo":
+def onnx_file(folder: str) -> Path:
+    file = Path(folder) / "model.onnx"
+    if not file.exists():
         axes = {0: torch.export.Dim("batch", min=1, max=512), 1: torch.export.Dim("length", min=1, max=8192)}
-        options = {"dynamo": True, "dynamic_shapes": (axes, axes), "verbose": False}
-    else:
-        axes = {name: {0: "batch", 1: "length"} for name in names["input_names"]}
-        options = {"dynamo": False, "dynamic_axes": axes}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about tracing; the output is compared before anything is timed
-        torch.onnx.export(LastHiddenState(folder), padded_example(), file, **names, **options)
+        known: dict[str, Any] = {"dynamo": True, "dynamic_shapes": (axes, axes), "verbose": False}
+        known |= {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tracing; the output is compared before anything is timed
+            torch.onnx.export(LastHiddenState(folder), padded_example(), file, **known)
     return file
 
 

@@ -1,4 +1,4 @@
-"""Suite `training`: forward and backward of the encoder, with AdamW, and with late interaction."""
+"""Suite `training`: forward and backward of the encoder, and with late interaction."""
 
 from __future__ import annotations
 
@@ -99,9 +99,6 @@ def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:
             if workload == "encoder":
                 more = () if here.quick else (EAGER, *(COMPILED if here.is_gpu else ()))
                 found, what = those(OURS, SDPA, FLASH, *more), f"{here.dtype}, {each}, forward and backward"
-            elif workload == "adamw":
-                found, known["options"] = those(OURS, SDPA, FLASH, adamw=True), {"adamw": True}
-                what = f"float32 weights, passes in {here.dtype}, {each}, with fused AdamW"
             else:
                 found = {name: one._replace(builder=contrastive) for name, one in those(OURS, SDPA, FLASH).items()}
                 lengths = (*(32,) * pairs, *documents)
@@ -114,10 +111,9 @@ def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:
 
 SUITES = {
     "training": Suite(
-        "forward and backward of the encoder, with AdamW, and with late interaction",
+        "forward and backward of the encoder, and with late interaction",
         {
             "encoder": "tokens per second, texts of 512 tokens, weights and activations in one dtype",
-            "adamw": "forward, backward and AdamW, float32 weights under bfloat16 autocast",
             "contrastive": "forward and backward of pairs: every query against every document by MaxSim",
         },
         "transformers (eager, sdpa, FlashAttention, under torch.compile)",

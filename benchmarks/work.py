@@ -31,16 +31,13 @@ class Datasheet(NamedTuple):
 DATASHEETS: dict[str, Datasheet] = {
     "NVIDIA H200": Datasheet(989.4e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": Datasheet(989.4e12, 3.35e12),
-    "NVIDIA H100 PCIe": Datasheet(756e12, 2.0e12),
     "NVIDIA B200": Datasheet(2250e12, 8.0e12),
     "NVIDIA A100-SXM4-80GB": Datasheet(312e12, 2.039e12),
-    "NVIDIA A100-PCIE-40GB": Datasheet(312e12, 1.555e12),
-    "NVIDIA L40S": Datasheet(362.05e12, 864e9),
     "NVIDIA GeForce RTX 4090": Datasheet(165.2e12, 1008e9),
     "NVIDIA GeForce RTX 5090": Datasheet(209.5e12, 1792e9),
 }
 """From NVIDIA's datasheets and architecture papers: H100 and H200 Tensor Core GPU, Hopper architecture (sparse figures
-halved), Blackwell architecture (B200 at 1,000 W), A100 Tensor Core GPU, L40S, Ada and RTX Blackwell GPU architecture.
+halved), Blackwell architecture (B200 at 1,000 W), A100 Tensor Core GPU, Ada and RTX Blackwell GPU architecture.
 """
 
 
