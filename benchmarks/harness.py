@@ -251,7 +251,7 @@ class Run:
     def setup(self, model: str, dtype: str) -> Setup:
         """With the checkpoint, which is written when it is first asked for."""
         folder = self.scratch / model
-        if model and not folder.exists():
+        if not folder.exists():
             save_seeded(EncoderConfig.preset(model), folder)
         return Setup(str(folder), dtype, self.device, torch.get_num_threads(), self.quick)
 

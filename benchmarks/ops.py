@@ -383,8 +383,8 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
 def attention(device: torch.device, tokens: int) -> Iterator[Task]:
     """By length at constant tokens: where FlashAttention overtakes ours."""
     gpu, heads, width = device.type == "cuda", 12, 64
-    tokens = tokens if gpu else 512
-    for length in (128, 256, 512, 1024, 2048, 4096, 8192) if gpu else (256,):
+    tokens = tokens if gpu else 256
+    for length in (128, 256, 512, 1024, 2048, 4096, 8192) if gpu else (128,):
         if (count := tokens // length) == 0:
             continue
         dtype = torch.bfloat16 if gpu else torch.float32  # the backends of the CPU are for float32

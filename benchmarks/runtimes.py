@@ -27,8 +27,7 @@ def onnx_session(setup: Setup, *, spins: bool) -> Callable[[Feed], Tensor]:
     options.intra_op_num_threads = setup.threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
-    providers = ["CPUExecutionProvider"]
-    session = runtime.InferenceSession(onnx_file(setup.folder), options, providers=providers)
+    session = runtime.InferenceSession(onnx_file(setup.folder), options, providers=["CPUExecutionProvider"])
     return lambda feed: torch.from_numpy(session.run(None, feed)[0])
 
 

@@ -36,9 +36,7 @@ DATASHEETS: dict[str, Datasheet] = {
     "NVIDIA GeForce RTX 4090": Datasheet(165.2e12, 1008e9),
     "NVIDIA GeForce RTX 5090": Datasheet(209.5e12, 1792e9),
 }
-"""From NVIDIA's datasheets and architecture papers: H100 and H200 Tensor Core GPU, Hopper architecture (sparse figures
-halved), Blackwell architecture (B200 at 1,000 W), A100 Tensor Core GPU, Ada and RTX Blackwell GPU architecture.
-"""
+"""From NVIDIA's datasheets and architecture papers (sparse figures halved, B200 at 1,000 W)."""
 
 
 class Kernel(NamedTuple):

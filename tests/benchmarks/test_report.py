@@ -14,14 +14,8 @@ ROW: Row = {
     **{"settings": "s", "unit": "ms", "median": 1.0, "min": 0.9, "max": 1.1, "samples": 3, "calls_per_sample": 1},
     **{"clean": True, "foreign_percent": 1.0, "max_error": 1e-7, "tolerance": 1e-4, "dtype": "float32"},
     **{"times_better_than": {"transformers, sdpa": 2.0, "ONNX Runtime": 0.5, "OpenVINO": 1.5}},
-    **{
-        "cpu": "AMD EPYC (avx512f)",
-        "threads": 2,
-        "system": "Linux",
-        "versions": {"torch": "2"},
-        "commit": "abcdef123456",
-    },
-    **{"dirty": False, "date": "2026-01-01", "command": "python -m benchmarks cpu"},
+    **{"cpu": "AMD EPYC (avx512f)", "threads": 2, "system": "Linux", "versions": {"torch": "2"}},
+    **{"commit": "abcdef123456", "dirty": False, "date": "2026-01-01", "command": "python -m benchmarks cpu"},
 }
 
 
