@@ -36,11 +36,8 @@ ABSOLUTE = RELATIVE = 1e-4
 """The largest difference from the reference in float32 on a CPU; as a share of it where sums have another order (on a
 GPU, and backward). One product in TF32 errs by more."""
 
-LOADING = 240.0
-"""Seconds in which a model must be loaded."""
-
-COMPILING = 3.0
-"""Minutes that a run must have for implementations that compile."""
+LOADING, COMPILING = 240.0, 3.0
+"""Seconds in which a model must be loaded; minutes that a run must have for implementations that compile."""
 
 
 class Sample(NamedTuple):
@@ -424,7 +421,6 @@ def speed(workers: Workers, table: Table, *, count: int | None = None) -> Result
 
 
 def p99(seconds: Sequence[float]) -> float:
-    """Of 200 calls the third slowest."""
     return sorted(seconds)[int(0.99 * (len(seconds) - 1))]
 
 

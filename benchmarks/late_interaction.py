@@ -85,10 +85,7 @@ def text_alone(setup: Setup) -> Build:
 TEXT = {
     SESSION: Peer(text_ours, {"session": True}),
     OURS: Peer(text_ours, {"session": False}),
-    **{
-        name: Peer(text_ours, {"session": True, "engine": engine}, peers.on_cpu, engine.removesuffix("-int8"))
-        for name, engine in ENGINES.items()
-    },
+    **{name: Peer(text_ours, options, peers.on_cpu, exact="int8" not in name) for name, options in ENGINES.items()},
     "sentence-transformers": Peer(sentence_transformers, package="sentence_transformers"),
     "PyLate": Peer(pylate, package="pylate"),
 }

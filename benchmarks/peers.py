@@ -118,9 +118,8 @@ def load_ours(setup: Setup) -> Encoder:
 
 def session_of(model: Any, engine: str | None = None) -> Any:
     """A `Session`; in a checkout that has none, the model."""
-    if engine is not None:
-        return modernbert.Session(model, engine=engine)
-    return modernbert.Session(model) if hasattr(modernbert, "Session") else model
+    known = {"engine": engine} if engine else {}
+    return modernbert.Session(model, **known) if hasattr(modernbert, "Session") else model
 
 
 def packed(setup: Setup, *, session: bool = False, engine: str | None = None) -> Build:
@@ -395,10 +394,7 @@ REFERENCE = Peer(alone, package="transformers")
 PEERS: dict[str, Peer] = {
     OURS: Peer(packed),
     SESSION: Peer(packed, {"session": True}),
-    **{
-        name: Peer(packed, {"session": True, "engine": engine}, on_cpu, engine.removesuffix("-int8"))
-        for name, engine in ENGINES.items()
-    },
+    **{name: Peer(packed, options, on_cpu, exact="int8" not in name) for name, options in ENGINES.items()},
     SDPA: Peer(transformers, {"attention": "sdpa"}, package="transformers"),
     EAGER: Peer(transformers, {"attention": "eager"}, package="transformers"),
     FLASH: Peer(transformers, {"attention": "flash"}, half_on_gpu, "transformers"),

@@ -34,11 +34,8 @@ from benchmarks.ops import Task, Way, call_of, copied, offsets, randn, timed
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
-MINUTES = 8.5
-"""After these no further entry is begun, so that a run fits into ten minutes."""
-
-NOISE = 1.02
-"""A candidate must be faster than the present tile by more than this: two equal kernels differ as much."""
+MINUTES, NOISE = 8.5, 1.02
+"""When no further entry is begun. How much faster a candidate must be: two equal kernels differ by less."""
 
 TOKENS, COMPILED, FEW = 16_384, 384, 16
 """Of a call that is timed, that is compiled (the kernels do not depend on it), and in a try-out."""

@@ -94,8 +94,11 @@ Build = Callable[[Job], Iterable[Variant]]
 OURS, SESSION, BEFORE = "modernbert", "modernbert, Session", "modernbert, the other checkout"
 """Our plain modules, a `Session`, and the plain modules of another checkout."""
 
-ENGINES = {f"modernbert, {engine}": engine for engine in ("onnxruntime", "openvino", "onnxruntime-int8")}
-"""A `Session` with this engine."""
+ENGINES = {
+    f"modernbert, {engine}": {"session": True, "engine": engine}
+    for engine in ("onnxruntime", "openvino", "onnxruntime-int8")
+}
+"""A `Session` with an engine: the options of its builder."""
 
 
 class Peer(NamedTuple):
