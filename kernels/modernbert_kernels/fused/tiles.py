@@ -30,8 +30,8 @@ def tile_for(device: torch.device, *key: str | int) -> Tile:
     return for_arch(TILES[key], device)
 
 
-# `python -m benchmarks.tune` prints rows that are faster on a GPU. A key is the kernel; for attention also the head width
-# and the bytes of a number, for maxsim the query rows. An architecture has an entry only where its tile differs from
+# `python -m benchmarks.tune` prints rows that are faster on a GPU. A key is the kernel; for attention also the head
+# width and the bytes of a number, for maxsim the query rows. An architecture has an entry only where its tile differs from
 # the one before it. Entries without a GPU were chosen by registers and occupancy (offline compile) and never timed.
 TILES: dict[tuple[str | int, ...], dict[int, Tile]] = {
     ("attention forward", 32, 2): {80: Tile(64, 64, 4, 2)},
