@@ -28,6 +28,9 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(beside)
         beside.replace(path)
         flush(path.parent)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -59,8 +62,7 @@ def replacing_folder(folder: str | os.PathLike[str], *, last: str, stale: re.Pat
             _move_into(new, target, last, stale)
         flush(target.parent)
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(target)  # Python raises the error of a full disk without a path
+        _name(error, target)
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -91,6 +93,12 @@ def flush(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _name(error: OSError, path: Path) -> None:
+    """Give the error of a full disk, which Python raises without a path, the path that was to be written."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _hidden(name: str) -> str:
