@@ -374,7 +374,7 @@ class Workers:
         """Answers to a request, in turns. Those to `worker.sample` are `Sample`s, and busy ones are repeated."""
 
         def ask(name: str) -> Any:
-            found = self.worker(name).ask(request, timeout=max(60.0, min(self.here.left(), 900.0)), **arguments)
+            found = self.running[name].ask(request, timeout=max(60.0, min(self.here.left(), 900.0)), **arguments)
             if request is worker.sample:
                 return Sample(found["host"], found["device"], 0.0 if self.here.is_gpu else found["foreign"])
             return found
