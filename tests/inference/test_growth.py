@@ -41,7 +41,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
         return product(x, weight, *rest)
 
     monkeypatch.setattr(linear, "pointwise", counted)
-    for module in (ops.cpu.linear, ops.cpu.attention, ops.cpu.maxsim):
+    for module in (ops.cpu.linear, ops.cpu.attention):
         monkeypatch.setattr(module, "FASTER_THAN_MKL", True)
     return seen
 
@@ -112,7 +112,7 @@ def resident():
 torch.set_num_threads(1)
 case, batches = sys.argv[1], int(sys.argv[2])
 if "avx512" in case or case == "search":
-    for module in (ops.cpu.linear, ops.cpu.attention, ops.cpu.maxsim):
+    for module in (ops.cpu.linear, ops.cpu.attention):
         module.FASTER_THAN_MKL = True
 model, rand = ColBERT.default(), random.Random(0)
 session, corpus = Session(model), torch.nn.functional.normalize(torch.randn(20_000, model.dim), dim=1)
