@@ -65,7 +65,8 @@ def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torc
 def _rounded_up(block_NE: Tensor) -> Tensor:
     """With rows of zeros up to one of four sizes an octave: oneDNN keeps memory for each new shape."""
     rows = len(block_NE)
-    return F.pad(block_NE, (0, 0, 0, -rows % max(LANES, 1 << rows.bit_length() >> 3)))
+    fill = -rows % max(LANES, 1 << rows.bit_length() >> 3)
+    return F.pad(block_NE, (0, 0, 0, fill)) if fill else block_NE
 
 
 class _DifferentiableBest(torch.autograd.Function):
