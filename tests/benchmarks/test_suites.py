@@ -81,7 +81,7 @@ def test_a_suite_has_rows_of_every_implementation_that_is_right(
                 for other in result.rows
                 if other is not one
                 and (other["figure"], other["pass"]) == (one["figure"], one["pass"])
-                and other["tolerance"] is not None  # int8 is no competitor of float32
+                and other["tolerance"] is not None
             }
 
 
