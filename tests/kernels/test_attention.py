@@ -375,3 +375,10 @@ def test_threads_keep_their_own_masks() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_local_layers_of_a_pass_share_one_mask() -> None:
+    """It is made once for a batch, not once a layer; another batch has another one."""
+    first = ops.cpu.attention._band_mask((40, 90), 8, torch.float32)
+    assert ops.cpu.attention._band_mask((40, 90), 8, torch.float32) is first
+    assert ops.cpu.attention._band_mask((90, 40), 8, torch.float32) is not first

@@ -237,8 +237,8 @@ def _band_mask(lengths: tuple[int, ...], window: int, dtype: torch.dtype) -> Ten
             tail = blocks * BLOCK - len(sequence_T)
             keys = F.pad(sequence_T, (window, tail + window), value=-1).unfold(0, BLOCK + 2 * window, BLOCK)
             queries = F.pad(sequence_T, (0, tail), value=-2).unflatten(0, (blocks, BLOCK))
-            row, key = torch.arange(BLOCK, device="cpu"), torch.arange(BLOCK + 2 * window, device="cpu")
-            distance = row[:, None] + window - key
+            row, column = torch.arange(BLOCK, device="cpu"), torch.arange(BLOCK + 2 * window, device="cpu")
+            distance = row[:, None] + window - column
             visible = (queries[:, :, None] == keys[:, None, :]) & (distance.abs() <= window)
             mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
         _last.key, _last.mask = key, mask[:, None]
