@@ -20,8 +20,7 @@ from ..packing import Packed, Tokens, check_rows
 from .batches import CPU_TOKENS, micro_batches, split_rows, token_budget
 from .callers import callers, check_process, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts
-from .graph_engine import LONGEST as LONGEST_IN_GRAPH
-from .graph_engine import TOKENS, GraphEngine, save_graph
+from .graph_engine import LONGEST_TEXT, ROW_TOKENS, GraphEngine, save_graph
 from .graphs import Graphs
 from .replica import evaluated, replicate, with_weight
 from .short import LONGEST, ShortEncoder, has_short_way
@@ -88,7 +87,7 @@ class Session(Generic[M]):
     def budget(self, total: int) -> int:
         """Tokens of one call when `total` are to be encoded."""
         if self.engine is not None:
-            return TOKENS
+            return ROW_TOKENS
         return token_budget(self.device, self._width, total, callers(self.device))
 
     def encode_queries(
@@ -143,7 +142,7 @@ class Session(Generic[M]):
             ValueError: weights of more than 2 GB.
         """
         self._check()
-        save_graph(self._bulk, path)
+        save_graph(evaluated(self.model), path)  # whose weights are not packed
 
     def __reduce__(self) -> tuple[Callable[[M], Session[M]], tuple[M]]:
         """A copy, pickled or deep, is a Session of the copied model."""
@@ -160,7 +159,7 @@ class Session(Generic[M]):
     def _on_cpu(self, batch: Packed, rows: Tensor | None) -> Tensor:
         if self.engine is None and len(batch) == 1 and batch.num_tokens <= LONGEST:
             return self._one_text(batch, rows=rows)
-        parts = micro_batches(batch, CPU_TOKENS if self.engine is None else TOKENS)
+        parts = micro_batches(batch, CPU_TOKENS if self.engine is None else ROW_TOKENS)
         if len(parts) == 1:
             return self._part(batch, rows)
         sizes = [part.num_tokens for part in parts]
@@ -169,7 +168,7 @@ class Session(Generic[M]):
         return torch.cat(list(map_callers(lambda call: self._part(*call), calls, callers(self.device))))
 
     def _part(self, batch: Packed, rows: Tensor | None) -> Tensor:
-        if self._graph_engine is None or not 0 < batch.max_seqlen <= LONGEST_IN_GRAPH:
+        if self._graph_engine is None or not 0 < batch.max_seqlen <= LONGEST_TEXT:
             return self._bulk(batch, rows=rows)
         return self._graph_engine(batch, rows=rows)
 

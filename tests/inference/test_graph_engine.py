@@ -118,7 +118,7 @@ def test_from_text_to_vectors(engine: str) -> None:
 
 def test_long_texts_run_as_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text above the limit beside short ones, and one alone: the limit is where the two ways meet."""
-    monkeypatch.setattr(module, "LONGEST_IN_GRAPH", 50)
+    monkeypatch.setattr(module, "LONGEST_TEXT", 50)
     taken: list[int] = []
     run = GraphEngine.__call__
 
@@ -230,3 +230,15 @@ def test_a_saved_graph_gives_the_vectors(engine: str, tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.onnx"):
         GraphEngine.load(tmp_path / "nothing.onnx")
+
+
+def test_saving_takes_weights_that_are_not_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a session packs its weights for oneDNN, with AVX-512; and under another default device."""
+    monkeypatch.setattr(module.linear, "FASTER_THAN_MKL", True)
+    encoder, path = loud(TINY), tmp_path / "model.onnx"
+    with torch.device("meta"):
+        Session(encoder).save(path)
+        session = Session(encoder, engine="onnxruntime")
+    compare(encoder, session)
+    batch = pack([[1, 2, 3]])
+    torch.testing.assert_close(GraphEngine.load(path)(batch), encoder(batch).detach(), rtol=1e-4, atol=5e-5)
