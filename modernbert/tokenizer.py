@@ -270,12 +270,19 @@ def _checked(texts: str | Iterable[Text]) -> list[Text]:
             if not isinstance(part, str):
                 got = f"{type(part).__name__} {part!r:.60}"
                 raise TypeError(f"texts[{index}]: wanted a str or a (str, str) pair, got {got}")
-            try:
-                part.encode()
-            except UnicodeEncodeError as error:
-                where = f"texts[{index}] has half a surrogate pair at character {error.start}"
-                raise ValueError(f"{where}; repair it: text.encode('utf-8', 'replace').decode()") from error
+            check_unicode(index, part)
     return batch
+
+
+def check_unicode(index: int, text: str) -> None:
+    """Raise ValueError, with the index of the text, for half a surrogate pair in it."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"texts[{index}] has half a surrogate pair at character {error.start}"
+        raise ValueError(f"{where}; repair it: text.encode('utf-8', 'replace').decode()") from error
 
 
 def _kept(owners: list[int | None], length: int, left: bool) -> list[int]:

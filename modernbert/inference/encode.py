@@ -16,6 +16,7 @@ from ..encoder import Norm
 from ..late_interaction import Ragged, check_count
 from ..packing import Packed, Tokens
 from ..progress import progress_bar
+from ..tokenizer import check_unicode
 from .batches import plan, token_budget
 from .callers import callers, check_process, map_callers
 from .replica import evaluated
@@ -164,12 +165,7 @@ def checked_texts(texts: Iterable[str]) -> Iterator[str]:
 def _checked_text(index: int, text: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"texts[{index}] must be a str, got {type(text).__name__} {text!r:.60}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            where = f"texts[{index}] has half a surrogate pair at character {error.start}"
-            raise ValueError(f"{where}; repair it: text.encode('utf-8', 'replace').decode()") from error
+    check_unicode(index, text)
     return text
 
 
