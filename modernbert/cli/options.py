@@ -12,9 +12,6 @@ TOP_RUN = 100
 ModelOption = Annotated[str | None, typer.Option(help="ColBERT folder or hub id.", show_default="the built-in model")]
 EngineOption = Annotated[
     str | None,
-    typer.Option(
-        help="Faster on a CPU: onnxruntime, onnxruntime-int8 or openvino.",
-        show_default="PyTorch",
-    ),
+    typer.Option(help="Faster on a CPU: onnxruntime, onnxruntime-int8 or openvino.", show_default="PyTorch"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]

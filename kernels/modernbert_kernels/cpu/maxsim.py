@@ -50,12 +50,11 @@ def _best(queries_QE: Tensor, documents_NE: Tensor, lengths: Tensor, dtype: torc
     document_N1 = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)[:, None]
     # A power of two: oneDNN takes half as long again for 13,107 rows as for 12,288 or 16,384.
     size = 1 << max(1, BLOCK // max(1, width + num_queries)).bit_length() - 1
-    multiply, rounded = linear, False
-    if AVAILABLE and dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
-        # On any processor: where MKL is level for wide matrices, these take it up to 1.4 times as long.
-        multiply, rounded = linear.backends["onednn"], True
+    # On any processor: where MKL is level for wide matrices, these take it up to 1.4 times as long.
+    onednn = AVAILABLE and dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    multiply = linear.backends["onednn"] if onednn else linear
     for block_NE, document in zip(documents_NE.split(size), document_N1.split(size), strict=True):
-        block_NE = _rounded_up(block_NE.to(dtype)) if rounded else block_NE.to(dtype)
+        block_NE = _rounded_up(block_NE.to(dtype)) if onednn else block_NE.to(dtype)
         for part_QE, best_NQ in zip(parts, best, strict=True):
             similarity_NQ = multiply(block_NE, part_QE)[: len(document)]
             best_NQ.scatter_reduce_(0, document.expand(-1, len(part_QE)), similarity_NQ, "amax")
