@@ -48,3 +48,11 @@ def corpus(count: int, seed: int = 0) -> list[dict[str, object]]:
 def write_corpus(path: Path, records: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def write_dataset(folder: Path, count: int) -> None:
+    """A data set in BEIR's layout, with one query."""
+    write_corpus(folder / "corpus.jsonl", corpus(count))
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "owl"}\n')
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")

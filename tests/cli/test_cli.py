@@ -59,18 +59,6 @@ def notes(tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def modernbert(capsys):
-    """Run a command in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
-
-
 def test_help_imports_nothing_heavy():
     """So it is instant: no torch, no numpy, no tokenizers, no hub client."""
     heavy = "torch numpy tokenizers safetensors huggingface_hub transformers"

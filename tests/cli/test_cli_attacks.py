@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, small_colbert, write_corpus, write_dataset
 
 from modernbert.cli import main
 from modernbert.cli.output import output_file
@@ -29,26 +29,11 @@ ROOT = Path(__file__).parents[2]
 def beir(modernbert_tokenizer_file, tmp_path_factory) -> Path:
     """A data set, a model, and a store of the corpus."""
     folder = tmp_path_factory.mktemp("beir")
-    write_corpus(folder / "corpus.jsonl", corpus(30))
-    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "owl"}\n')
-    (folder / "qrels").mkdir()
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")
+    write_dataset(folder, 30)
     small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder / "model")
     with pytest.raises(SystemExit):
         main(["index", f"{folder}/corpus.jsonl", "--output", f"{folder}/store", "--model", f"{folder}/model"])
     return folder
-
-
-@pytest.fixture
-def modernbert(capsys):
-    """Run a command in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

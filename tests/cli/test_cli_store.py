@@ -16,7 +16,6 @@ import pytest
 from stores import corpus, small_colbert, write_corpus
 
 from modernbert import ColBERT
-from modernbert.cli import main
 from modernbert.retrieval.store.search import Store
 
 NIGHT = "# Birds\n\nDay birds sing.\n\n## Owls\n\nOwls hunt mice at midnight.\n"
@@ -27,18 +26,6 @@ def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("colbert") / "model"
     small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def modernbert(capsys):
-    """Run a command in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from folders import tree
 from torch import Tensor, nn
 
 from modernbert import checkpoint, files
@@ -356,10 +357,6 @@ def test_weights_with_nan_load() -> None:
 
 
 # Saving
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_safetensors_reads_what_save_wrote(tmp_path: Path) -> None:

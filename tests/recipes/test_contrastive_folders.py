@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from folders import tree
 
 from modernbert.heads.colbert import ColBERT
 from modernbert.recipes import contrastive
@@ -43,10 +44,6 @@ def config(tmp_path):
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "a.jsonl").write_text(lines(40))
     return replace(TINY, pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"))
-
-
-def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def pickled(content):

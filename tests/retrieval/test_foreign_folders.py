@@ -13,10 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from stores import corpus, small_colbert, small_shards, write_corpus
+from stores import corpus, small_shards, write_corpus, write_dataset
 
-from modernbert import ColBERT
 from modernbert.cli import main
 from modernbert.recipes import contrastive
 from modernbert.retrieval import Store, forget, index
@@ -84,19 +82,10 @@ def everything(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def colbert(modernbert_tokenizer_file) -> ColBERT:
-    torch.manual_seed(0)
-    return small_colbert(modernbert_tokenizer_file.parent)
-
-
-@pytest.fixture(scope="module")
 def beir(colbert, tmp_path_factory) -> Path:
     """A data set, the model beside it and a store of its corpus."""
     folder = tmp_path_factory.mktemp("beir")
-    write_corpus(folder / "corpus.jsonl", corpus(5))
-    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "owl"}\n')
-    (folder / "qrels").mkdir()
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")
+    write_dataset(folder, 5)
     colbert.save_pretrained(folder / "model")
     index([folder / "corpus.jsonl"], folder / "store", folder / "model")
     return folder

@@ -9,17 +9,10 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-import torch
-from stores import corpus, small_colbert, small_shards, write_corpus
+from stores import corpus, small_shards, write_corpus
 
 from modernbert import ColBERT, Session
 from modernbert.retrieval import Store, forget, index
-
-
-@pytest.fixture(scope="module")
-def colbert(modernbert_tokenizer_file) -> ColBERT:
-    torch.manual_seed(0)
-    return small_colbert(modernbert_tokenizer_file.parent)
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,6 @@ QUERIES = ["owl night mouse", "which storm brought hail?", "peace treaty", "numb
 TOLERANCE = {"fp32": 2e-5, "fp16": 24 * 2**-11, "int8": 24 * 16**0.5 / 254}
 
 
-@pytest.fixture(scope="module")
-def colbert(modernbert_tokenizer_file) -> ColBERT:
-    torch.manual_seed(0)
-    return small_colbert(modernbert_tokenizer_file.parent)
-
-
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
 def store(request, colbert, tmp_path_factory):
     """60 records in shards of 16 passages, some of which hold parts of one document."""

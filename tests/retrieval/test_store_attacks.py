@@ -8,18 +8,11 @@ import pickle
 from pathlib import Path
 
 import pytest
-import torch
 from stores import corpus, small_colbert, small_shards, write_corpus
 
 from modernbert import ColBERT
 from modernbert.retrieval import Store, forget, index
 from modernbert.retrieval.store.format import read_manifest
-
-
-@pytest.fixture(scope="module")
-def colbert(modernbert_tokenizer_file) -> ColBERT:
-    torch.manual_seed(0)
-    return small_colbert(modernbert_tokenizer_file.parent)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import pytest
 import torch
 from stores import corpus, small_colbert, small_shards, write_corpus
 
-from modernbert import ColBERT, Session, files
+from modernbert import Session, files
 from modernbert.late_interaction import Ragged
 from modernbert.retrieval import Store, index
 from modernbert.retrieval.store import search, writer
@@ -30,12 +30,6 @@ from modernbert.retrieval.store.draft import open_draft
 from modernbert.retrieval.store.format import read_manifest, write_manifest
 
 KILLS = 50
-
-
-@pytest.fixture(scope="module")
-def colbert(modernbert_tokenizer_file) -> ColBERT:
-    torch.manual_seed(0)
-    return small_colbert(modernbert_tokenizer_file.parent)
 
 
 @pytest.fixture(autouse=True)

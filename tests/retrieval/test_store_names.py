@@ -8,10 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, write_corpus
 
-from modernbert import ColBERT
 from modernbert.retrieval import Store, forget, index
 from modernbert.retrieval.documents.text import file_name
 from modernbert.retrieval.engines import Engine, export, is_target
@@ -38,12 +36,6 @@ GOOD = [
     "qdrant",
     "store.json",
 ]
-
-
-@pytest.fixture(scope="module")
-def colbert(modernbert_tokenizer_file) -> ColBERT:
-    torch.manual_seed(0)
-    return small_colbert(modernbert_tokenizer_file.parent)
 
 
 @pytest.fixture
