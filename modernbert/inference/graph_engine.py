@@ -26,8 +26,8 @@ Feed = Mapping[str, np.ndarray]
 Run = Callable[[Feed], np.ndarray]
 
 ROW_TOKENS = 128
-"""Tokens of a row, unless one text has more: attention is dense over the row. In CPU time, a token in a row of 512 costs
-1.4 times as much as in one of 128 (Ettin-17m, ONNX Runtime)."""
+"""Tokens of a row, unless one text has more: attention is dense over the row. In CPU time, a token in a row of 512
+costs 1.4 times as much as in one of 128 (Ettin-17m, ONNX Runtime)."""
 
 INT8 = "onnxruntime-int8"
 
