@@ -202,7 +202,11 @@ def test_a_signal_leaves_no_texts_behind(beir, tmp_path, number):
     source, place = write_corpus(tmp_path / "corpus.jsonl", corpus(8000)), tmp_path / "tmp"
     place.mkdir()
     arguments = f"search owl {source} --model {beir}/model"
-    process = subprocess.Popen(command_line(arguments), env={**ENVIRONMENT, "TMPDIR": str(place)})
+    process = subprocess.Popen(
+        command_line(arguments),
+        env={**ENVIRONMENT, "TMPDIR": str(place)},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored if the tests run under nohup
+    )
     deadline = time.monotonic() + 60
     while not list(place.rglob(".passages*")) and time.monotonic() < deadline:
         time.sleep(0.01)

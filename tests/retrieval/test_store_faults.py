@@ -377,7 +377,14 @@ def test_control_c_can_be_resumed(tmp_path, modernbert_tokenizer_file):
     )
     command = [sys.executable, "-c", code, "index", str(source), "--output", str(folder), "--model", str(model)]
     where = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command,
+        env=where,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a job of the background
+    )
     while len(list(folder.glob("shards/*.safetensors"))) < 3:
         assert run.poll() is None
         time.sleep(0.01)
