@@ -24,6 +24,9 @@ from .replica import evaluated
 T = TypeVar("T")
 R = TypeVar("R")
 
+_Matrix = tuple[int, Tensor]
+"""The index of a text and its scored rows `[n, E]`."""
+
 TEXTS = 1024
 """Texts tokenised and sorted at a time, so that memory does not grow with the corpus, and a GPU soon has work."""
 
@@ -205,19 +208,13 @@ def _encode(
     return _in_order(run(caller, parts, batch_tokens), advance)
 
 
-def _in_order(results: Iterable[tuple[list[int], Ragged]], advance: Callable[[int], None] | None) -> Iterator[Tensor]:
+def _in_order(results: Iterable[list[_Matrix]], advance: Callable[[int], None] | None) -> Iterator[Tensor]:
     waiting: dict[int, Tensor] = {}
     count = 0
-    for indices, rows in results:
-        if not bool(rows.values.isfinite().all()):
-            wrong = min(index for index, x_NE in zip(indices, rows, strict=True) if not x_NE.isfinite().all())
-            raise ValueError(
-                f"texts[{wrong}] has a vector that is not finite: does the model have NaN among its weights, or do its "
-                "activations overflow in float16?"
-            )
-        waiting.update(zip(indices, rows, strict=True))
+    for matrices in results:
+        waiting.update(matrices)
         if advance is not None:
-            advance(len(indices))
+            advance(len(matrices))
         while count in waiting:
             yield waiting.pop(count)
             count += 1
@@ -229,6 +226,21 @@ class _Batch(NamedTuple):
     indices: list[int]
     tokens: Tokens
 
+    def matrices(self, x_QE: Tensor) -> list[_Matrix]:
+        """A copy of the rows of each text.
+
+        The thread that called the model makes them. Where a call has one thread they must not be made by the main
+        thread: its OpenMP threads would wait actively from one parallel operation to the next, and slow the callers.
+        """
+        rows = Ragged(x_QE, self.tokens.offsets)
+        if not bool(rows.values.isfinite().all()):
+            wrong = min(index for index, x_NE in zip(self.indices, rows, strict=True) if not x_NE.isfinite().all())
+            raise ValueError(
+                f"texts[{wrong}] has a vector that is not finite: does the model have NaN among its weights, or do its "
+                "activations overflow in float16?"
+            )
+        return list(zip(self.indices, rows, strict=True))
+
 
 def _batches(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[list[_Batch]]:
     """For each part its batches, longest texts first."""
@@ -239,29 +251,26 @@ def _batches(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) 
         first += len(tokens.batch)
 
 
-def _called(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[tuple[list[int], Ragged]]:
+def _called(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[list[_Matrix]]:
     """Batch after batch on a CPU, by a caller a core."""
 
-    def call(batch: _Batch) -> tuple[list[int], Ragged]:
+    def call(batch: _Batch) -> list[_Matrix]:
         x_QE = caller(batch.tokens.batch, rows=batch.tokens.rows)
-        return batch.indices, Ragged(x_QE.float().cpu(), batch.tokens.offsets)
+        return batch.matrices(x_QE.float().cpu())
 
     for batches in _batches(caller, parts, batch_tokens):
         yield from map_callers(call, batches, callers(caller.device))
 
 
 @torch.inference_mode()
-def _overlapped(
-    caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None
-) -> Iterator[tuple[list[int], Ragged]]:
+def _overlapped(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[list[_Matrix]]:
     """A GPU is given a batch before the one before it is back."""
     underway: deque[tuple[_Batch, Tensor, torch.cuda.Event]] = deque()
 
-    def finish() -> tuple[list[int], Ragged]:
+    def finish() -> list[_Matrix]:
         batch, rows, done = underway.popleft()
         done.synchronize()
-        # Pinned memory is scarce: two batches share it in turns.
-        return batch.indices, Ragged(rows.clone(), batch.tokens.offsets)
+        return batch.matrices(rows)  # in ordinary memory: two batches share the pinned memory, which is scarce
 
     for batches in _batches(caller, parts, batch_tokens):
         for batch in batches:

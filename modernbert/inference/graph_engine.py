@@ -146,7 +146,7 @@ def _onnxruntime(graph: Graph | str, name: str) -> Callable[[int], Run]:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.enable_mem_pattern = False  # it would keep a plan of the memory for each number of tokens
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # disturbs other threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # threads wait actively in a run only
         options.add_external_initializers(list(weights), list(weights.values()))
         session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         return lambda feed: session.run(None, feed)[0]
@@ -157,11 +157,16 @@ def _onnxruntime(graph: Graph | str, name: str) -> Callable[[int], Run]:
 def _openvino(graph: Graph | str, name: str) -> Callable[[int], Run]:
     """OpenVINO, with a request for every thread that calls."""
     openvino = _imported("openvino", name)
-    core = openvino.Core()
+    core, cores = openvino.Core(), torch.get_num_threads()
     model = core.read_model(graph if isinstance(graph, str) else graph.file(weights=True).SerializeToString())
 
     def make(threads: int) -> Run:
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        bulk = threads == 1  # each core has a caller, which gets a stream
+        settings = {
+            "INFERENCE_NUM_THREADS": cores if bulk else threads,
+            "PERFORMANCE_HINT": "THROUGHPUT" if bulk else "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
         compiled, of_thread = core.compile_model(model, "CPU", settings), threading.local()
 
         def run(feed: Feed) -> np.ndarray:

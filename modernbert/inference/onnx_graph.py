@@ -27,7 +27,7 @@ from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Norm
 
 INPUTS = {"input_ids": "T", "positions": "T", "segment_ids": "T", "key_segment_ids": "T", "rows": "Q"}
 OUTPUT = "vectors"
-OPSET = 20
+OPSET = 23
 LARGEST = 2_000_000_000
 
 INT8_WEIGHT = 63
@@ -102,7 +102,7 @@ class Graph:
         inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, [size]) for name, size in INPUTS.items()]
         output = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["Q", None])
         graph = helper.make_graph(self.nodes, "modernbert", inputs, [output], self.constants + tensors)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=11)
 
 
 def _absent(name: str, weight: Tensor) -> TensorProto:
@@ -147,18 +147,12 @@ def _layer(
 
 
 def _attention(g: Graph, attn: Attention, x: str, rope: Rope, seen: Seen, rows: str | None) -> str:
-    heads, width = attn.heads, attn.head_dim
-    qkv_T3HK = g("Reshape", linear(g, attn.Wqkv, x), g.constant([0, 3, heads, width]))
-    qk_2HTK, v_1HTK = g.split(
-        "Split", g("Transpose", qkv_T3HK, perm=[1, 2, 0, 3]), g.constant([2, 1]), outputs=2, axis=0
-    )
-    a_2HTR, b_2HTR = g.split("Split", qk_2HTK, outputs=2, axis=-1, num_outputs=2)
-    left = g("Sub", g("Mul", a_2HTR, rope.cos), g("Mul", b_2HTR, rope.sin))
-    right = g("Add", g("Mul", b_2HTR, rope.cos), g("Mul", a_2HTR, rope.sin))
-    q_1HTK, k_1HTK = g.split("Split", g("Concat", left, right, axis=-1), outputs=2, axis=0, num_outputs=2)
-    scores = g("Add", g("MatMul", q_1HTK, g("Transpose", k_1HTK, perm=[0, 1, 3, 2])), seen.bias)
-    out_1HTK = g("Mul", g("MatMul", g("Softmax", scores, axis=-1), v_1HTK), seen.any)
-    out_TD = g("Reshape", g("Transpose", out_1HTK, perm=[0, 2, 1, 3]), g.constant([-1, heads * width]))
+    heads = attn.heads
+    qkv_1TD = g("Unsqueeze", linear(g, attn.Wqkv, x), g.constant([0]))
+    q_1TD, k_1TD, v_1TD = g.split("Split", qkv_1TD, outputs=3, axis=2, num_outputs=3)
+    q_1TD, k_1TD = (g("RotaryEmbedding", y, rope.cos, rope.sin, num_heads=heads) for y in (q_1TD, k_1TD))
+    out_1TD = g("Attention", q_1TD, k_1TD, v_1TD, seen.bias, q_num_heads=heads, kv_num_heads=heads)
+    out_TD = g("Squeeze", g("Mul", out_1TD, seen.any), g.constant([0]))
     return linear(g, attn.Wo, out_TD if rows is None else g("Gather", out_TD, rows))
 
 
@@ -203,7 +197,7 @@ def _layer_norm(g: Graph, norm: Norm | nn.LayerNorm, x: str) -> str:
 
 
 class Rope(NamedTuple):
-    """Cosine and sine for q and k, `[2, 1, T, R]`. Those of q have the scale of the scores."""
+    """Cosine and sine of every position, `[1, T, R]`."""
 
     cos: str
     sin: str
@@ -211,10 +205,9 @@ class Rope(NamedTuple):
 
 def _rope(g: Graph, theta: float, head_dim: int) -> Rope:
     frequency_R = 1.0 / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    position_T1 = g("Unsqueeze", g("Cast", "positions", to=TensorProto.FLOAT), g.constant([1]))
-    angle_TR = g("Mul", position_T1, g.constant(frequency_R, np.float32))
-    scale_2111 = g.constant(np.reshape([head_dim**-0.5, 1], (2, 1, 1, 1)), np.float32)
-    return Rope(*(g("Mul", g(kind, angle_TR), scale_2111) for kind in ("Cos", "Sin")))
+    position_1T1 = g("Unsqueeze", g("Cast", "positions", to=TensorProto.FLOAT), g.constant([0, 2]))
+    angle_1TR = g("Mul", position_1T1, g.constant(frequency_R, np.float32))
+    return Rope(g("Cos", angle_1TR), g("Sin", angle_1TR))
 
 
 class Seen(NamedTuple):
