@@ -209,8 +209,8 @@ Plot = tuple[str, str, Callable[[Any], None]]
 
 
 def file_of(here: Sequence[Row], name: str) -> str:
-    """Such as amd-epyc-cpu-factors.svg."""
-    words = re.sub(r"\(.*?\)|NVIDIA", "", here[0].get("gpu") or here[0]["cpu"])
+    """Such as amd-epyc-avx2-cpu-factors.svg."""
+    words = (here[0].get("gpu") or here[0]["cpu"]).replace("NVIDIA", "")
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {name}".lower()).strip("-") + ".svg"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import random
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -242,3 +244,13 @@ def test_saving_takes_weights_that_are_not_packed(monkeypatch: pytest.MonkeyPatc
     compare(encoder, session)
     batch = pack([[1, 2, 3]])
     torch.testing.assert_close(GraphEngine.load(path)(batch), encoder(batch).detach(), rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("engine", EXACT)
+def test_a_session_that_is_dropped_is_freed(engine: str) -> None:
+    session = Session(Encoder.from_config(TINY).eval(), engine=engine)
+    session(pack([[1, 2, 3]]))
+    references = [weakref.ref(kept) for kept in (session.model, session._graph_engine)]
+    del session
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
