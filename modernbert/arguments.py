@@ -35,7 +35,9 @@ LOADING: dict[str, Known] = {
     "output_hidden_states": Known(
         (False,), "wrap the encoder in integrations.transformers.TransformersEncoder, and pass it to the call"
     ),
-    "output_loading_info": Known((False,), "an error lists what does not fit, a warning what is left out; leave it out"),
+    "output_loading_info": Known(
+        (False,), "an error lists what does not fit, a warning what is left out; leave it out"
+    ),
     "return_dict": Known((True,), "the output is a named tuple; index it"),
     "state_dict": Known((), "make the model with from_config, and call its load_state_dict"),
     "use_auth_token": Known((), "pass token"),

@@ -123,7 +123,7 @@ def save(
     Args:
         check: called with the new folder before it replaces the old one. It loads the folder, and raises a ValueError
             if that fails or gives another model. See `check_same` and `state_of`.
-        max_shard_size: of a weight file, in bytes or such as "5GB"; None: SHARD_BYTES. More weights become several files.
+        max_shard_size: of a weight file, in bytes or such as "20GB"; None: SHARD_BYTES. Larger weights become several.
 
     Raises:
         NotADirectoryError: `folder` is a file, or a link that leads nowhere.

@@ -110,9 +110,7 @@ def _listed(
     return str(info.sha), info.siblings or []
 
 
-def _cached(
-    name: str, only: Sequence[str] | None, revision: str | None, cache: Path | None, at: PurePosixPath
-) -> Path:
+def _cached(name: str, only: Sequence[str] | None, revision: str | None, cache: Path | None, at: PurePosixPath) -> Path:
     place = snapshot_download(
         name,
         revision=revision,
@@ -131,12 +129,12 @@ def _cached(
     return folder
 
 
-def _chosen(
-    siblings: Sequence[RepoSibling], only: Sequence[str] | None, at: PurePosixPath
-) -> dict[str, RepoSibling]:
+def _chosen(siblings: Sequence[RepoSibling], only: Sequence[str] | None, at: PurePosixPath) -> dict[str, RepoSibling]:
     """The files to download, by name, in the order of their download."""
     listed = {sibling.rfilename: sibling for sibling in siblings}
-    chosen = set(filter_repo_objects(listed, allow_patterns=_below(at, only or FILES), ignore_patterns=_below(at, OTHERS)))
+    chosen = set(
+        filter_repo_objects(listed, allow_patterns=_below(at, only or FILES), ignore_patterns=_below(at, OTHERS))
+    )
     if only is None:
         done = {PurePosixPath(file).parent for file in chosen if file.endswith(".safetensors")}
         folders = {PurePosixPath(file).parent for file in chosen if PurePosixPath(file).name == "config.json"}

@@ -27,9 +27,7 @@ PRETRAINED = {  # members of every model that `from_pretrained` loads
     "is_gradient_checkpointing": "property",
     "num_parameters": "(self, only_trainable=False, exclude_embeddings=False)",
     "resize_token_embeddings": "(self, vocab_size, *, pad_to_multiple_of=None)",
-    "save_pretrained": (
-        "(self, folder, *, state_dict=None, max_shard_size=None, is_main_process=True, **options)"
-    ),
+    "save_pretrained": ("(self, folder, *, state_dict=None, max_shard_size=None, is_main_process=True, **options)"),
     "set_input_embeddings": "(self, value)",
 }
 FROZEN = {
@@ -104,7 +102,9 @@ FROZEN = {
     "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None, offsets=True, warn=True)",
     "modernbert.Tokenizer.encode_beginnings": "(self, texts, *, max_length, offsets=True)",
     "modernbert.Tokenizer.files": "(self)",
-    "modernbert.Tokenizer.from_pretrained": "(folder_or_hub_id, *, revision=None, token=None, local_files_only=False)",
+    "modernbert.Tokenizer.from_pretrained": (
+        "(folder_or_hub_id, *, revision=None, token=None, cache_dir=None, local_files_only=False, subfolder='')"
+    ),
     "modernbert.Tokenizer.id_to_token": "(self, token_id)",
     "modernbert.Tokenizer.save_pretrained": "(self, folder)",
     "modernbert.Tokenizer.token_to_id": "(self, token)",

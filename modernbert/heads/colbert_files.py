@@ -262,7 +262,9 @@ def content(
     files: dict[str, bytes | dict[str, Any] | list[Any]] = dict(tokenizer.files())
     parts = {"encoder.": encoder} | {f"dense.{index}.": layer for index, layer in enumerate(dense)}
     if unknown := [name for name in state or () if not name.startswith(tuple(parts))]:
-        raise ValueError(f"state_dict has {', '.join(unknown[:10])}: the names of a ColBERT begin with {', '.join(parts)}")
+        raise ValueError(
+            f"state_dict has {', '.join(unknown[:10])}: the names of a ColBERT begin with {', '.join(parts)}"
+        )
     of_encoder, *of_dense = (state_of(part, _below(prefix, state)) for prefix, part in parts.items())
     for index, (layer, tensors) in enumerate(zip(map(unwrapped, dense), of_dense, strict=True), 1):
         if not isinstance(layer, Dense):

@@ -34,7 +34,6 @@ from modernbert.train.options import check_values, fixed, option, parse, run
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
 from modernbert.train.vocabulary import train_tokenizer
 
-
 COUNT = Kind("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 2**63, int)
 PAIRS = Kind("a whole number, 2 or more: the others are the negatives", lambda v: type(v) is int and v >= 2, int)
 AMOUNT = Kind("a finite number, 0 or more", lambda v: type(v) in (int, float) and 0 <= v < math.inf, float)
@@ -49,7 +48,9 @@ class Config:
     decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs sharing 8 words in a row are left out", ())
     teacher: str = option("folder of a teacher's vectors, see train/teacher.py", "", free=True)
     teacher_model: str = option("sentence-transformers model that fills this folder if it is new", "", free=True)
-    teacher_pairs: int = option("pairs of each source that it embeds, besides the tokens of the vocabulary", 0, kind=COUNT)
+    teacher_pairs: int = option(
+        "pairs of each source that it embeds, besides the tokens of the vocabulary", 0, kind=COUNT
+    )
 
     vocab_size: int = option("tokens of the vocabulary", 8192, kind=SIZE)
     hidden_size: int = option("width of the encoder", 256, kind=SIZE)
@@ -72,7 +73,9 @@ class Config:
     temperature: float = option("temperature of the score, a sum over query tokens", 0.5, kind=POSITIVE)
     warmup: float = option("share of the steps in which the learning rate rises", 0.03, kind=SHARE)
     decay: float = option("share of the steps, the last ones, in which it falls to nothing", 0.4, kind=SHARE, free=True)
-    teacher_weight: float = option("weight of KL(teacher || student) in batches that the teacher has embedded", 0.5, kind=SHARE)
+    teacher_weight: float = option(
+        "weight of KL(teacher || student) in batches that the teacher has embedded", 0.5, kind=SHARE
+    )
     teacher_temperature: float = option("temperature of the teacher's cosines", 0.05, kind=POSITIVE)
     seed: int = option("seed of the weights and of the order of the pairs", 0, kind=COUNT)
     device: str = option("where to train, such as cuda", "cpu", free=True)

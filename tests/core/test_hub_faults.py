@@ -356,9 +356,9 @@ def test_a_model_in_a_subfolder(client: Client, place: str, tmp_path: Path) -> N
     client.hub.repositories["own/nested"] = Repository({COMMIT: content}, {"main": COMMIT})
     for options in ({"subfolder": place}, {"subfolder": f"./{place}/", "cache_dir": tmp_path / "other"}):
         assert client.ask("own/nested", **options) == files
+        asked = {request.partition(f"/{COMMIT}/")[2] for request in client.hub.requests if COMMIT in request}
+        assert asked == {f"{place}/{file}" for file in files}
         assert client.ask("own/nested", **options, local_files_only=True) == files
-    wanted = {f"{place}/{file}" for file in files}
-    assert {path for request in client.hub.requests for path in [request.partition(f"/{COMMIT}/")[2]] if path} <= wanted
     missing = client.ask("own/nested", subfolder="elsewhere")
     assert "the repository has no elsewhere/config.json" in str(missing)
     assert isinstance(client.ask("own/nested", subfolder="elsewhere", local_files_only=True), FileNotFoundError)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,9 +130,12 @@ REFUSED = {
 }
 
 
+ADVICE = "(pass|leave|call|give|delete|load|wrap|make|rename|save|index)"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_refused_by_name(kind: type[Model], folder: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}=.*: .*(pass|leave|call|give|delete|load|wrap|make|rename|save|index)"):
+    with pytest.raises(ValueError, match=rf"^{name}=.*: .*{ADVICE}"):
         kind.from_pretrained(folder, **{name: REFUSED[name]})
     kind.from_pretrained(folder, **{name: None})
 
@@ -331,7 +333,7 @@ def test_what_a_model_was_built_from_is_fixed(tmp_path: Path) -> None:
     encoder = Encoder(EncoderConfig(**SMALL))
     encoder.config.eos_token_id = 7
     for name, value in {"attention_dropout": 0.1, "hidden_size": 3, "layer_types": [], "model_type": "bert"}.items():
-        with pytest.raises(dataclasses.FrozenInstanceError, match=rf"{name} is fixed.*from_pretrained\(\.\.\., {name}="):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=rf"{name} is fixed.*from_pretrained\(.*{name}="):
             setattr(encoder.config, name, value)
     encoder.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7

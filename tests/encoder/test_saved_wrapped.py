@@ -1,4 +1,4 @@
-"""Models inside of wrappers, in parts on several ranks, or changed by another library: saved right, or refused by name."""
+"""Models in wrappers, in parts on several ranks, or changed by another library: saved right, or refused by name."""
 
 from __future__ import annotations
 
@@ -100,10 +100,13 @@ def test_a_state_dict_is_written_in_place_of_the_model(kind: type[Model], name: 
 
 WRONG: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "a name too many": (lambda state: state.update(more=torch.ones(1)), "more"),
-    "a name too few": (lambda state: state.pop(next(n for n in state if "layers.1.mlp.Wo" in n)), r"missing.*1\.mlp\.Wo"),
+    "a name too few": (
+        lambda state: state.pop(next(n for n in state if "layers.1.mlp.Wo" in n)),
+        r"missing.*1\.mlp\.Wo",
+    ),
     "a NaN": (lambda state: next(iter(state.values())).fill_(torch.nan), "has NaN"),
     "nothing": (lambda state: state.clear(), "missing"),
-    "not a tensor": (lambda state: state.update(dict.fromkeys(list(state)[:1], [1.0])), "is a list; a plain tensor"),
+    "not a tensor": (lambda state: state.update({name: [1.0] for name in [*state][:1]}), "is a list; a plain tensor"),
     "no values": (lambda state: state.update({n: t.to("meta") for n, t in state.items()}), "on meta"),
 }
 
