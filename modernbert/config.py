@@ -238,8 +238,8 @@ RESTATED = {
 }
 # These do not change the encoder, so they are kept, and are ignored otherwise. The settings of the task of a head:
 TASK = "id2label label2id num_labels problem_type finetuning_task task_specific_params"
-# All others: bookkeeping, switches of Hugging Face's code, and in the last line keys of decoders and BERT that no version
-# of ModernBERT reads.
+# All others: bookkeeping, switches of Hugging Face's code, and in the last line keys of decoders and BERT that no
+# version of ModernBERT reads.
 NOISE = (
     TASK,
     "architectures _name_or_path name_or_path transformers_version transformers.js_config dtype",
