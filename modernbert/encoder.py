@@ -160,6 +160,7 @@ class Encoder(Pretrained):
         *,
         inputs_embeds: Tensor | None = None,
         input_ids: Tensor | None = None,
+        return_dict: bool | None = None,
     ) -> EncoderOutput: ...
 
     def forward(
@@ -170,6 +171,7 @@ class Encoder(Pretrained):
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         input_ids: Tensor | None = None,
+        return_dict: bool | None = None,
     ) -> Tensor | EncoderOutput:
         """`[T]` tokens to `[T, D]`; with `rows` `[Q]` to the `[Q, D]` of these, which the last layer computes alone.
 
@@ -182,12 +184,15 @@ class Encoder(Pretrained):
             inputs_embeds: `[T, D]` (`[B, S, D]` padded) in place of the embedding table's rows, before their norm.
             attention_mask: `[B, S]`, nonzero at real tokens, which must be adjacent in each row.
             input_ids: `[B, S]`, another name of `batch` for padded callers.
+            return_dict: True or None, since the output has names; sentence-transformers passes it.
 
         Raises:
             ValueError: rows out of order or out of range, ids out of range, a mask with holes, contradictory arguments.
         """
         if batch is not None and input_ids is not None:
             raise ValueError("input_ids is another name of batch for padded callers: pass one of them")
+        if return_dict is False:
+            raise ValueError("return_dict=False: the output is a named tuple already; index it instead")
         if not isinstance(batch, Packed):
             return self._padded(batch if input_ids is None else input_ids, attention_mask, rows, inputs_embeds)
         if attention_mask is not None:

@@ -134,6 +134,8 @@ class Pretrained(nn.Module):
         sharded = checkpoint.is_sharded(self.state_dict() if state is None else state)
         if not (sharded or is_main_process):
             return
+        if state is not None and not state:
+            raise ValueError("state_dict is empty: processes without the tensors pass is_main_process=False")
         content = self._content(state)
         # The class that defines how to read: sharding makes a subclass of a model's class.
         home = next(each for each in type(self).__mro__ if "_read" in vars(each))

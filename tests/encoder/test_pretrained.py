@@ -253,7 +253,7 @@ def test_gradient_checkpointing(kind: type[Model]) -> None:
     encoder = model.base_model
     assert isinstance(encoder, Encoder)
     calls: list[int] = []
-    encoder.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    encoder.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
     batch = pack(IDS.tolist())
 
     def gradient() -> torch.Tensor:
@@ -429,7 +429,7 @@ def test_two_steps_of_transformers_trainer(kind: type[Model], tmp_path: Path) ->
     encoder = model.base_model
     assert isinstance(encoder, Encoder)
     calls: list[int] = []
-    encoder.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    encoder.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
 
     class Rows(Trainer):
         def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object) -> object:

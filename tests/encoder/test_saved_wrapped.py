@@ -105,7 +105,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         r"missing.*1\.mlp\.Wo",
     ),
     "a NaN": (lambda state: next(iter(state.values())).fill_(torch.nan), "has NaN"),
-    "nothing": (lambda state: state.clear(), "missing"),
+    "nothing": (lambda state: state.clear(), "state_dict is empty"),
     "not a tensor": (lambda state: state.update({name: [1.0] for name in [*state][:1]}), "is a list; a plain tensor"),
     "no values": (lambda state: state.update({n: t.to("meta") for n, t in state.items()}), "on meta"),
 }
