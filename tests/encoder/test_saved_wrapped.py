@@ -44,7 +44,7 @@ def wrap_parts(model: Model, wrap: Callable[[nn.Module], nn.Module]) -> None:
     encoder = model.base_model
     assert isinstance(encoder, Encoder)
     encoder.layers[0] = wrap(encoder.layers[0])
-    encoder.layers[1].mlp = wrap(wrap(encoder.layers[1].mlp))
+    encoder.layers[1].mlp = wrap(encoder.layers[1].mlp)
     if isinstance(model, ColBERT):
         model.dense[0] = wrap(model.dense[0])
         model.encoder = wrap(model.encoder)
