@@ -80,7 +80,7 @@ def check(known: Mapping[str, Known], given: Mapping[str, object]) -> None:
         if name not in known:
             raise TypeError(f"{name}={value!r:.80} is not an argument here; known are {', '.join(known)}")
         taken, instead = known[name]
-        if value is not None and taken is not ANY and not any(value is each for each in taken):
+        if value is not None and taken is not None and not any(value is each for each in taken):
             raise ValueError(f"{name}={value!r:.80} is not supported: {instead}")
 
 

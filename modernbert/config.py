@@ -298,7 +298,8 @@ def _layer_pattern(hf: Mapping[str, Any]) -> tuple[str, ...]:
 
 _IDS = EncoderConfig(pad_token_id=50283, cls_token_id=50281, sep_token_id=50282, bos_token_id=50281, eos_token_id=50282)
 _MODERNBERT = replace(_IDS, classifier_pooling="mean")
-_ETTIN = replace(_MODERNBERT, max_position_embeddings=7999, local_rope_theta=160_000.0)
+_SANS_POS = {"position_embedding_type": "sans_pos"}
+_ETTIN = replace(_MODERNBERT, max_position_embeddings=7999, local_rope_theta=160_000.0, others=_SANS_POS)
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 PRESETS: dict[str, EncoderConfig] = {
     name: replace(family, **dict(zip(_SHAPE, shape, strict=True)))

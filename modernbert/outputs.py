@@ -31,7 +31,7 @@ class EncoderOutput(NamedTuple):
         return [value for _, value in self.items()]
 
     def items(self) -> list[tuple[str, Any]]:
-        return [(name, value) for name, value in self._asdict().items() if value is not None]
+        return [(name, value) for name, value in zip(self._fields, self, strict=True) if value is not None]
 
     def get(self, key: str, default: Any = None) -> Any:
         return dict(self.items()).get(key, default)

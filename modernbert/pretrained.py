@@ -145,7 +145,15 @@ class Pretrained(nn.Module):
             if state is None:
                 checkpoint.check_same(self, loaded)
 
-        write = partial(checkpoint.save, folder, **content._asdict(), check=check, max_shard_size=max_shard_size)
+        write = partial(
+            checkpoint.save,
+            folder,
+            config=content.config,
+            state=content.state,
+            files=content.files,
+            check=check,
+            max_shard_size=max_shard_size,
+        )
         if sharded:
             checkpoint.on_first_rank(write)
         else:
