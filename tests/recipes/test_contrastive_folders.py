@@ -322,3 +322,9 @@ def test_a_teacher_or_a_corpus_with_other_content_is_refused(config, tmp_path, m
     corpus.write_bytes(gzip.compress(b'{"text": "another corpus"}\n', mtime=0))
     with pytest.raises(ValueError, match=r"tokens\.npz belongs to another run: hash of corpora is"):
         main(config)
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_refused(config):
+    main(config)
+    with pytest.raises(ValueError, match="has a checkpoint of step 2: ask for as many steps or more"):
+        main(replace(config, steps=1))
