@@ -6,9 +6,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from .settings import Settings
 
 T = TypeVar("T")
 
@@ -69,9 +71,9 @@ SIDE = Kind("left or right", lambda v: v in ("left", "right"), str)
 WORDS = Kind[tuple[str, ...]]("a list of texts", lambda v: type(v) in (list, tuple) and all(map(_is_text, v)), tuple)
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The degrees of freedom of the encoder, plus the fields of heads that a save must keep.
+@dataclass(unsafe_hash=True)
+class EncoderConfig(Settings):
+    """The degrees of freedom of the encoder, plus the fields of heads and of others that a save must keep.
 
     Names and defaults are Hugging Face's, with two exceptions. `layer_pattern` is the attention of the first layers,
     repeated for the others, so that `dataclasses.replace(config, num_hidden_layers=4)` works; the full list is
@@ -99,11 +101,12 @@ class EncoderConfig:
     mlp_dropout: Annotated[float, RATE] = 0.0
     initializer_range: Annotated[float, POSITIVE] = 0.02
     initializer_cutoff_factor: Annotated[float, POSITIVE] = 2.0
-    pad_token_id: Annotated[int | None, TOKEN_ID] = None
-    cls_token_id: Annotated[int | None, TOKEN_ID] = None
-    sep_token_id: Annotated[int | None, TOKEN_ID] = None
-    bos_token_id: Annotated[int | None, TOKEN_ID] = None
-    eos_token_id: Annotated[int | None, TOKEN_ID] = None
+    # transformers' Trainer sets these to those of its tokenizer.
+    pad_token_id: Annotated[int | None, TOKEN_ID] = field(default=None, hash=False)
+    cls_token_id: Annotated[int | None, TOKEN_ID] = field(default=None, hash=False)
+    sep_token_id: Annotated[int | None, TOKEN_ID] = field(default=None, hash=False)
+    bos_token_id: Annotated[int | None, TOKEN_ID] = field(default=None, hash=False)
+    eos_token_id: Annotated[int | None, TOKEN_ID] = field(default=None, hash=False)
     # For the heads:
     decoder_bias: Annotated[bool, FLAG] = True
     tie_word_embeddings: Annotated[bool, FLAG] = True
@@ -113,6 +116,7 @@ class EncoderConfig:
     classifier_dropout: Annotated[float, RATE] = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, kind in _kinds().items():
             object.__setattr__(self, name, kind.check(f"config: {name}", getattr(self, name)))
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -150,14 +154,14 @@ class EncoderConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> EncoderConfig:
         """Read the config.json of transformers 4.48 or later, of either generation or with both in one file.
 
-        Keys that repeat each other must agree, or a ValueError is raised, as for what is not implemented. One warning
-        names all unknown keys.
+        Keys that repeat each other must agree, or a ValueError is raised, as for what is not implemented. Keys that do
+        not change the encoder go to `others`; one warning names those that are unknown.
         """
         hf = OBJECT.check("config: config.json", hf)
         _refuse_unsupported(hf)
-        names = {field.name for field in fields(cls)} - {"layer_pattern"}
-        unknown = set(hf) - names - DERIVED - set(ONLY) - set(RESTATED) - set(" ".join(NOISE).split())
-        if unknown:
+        names = set(_kinds()) - {"layer_pattern"}
+        others = set(hf) - names - DERIVED - set(ONLY) - set(RESTATED) - {"architectures"}
+        if unknown := others - set(" ".join(NOISE).split()):
             warnings.warn(f"config.json: ignored unknown keys: {', '.join(sorted(unknown))}", stacklevel=2)
 
         values = {name: hf[name] for name in names & set(hf)}
@@ -165,19 +169,39 @@ class EncoderConfig:
         values["local_rope_theta"] = _rope_theta(hf, SLIDING, "local_rope_theta", null_means=theta)
         if hf.get("sliding_window") is not None:
             values.setdefault("local_attention", 2 * SIZE.check("config: sliding_window", hf["sliding_window"]))
+        values["others"] = {name: hf[name] for name in hf if name in others}
         config = cls(**values, layer_pattern=_layer_pattern(hf))
         for key, name in RESTATED.items():
             if hf.get(key) not in (None, getattr(config, name)):
                 raise _refusal(key, hf[key], f"{getattr(config, name)} as the other fields say, or removed")
         return config
 
+    def changed(self, settings: Mapping[str, object]) -> EncoderConfig:
+        """This config with other values of fields, or of a head's settings in `TASK`.
+
+        Raises:
+            TypeError: a name that is neither. ValueError: a wrong value.
+        """
+        own = _kinds()
+        if unknown := sorted(settings.keys() - own.keys() - set(TASK.split())):
+            raise TypeError(f"{', '.join(unknown)}: not a field of EncoderConfig, which has {', '.join(own)}")
+        others = self.others | {name: value for name, value in settings.items() if name not in own}
+        values: dict[str, Any] = {name: value for name, value in settings.items() if name in own}
+        return replace(self, others=others, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`to_hf`, under the name of transformers."""
+        return self.to_hf()
+
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers 4.48 to 5.x all read correctly: it has the keys of both generations."""
         hf = asdict(self)
-        first, *others = hf.pop("layer_pattern")
-        every_n = 1 + len(others) if first == FULL and FULL not in others else None
+        kept = hf.pop("others")
+        first, *rest = hf.pop("layer_pattern")
+        every_n = 1 + len(rest) if first == FULL and FULL not in rest else None
         thetas = {FULL: self.global_rope_theta, SLIDING: self.local_rope_theta}
         return {
+            **kept,
             "architectures": ["ModernBertModel"],
             "model_type": "modernbert",
             **hf,
@@ -191,7 +215,8 @@ class EncoderConfig:
 @cache
 def _kinds() -> dict[str, Kind[Any]]:
     """The kind of each field."""
-    return {name: get_args(hint)[1] for name, hint in get_type_hints(EncoderConfig, include_extras=True).items()}
+    hints = get_type_hints(EncoderConfig, include_extras=True)
+    return {name: get_args(hint)[1] for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
 # The keys of config.json that are not fields, by how they are handled. From these, fields are derived:
@@ -211,14 +236,17 @@ RESTATED = {
     "sliding_window": "window",  # the half width in transformers 5
     "rope_theta": "global_rope_theta",  # an alias in transformers 4
 }
-# These do not change the encoder and are ignored: bookkeeping, switches of Hugging Face's code, the task settings of
-# a head, and in the last line keys of decoders and BERT that no version of ModernBERT reads.
+# These do not change the encoder, so they are kept, and are ignored otherwise. The settings of the task of a head:
+TASK = "id2label label2id num_labels problem_type finetuning_task task_specific_params"
+# All others: bookkeeping, switches of Hugging Face's code, and in the last line keys of decoders and BERT that no
+# version of ModernBERT reads.
 NOISE = (
+    TASK,
     "architectures _name_or_path name_or_path transformers_version transformers.js_config dtype",
     "torch_dtype attn_implementation _attn_implementation _attn_implementation_autoset reference_compile",
     "deterministic_flash_attn gradient_checkpointing sparse_prediction sparse_pred_ignore_index use_cache",
     "repad_logits_with_grad chunk_size_feed_forward return_dict output_attentions output_hidden_states",
-    "tie_last_hidden_states id2label label2id num_labels problem_type finetuning_task task_specific_params",
+    "tie_last_hidden_states",
     "is_decoder is_encoder_decoder pruned_heads layer_norm_eps position_embedding_type hidden_act",
 )
 
@@ -270,7 +298,8 @@ def _layer_pattern(hf: Mapping[str, Any]) -> tuple[str, ...]:
 
 _IDS = EncoderConfig(pad_token_id=50283, cls_token_id=50281, sep_token_id=50282, bos_token_id=50281, eos_token_id=50282)
 _MODERNBERT = replace(_IDS, classifier_pooling="mean")
-_ETTIN = replace(_MODERNBERT, max_position_embeddings=7999, local_rope_theta=160_000.0)
+_SANS_POS = {"position_embedding_type": "sans_pos"}
+_ETTIN = replace(_MODERNBERT, max_position_embeddings=7999, local_rope_theta=160_000.0, others=_SANS_POS)
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 PRESETS: dict[str, EncoderConfig] = {
     name: replace(family, **dict(zip(_SHAPE, shape, strict=True)))

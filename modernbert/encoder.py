@@ -9,13 +9,12 @@ Dimension key, used as suffixes everywhere in this project:
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +23,16 @@ from torch.utils.checkpoint import checkpoint
 
 import modernbert_kernels as ops
 
-from .checkpoint import check_same, load_weights, locate, read_json, save, state_of
+from .checkpoint import Content, load_weights, state_of
 from .config import EncoderConfig
+from .outputs import EncoderOutput as EncoderOutput
 from .packing import Packed, check_rows, pack, padded_ids, unpack
+from .pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Rope = tuple[Tensor, Tensor]
-
-
-class EncoderOutput(NamedTuple):
-    """What a padded caller gets back, under Hugging Face's names.
-
-    Attributes:
-        last_hidden_state: `[B, S, D]`, after the final norm; zero in padding.
-        hidden_states: None, or the tuple that `integrations.transformers` fills in.
-    """
-
-    last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Linear(nn.Linear):
@@ -138,10 +130,10 @@ class Layer(nn.Module):
         return x_QD, self.mlp(h_QD)
 
 
-class Encoder(nn.Module):
+class Encoder(Pretrained):
     """ModernBERT, Ettin and every checkpoint of their family, without padding.
 
-    Parameter names are those of Hugging Face's `ModernBertModel`.
+    Parameter names are those of Hugging Face's `ModernBertModel`. `Pretrained` loads and saves it.
 
     Attributes:
         config: the `EncoderConfig`.
@@ -150,7 +142,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = replace(config)  # a copy: transformers' Trainer writes to it
         self.gradient_checkpointing = False
         self.thetas = tuple(config.rope_theta(layer) for layer in range(config.num_hidden_layers))
         self.embeddings = Embeddings(config)
@@ -168,6 +160,7 @@ class Encoder(nn.Module):
         *,
         inputs_embeds: Tensor | None = None,
         input_ids: Tensor | None = None,
+        return_dict: bool | None = None,
     ) -> EncoderOutput: ...
 
     def forward(
@@ -178,6 +171,7 @@ class Encoder(nn.Module):
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         input_ids: Tensor | None = None,
+        return_dict: bool | None = None,
     ) -> Tensor | EncoderOutput:
         """`[T]` tokens to `[T, D]`; with `rows` `[Q]` to the `[Q, D]` of these, which the last layer computes alone.
 
@@ -190,12 +184,15 @@ class Encoder(nn.Module):
             inputs_embeds: `[T, D]` (`[B, S, D]` padded) in place of the embedding table's rows, before their norm.
             attention_mask: `[B, S]`, nonzero at real tokens, which must be adjacent in each row.
             input_ids: `[B, S]`, another name of `batch` for padded callers.
+            return_dict: True or None, since the output has names; sentence-transformers passes it.
 
         Raises:
             ValueError: rows out of order or out of range, ids out of range, a mask with holes, contradictory arguments.
         """
         if batch is not None and input_ids is not None:
             raise ValueError("input_ids is another name of batch for padded callers: pass one of them")
+        if return_dict is False:
+            raise ValueError("return_dict=False: the output is a named tuple already; index it instead")
         if not isinstance(batch, Packed):
             return self._padded(batch if input_ids is None else input_ids, attention_mask, rows, inputs_embeds)
         if attention_mask is not None:
@@ -238,55 +235,35 @@ class Encoder(nn.Module):
     @classmethod
     def from_config(cls, config: EncoderConfig | str) -> Encoder:
         """A freshly initialised encoder from an `EncoderConfig` or the name of a preset such as `"ettin-17m"`."""
-        return cls(EncoderConfig.preset(config) if isinstance(config, str) else config)
+        config = EncoderConfig.preset(config) if isinstance(config, str) else config
+        if not isinstance(config, EncoderConfig):
+            kind = type(config).__name__
+            raise TypeError(f"config is a {kind}; EncoderConfig.from_hf(config.to_dict()) reads one of transformers")
+        return cls(config)
 
     @classmethod
-    def from_pretrained(
+    def _read(
         cls,
-        folder_or_hub_id: str | os.PathLike[str],
+        folder: Path,
+        config: EncoderConfig,
         *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> Encoder:
-        """Load a Hugging Face checkpoint of the family, in evaluation mode; a head in the file is left out.
-
-        Args:
-            folder_or_hub_id: a local folder, or the id of a repository on the Hugging Face hub.
-            dtype: of the parameters; None means float32, whatever the file holds.
-            device: where the parameters go; None means the CPU.
-            revision, token, local_files_only: passed to `huggingface_hub`.
-
-        Raises:
-            ValueError: a config value that is not supported, or weights that do not match the config, all listed.
-        """
-        folder = locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
-        config = EncoderConfig.from_hf(read_json(folder, "config.json"))
+        device: torch.device,
+        dtype: torch.dtype,
+        elsewhere: tuple[str, ...] = (),
+    ) -> Self:
         with torch.device("meta"):
             encoder = cls(config)
-        load_weights(encoder, folder, device=device or "cpu", dtype=dtype or torch.float32)
-        return encoder.eval()
+        load_weights(encoder, folder, device=device, dtype=dtype, elsewhere=elsewhere)
+        return encoder
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, which `ModernBertModel.from_pretrained` reads. Atomic.
+    def _content(self, state: Mapping[str, Tensor] | None) -> Content:
+        return Content(self.config.to_hf(), state_of(self, state))
 
-        The new folder is loaded before it replaces the old one.
-
-        Raises:
-            ValueError: a model that would not load again, such as one with an adapter or with NaN; nothing is written.
-            NotADirectoryError: `folder` is a file, or a link that leads nowhere.
-        """
-
-        def check(new: Path) -> None:
-            check_same(self, Encoder.from_pretrained(new, dtype=self.embeddings.tok_embeddings.weight.dtype))
-
-        save(folder, config=self.config.to_hf(), state=state_of(self), check=check)
-
-    def resize_token_embeddings(self, vocab_size: int) -> None:
+    def resize_token_embeddings(self, vocab_size: int, *, pad_to_multiple_of: int | None = None) -> nn.Embedding:
         """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`."""
-        config = replace(self.config, vocab_size=vocab_size)
+        if pad_to_multiple_of is not None:
+            vocab_size = -(-vocab_size // pad_to_multiple_of) * pad_to_multiple_of
+        self.config.changed({"vocab_size": vocab_size})  # refuses a wrong one before anything is made
         old = self.embeddings.tok_embeddings
         kept = min(vocab_size, old.num_embeddings)
         new = nn.Embedding(vocab_size, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
@@ -294,8 +271,8 @@ class Encoder(nn.Module):
         with torch.no_grad():
             new.weight[:kept] = old.weight[:kept]
         new.weight.requires_grad_(old.weight.requires_grad)
-        self.embeddings.tok_embeddings = new
-        self.config = config
+        self.set_input_embeddings(new)
+        return new
 
     def reset_parameters(self) -> None:
         """The "full Megatron" initialisation of ModernBERT (paper, appendix A): outputs of a block start smaller."""

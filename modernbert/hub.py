@@ -44,28 +44,32 @@ def download(
     token: str | bool | None,
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
+    subfolder: str = "",
 ) -> Path:
     """The folder of the cache that holds `name` at `revision`; see `checkpoint.locate` for arguments and errors."""
     where = repr(name) + (f" at revision {revision!r}" if revision else "")
     login = "log in with `hf auth login` or pass token=..."
     cache = None if cache_dir is None else Path(cache_dir)
-    cached = partial(_cached, name, only, revision, cache)
+    at = PurePosixPath(subfolder)
+    last = (at / (only or LAST)[-1]).as_posix()
+    cached = partial(_cached, name, only, revision, cache, at)
     try:
         offline = local_files_only or constants.HF_HUB_OFFLINE
         listed = cached() if offline else _patiently(partial(_listed, name, revision, token, cached))
         if isinstance(listed, Path):
             return listed
         commit, siblings = listed  # all files are of this commit, even if the branch moves on
-        files = _chosen(siblings, only)
+        files = _chosen(siblings, only, at)
         fetch = partial(hf_hub_download, name, revision=commit, cache_dir=cache, token=token)
         paths = {file: try_to_load_from_cache(name, file, cache, commit) for file in files}
         # If the last file is missing, an earlier run broke off, perhaps before it verified what it had downloaded.
-        whole = isinstance(paths[[*files][-1]], str)
+        whole = isinstance(paths[last], str)
         for file, sibling in files.items():
             if not whole or not isinstance(paths[file], str):
                 paths[file] = _fetched(sibling, fetch)
-        folder = Path(str(paths[[*files][-1]])).parent
-        _name_commit(folder, revision or constants.DEFAULT_REVISION)
+        folder = Path(str(paths[last])).parent
+        snapshot = [folder, *folder.parents][len(at.parts)]
+        _name_commit(snapshot, revision or constants.DEFAULT_REVISION)
         return folder
     except errors.GatedRepoError as error:
         raise PermissionError(f"{where} is gated: accept its terms, then {login}: {_one_line(error)}") from error
@@ -106,17 +110,16 @@ def _listed(
     return str(info.sha), info.siblings or []
 
 
-def _cached(name: str, only: Sequence[str] | None, revision: str | None, cache: Path | None) -> Path:
-    wanted = list(only or FILES)
+def _cached(name: str, only: Sequence[str] | None, revision: str | None, cache: Path | None, at: PurePosixPath) -> Path:
     place = snapshot_download(
         name,
         revision=revision,
         cache_dir=cache,
-        allow_patterns=wanted,
-        ignore_patterns=list(OTHERS),
+        allow_patterns=_below(at, only or FILES),
+        ignore_patterns=_below(at, OTHERS),
         local_files_only=True,
     )
-    folder = Path(place)
+    folder = Path(place) / at
     # Another program may have downloaded the config alone.
     if not all(any(folder.glob(pattern)) for pattern in (only[-1:] if only else ("config.json", "*model*.*"))):
         raise FileNotFoundError(
@@ -126,21 +129,28 @@ def _cached(name: str, only: Sequence[str] | None, revision: str | None, cache: 
     return folder
 
 
-def _chosen(siblings: Sequence[RepoSibling], only: Sequence[str] | None) -> dict[str, RepoSibling]:
+def _chosen(siblings: Sequence[RepoSibling], only: Sequence[str] | None, at: PurePosixPath) -> dict[str, RepoSibling]:
     """The files to download, by name, in the order of their download."""
     listed = {sibling.rfilename: sibling for sibling in siblings}
-    chosen = set(filter_repo_objects(listed, allow_patterns=list(only or FILES), ignore_patterns=list(OTHERS)))
+    chosen = set(
+        filter_repo_objects(listed, allow_patterns=_below(at, only or FILES), ignore_patterns=_below(at, OTHERS))
+    )
     if only is None:
         done = {PurePosixPath(file).parent for file in chosen if file.endswith(".safetensors")}
         folders = {PurePosixPath(file).parent for file in chosen if PurePosixPath(file).name == "config.json"}
         pickles = [(folder / "pytorch_model*").as_posix() for folder in folders - done]
         chosen |= set(filter_repo_objects(listed, allow_patterns=pickles))
-    if (last := (only or LAST)[-1]) not in chosen:
+    if (last := (at / (only or LAST)[-1]).as_posix()) not in chosen:
         raise FileNotFoundError(
             f"the repository has no {last}, so it is not a checkpoint; it has {sorted(listed)[:20]}"
         )
-    rank = {file: LAST.index(file) if file in LAST else -1 for file in chosen}
+    ranks = _below(at, LAST)
+    rank = {file: ranks.index(file) if file in ranks else -1 for file in chosen}
     return {file: listed[file] for file in sorted(chosen, key=lambda file: (rank[file], file))}
+
+
+def _below(at: PurePosixPath, patterns: Sequence[str]) -> list[str]:
+    return [(at / pattern).as_posix() for pattern in patterns]
 
 
 def _fetched(sibling: RepoSibling, fetch: Callable[..., str]) -> str:

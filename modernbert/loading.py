@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -48,14 +49,24 @@ def load_weights(
     dtype: torch.dtype | None = None,
     prefix: str = "model.",
     ignore: tuple[str, ...] = HEADS,
+    elsewhere: tuple[str, ...] = (),
 ) -> None:
     """`load_state_dict(module, read_state_dict(folder))`, but files that do not fit are refused before they are read.
+
+    A warning names the tensors that are skipped, except those that start with one of `elsewhere`: these are read too.
 
     Raises:
         FileNotFoundError, ValueError: as these two.
     """
     found = weights.find(Path(folder))
     names = _fitting(module, {name: stored.like for name, stored in found.items()}, prefix, ignore)
+    taken = set(names.values())
+    if left := [name for name in found if name not in taken and not name.startswith(elsewhere)]:
+        kind = type(module).__name__
+        warnings.warn(
+            f"{folder}: tensors of a head are left out, and saving this {kind} will not keep them: {_listed(left)}",
+            stacklevel=5,  # the caller of `from_pretrained`
+        )
     where = torch.device(device)
     _assign(module, {own: weights.read(name, found.pop(name), where, dtype) for own, name in names.items()})
 
@@ -136,10 +147,10 @@ def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _refuse(module: nn.Module, problems: Mapping[str, Sequence[str]]) -> None:
     """Raise a ValueError that lists the problems, if there are any."""
-    lists = [
-        f"{what} ({len(names)}): {', '.join(names[:MOST_LISTED])}" + ", ..." * (len(names) > MOST_LISTED)
-        for what, names in problems.items()
-        if names
-    ]
+    lists = [f"{what} ({len(names)}): {_listed(names)}" for what, names in problems.items() if names]
     if lists:
         raise ValueError("\n  ".join([f"the weights do not fit this {type(module).__name__}", *lists]))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_LISTED]) + ", ..." * (len(names) > MOST_LISTED)

@@ -94,7 +94,9 @@ class Tokenizer:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        subfolder: str = "",
     ) -> Tokenizer:
         """Read a checkpoint folder or hub id, without downloading weights; only tokenizer.json is required."""
         optional = ("special_tokens_map.json", "tokenizer_config.json", "sentence_bert_config.json")
@@ -103,7 +105,9 @@ class Tokenizer:
             only=(*optional, "tokenizer.json"),
             revision=revision,
             token=token,
+            cache_dir=cache_dir,
             local_files_only=local_files_only,
+            subfolder=subfolder,
         )
         if not (file := folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{file} is missing; transformers' AutoTokenizer saves one")

@@ -10,7 +10,28 @@ import pytest
 import modernbert
 import modernbert_kernels
 
+PRETRAINED = {  # members of every model that `from_pretrained` loads
+    "activation_checkpointing_disable": "(self)",
+    "activation_checkpointing_enable": "(self, activation_checkpointing_kwargs=None, **options)",
+    "base_model": "property",
+    "device": "property",
+    "dtype": "property",
+    "from_pretrained": (
+        "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, cache_dir=None, "
+        "local_files_only=False, subfolder='', torch_dtype=None, device_map=None, **options)"
+    ),
+    "get_input_embeddings": "(self)",
+    "gradient_checkpointing_disable": "(self)",
+    "gradient_checkpointing_enable": "(self, gradient_checkpointing_kwargs=None, **options)",
+    "is_activation_checkpointing": "property",
+    "is_gradient_checkpointing": "property",
+    "num_parameters": "(self, only_trainable=False, exclude_embeddings=False)",
+    "resize_token_embeddings": "(self, vocab_size, *, pad_to_multiple_of=None)",
+    "save_pretrained": ("(self, folder, *, state_dict=None, max_shard_size=None, is_main_process=True, **options)"),
+    "set_input_embeddings": "(self, value)",
+}
 FROZEN = {
+    **{f"modernbert.{model}.{name}": row for model in ("ColBERT", "Encoder") for name, row in PRETRAINED.items()},
     "modernbert.ColBERT": "(encoder, tokenizer, dense, config)",
     "modernbert.ColBERT.default": "()",
     "modernbert.ColBERT.document_ids": "(self, texts)",
@@ -22,25 +43,16 @@ FROZEN = {
     "modernbert.ColBERT.encode_queries": ("(self, texts, *, batch_tokens=None, progress=None, devices=None)"),
     "modernbert.ColBERT.forward": "(self, batch, *, rows=None)",
     "modernbert.ColBERT.from_encoder": "(encoder, tokenizer, *, dim=128, config=None)",
-    "modernbert.ColBERT.from_pretrained": (
-        "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
-    ),
     "modernbert.ColBERT.query_ids": "(self, texts)",
     "modernbert.ColBERT.query_tokens": "(self, ids, spans=())",
-    "modernbert.ColBERT.save_pretrained": "(self, folder)",
     "modernbert.ColBERT.tokenize_documents": "(self, texts, *, truncate=True, spans=True)",
     "modernbert.ColBERT.tokenize_queries": "(self, texts, *, spans=True)",
     "modernbert.Encoder": "(config)",
     "modernbert.Encoder.forward": (
-        "(self, batch=None, attention_mask=None, *, rows=None, inputs_embeds=None, input_ids=None)"
+        "(self, batch=None, attention_mask=None, *, rows=None, inputs_embeds=None, input_ids=None, return_dict=None)"
     ),
     "modernbert.Encoder.from_config": "(config)",
-    "modernbert.Encoder.from_pretrained": (
-        "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
-    ),
     "modernbert.Encoder.reset_parameters": "(self)",
-    "modernbert.Encoder.resize_token_embeddings": "(self, vocab_size)",
-    "modernbert.Encoder.save_pretrained": "(self, folder)",
     "modernbert.EncoderConfig": (
         "(vocab_size=50368, hidden_size=768, intermediate_size=1152, num_hidden_layers=22, "
         "num_attention_heads=12, hidden_activation='gelu', max_position_embeddings=8192, "
@@ -51,15 +63,19 @@ FROZEN = {
         "initializer_cutoff_factor=2.0, pad_token_id=None, cls_token_id=None, sep_token_id=None, "
         "bos_token_id=None, eos_token_id=None, decoder_bias=True, tie_word_embeddings=True, "
         "classifier_pooling='cls', classifier_activation='gelu', classifier_bias=False, "
-        "classifier_dropout=0.0)"
+        "classifier_dropout=0.0, *, others=<factory>)"
     ),
+    "modernbert.EncoderConfig.changed": "(self, settings)",
     "modernbert.EncoderConfig.from_hf": "(hf)",
+    "modernbert.EncoderConfig.get_text_config": "(self, decoder=False)",
     "modernbert.EncoderConfig.head_dim": "property",
     "modernbert.EncoderConfig.is_global": "(self, layer)",
     "modernbert.EncoderConfig.layer_types": "property",
     "modernbert.EncoderConfig.preset": "(name)",
     "modernbert.EncoderConfig.rope_theta": "(self, layer)",
+    "modernbert.EncoderConfig.to_dict": "(self)",
     "modernbert.EncoderConfig.to_hf": "(self)",
+    "modernbert.EncoderConfig.to_json_string": "(self)",
     "modernbert.EncoderConfig.window": "property",
     "modernbert.Packed": (
         "(input_ids, positions, cu_seqlens, lengths, max_seqlen, key_lengths=None, "
@@ -86,7 +102,9 @@ FROZEN = {
     "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None, offsets=True, warn=True)",
     "modernbert.Tokenizer.encode_beginnings": "(self, texts, *, max_length, offsets=True)",
     "modernbert.Tokenizer.files": "(self)",
-    "modernbert.Tokenizer.from_pretrained": "(folder_or_hub_id, *, revision=None, token=None, local_files_only=False)",
+    "modernbert.Tokenizer.from_pretrained": (
+        "(folder_or_hub_id, *, revision=None, token=None, cache_dir=None, local_files_only=False, subfolder='')"
+    ),
     "modernbert.Tokenizer.id_to_token": "(self, token_id)",
     "modernbert.Tokenizer.save_pretrained": "(self, folder)",
     "modernbert.Tokenizer.token_to_id": "(self, token)",
@@ -134,7 +152,8 @@ def surface() -> dict[str, str]:
                 rows[label] = arguments(value) if callable(value) else "module"
             else:
                 rows[label] = arguments(value)
-                for member, raw in vars(value).items():
+                own = [base for base in value.__mro__ if base.__module__.split(".")[0] == package.__name__]
+                for member, raw in {name: raw for base in reversed(own) for name, raw in vars(base).items()}.items():
                     if isinstance(raw, property):
                         rows[f"{label}.{member}"] = "property"
                     elif inspect.isroutine(raw) and (member == "__call__" or not member.startswith("_")):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +16,31 @@ from torch import Tensor, nn
 
 import modernbert_kernels as ops
 
-from .. import checkpoint
+from ..checkpoint import Content
+from ..config import EncoderConfig
 from ..encoder import Encoder
 from ..inference.devices import encode_in_processes
 from ..inference.encode import Modules, encode_texts, list_of_texts, stream_texts
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
 from ..packing import Packed, Span, Tokens, list_of_sequences, pack
+from ..pretrained import Pretrained
 from ..tokenizer import Tokenizer
 from . import colbert_files
 from .colbert_files import ColBERTConfig
 from .dense import Dense
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
-class ColBERT(nn.Module):
+class ColBERT(Pretrained):
     """An `Encoder`, its `Tokenizer`, and a head that projects and normalises every token.
+
+    `from_pretrained` loads a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
+    Blanks, prompts and the skiplist are handled as in the library that wrote the folder (see `ColBERTConfig`), so that
+    vectors equal those of that library. `save_pretrained` writes a folder that the first two read.
 
     Attributes:
         encoder, tokenizer, config: the parts. dense: the layers of the head. dim: width E of the vectors.
@@ -75,52 +84,22 @@ class ColBERT(nn.Module):
         return colbert
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder_or_hub_id: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> ColBERT:
-        """Load a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
-
-        Arguments are those of `Encoder.from_pretrained`. Blanks, prompts and the skiplist are handled as in the library
-        that wrote the folder (see `ColBERTConfig`), so that vectors equal those of that library.
-
-        Raises:
-            ValueError: no late-interaction head, unsupported modules or settings, or weights that do not match.
-        """
-        folder = checkpoint.locate(folder_or_hub_id, revision=revision, token=token, local_files_only=local_files_only)
-        encoder = Encoder.from_pretrained(folder, dtype=dtype, device=device)
+    def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
+        # Stanford's head is in the file of the encoder.
+        encoder = Encoder._read(folder, config, device=device, dtype=dtype, elsewhere=("linear.",))
         tokenizer = Tokenizer.from_pretrained(folder)
-        config, dense = colbert_files.read(
-            folder, encoder.config, tokenizer, device=device or "cpu", dtype=dtype or torch.float32
-        )
-        return cls(encoder, tokenizer, dense, config).eval()
+        head, dense = colbert_files.read(folder, config, tokenizer, device=device, dtype=dtype)
+        return cls(encoder, tokenizer, dense, head)
 
     @classmethod
     def default(cls) -> ColBERT:
         """The small English model that ships with the package; see its model card in `modernbert/assets/default`."""
         return cls.from_pretrained(ASSETS / "default")
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that PyLate and sentence-transformers read. Atomic.
-
-        The new folder is loaded before it replaces the old one.
-
-        Raises:
-            ValueError: a model that would not load again, such as one with an adapter or with NaN; nothing is written.
-            NotADirectoryError: `folder` is a file, or a link that leads nowhere.
-        """
-
-        def check(new: Path) -> None:
-            dtype = self.encoder.embeddings.tok_embeddings.weight.dtype
-            checkpoint.check_same(self, ColBERT.from_pretrained(new, dtype=dtype))
-
-        colbert_files.write(folder, self.encoder, self.tokenizer, self.dense, self.config, check=check)
+    def _content(self, state: Mapping[str, Tensor] | None) -> Content:
+        return colbert_files.content(
+            self.base_model.config, self.encoder, self.tokenizer, [*self.dense], self.config, state
+        )
 
     def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.

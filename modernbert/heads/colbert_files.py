@@ -5,9 +5,8 @@ Every function that reads a file raises a ValueError with the file, the key and 
 
 from __future__ import annotations
 
-import os
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checkpoint
+from ..checkpoint import Content, state_of, unwrapped
 from ..config import FLAG, NAME, OBJECT, SIZE, SIZE_OR_NULL, TEXT, WORDS, EncoderConfig, Kind
-from ..encoder import Encoder
+from ..settings import Settings
 from ..tokenizer import Tokenizer
 from .dense import Dense
 
@@ -41,8 +41,8 @@ ACTIVATIONS = (
 )
 
 
-@dataclass(frozen=True)
-class ColBERTConfig:
+@dataclass(unsafe_hash=True)
+class ColBERTConfig(Settings):
     """How texts become rows; the names are PyLate's.
 
     Attributes:
@@ -232,26 +232,26 @@ def _dense(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dens
     return layer
 
 
-def write(
-    folder: str | os.PathLike[str],
-    encoder: Encoder,
+def content(
+    backbone: EncoderConfig,
+    encoder: nn.Module,
     tokenizer: Tokenizer,
-    dense: Iterable[nn.Module],
+    dense: Sequence[nn.Module],
     config: ColBERTConfig,
-    *,
-    check: Callable[[Path], None],
-) -> None:
-    """Write a PyLate 1.6 folder: the backbone at its root, each Dense in a folder of its own. Atomic.
+    state: Mapping[str, Tensor] | None = None,
+) -> Content:
+    """What a PyLate 1.6 folder holds: the backbone at its root, each Dense in a folder of its own.
 
     PyLate strips blanks around every text. A model that does not (`strip=False`, read from a sentence-transformers
     folder) will do so after it is read back.
 
     Args:
-        check: as in `checkpoint.save`.
+        state: the tensors, under the names of `ColBERT.state_dict`; None: those of `encoder` and `dense`.
 
     Raises:
         TypeError: a layer of the head is not a Dense.
-        ValueError: queries and documents have different prompts, which PyLate folders cannot express.
+        ValueError: queries and documents have different prompts, which PyLate folders cannot express, or a tensor
+            that cannot be saved.
     """
     if config.query_prompt != config.document_prompt:
         raise ValueError("PyLate folders hold no separate prompts for queries and documents: put them into the texts")
@@ -260,14 +260,20 @@ def write(
     ]
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
     files: dict[str, bytes | dict[str, Any] | list[Any]] = dict(tokenizer.files())
-    for index, layer in enumerate(dense, 1):
+    parts = {"encoder.": encoder} | {f"dense.{index}.": layer for index, layer in enumerate(dense)}
+    if unknown := [name for name in state or () if not name.startswith(tuple(parts))]:
+        raise ValueError(
+            f"state_dict has {', '.join(unknown[:10])}: the names of a ColBERT begin with {', '.join(parts)}"
+        )
+    of_encoder, *of_dense = (state_of(part, _below(prefix, state)) for prefix, part in parts.items())
+    for index, (layer, tensors) in enumerate(zip(map(unwrapped, dense), of_dense, strict=True), 1):
         if not isinstance(layer, Dense):
             raise TypeError(f"layer {index} of the head is a {type(layer).__name__}; PyLate folders hold Dense layers")
         name = f"{index}_Dense"
         modules.append({"idx": index, "name": str(index), "path": name, "type": "pylate.models.Dense.Dense"})
         files[f"{name}/config.json"] = _dense_config(layer)
-        state = {key: value.cpu().contiguous() for key, value in checkpoint.state_of(layer).items()}
-        files[f"{name}/model.safetensors"] = to_safetensors(state)
+        whole = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        files[f"{name}/model.safetensors"] = to_safetensors(whole)
     files["modules.json"] = modules
     files[TRANSFORMER] = {"max_seq_length": config.document_length - 1, "do_lower_case": tokenizer.do_lower_case}
     files[SETTINGS] = {
@@ -284,7 +290,12 @@ def write(
         "skiplist_words": skiplist,
         "do_query_expansion": config.do_query_expansion,
     }
-    checkpoint.save(folder, config=encoder.config.to_hf(), state=checkpoint.state_of(encoder), files=files, check=check)
+    return Content(backbone.to_hf(), of_encoder, files)
+
+
+def _below(prefix: str, state: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    found = {name.removeprefix(prefix): tensor for name, tensor in (state or {}).items() if name.startswith(prefix)}
+    return None if state is None else found
 
 
 def _dense_config(layer: Dense) -> dict[str, Any]:

@@ -9,6 +9,7 @@ goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the res
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modernbert.config import EncoderConfig
+from modernbert.config import POSITIVE, SIZE, THETA, EncoderConfig, Kind
 from modernbert.encoder import Encoder
 from modernbert.files import replacing
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
@@ -29,9 +30,14 @@ from modernbert.train.folder import run_folder
 from modernbert.train.loop import BatchLoss, check_finite, fit
 from modernbert.train.losses import info_nce, kl_distill
 from modernbert.train.optim import adamw, warmup_and_decay
-from modernbert.train.options import fixed, option, parse, run
+from modernbert.train.options import check_values, fixed, option, parse, run
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
 from modernbert.train.vocabulary import train_tokenizer
+
+COUNT = Kind("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 2**63, int)
+PAIRS = Kind("a whole number, 2 or more: the others are the negatives", lambda v: type(v) is int and v >= 2, int)
+AMOUNT = Kind("a finite number, 0 or more", lambda v: type(v) in (int, float) and 0 <= v < math.inf, float)
+SHARE = Kind("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1, float)
 
 
 @dataclass(frozen=True)
@@ -42,39 +48,46 @@ class Config:
     decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs sharing 8 words in a row are left out", ())
     teacher: str = option("folder of a teacher's vectors, see train/teacher.py", "", free=True)
     teacher_model: str = option("sentence-transformers model that fills this folder if it is new", "", free=True)
-    teacher_pairs: int = option("pairs of each source that it embeds, besides the tokens of the vocabulary", 0)
+    teacher_pairs: int = option(
+        "pairs of each source that it embeds, besides the tokens of the vocabulary", 0, kind=COUNT
+    )
 
-    vocab_size: int = option("tokens of the vocabulary", 8192)
-    hidden_size: int = option("width of the encoder", 256)
-    intermediate_size: int = option("width of its MLP", 256)
-    num_hidden_layers: int = option("layers", 3)
-    num_attention_heads: int = option("attention heads of a layer", 4)
-    rope_theta: float = option("base of the rotary positions of all layers", 10_000.0)
-    dim: int = option("width of the vector of a token", 64)
-    query_length: int = option("longest query of the finished model, in tokens", 48, free=True)
-    document_length: int = option("longest document of the finished model, in tokens", 224, free=True)
-    train_query_length: int = option("longest query in training; shorter is faster", 32)
-    train_document_length: int = option("longest document in training", 96)
+    vocab_size: int = option("tokens of the vocabulary", 8192, kind=SIZE)
+    hidden_size: int = option("width of the encoder", 256, kind=SIZE)
+    intermediate_size: int = option("width of its MLP", 256, kind=SIZE)
+    num_hidden_layers: int = option("layers", 3, kind=SIZE)
+    num_attention_heads: int = option("attention heads of a layer", 4, kind=SIZE)
+    rope_theta: float = option("base of the rotary positions of all layers", 10_000.0, kind=THETA)
+    dim: int = option("width of the vector of a token", 64, kind=SIZE)
+    query_length: int = option("longest query of the finished model, in tokens", 48, kind=SIZE, free=True)
+    document_length: int = option("longest document of the finished model, in tokens", 224, kind=SIZE, free=True)
+    train_query_length: int = option("longest query in training; shorter is faster", 32, kind=SIZE)
+    train_document_length: int = option("longest document in training", 96, kind=SIZE)
 
-    steps: int = option("steps of the optimizer", 1500, free=True)
-    batch_pairs: int = option("most pairs of a batch", 256)
-    batch_tokens: int = option("most tokens of a batch", 24_000)
-    accumulate: int = option("batches of a step; each scores its own pairs only", 1)
-    learning_rate: float = option("highest learning rate", 2e-3)
-    embedding_learning_rate: float = option("highest learning rate of the token embeddings", 5e-4)
-    temperature: float = option("temperature of the score, a sum over query tokens", 0.5)
-    warmup: float = option("share of the steps in which the learning rate rises", 0.03)
-    decay: float = option("share of the steps, the last ones, in which it falls to nothing", 0.4, free=True)
-    teacher_weight: float = option("weight of KL(teacher || student) in batches that the teacher has embedded", 0.5)
-    teacher_temperature: float = option("temperature of the teacher's cosines", 0.05)
-    seed: int = option("seed of the weights and of the order of the pairs", 0)
+    steps: int = option("steps of the optimizer", 1500, kind=COUNT, free=True)
+    batch_pairs: int = option("most pairs of a batch", 256, kind=PAIRS)
+    batch_tokens: int = option("most tokens of a batch", 24_000, kind=SIZE)
+    accumulate: int = option("batches of a step; each scores its own pairs only", 1, kind=SIZE)
+    learning_rate: float = option("highest learning rate", 2e-3, kind=POSITIVE)
+    embedding_learning_rate: float = option("highest learning rate of the token embeddings", 5e-4, kind=AMOUNT)
+    temperature: float = option("temperature of the score, a sum over query tokens", 0.5, kind=POSITIVE)
+    warmup: float = option("share of the steps in which the learning rate rises", 0.03, kind=SHARE)
+    decay: float = option("share of the steps, the last ones, in which it falls to nothing", 0.4, kind=SHARE, free=True)
+    teacher_weight: float = option(
+        "weight of KL(teacher || student) in batches that the teacher has embedded", 0.5, kind=SHARE
+    )
+    teacher_temperature: float = option("temperature of the teacher's cosines", 0.05, kind=POSITIVE)
+    seed: int = option("seed of the weights and of the order of the pairs", 0, kind=COUNT)
     device: str = option("where to train, such as cuda", "cpu", free=True)
-    threads: int = option("threads of a CPU", 2)
-    save_minutes: float = option("minutes between two checkpoints", 5.0, free=True)
+    threads: int = option("threads of a CPU", 2, kind=SIZE)
+    save_minutes: float = option("minutes between two checkpoints", 5.0, kind=AMOUNT, free=True)
 
 
 def main(config: Config) -> ColBERT:
     """Run what is left of the recipe and return the model."""
+    check_values(config)
+    if not config.teacher and (config.teacher_model or config.teacher_pairs):
+        raise ValueError("--teacher-model and --teacher-pairs are about the folder --teacher, which is not given")
     torch.set_num_threads(config.threads)
     output = run_folder(config.output)
     model, pairs, teacher = prepare(config, output)
@@ -142,11 +155,14 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
 
 
 def inputs(config: Config) -> dict[str, object]:
-    """What the token ids depend on. Folders may move; a hash knows the files in them."""
+    """What the token ids depend on, and the teacher. Folders may move; a hash knows the files in them."""
     names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
-    files = [*data.pair_files(config.pairs), *([Path(config.teacher, "keys.npy")] if config.teacher else [])]
+    teacher = [Path(config.teacher, name) for name in ("keys.npy", "vectors.npy")] if config.teacher else []
     found: dict[str, object] = {name: getattr(config, name) for name in names}
-    return found | {"hash of pairs and teacher": data.digest(files)}
+    found["hash of pairs and teacher"] = data.digest([*data.pair_files(config.pairs), *teacher])
+    if config.decontaminate_against:
+        found["hash of corpora"] = data.digest(map(data.corpus_file, config.decontaminate_against))
+    return found
 
 
 def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColBERT:

@@ -27,6 +27,12 @@ from .teacher import Teacher
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FILE = "file."  # in front of the names of files in an .npz file
+FIELDS = {"query", "positive", "source", "group"}
+# Fields from which other trainers learn. All others (a title, an id) may be there and are not read.
+SIGNAL = re.compile(
+    r"(?i)(.*[_-]|hard)?(neg|negative|pos|positives|documents|passages|score|label|logit|margin|weight|similarity|relevance|"
+    r"rating|instruction|prompt)s?([_-]?\d+)?([_-].*)?"
+)
 
 
 class Pair(NamedTuple):
@@ -40,7 +46,8 @@ def read_pairs(folder: str | os.PathLike, *, exclude_sources: Collection[str] = 
     """The pairs of a folder's files (`ENDINGS`) in name order, except those of excluded sources.
 
     A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name)
-    and "group" (default: the positive itself). Pairs of one group never serve as each other's negatives.
+    and "group" (default: the positive itself). Pairs of one group never serve as each other's negatives. Other fields
+    are ignored, but not those that would change the training if they were read, such as "negatives".
 
     Raises:
         ValueError: no such file, a damaged file, or a line that is not a pair, with its file and number.
@@ -72,6 +79,11 @@ def _pair(row: object, source: str) -> Pair:
     if not isinstance(row, dict) or not {"query", "positive"} <= row.keys():
         got = f"keys {sorted(row)}" if isinstance(row, dict) else f"{row!r:.60}"
         raise ValueError(f'a pair needs "query" and "positive", got {got}')
+    if ignored := [name for name in row.keys() - FIELDS if SIGNAL.fullmatch(name)]:
+        raise ValueError(
+            f'"{min(ignored)}" would be ignored, because the positives of other pairs are the negatives here, and all '
+            "pairs count alike: remove the field"
+        )
     pair = Pair(row["query"], row["positive"], row.get("source", source), row.get("group", row["positive"]))
     for name, value in zip(Pair._fields, pair, strict=True):
         if not isinstance(value, str) and not (name == "group" and type(value) is int):
@@ -151,9 +163,13 @@ def _word_ngrams(text: str, n: int) -> Iterator[str]:
     return (" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
+def corpus_file(folder: str | os.PathLike) -> Path:
+    return Path(folder) / "corpus.jsonl.gz"
+
+
 def read_corpus(folder: str | os.PathLike) -> Iterator[str]:
     """The texts of a BEIR folder's `corpus.jsonl.gz`."""
-    with gzip.open(Path(folder) / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(corpus_file(folder), "rt", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)["text"]
 

@@ -57,10 +57,12 @@ def fit(
 
     Raises:
         FloatingPointError: a loss, a gradient or a weight is not finite. The step is not taken, nothing is saved.
-        ValueError: the checkpoint is damaged, or has other settings.
+        ValueError: the checkpoint is damaged, has other settings, or is beyond `steps`.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     first = load_checkpoint(output / "checkpoint.pt", model, optimizer, settings)
+    if first > steps:
+        raise ValueError(f"{output} has a checkpoint of step {first:,}: ask for as many steps or more, or a new output")
     coming = islice(batches, first * accumulate, None)
     log = Log(output / "log.jsonl", steps)
     saved = time.monotonic()

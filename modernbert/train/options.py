@@ -10,15 +10,21 @@ from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..config import Kind
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 C = TypeVar("C", bound="DataclassInstance")
 
 
-def option(text: str, default: Any = MISSING, *, free: bool = False) -> Any:
-    """A field of a config: its help text, its default if it has one, and whether a resumed run may change it."""
-    return field(default=default, metadata={"help": text, "free": free})
+def option(text: str, default: Any = MISSING, *, kind: Kind[Any] | None = None, free: bool = False) -> Any:
+    """A field of a config: its help text, its default if it has one, and whether a resumed run may change it.
+
+    Args:
+        kind: what it may be, for `check_values`.
+    """
+    return field(default=default, metadata={"help": text, "kind": kind, "free": free})
 
 
 def parse(config: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
@@ -43,6 +49,13 @@ def run(main: Callable[[C], object], config: C) -> None:
         main(config)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+def check_values(config: DataclassInstance) -> None:
+    """Raise a ValueError that names the first option with a value that is not of its kind."""
+    for each in fields(config):
+        if kind := each.metadata["kind"]:
+            kind.check("--" + each.name.replace("_", "-"), getattr(config, each.name))
 
 
 def fixed(config: DataclassInstance) -> dict[str, object]:

@@ -50,7 +50,7 @@ def test_a_line_has_ours_and_the_others_the_fastest_first() -> None:
     others = "ONNX Runtime 0.5 ms (0.50x); OpenVINO 1.5 ms (1.50x); transformers, sdpa 2 ms † (2.00x)"
     assert f"| a text | **1 ms** | {others} | `python -m benchmarks cpu --only w` |" in text
     assert "AMD EPYC (avx512f), 2 threads, Linux. float32, 2026-01-01, commit abcdef1234, torch 2." in text
-    assert "amd-epyc-cpu-factors.svg" in text
+    assert "amd-epyc-avx512f-cpu-factors.svg" in text
 
 
 def test_every_machine_has_its_table_the_newest_first() -> None:
@@ -90,7 +90,7 @@ def test_plots_are_drawn_and_are_the_same_twice(tmp_path: Path) -> None:
     (tmp_path / "old.svg").write_text("")
     first = report.drawn(report.plots([*GROUP, *curve]), tmp_path)
     texts = [file.read_bytes() for file in first]
-    assert [file.name for file in first] == ["amd-epyc-cpu-factors.svg", "amd-epyc-throughput-factors.svg"]
+    assert [file.name for file in first] == ["amd-epyc-avx512f-cpu-factors.svg", "amd-epyc-avx512f-throughput-factors.svg"]
     assert sorted(tmp_path.iterdir()) == sorted(first)
     assert b"OpenVINO" in texts[0]
     again = report.drawn(report.plots([*GROUP, *curve]), tmp_path)

@@ -347,6 +347,24 @@ def test_faults_without_an_end(client: Client) -> None:
         client.hub.faults.clear()
 
 
+@pytest.mark.parametrize("place", ["inner", "a/b", "checkpoint-500", "onnx"])
+def test_a_model_in_a_subfolder(client: Client, place: str, tmp_path: Path) -> None:
+    """Only its files are downloaded, also to another cache; offline, the branch is known."""
+    files = client.add("own/nested", [])
+    outer = {"config.json": b"{}", "model.safetensors": b"of another model", "tokenizer.json": b"{}"}
+    content = outer | {f"{place}/{file}": text for file, text in files.items()}
+    client.hub.repositories["own/nested"] = Repository({COMMIT: content}, {"main": COMMIT})
+    for options in ({"subfolder": place}, {"subfolder": f"./{place}/", "cache_dir": tmp_path / "other"}):
+        assert client.ask("own/nested", **options) == files
+        asked = {request.partition(f"/{COMMIT}/")[2] for request in client.hub.requests if COMMIT in request}
+        assert asked == {f"{place}/{file}" for file in files}
+        assert client.ask("own/nested", **options, local_files_only=True) == files
+    missing = client.ask("own/nested", subfolder="elsewhere")
+    assert "the repository has no elsewhere/config.json" in str(missing)
+    assert isinstance(client.ask("own/nested", subfolder="elsewhere", local_files_only=True), FileNotFoundError)
+    assert isinstance(client.ask("own/nested", subfolder=".."), ValueError)
+
+
 def test_a_branch_that_moves_during_the_download(client: Client) -> None:
     """All files are of the commit that was listed; the next run has all files of the other."""
     repository = Repository({COMMIT: client.add("own/moves", []), LATER: client.add("own/later", [])}, {"main": COMMIT})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from folders import tree
@@ -14,6 +15,7 @@ from folders import tree
 from modernbert.heads.colbert import ColBERT
 from modernbert.recipes import contrastive
 from modernbert.recipes.contrastive import Config, main
+from modernbert.train.teacher import text_key
 
 TINY = Config(
     pairs="",
@@ -228,3 +230,101 @@ def test_as_a_program_it_ends_with_a_sentence_and_status_1(config, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {tmp_path}/pairs/a.jsonl:1: Expecting property name")
     assert len(done.stderr.splitlines()) == 1
+
+
+UNREAD = {
+    "negatives": ["x"],
+    "negative": "x",
+    "hard_negatives": [],
+    "negative_1": "x",
+    "neg": ["x"],
+    "hardNegatives": ["x"],
+    "scores": [0.1],
+    "teacher_score": 0.3,
+    "label": 0,
+    "weight": 2.0,
+    "positives": ["x"],
+    "instruction": "find",
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_field_that_other_trainers_learn_from_is_refused(config, tmp_path, name):
+    row = json.dumps({"query": "a b", "positive": "c d", name: UNREAD[name]})
+    (tmp_path / "pairs" / "a.jsonl").write_text(lines(3) + row + "\n")
+    with pytest.raises(ValueError, match=rf'a\.jsonl:4: "{name}" would be ignored.*remove the field'):
+        main(config)
+    assert tree(tmp_path / "out") == {}
+
+
+def test_a_field_that_only_describes_a_pair_is_not_read(config, tmp_path):
+    rows = [json.loads(line) | {"name": "x", "id": 3, "title": "t", "position": 1, "url": None} for line in
+            lines(40).splitlines()]  # fmt: skip
+    wanted = main(config)
+    (tmp_path / "pairs" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    got = main(replace(config, output=str(tmp_path / "other")))
+    for one, other in zip(wanted.parameters(), got.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+WRONG_VALUES = {
+    "steps": (-1, 1.5, True),
+    "batch_pairs": (0, 1, -8),
+    "batch_tokens": (0,),
+    "accumulate": (0, -1),
+    "learning_rate": (float("nan"), float("inf"), 0.0, -1.0, "1e-3"),
+    "embedding_learning_rate": (float("nan"), -1.0),
+    "temperature": (0.0, float("nan")),
+    "teacher_temperature": (0.0,),
+    "teacher_weight": (-0.1, 1.1, float("nan")),
+    "warmup": (-0.1, float("nan")),
+    "decay": (1.5, float("nan")),
+    "rope_theta": (0.0,),
+    "vocab_size": (0,),
+    "dim": (0,),
+    "query_length": (-3,),
+    "train_document_length": (0,),
+    "hidden_size": (0,),
+    "num_hidden_layers": (0,),
+    "teacher_pairs": (-1,),
+    "seed": (-1,),
+    "threads": (0,),
+    "save_minutes": (float("nan"), -1.0),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_a_value_out_of_range_is_refused_before_anything_is_read(config, tmp_path, name):
+    for value in WRONG_VALUES[name]:
+        with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} is {value!r}, but must be"):
+            main(replace(config, pairs="nowhere", **{name: value}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_about_a_teacher_want_a_teacher(config):
+    for change in ({"teacher_model": "x"}, {"teacher_pairs": 3}):
+        with pytest.raises(ValueError, match="--teacher, which is not given"):
+            main(replace(config, **change))
+
+
+def test_a_teacher_or_a_corpus_with_other_content_is_refused(config, tmp_path, monkeypatch):
+    """The first run was killed before its first checkpoint."""
+    np.save(tmp_path / "keys.npy", np.array([text_key("river")], np.uint64))
+    np.save(tmp_path / "vectors.npy", np.ones((1, 4), np.float16))
+    corpus = tmp_path / "corpus.jsonl.gz"
+    corpus.write_bytes(gzip.compress(b'{"text": "one two three four five six seven eight"}\n', mtime=0))
+    config = replace(config, teacher=str(tmp_path), decontaminate_against=(str(tmp_path),))
+    killed(config, monkeypatch, "batch_loss")
+    np.save(tmp_path / "vectors.npy", np.full((1, 4), 2, np.float16))
+    with pytest.raises(ValueError, match=r"tokens\.npz belongs to another run: hash of pairs and teacher is"):
+        main(config)
+    np.save(tmp_path / "vectors.npy", np.ones((1, 4), np.float16))
+    corpus.write_bytes(gzip.compress(b'{"text": "another corpus"}\n', mtime=0))
+    with pytest.raises(ValueError, match=r"tokens\.npz belongs to another run: hash of corpora is"):
+        main(config)
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_refused(config):
+    main(config)
+    with pytest.raises(ValueError, match="has a checkpoint of step 2: ask for as many steps or more"):
+        main(replace(config, steps=1))
