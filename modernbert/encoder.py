@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -20,15 +20,30 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 import modernbert_kernels as ops
 
 from .checkpoint import check_same, load_weights, locate, read_json, save, state_of
 from .config import EncoderConfig
-from .packing import Packed, check_rows, pack, padded_ids, unpack
+from .packing import Packed, check_packed, check_rows, unpack
+from .padded import pack_padded
 
-Rope = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """cos and sin of the rotary angle of each token, `[T, R]` float32.
+
+    Not a tuple: with mixed precision, FSDP casts the tensors in a tuple to the dtype of the parameters.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rope:
+        """The same angles on `device`, for libraries that place layers on several."""
+        return Rope(*(table.to(device, non_blocking=non_blocking) for table in (self.cos, self.sin)))
 
 
 class EncoderOutput(NamedTuple):
@@ -50,19 +65,36 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
-class Norm(nn.Module):
-    """LayerNorm of `x + delta`; returns the sum too, so that adding and normalising can be one kernel."""
+class Norm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` that computes through the `layer_norm` op."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))  # `Encoder.reset_parameters` fills it
-        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_bias else None
+        super().__init__(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
-    def forward(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        if delta_TD is None:
-            return x_TD, ops.layer_norm(x_TD, self.weight, self.bias, self.eps)
-        return ops.add_layer_norm(x_TD, delta_TD, self.weight, self.bias, self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` runs `kind.forward` and nothing else, so that a fused op may read its weights instead.
+
+    Hooks, adapters, offloading, FSDP units, pruning, parametrizations and another forward or class must be called.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """`(x + delta, norm(x + delta))`, in one kernel if the norm is plain."""
+    if delta_TD is not None and is_plain(norm, Norm):
+        return ops.add_layer_norm(x_TD, delta_TD, norm.weight, norm.bias, norm.eps)
+    x_TD = x_TD if delta_TD is None else x_TD + delta_TD
+    return x_TD, norm(x_TD)
 
 
 class Embeddings(nn.Module):
@@ -71,17 +103,23 @@ class Embeddings(nn.Module):
         # Not drawn from a normal distribution first: on the meta device that alone imports the compiler, for a second.
         weight_VD = torch.empty(config.vocab_size, config.hidden_size)
         self.tok_embeddings = nn.Embedding.from_pretrained(weight_VD, freeze=False)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.norm = Norm(config)
         self.dropout_p = config.embedding_dropout
 
     def forward(self, input_ids_T: Tensor, inputs_embeds_TD: Tensor | None) -> Tensor:
-        norm = self.norm
-        if inputs_embeds_TD is None:
-            table_VD = self.tok_embeddings.weight
-            x_TD = ops.embed_layer_norm(input_ids_T, table_VD, norm.weight, norm.bias, norm.eps)
+        table, norm = self.tok_embeddings, self.norm
+        if inputs_embeds_TD is not None:
+            x_TD = norm(inputs_embeds_TD)
+        elif is_plain(norm, Norm) and is_plain(table, nn.Embedding) and not has_options(table):
+            x_TD = ops.embed_layer_norm(input_ids_T, table.weight, norm.weight, norm.bias, norm.eps)
         else:
-            x_TD = ops.layer_norm(inputs_embeds_TD, norm.weight, norm.bias, norm.eps)
+            x_TD = norm(table(input_ids_T))
         return dropout(x_TD, self.dropout_p, self.training)
+
+
+def has_options(table: nn.Embedding) -> bool:
+    """Whether the table's values or gradients are not those of `embed_layer_norm`."""
+    return table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse
 
 
 class Attention(nn.Module):
@@ -98,7 +136,7 @@ class Attention(nn.Module):
             self.Wqkv(x_TD).unflatten(-1, (3, self.heads, self.head_dim)),
             batch.cu_seqlens,
             batch.max_seqlen,
-            rope=rope,
+            rope=(rope.cos, rope.sin),
             window=self.window,
             key_lengths=batch.key_lengths,
             dropout_p=self.dropout_p if self.training else 0.0,
@@ -133,8 +171,8 @@ class Layer(nn.Module):
     def forward(
         self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope, rows_Q: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else self.attn_norm(x_TD, delta_TD)
-        x_QD, h_QD = self.mlp_norm(take_rows(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q))
+        x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else add_norm(x_TD, delta_TD, self.attn_norm)
+        x_QD, h_QD = add_norm(take_rows(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q), self.mlp_norm)
         return x_QD, self.mlp(h_QD)
 
 
@@ -185,14 +223,17 @@ class Encoder(nn.Module):
         `integrations.transformers` has the rest of Hugging Face's signature.
 
         Args:
-            batch: a `Packed`, which is trusted; or `[B, S]` token ids, checked if they are on the CPU.
+            batch: a `Packed`; or `[B, S]` token ids. Both are checked if they are on the CPU.
             rows: `[Q]` integers, increasing. `batch.cu_seqlens[:-1]` are the rows of [CLS].
             inputs_embeds: `[T, D]` (`[B, S, D]` padded) in place of the embedding table's rows, before their norm.
-            attention_mask: `[B, S]`, nonzero at real tokens, which must be adjacent in each row.
+            attention_mask: `[B, S]`, nonzero at real tokens, which must be adjacent in each row. Elsewhere, rows of
+                `config.pad_token_id` (0 if None) are padding. Others, such as unattended [MASK] tokens of query
+                expansion, get Hugging Face's numbers: see `padded.pack_padded`.
             input_ids: `[B, S]`, another name of `batch` for padded callers.
 
         Raises:
-            ValueError: rows out of order or out of range, ids out of range, a mask with holes, contradictory arguments.
+            ValueError: rows out of order or out of range, ids out of range, a mask with holes, a `Packed` whose parts
+                do not fit together, contradictory arguments.
         """
         if batch is not None and input_ids is not None:
             raise ValueError("input_ids is another name of batch for padded callers: pass one of them")
@@ -202,11 +243,13 @@ class Encoder(nn.Module):
             raise ValueError("a Packed carries its own mask and positions: leave out attention_mask")
         if inputs_embeds is not None and inputs_embeds.shape[0] != batch.num_tokens:
             raise ValueError(f"inputs_embeds has {inputs_embeds.shape[0]} rows, the batch {batch.num_tokens} tokens")
+        check_packed(batch)
         self._check_length(batch)
         if rows is not None:
             check_rows(rows, batch.num_tokens)
 
-        rope_of = {theta: ops.rotary_table(batch.positions, theta, self.config.head_dim) for theta in set(self.thetas)}
+        width = self.config.head_dim
+        rope_of = {theta: Rope(*ops.rotary_table(batch.positions, theta, width)) for theta in set(self.thetas)}
         x_TD, delta_TD = self.embeddings(batch.input_ids, inputs_embeds), None
         rows_of_layer = [None] * (len(self.layers) - 1) + [rows]
         for layer, theta, wanted in zip(self.layers, self.thetas, rows_of_layer, strict=True):
@@ -214,7 +257,7 @@ class Encoder(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 run = partial(checkpoint, layer, use_reentrant=False)
             x_TD, delta_TD = run(x_TD, delta_TD, batch, rope_of[theta], wanted)
-        return self.final_norm(x_TD, delta_TD)[1]
+        return add_norm(x_TD, delta_TD, self.final_norm)[1]
 
     def _padded(
         self, ids_BS: Tensor | None, mask_BS: Tensor | None, rows: Tensor | None, embeds_BSD: Tensor | None
@@ -222,7 +265,7 @@ class Encoder(nn.Module):
         """Pack, call, unpack."""
         if rows is not None:
             raise ValueError("rows count the tokens of a Packed; index last_hidden_state of a padded batch instead")
-        batch = pack(padded_ids(ids_BS, embeds_BSD), mask_BS, vocab_size=self.config.vocab_size)
+        batch = pack_padded(ids_BS, mask_BS, embeds_BSD, self.config)
         embeds_TD = None if embeds_BSD is None else embeds_BSD.flatten(0, 1)[batch.padded_rows]
         return EncoderOutput(unpack(self.forward(batch, inputs_embeds=embeds_TD), batch))
 

@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # index = floor; the package `modernbert` itself only hands names on and is the roof
     "modernbert_kernels",
-    "modernbert.config modernbert.packing modernbert.late_interaction modernbert.tokenizer modernbert.checkpoint "
-    "modernbert.loading modernbert.weights modernbert.pickles modernbert.json_files modernbert.files modernbert.hub "
-    "modernbert.progress",
+    "modernbert.config modernbert.packing modernbert.padded modernbert.late_interaction modernbert.tokenizer "
+    "modernbert.checkpoint modernbert.loading modernbert.weights modernbert.pickles modernbert.json_files "
+    "modernbert.files modernbert.hub modernbert.progress",
     "modernbert.encoder modernbert.inference",
     "modernbert.heads",
     "modernbert.train modernbert.retrieval modernbert.integrations",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from modernbert_kernels.cpu import linear
 from modernbert_kernels.dispatch import forced
 
-from ..encoder import Linear
+from ..encoder import Linear, is_plain
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
-from ..packing import Packed, Tokens, check_rows
+from ..packing import Packed, Tokens, check_packed, check_rows
 from .batches import CPU_TOKENS, micro_batches, split_rows, token_budget
 from .callers import callers, check_process, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts
@@ -70,7 +70,8 @@ class Session(Generic[M]):
 
         Raises:
             TypeError: a batch that is not a Packed.
-            ValueError: a batch that is not on the CPU, rows out of order or range, autocast, or a forced backend.
+            ValueError: a batch that is not on the CPU or whose parts do not fit together, rows out of order or range,
+                autocast, or a forced backend.
             RuntimeError: the weights have changed, or the process was forked after this thread had encoded.
         """
         self._check()
@@ -79,6 +80,7 @@ class Session(Generic[M]):
         if not batch.input_ids.is_cpu:
             device = batch.input_ids.device
             raise ValueError(f"the batch is on {device}: leave it on the CPU, from where the session copies it at once")
+        check_packed(batch)
         if rows is not None:
             check_rows(rows, batch.num_tokens)
         with torch.no_grad():
@@ -242,15 +244,12 @@ def _few(parameter: nn.Parameter) -> memoryview:
     return few.as_strided((len(few),), (1,)).view(torch.uint8).numpy().data
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[Linear]:
-    """A layer of ours that has its weight as a parameter: not one that a hook computes, as pruning does."""
-    if type(module) is not Linear or "weight" not in module._parameters:
-        return False
-    return module.weight.is_cpu and module.weight.dtype is torch.float32
+def _packs(module: nn.Module) -> TypeGuard[Linear]:
+    return is_plain(module, Linear) and module.weight.is_cpu and module.weight.dtype is torch.float32
 
 
 def _pack_linear(module: nn.Module) -> nn.Module | None:
     """A linear layer with its weight packed for oneDNN, where that is faster at any number of rows."""
-    if linear.FASTER_THAN_MKL and linear.AVAILABLE and _is_plain(module):
+    if linear.FASTER_THAN_MKL and linear.AVAILABLE and _packs(module):
         return with_weight(module, linear.pack_weight(module.weight))
     return None
