@@ -328,16 +328,25 @@ class Encoder(nn.Module):
         save(folder, config=self.config.to_hf(), state=state_of(self), check=check)
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
-        """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`."""
+        """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`.
+
+        The table stays the same module, with its hooks and options.
+
+        Raises:
+            ValueError: a table that an adapter wraps, or whose weight is sharded or computed from others.
+        """
         config = replace(self.config, vocab_size=vocab_size)
-        old = self.embeddings.tok_embeddings
-        kept = min(vocab_size, old.num_embeddings)
-        new = nn.Embedding(vocab_size, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
-        self._truncated_normal(new.weight, self.config.initializer_range)
+        table = self.embeddings.tok_embeddings
+        if type(table) is not nn.Embedding or "weight" not in table._parameters:
+            raise ValueError(
+                f"the table is a {type(table).__name__} that is wrapped, sharded or pruned: resize it before"
+            )
+        old_VD, kept = table.weight, min(vocab_size, table.num_embeddings)
+        new_VD = nn.Parameter(old_VD.new_empty(vocab_size, old_VD.shape[1]), requires_grad=old_VD.requires_grad)
         with torch.no_grad():
-            new.weight[:kept] = old.weight[:kept]
-        new.weight.requires_grad_(old.weight.requires_grad)
-        self.embeddings.tok_embeddings = new
+            self._truncated_normal(new_VD, self.config.initializer_range)
+            new_VD[:kept] = old_VD[:kept]
+        table.weight, table.num_embeddings = new_VD, vocab_size
         self.config = config
 
     def reset_parameters(self) -> None:

@@ -22,7 +22,7 @@ from .callers import callers, check_process, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts
 from .graph_engine import LONGEST_TEXT, ROW_TOKENS, GraphEngine, save_graph
 from .graphs import Graphs
-from .replica import evaluated, replicate, with_weight
+from .replica import evaluated, forward_hooks, replicate, with_weight
 from .short import LONGEST, ShortEncoder, has_short_way
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +61,7 @@ class Session(Generic[M]):
         packs = self.device.type == "cpu" and engine is None
         self._bulk = replicate(model, _pack_linear) if packs else evaluated(model)
         self._graph_engine = None if engine is None else GraphEngine.of(self._bulk, engine)
+        self._hooks = [] if engine is None else forward_hooks(self._bulk)  # may be filled later
         # No layout of a weight is chosen by measuring here: the same tokens give the same bits.
         self._batches: Caller = Modules(self._bulk) if packs else self
         self._graphs = Graphs(self._bulk, self.device) if self.device.type == "cuda" else None
@@ -141,7 +142,7 @@ class Session(Generic[M]):
 
         Raises:
             ImportError: the `cpu` extra is missing. TypeError: neither an encoder nor a late-interaction head.
-            ValueError: weights of more than 2 GB.
+            ValueError: weights of more than 2 GB, a module with a hook or that was replaced.
         """
         self._check()
         save_graph(evaluated(self.model), path)  # whose weights are not packed
@@ -157,6 +158,10 @@ class Session(Generic[M]):
                 "a Session computes in the model's dtype on its own backends: leave autocast and backend()"
             )
         self._weights.check()
+        if any(self._hooks):
+            raise RuntimeError(
+                "a module has a hook, which no graph runs: remove it, or make a new Session without engine"
+            )
 
     def _on_cpu(self, batch: Packed, rows: Tensor | None) -> Tensor:
         if self.engine is None and len(batch) == 1 and batch.num_tokens <= LONGEST:
@@ -185,7 +190,7 @@ class Session(Generic[M]):
         """The model with the short way of `short.py` in its encoder, if there is one; made at the first short text."""
 
         def prepare(module: nn.Module) -> nn.Module | None:
-            return ShortEncoder(module) if has_short_way(module) else _pack_linear(module)
+            return ShortEncoder(evaluated(module)) if has_short_way(module) else _pack_linear(module)
 
         return replicate(self.model, prepare)
 

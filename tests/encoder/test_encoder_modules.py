@@ -260,3 +260,21 @@ def test_every_module_may_be_a_unit_of_fsdp(tmp_path: Path) -> None:
         assert [x.dtype for x in seen] == [torch.bfloat16, torch.float32]
     finally:
         dist.destroy_process_group()
+
+
+def test_a_resized_table_keeps_its_hooks_and_options() -> None:
+    encoder, seen = Encoder(TINY), []
+    table = encoder.embeddings.tok_embeddings = nn.Embedding(100, 64, padding_idx=3)
+    table.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    encoder.resize_token_embeddings(120)
+    assert encoder.embeddings.tok_embeddings is table
+    assert (table.padding_idx, table.num_embeddings, table.weight.shape) == (3, 120, (120, 64))
+    encoder(torch.tensor([[119, 3]])).last_hidden_state.square().sum().backward()
+    assert seen == [2]
+    assert table.weight.grad[3].eq(0).all()
+    prune.l1_unstructured(table, "weight", 0.5)
+    for wrapped in (table, Louder(nn.Embedding(120, 64))):
+        encoder.embeddings.tok_embeddings = wrapped
+        with pytest.raises(ValueError, match="resize it before"):
+            encoder.resize_token_embeddings(130)
+        assert encoder.config.vocab_size == 120
