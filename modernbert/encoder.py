@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeGuard, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from .checkpoint import check_same, load_weights, locate, read_json, save, state
 from .config import EncoderConfig
 from .packing import Packed, check_packed, check_rows, unpack
 from .padded import pack_padded
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,7 @@ class Norm(nn.LayerNorm):
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a call of `module` runs `kind.forward` and nothing else, so that a fused op may read its weights instead.
 
     Hooks, adapters, offloading, FSDP units, pruning, parametrizations and another forward or class must be called.
