@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeGuard, TypeVar, overload
@@ -33,15 +33,14 @@ from .padded import pack_padded
 M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass(frozen=True, eq=False)
 class Rope:
     """cos and sin of the rotary angle of each token, `[T, R]` float32.
 
-    Not a tuple: with mixed precision, FSDP casts the tensors in a tuple to the dtype of the parameters.
+    Not a tuple or dataclass: with mixed precision, FSDP casts the tensors in these to the dtype of the parameters.
     """
 
-    cos: Tensor
-    sin: Tensor
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rope:
         """The same angles on `device`, for libraries that place layers on several."""
@@ -328,6 +327,10 @@ class Encoder(nn.Module):
             check_same(self, Encoder.from_pretrained(new, dtype=self.embeddings.tok_embeddings.weight.dtype))
 
         save(folder, config=self.config.to_hf(), state=state_of(self), check=check)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding table, or what wraps it; peft asks for it."""
+        return self.embeddings.tok_embeddings
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`.
