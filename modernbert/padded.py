@@ -63,8 +63,9 @@ def pack_padded(
         position_ids=order_BS if position_ids is None else position_ids.expand_as(ids_BS).gather(1, order_BS),
         vocab_size=config.vocab_size,
     )
-    sequence_T = batch.padded_rows // ids_BS.shape[1]
-    return replace(batch, padded_rows=sequence_T * ids_BS.shape[1] + order_BS.flatten()[batch.padded_rows])
+    rows_T, length = batch.padded_rows, ids_BS.shape[1]
+    assert rows_T is not None
+    return replace(batch, padded_rows=rows_T // length * length + order_BS.flatten()[rows_T])
 
 
 def _hidden_tokens(input_ids: Tensor | None, mask_BS: Tensor | None, config: EncoderConfig) -> Tensor | None:

@@ -163,7 +163,7 @@ def _mlp(g: Graph, mlp: MLP, x: str) -> str:
 
 
 def linear(g: Graph, module: nn.Module, x: str) -> str:
-    if type(module) not in (Linear, nn.Linear):
+    if not isinstance(module, nn.Linear) or type(module) not in (Linear, nn.Linear):
         raise ValueError(f"a graph has no {type(module).__name__}: merge adapters first, or leave out engine")
     if g.int8:
         y = _int8_product(g, x, module.weight)

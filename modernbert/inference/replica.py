@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -33,9 +33,9 @@ def replicate(module: nn.Module, change: Callable[[nn.Module], nn.Module | None]
     return replica
 
 
-def evaluated(model: nn.Module) -> nn.Module:
+def evaluated(model: M) -> M:
     """The model, or a replica if any of its modules is in training mode: modes are never changed."""
-    return replicate(model) if any(module.training for module in model.modules()) else model
+    return cast("M", replicate(model)) if any(module.training for module in model.modules()) else model
 
 
 def changed_module(encoder: nn.Module) -> str | None:
