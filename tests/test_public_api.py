@@ -38,6 +38,7 @@ FROZEN = {
     "modernbert.Encoder.from_pretrained": (
         "(folder_or_hub_id, *, dtype=None, device=None, revision=None, token=None, local_files_only=False)"
     ),
+    "modernbert.Encoder.get_input_embeddings": "(self)",
     "modernbert.Encoder.reset_parameters": "(self)",
     "modernbert.Encoder.resize_token_embeddings": "(self, vocab_size)",
     "modernbert.Encoder.save_pretrained": "(self, folder)",

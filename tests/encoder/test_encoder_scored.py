@@ -181,7 +181,7 @@ def packed_forward(model: ModernBertModel, encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("strategy", ["fixed", "min"])
 def test_multi_vector_encoder(strategy: str, modernbert_tokenizer_file: Path, tmp_path: Path) -> None:
-    """28 of 32 rows of a query were zero, and nothing was said."""
+    """28 of 32 rows of a query were zero."""
     from sentence_transformers import MultiVectorEncoder
     from transformers import AutoTokenizer
 
