@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 import modernbert_kernels as ops
@@ -26,13 +27,28 @@ import modernbert_kernels as ops
 from .checkpoint import Content, load_weights, state_of
 from .config import EncoderConfig
 from .outputs import EncoderOutput as EncoderOutput
-from .packing import Packed, check_rows, pack, padded_ids, unpack
+from .packing import Packed, check_packed, check_rows, unpack
+from .padded import pack_padded
 from .pretrained import Pretrained
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Rope = tuple[Tensor, Tensor]
+M = TypeVar("M", bound=nn.Module)
+
+
+class Rope:
+    """cos and sin of the rotary angle of each token, `[T, R]` float32.
+
+    Not a tuple or dataclass: with mixed precision, FSDP casts the tensors in these to the dtype of the parameters.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rope:
+        """The same angles on `device`, for libraries that place layers on several."""
+        return Rope(*(table.to(device, non_blocking=non_blocking) for table in (self.cos, self.sin)))
 
 
 class Linear(nn.Linear):
@@ -42,19 +58,36 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
-class Norm(nn.Module):
-    """LayerNorm of `x + delta`; returns the sum too, so that adding and normalising can be one kernel."""
+class Norm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` that computes through the `layer_norm` op."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))  # `Encoder.reset_parameters` fills it
-        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_bias else None
+        super().__init__(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
-    def forward(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        if delta_TD is None:
-            return x_TD, ops.layer_norm(x_TD, self.weight, self.bias, self.eps)
-        return ops.add_layer_norm(x_TD, delta_TD, self.weight, self.bias, self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a call of `module` runs `kind.forward` and nothing else, so that a fused op may read its weights instead.
+
+    Hooks, adapters, offloading, FSDP units, pruning, parametrizations and another forward or class must be called.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """`(x + delta, norm(x + delta))`, in one kernel if the norm is plain."""
+    if delta_TD is not None and is_plain(norm, Norm):
+        return ops.add_layer_norm(x_TD, delta_TD, norm.weight, norm.bias, norm.eps)
+    x_TD = x_TD if delta_TD is None else x_TD + delta_TD
+    return x_TD, norm(x_TD)
 
 
 class Embeddings(nn.Module):
@@ -63,17 +96,23 @@ class Embeddings(nn.Module):
         # Not drawn from a normal distribution first: on the meta device that alone imports the compiler, for a second.
         weight_VD = torch.empty(config.vocab_size, config.hidden_size)
         self.tok_embeddings = nn.Embedding.from_pretrained(weight_VD, freeze=False)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.norm = Norm(config)
         self.dropout_p = config.embedding_dropout
 
     def forward(self, input_ids_T: Tensor, inputs_embeds_TD: Tensor | None) -> Tensor:
-        norm = self.norm
-        if inputs_embeds_TD is None:
-            table_VD = self.tok_embeddings.weight
-            x_TD = ops.embed_layer_norm(input_ids_T, table_VD, norm.weight, norm.bias, norm.eps)
+        table, norm = self.tok_embeddings, self.norm
+        if inputs_embeds_TD is not None:
+            x_TD = norm(inputs_embeds_TD)
+        elif is_plain(norm, Norm) and is_plain(table, nn.Embedding) and not has_options(table):
+            x_TD = ops.embed_layer_norm(input_ids_T, table.weight, norm.weight, norm.bias, norm.eps)
         else:
-            x_TD = ops.layer_norm(inputs_embeds_TD, norm.weight, norm.bias, norm.eps)
+            x_TD = norm(table(input_ids_T))
         return dropout(x_TD, self.dropout_p, self.training)
+
+
+def has_options(table: nn.Embedding) -> bool:
+    """Whether the table's values or gradients are not those of `embed_layer_norm`."""
+    return table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse
 
 
 class Attention(nn.Module):
@@ -90,7 +129,7 @@ class Attention(nn.Module):
             self.Wqkv(x_TD).unflatten(-1, (3, self.heads, self.head_dim)),
             batch.cu_seqlens,
             batch.max_seqlen,
-            rope=rope,
+            rope=(rope.cos, rope.sin),
             window=self.window,
             key_lengths=batch.key_lengths,
             dropout_p=self.dropout_p if self.training else 0.0,
@@ -125,8 +164,8 @@ class Layer(nn.Module):
     def forward(
         self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope, rows_Q: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else self.attn_norm(x_TD, delta_TD)
-        x_QD, h_QD = self.mlp_norm(take_rows(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q))
+        x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else add_norm(x_TD, delta_TD, self.attn_norm)
+        x_QD, h_QD = add_norm(take_rows(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q), self.mlp_norm)
         return x_QD, self.mlp(h_QD)
 
 
@@ -179,15 +218,18 @@ class Encoder(Pretrained):
         `integrations.transformers` has the rest of Hugging Face's signature.
 
         Args:
-            batch: a `Packed`, which is trusted; or `[B, S]` token ids, checked if they are on the CPU.
+            batch: a `Packed`; or `[B, S]` token ids. Both are checked if they are on the CPU.
             rows: `[Q]` integers, increasing. `batch.cu_seqlens[:-1]` are the rows of [CLS].
             inputs_embeds: `[T, D]` (`[B, S, D]` padded) in place of the embedding table's rows, before their norm.
-            attention_mask: `[B, S]`, nonzero at real tokens, which must be adjacent in each row.
+            attention_mask: `[B, S]`, nonzero at real tokens, which must be adjacent in each row. Elsewhere, rows of
+                `config.pad_token_id` (0 if None) are padding. Others, such as unattended [MASK] tokens of query
+                expansion, get Hugging Face's numbers: see `padded.pack_padded`.
             input_ids: `[B, S]`, another name of `batch` for padded callers.
             return_dict: True or None, since the output has names; sentence-transformers passes it.
 
         Raises:
-            ValueError: rows out of order or out of range, ids out of range, a mask with holes, contradictory arguments.
+            ValueError: rows out of order or out of range, ids out of range, a mask with holes, a `Packed` whose parts
+                do not fit together, contradictory arguments.
         """
         if batch is not None and input_ids is not None:
             raise ValueError("input_ids is another name of batch for padded callers: pass one of them")
@@ -199,11 +241,13 @@ class Encoder(Pretrained):
             raise ValueError("a Packed carries its own mask and positions: leave out attention_mask")
         if inputs_embeds is not None and inputs_embeds.shape[0] != batch.num_tokens:
             raise ValueError(f"inputs_embeds has {inputs_embeds.shape[0]} rows, the batch {batch.num_tokens} tokens")
+        check_packed(batch)
         self._check_length(batch)
         if rows is not None:
             check_rows(rows, batch.num_tokens)
 
-        rope_of = {theta: ops.rotary_table(batch.positions, theta, self.config.head_dim) for theta in set(self.thetas)}
+        width = self.config.head_dim
+        rope_of = {theta: Rope(*ops.rotary_table(batch.positions, theta, width)) for theta in set(self.thetas)}
         x_TD, delta_TD = self.embeddings(batch.input_ids, inputs_embeds), None
         rows_of_layer = [None] * (len(self.layers) - 1) + [rows]
         for layer, theta, wanted in zip(self.layers, self.thetas, rows_of_layer, strict=True):
@@ -211,7 +255,7 @@ class Encoder(Pretrained):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 run = partial(checkpoint, layer, use_reentrant=False)
             x_TD, delta_TD = run(x_TD, delta_TD, batch, rope_of[theta], wanted)
-        return self.final_norm(x_TD, delta_TD)[1]
+        return add_norm(x_TD, delta_TD, self.final_norm)[1]
 
     def _padded(
         self, ids_BS: Tensor | None, mask_BS: Tensor | None, rows: Tensor | None, embeds_BSD: Tensor | None
@@ -219,7 +263,7 @@ class Encoder(Pretrained):
         """Pack, call, unpack."""
         if rows is not None:
             raise ValueError("rows count the tokens of a Packed; index last_hidden_state of a padded batch instead")
-        batch = pack(padded_ids(ids_BS, embeds_BSD), mask_BS, vocab_size=self.config.vocab_size)
+        batch = pack_padded(ids_BS, mask_BS, embeds_BSD, self.config)
         embeds_TD = None if embeds_BSD is None else embeds_BSD.flatten(0, 1)[batch.padded_rows]
         return EncoderOutput(unpack(self.forward(batch, inputs_embeds=embeds_TD), batch))
 
@@ -260,19 +304,29 @@ class Encoder(Pretrained):
         return Content(self.config.to_hf(), state_of(self, state))
 
     def resize_token_embeddings(self, vocab_size: int, *, pad_to_multiple_of: int | None = None) -> nn.Embedding:
-        """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`."""
+        """Grow or cut the vocabulary in place; new rows are drawn like those of a new model. Updates `config`.
+
+        The table stays the same module, with its hooks and options.
+
+        Raises:
+            ValueError: a table that an adapter wraps, or whose weight is sharded or computed from others.
+        """
         if pad_to_multiple_of is not None:
             vocab_size = -(-vocab_size // pad_to_multiple_of) * pad_to_multiple_of
-        self.config.changed({"vocab_size": vocab_size})  # refuses a wrong one before anything is made
-        old = self.embeddings.tok_embeddings
-        kept = min(vocab_size, old.num_embeddings)
-        new = nn.Embedding(vocab_size, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
-        self._truncated_normal(new.weight, self.config.initializer_range)
+        config = self.config.changed({"vocab_size": vocab_size})  # refuses a wrong one before anything is made
+        table = self.embeddings.tok_embeddings
+        if type(table) is not nn.Embedding or "weight" not in table._parameters:
+            raise ValueError(
+                f"the table is a {type(table).__name__} that is wrapped, sharded or pruned: resize it before"
+            )
+        old_VD, kept = table.weight, min(vocab_size, table.num_embeddings)
+        new_VD = nn.Parameter(old_VD.new_empty(vocab_size, old_VD.shape[1]), requires_grad=old_VD.requires_grad)
         with torch.no_grad():
-            new.weight[:kept] = old.weight[:kept]
-        new.weight.requires_grad_(old.weight.requires_grad)
-        self.set_input_embeddings(new)
-        return new
+            self._truncated_normal(new_VD, self.config.initializer_range)
+            new_VD[:kept] = old_VD[:kept]
+        table.weight, table.num_embeddings = new_VD, vocab_size
+        self.config = config
+        return table
 
     def reset_parameters(self) -> None:
         """The "full Megatron" initialisation of ModernBERT (paper, appendix A): outputs of a block start smaller."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,8 @@ Span = tuple[int, int] | None
 class Packed:
     """The tokens of B sequences, one after another in one row of T, with no padding.
 
-    `pack` and `Tokenizer` build and validate it; the encoder trusts it. Split a result `x` `[T, ...]` into one
-    tensor per sequence with `x.split(batch.lengths)`.
+    `pack` and `Tokenizer` build and validate it; the encoder checks that its parts fit together. Split a result
+    `x` `[T, ...]` into one tensor per sequence with `x.split(batch.lengths)`.
 
     Attributes:
         input_ids: `[T]` int64.
@@ -337,3 +337,42 @@ def check_rows(rows: Tensor, num_tokens: int) -> None:
         return
     if bool((rows.diff() <= 0).any()) or int(rows[0]) < 0 or int(rows[-1]) >= num_tokens:
         raise ValueError(f"rows must be increasing, from 0 to less than the {num_tokens} tokens of the batch")
+
+
+def check_packed(batch: Packed) -> None:
+    """Raise ValueError for a batch whose parts do not fit together: a kernel would read what belongs to no sequence.
+
+    Numbers on a GPU are trusted, as a look at them would wait for it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    tokens, count, lengths = batch.num_tokens, len(batch), tuple(batch.lengths)
+    keys = batch.key_lengths
+    if batch.input_ids.dim() != 1 or batch.positions.shape != batch.input_ids.shape:
+        shapes = tuple(batch.input_ids.shape), tuple(batch.positions.shape)
+        raise ValueError(f"input_ids and positions of a Packed must be [T], got shapes {shapes[0]} and {shapes[1]}")
+    if keys is not None and keys.shape != (count,):
+        raise ValueError(f"key_lengths of a Packed has shape {tuple(keys.shape)}, but there are {count} sequences")
+    if batch.cu_seqlens.is_cpu:
+        ends = batch.cu_seqlens.tolist()
+        if ends[:1] != [0] or ends[-1] != tokens or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens of a Packed must rise from 0 to its {tokens} tokens, got {_shown(ends)}")
+        found = tuple(end - start for start, end in pairwise(ends))
+        if lengths not in ((), found):
+            raise ValueError(f"lengths of a Packed are {_shown(lengths)}, but those of cu_seqlens {_shown(found)}")
+        lengths = found
+    if lengths and (len(lengths) != count or sum(lengths) != tokens or max(lengths) > batch.max_seqlen):
+        raise ValueError(
+            f"lengths of a Packed must be {count} numbers up to max_seqlen, which is {batch.max_seqlen}, in sum its "
+            f"{tokens} tokens, got {_shown(lengths)}"
+        )
+    if keys is not None and keys.is_cpu and batch.cu_seqlens.is_cpu:
+        for index, (key_length, length) in enumerate(zip(keys.tolist(), lengths, strict=True)):
+            if not 0 <= key_length <= length:
+                raise ValueError(
+                    f"key_lengths[{index}] of a Packed is {key_length}, but the sequence has {length} tokens"
+                )
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    return str(list(numbers)) if len(numbers) < 10 else f"[{', '.join(map(str, numbers[:8]))}, ..., {numbers[-1]}]"

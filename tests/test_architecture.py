@@ -15,9 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # index = floor; the package `modernbert` itself only hands names on and is the roof
     "modernbert_kernels",
-    "modernbert.config modernbert.packing modernbert.late_interaction modernbert.tokenizer modernbert.checkpoint "
-    "modernbert.loading modernbert.saving modernbert.weights modernbert.pickles modernbert.json_files modernbert.files "
-    "modernbert.hub modernbert.progress modernbert.settings modernbert.arguments modernbert.outputs",
+    "modernbert.config modernbert.packing modernbert.padded modernbert.late_interaction modernbert.tokenizer "
+    "modernbert.checkpoint modernbert.loading modernbert.saving modernbert.weights modernbert.pickles "
+    "modernbert.json_files modernbert.files modernbert.hub modernbert.progress modernbert.settings "
+    "modernbert.arguments modernbert.outputs",
     "modernbert.encoder modernbert.pretrained modernbert.inference",
     "modernbert.heads",
     "modernbert.train modernbert.retrieval modernbert.integrations",

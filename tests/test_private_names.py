@@ -51,6 +51,11 @@ PRIVATE = {
     "_buffers": Private("a replica has its own buffers", lambda: torch.nn.Module()._buffers),
     "_forward_hooks": Private("hooks on a module", lambda: torch.nn.Module()._forward_hooks),
     "_forward_pre_hooks": Private("hooks on a module", lambda: torch.nn.Module()._forward_pre_hooks),
+    "_backward_hooks": Private("hooks on a module", lambda: torch.nn.Module()._backward_hooks),
+    "_backward_pre_hooks": Private("hooks on a module", lambda: torch.nn.Module()._backward_pre_hooks),
+    "_has_any_global_hook": Private("hooks on all modules", lambda: torch.nn.modules.module._has_any_global_hook),
+    "_global_forward_hooks": Private("hooks on all modules", lambda: torch.nn.modules.module._global_forward_hooks),
+    "_global_forward_pre_hooks": Private("as above", lambda: torch.nn.modules.module._global_forward_pre_hooks),
 }
 
 

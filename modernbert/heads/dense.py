@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..encoder import Linear
+from ..encoder import Linear, is_plain
 
 
 class Dense(nn.Module):
@@ -33,8 +33,9 @@ class Dense(nn.Module):
 
     @property
     def is_projection(self) -> bool:
-        """Whether it computes only `W x + b`, and `linear` has not been replaced or wrapped."""
-        return type(self.linear) is Linear and type(self.activation) is nn.Identity and self.residual is None
+        """Whether a call computes only `W x + b`: nothing has been replaced or wrapped, or has a hook."""
+        plain = is_plain(self, Dense) and is_plain(self.linear, Linear) and is_plain(self.activation, nn.Identity)
+        return plain and self.residual is None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TE = self.activation(self.linear(x_TD))

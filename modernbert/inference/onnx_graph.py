@@ -23,7 +23,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Norm
+from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Linear
+from .replica import changed_module, hooked_module
 
 INPUTS = {"input_ids": "T", "positions": "T", "segment_ids": "T", "key_segment_ids": "T", "rows": "Q"}
 OUTPUT = "vectors"
@@ -162,7 +163,7 @@ def _mlp(g: Graph, mlp: MLP, x: str) -> str:
 
 
 def linear(g: Graph, module: nn.Module, x: str) -> str:
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or type(module) not in (Linear, nn.Linear):
         raise ValueError(f"a graph has no {type(module).__name__}: merge adapters first, or leave out engine")
     if g.int8:
         y = _int8_product(g, x, module.weight)
@@ -186,12 +187,12 @@ def _int8_product(g: Graph, x: str, weight_FD: Tensor) -> str:
     return g("Mul", g("Mul", y_TF, scale_F), largest_T1)
 
 
-def _norm(g: Graph, norm: Norm, x: str, delta: str | None) -> tuple[str, str]:
+def _norm(g: Graph, norm: nn.LayerNorm, x: str, delta: str | None) -> tuple[str, str]:
     x = x if delta is None else g("Add", x, delta)
     return x, _layer_norm(g, norm, x)
 
 
-def _layer_norm(g: Graph, norm: Norm | nn.LayerNorm, x: str) -> str:
+def _layer_norm(g: Graph, norm: nn.LayerNorm, x: str) -> str:
     bias = [] if norm.bias is None else [g.weight(norm.bias)]
     return g("LayerNormalization", x, g.weight(norm.weight), *bias, axis=-1, epsilon=norm.eps)
 
@@ -275,10 +276,12 @@ def write(model: nn.Module, *, int8: bool = False) -> Graph:
     """The graph of an `Encoder`, or of a late-interaction head: its encoder, its layers, and the norm.
 
     Raises:
-        TypeError: another model.
+        TypeError: another model. ValueError: a module that was replaced, or has hooks.
     """
-    g = Graph(int8=int8)
-    result = encoder(g, encoder_of(model))
+    g, inner = Graph(int8=int8), encoder_of(model)
+    if changed := changed_module(inner) or hooked_module(model):
+        raise ValueError(f"a graph has no {changed}: merge adapters and remove hooks first, or leave out engine")
+    result = encoder(g, inner)
     if isinstance(model, Head):
         result = normalized(g, result, cast("Iterable[DenseLayer]", model.dense))
     g.nodes.append(helper.make_node("Identity", [result], [OUTPUT]))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..encoder import Linear
+from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Linear, Norm, is_plain
 
 M = TypeVar("M", bound=nn.Module)
+
+ORDINARY = {Encoder, Embeddings, Layer, Attention, MLP, Linear, Norm, nn.Embedding, nn.Linear, nn.ModuleList}
+"""The modules of an encoder whose forward pass is that of `encoder.py`. Any other may compute something else."""
 
 
 def replicate(module: nn.Module, change: Callable[[nn.Module], nn.Module | None] = lambda module: None) -> nn.Module:
@@ -30,9 +33,31 @@ def replicate(module: nn.Module, change: Callable[[nn.Module], nn.Module | None]
     return replica
 
 
-def evaluated(model: nn.Module) -> nn.Module:
+def evaluated(model: M) -> M:
     """The model, or a replica if any of its modules is in training mode: modes are never changed."""
-    return replicate(model) if any(module.training for module in model.modules()) else model
+    return cast("M", replicate(model)) if any(module.training for module in model.modules()) else model
+
+
+def changed_module(encoder: nn.Module) -> str | None:
+    """The first module whose forward pass may not be that of `encoder.py`, described; None if there is none."""
+    for name, module in encoder.named_modules():
+        if type(module) not in ORDINARY or getattr(module, "max_norm", None) is not None:
+            return f"{type(module).__name__} as {name}"
+    return hooked_module(encoder)
+
+
+def hooked_module(model: nn.Module) -> str | None:
+    """The first module with a hook or with a forward of its own, described; None if there is none."""
+    for name, module in model.named_modules():
+        if not is_plain(module, type(module)):
+            return f"{type(module).__name__} with hooks or a forward of its own{name and ' as ' + name}"
+    return None
+
+
+def forward_hooks(model: nn.Module) -> list[dict[int, Any]]:
+    """The dictionaries in which PyTorch keeps hooks of the modules and of all modules, also those that come later."""
+    own = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    return [*own, nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
 
 
 def with_weight(module: Linear, weight_FD: Tensor) -> Linear:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from modernbert_kernels.cpu import linear
 from modernbert_kernels.dispatch import forced
 
-from ..encoder import Linear
+from ..encoder import Linear, is_plain
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
-from ..packing import Packed, Tokens, check_rows
+from ..packing import Packed, Tokens, check_packed, check_rows
 from .batches import CPU_TOKENS, micro_batches, split_rows, token_budget
 from .callers import callers, check_process, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts
 from .graph_engine import LONGEST_TEXT, ROW_TOKENS, GraphEngine, save_graph
 from .graphs import Graphs
-from .replica import evaluated, replicate, with_weight
+from .replica import evaluated, forward_hooks, replicate, with_weight
 from .short import LONGEST, ShortEncoder, has_short_way
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +61,7 @@ class Session(Generic[M]):
         packs = self.device.type == "cpu" and engine is None
         self._bulk = replicate(model, _pack_linear) if packs else evaluated(model)
         self._graph_engine = None if engine is None else GraphEngine.of(self._bulk, engine)
+        self._hooks = [] if engine is None else forward_hooks(self._bulk)  # may be filled later
         # No layout of a weight is chosen by measuring here: the same tokens give the same bits.
         self._batches: Caller = Modules(self._bulk) if packs else self
         self._graphs = Graphs(self._bulk, self.device) if self.device.type == "cuda" else None
@@ -70,7 +71,8 @@ class Session(Generic[M]):
 
         Raises:
             TypeError: a batch that is not a Packed.
-            ValueError: a batch that is not on the CPU, rows out of order or range, autocast, or a forced backend.
+            ValueError: a batch that is not on the CPU or whose parts do not fit together, rows out of order or range,
+                autocast, or a forced backend.
             RuntimeError: the weights have changed, or the process was forked after this thread had encoded.
         """
         self._check()
@@ -79,6 +81,7 @@ class Session(Generic[M]):
         if not batch.input_ids.is_cpu:
             device = batch.input_ids.device
             raise ValueError(f"the batch is on {device}: leave it on the CPU, from where the session copies it at once")
+        check_packed(batch)
         if rows is not None:
             check_rows(rows, batch.num_tokens)
         with torch.no_grad():
@@ -139,7 +142,7 @@ class Session(Generic[M]):
 
         Raises:
             ImportError: the `cpu` extra is missing. TypeError: neither an encoder nor a late-interaction head.
-            ValueError: weights of more than 2 GB.
+            ValueError: weights of more than 2 GB, a module with a hook or that was replaced.
         """
         self._check()
         save_graph(evaluated(self.model), path)  # whose weights are not packed
@@ -155,6 +158,10 @@ class Session(Generic[M]):
                 "a Session computes in the model's dtype on its own backends: leave autocast and backend()"
             )
         self._weights.check()
+        if any(self._hooks):
+            raise RuntimeError(
+                "a module has a hook, which no graph runs: remove it, or make a new Session without engine"
+            )
 
     def _on_cpu(self, batch: Packed, rows: Tensor | None) -> Tensor:
         if self.engine is None and len(batch) == 1 and batch.num_tokens <= LONGEST:
@@ -183,7 +190,7 @@ class Session(Generic[M]):
         """The model with the short way of `short.py` in its encoder, if there is one; made at the first short text."""
 
         def prepare(module: nn.Module) -> nn.Module | None:
-            return ShortEncoder(module) if has_short_way(module) else _pack_linear(module)
+            return ShortEncoder(evaluated(module)) if has_short_way(module) else _pack_linear(module)
 
         return replicate(self.model, prepare)
 
@@ -242,15 +249,12 @@ def _few(parameter: nn.Parameter) -> memoryview:
     return few.as_strided((len(few),), (1,)).view(torch.uint8).numpy().data
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[Linear]:
-    """A layer of ours that has its weight as a parameter: not one that a hook computes, as pruning does."""
-    if type(module) is not Linear or "weight" not in module._parameters:
-        return False
-    return module.weight.is_cpu and module.weight.dtype is torch.float32
+def _packs(module: nn.Module) -> TypeGuard[Linear]:
+    return is_plain(module, Linear) and module.weight.is_cpu and module.weight.dtype is torch.float32
 
 
 def _pack_linear(module: nn.Module) -> nn.Module | None:
     """A linear layer with its weight packed for oneDNN, where that is faster at any number of rows."""
-    if linear.FASTER_THAN_MKL and linear.AVAILABLE and _is_plain(module):
+    if linear.FASTER_THAN_MKL and linear.AVAILABLE and _packs(module):
         return with_weight(module, linear.pack_weight(module.weight))
     return None

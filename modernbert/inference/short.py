@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import modernbert_kernels as ops
 from modernbert_kernels.cpu import linear
 
-from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Linear, Norm
+from ..encoder import Attention, Encoder, Layer, Linear
 from ..packing import Packed
+from .replica import changed_module, forward_hooks
 
 LONGEST = 64
 """Tokens of the longest text. Beyond it the products are most of the time, and published models have a window of 64."""
@@ -33,9 +34,6 @@ MEASURED = 4
 """Layers whose products are measured: more than the cache of a core holds."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
-
-ORDINARY = {Encoder, Embeddings, Layer, Attention, MLP, Linear, Norm, nn.Embedding, nn.LayerNorm, nn.ModuleList}
-"""The modules whose forward pass is repeated here. Any other, such as an adapter, may compute something else."""
 
 Product = Callable[[Tensor], Tensor]
 """`x W^T + b` on a weight that was copied into a layout."""
@@ -97,8 +95,7 @@ class ShortEncoder(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
-        # Dictionaries of the modules, which may be filled later.
-        self.hooks = [hooks for module in encoder.modules() for hooks in _hooks(module)]
+        self.hooks = forward_hooks(encoder)
         self.table_VD = encoder.embeddings.tok_embeddings.weight.detach()
         self.norm = _norm(encoder.embeddings.norm)
         layers = cast("list[Layer]", list(encoder.layers))
@@ -167,18 +164,13 @@ def has_short_way(encoder: nn.Module) -> TypeGuard[Encoder]:
         isinstance(encoder, Encoder)
         and [i for i, layer in enumerate(encoder.layers) if getattr(layer, "attn_norm", None) is None] == [0]
         and all(p.is_cpu and p.dtype is torch.float32 for p in encoder.parameters())
-        and all(type(module) in ORDINARY for module in encoder.modules())
-        and not any("forward" in module.__dict__ for module in encoder.modules())
+        and changed_module(encoder) is None
     )
 
 
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    return module._forward_hooks, module._forward_pre_hooks
-
-
 def _norm(norm: nn.Module | None) -> _Norm:
-    assert isinstance(norm, (Norm, nn.LayerNorm))
-    return _Norm(tuple(norm.weight.shape), norm.weight, norm.bias, norm.eps)
+    assert isinstance(norm, nn.LayerNorm)
+    return _Norm(tuple(norm.normalized_shape), norm.weight, norm.bias, norm.eps)
 
 
 def _linears(layer: Layer) -> tuple[Linear, Linear, Linear, Linear]:

@@ -10,8 +10,9 @@ from torch.utils import _pytree
 
 import modernbert_kernels as ops
 
-from ..encoder import Encoder, EncoderOutput
-from ..packing import Packed, check_padded, pack, padded_ids, unpack
+from ..encoder import Encoder, EncoderOutput, Rope, add_norm
+from ..packing import Packed, check_padded, padded_ids, unpack
+from ..padded import pack_padded
 
 # torch.export.save writes only classes that are registered by name.
 _pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
@@ -63,13 +64,13 @@ class TransformersEncoder(nn.Module):
             raise ValueError("output_attentions: attention probabilities are never materialised here")
         if return_dict is False:
             raise ValueError("return_dict=False: the output is a named tuple already; index it instead")
-        ids_BS = padded_ids(input_ids, inputs_embeds)
         # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
         if torch.compiler._is_exporting_flag:
+            ids_BS = padded_ids(input_ids, inputs_embeds)
             batch, restore = pack_static(ids_BS, attention_mask, query_mask, position_ids), unpack_static
         else:
             masks = {"query_mask": query_mask, "position_ids": position_ids}
-            batch, restore = pack(ids_BS, attention_mask, **masks, vocab_size=self.config.vocab_size), unpack
+            batch, restore = pack_padded(input_ids, attention_mask, inputs_embeds, self.config, **masks), unpack
         embeds_TD = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[batch.padded_rows]
         if not output_hidden_states:
             return EncoderOutput(restore(self.encoder(batch, inputs_embeds=embeds_TD), batch))
@@ -80,12 +81,12 @@ class TransformersEncoder(nn.Module):
 def hidden_states(encoder: Encoder, batch: Packed, inputs_embeds: Tensor | None = None) -> Iterator[Tensor]:
     """The N + 1 tensors `[T, D]` on the way of `Encoder.forward`, whose loop this is."""
     width = encoder.config.head_dim
-    rope_of = {theta: ops.rotary_table(batch.positions, theta, width) for theta in set(encoder.thetas)}
+    rope_of = {theta: Rope(*ops.rotary_table(batch.positions, theta, width)) for theta in set(encoder.thetas)}
     x_TD, delta_TD = encoder.embeddings(batch.input_ids, inputs_embeds), None
     for layer, theta in zip(encoder.layers, encoder.thetas, strict=True):
         yield x_TD if delta_TD is None else x_TD + delta_TD
         x_TD, delta_TD = layer(x_TD, delta_TD, batch, rope_of[theta])
-    yield encoder.final_norm(x_TD, delta_TD)[1]
+    yield add_norm(x_TD, delta_TD, encoder.final_norm)[1]
 
 
 def pack_static(

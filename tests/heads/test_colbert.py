@@ -16,7 +16,7 @@ from accuracy import assert_accurate
 from hf_twin import make_loud
 from torch import Tensor
 
-from modernbert import ColBERT, maxsim, pack
+from modernbert import ColBERT, Session, maxsim, pack
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.heads.dense import Dense
@@ -266,3 +266,18 @@ def test_whatever_the_last_layer_does_is_done_before_normalising(out, options):
         first, last = model.dense
         wanted = F.normalize(last(first(model.encoder(batch))), dim=-1)
         torch.testing.assert_close(model(batch), wanted, rtol=0, atol=1e-6)
+
+
+def test_what_is_done_to_the_last_layer_counts(plain_tokenizer: Tokenizer) -> None:
+    """One kernel projects and normalises, unless that would read past a hook or an adapter."""
+    model = make(plain_tokenizer)
+    batch = model.tokenize_queries(QUERIES).batch
+    wanted = model(batch)
+    for name in ("dense.0", "dense.0.linear", "dense.0.activation"):
+        handle = model.get_submodule(name).register_forward_hook(lambda module, args, out: out + 1)
+        changed = model(batch)
+        assert (changed - wanted).abs().max() > 1e-2
+        with torch.no_grad():
+            torch.testing.assert_close(Session(model)(batch), changed, rtol=0, atol=2e-5)
+        handle.remove()
+    assert torch.equal(model(batch), wanted)

@@ -186,6 +186,41 @@ def test_what_the_graph_does_not_compute_is_refused() -> None:
         Session(loud(TINY), engine="tensorrt")
 
 
+@pytest.mark.parametrize("name", ["embeddings.tok_embeddings", "embeddings.norm", "final_norm", ""])
+def test_hooks_and_replaced_modules_are_in_no_graph(name: str, tmp_path: Path) -> None:
+    """A hook without an effect on the comparison was lost, and a file was written without one."""
+    encoder = loud(TINY)
+    session = Session(encoder, engine="onnxruntime")
+    handle = encoder.get_submodule(name).register_forward_hook(lambda module, args, out: out + 1e-5)
+    with pytest.raises(RuntimeError, match="a module has a hook"):
+        session(pack([[1, 2, 3]]))
+    calls = [
+        lambda: Session(encoder, engine="onnxruntime-int8"),
+        lambda: Session(encoder).save(tmp_path / "model.onnx"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"a graph has no \w+ with hooks or a forward of its own"):
+            call()
+    handle.remove()
+    session(pack([[1, 2, 3]]))
+    if name:
+        parent, _, child = name.rpartition(".")
+        setattr(encoder.get_submodule(parent), child, nn.Sequential(encoder.get_submodule(name)))
+        for call in calls:
+            with pytest.raises(ValueError, match=f"a graph has no Sequential as {name}"):
+                call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_hooks_on_a_head_are_in_no_graph(tmp_path: Path) -> None:
+    model = head(Dense(64, 32))
+    for part in (model, model.dense[0], model.dense[0].linear):
+        handle = part.register_forward_hook(lambda module, args, out: 2 * out)
+        with pytest.raises(ValueError, match="a graph has no"):
+            Session(model).save(tmp_path / "model.onnx")
+        handle.remove()
+
+
 @pytest.mark.parametrize(("engine", "package"), [("onnxruntime", "onnx"), *((name, name) for name in EXACT)])
 def test_a_missing_package_names_the_extra(engine: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)

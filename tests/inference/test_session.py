@@ -16,11 +16,12 @@ import torch
 from hf_twin import TINY, random_ids, twins
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
 import modernbert_kernels as ops
 from modernbert import ColBERT, Encoder, Packed, Session, pack
-from modernbert.encoder import Layer
+from modernbert.encoder import Layer, Linear, Norm
 from modernbert.heads.dense import Dense
 from modernbert.inference import session as module
 from modernbert.inference import short
@@ -334,6 +335,54 @@ def test_a_hook_that_comes_later_runs() -> None:
     session(batch)
     layer(encoder).mlp.Wi.register_forward_hook(lambda module, inputs, output: output + 0.5)
     compare(encoder, batch, session=session)
+
+
+SUBMODULES = ["", "embeddings", "embeddings.tok_embeddings", "embeddings.norm", "layers.1.attn_norm", "final_norm"]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("name", SUBMODULES)
+def test_hooks_on_any_module_run(name: str, later: bool) -> None:
+    encoder, batches = loud(), [text(5), pack(random_ids([30, 40], 100))]
+    session = Session(encoder) if later else None
+    if session is not None:
+        session(batches[0])
+    wanted = encoder(batches[0])
+    encoder.get_submodule(name).register_forward_hook(lambda module, inputs, output: output.abs())
+    assert (encoder(batches[0]) - wanted).abs().max() > 1e-2
+    for batch in batches:
+        compare(encoder, batch, session=session)
+
+
+def test_a_hook_on_all_modules_runs() -> None:
+    session, batch, seen = Session(loud()), text(5), []
+    session(batch)
+    handle = register_module_forward_hook(lambda module, inputs, output: seen.append(type(module)) or None)
+    try:
+        session(batch)
+    finally:
+        handle.remove()
+    assert {nn.Embedding, Norm, Linear} <= set(seen)
+
+
+@pytest.mark.parametrize("name", SUBMODULES[2:])
+def test_replaced_modules_run(name: str, taken: list[int]) -> None:
+    encoder = loud()
+    parent, _, child = name.rpartition(".")
+    setattr(encoder.get_submodule(parent), child, Adapted(encoder.get_submodule(name)))
+    for batch in (text(5), pack(random_ids([30, 40], 100))):
+        compare(encoder, batch)
+    assert taken == []
+
+
+def test_a_short_text_off_the_short_way_is_evaluated() -> None:
+    """It ran in the mode of the model, with dropout."""
+    encoder = Encoder(replace(TINY, mlp_dropout=0.5))
+    session, batch = Session(encoder.train()), replace(text(5), positions=torch.arange(5) * 3 + 7)
+    session(text(5))
+    compare(encoder.eval(), batch, session=session)
+    encoder.train()
+    assert torch.equal(session(batch), session(batch))
 
 
 def test_a_forward_of_its_own_is_refused() -> None:

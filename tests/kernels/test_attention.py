@@ -195,6 +195,55 @@ def test_attention_head_by_head_takes_few_shapes(length: int, monkeypatch: pytes
 
 
 @TRITON
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("behind", [0, 46, 1000])
+def test_triton_attention_of_rows_after_the_last_sequence(window: int | None, behind: int) -> None:
+    """They see nothing. What was in memory after the offsets decided, and their gradients were NaN."""
+    lengths, tokens = [14, 30], 44
+    qkv, options = randn(tokens + 2, 3, 2, 32), {"window": window, "key_lengths": None}
+    cu_seqlens = torch.tensor([0, 14, 44, behind], dtype=torch.int32, device=DEVICE)[:3]
+    leaf = qkv.to(DEVICE).requires_grad_()
+    tables = tuple(table.to(DEVICE) for table in rope([*lengths, 2], 32))
+    out = ops.attention.backends["triton"](leaf, cu_seqlens, 30, rope=tables, **options)
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
+    real = qkv[:tokens].requires_grad_()
+    wanted = ops.attention.reference(real, cu(lengths), 30, rope=rope(lengths, 32), **options)
+    (expected,) = torch.autograd.grad(wanted.square().sum(), real)
+    assert out[tokens:].eq(0).all()
+    assert gradient[tokens:].eq(0).all()
+    torch.testing.assert_close(out[:tokens].cpu(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradient[:tokens].cpu(), expected, rtol=0, atol=1e-4)
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("ends", "keys"),
+    [
+        ([0], None),
+        ([0, 0, 0], None),
+        ([0, 14, 60], None),
+        ([0, 60, 44], None),
+        ([-20, 14, 44], None),
+        ([0, 14, 44], [20, 90]),
+        ([0, 14, 44], [-3, 30]),
+    ],
+)
+def test_triton_attention_reads_only_its_tokens(ends: list[int], keys: list[int] | None) -> None:
+    """Whatever the offsets say: NaN around the tokens reaches no output and no gradient."""
+    around = torch.full((200, 3, 2, 32), torch.nan)
+    around[80:124] = randn(44, 3, 2, 32)
+    leaf = around.to(DEVICE)[80:124].requires_grad_()
+    offsets = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (ends, keys) if x is not None]
+    tables = tuple(table.to(DEVICE) for table in rope([44], 32))
+    for window in (None, 8):
+        options = {"rope": tables, "window": window, "key_lengths": offsets[1] if keys else None}
+        out = ops.attention.backends["triton"](leaf, offsets[0], 44, **options)
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
+        assert out.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+@TRITON
 @pytest.mark.parametrize("window", [2**31 - 1, 2**63 - 1])
 def test_triton_attention_of_a_window_without_an_end(window: int) -> None:
     """The row plus such a window overflowed, and no key was visible."""

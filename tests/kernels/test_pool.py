@@ -85,3 +85,17 @@ def test_operators(mode: str) -> None:
     torch.library.opcheck(library.pool_forward.default, (x, offsets, mode, FLOAT32))
     pooled, places = library.pool_forward(x, offsets, mode, FLOAT32)
     torch.library.opcheck(library.pool_backward.default, (pooled, offsets, places, mode, 7, FLOAT32))
+
+
+@TRITON
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_after_the_last_sequence_have_no_gradient(mode: str) -> None:
+    """The offsets behind the last one were read, and decided."""
+    offsets = torch.tensor([0, 3, 8, 1000], dtype=torch.int32, device=DEVICE)[:3]
+    leaf = randn(10, 5).to(DEVICE).requires_grad_()
+    ops.pool.backends["triton"](leaf, offsets, mode).sum().backward()
+    real = leaf.detach()[:8].cpu().requires_grad_()
+    ops.pool.reference(real, cu([3, 5]), mode).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad[8:].eq(0).all()
+    torch.testing.assert_close(leaf.grad[:8].cpu(), real.grad)

@@ -26,12 +26,14 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _visible_range(rows, first_row, end_row, cu_seqlens, key_lengths, B, window, OF_KEYS: tl.constexpr):
+def _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, OF_KEYS: tl.constexpr):
     """`[low, high)`, the packed tokens that each row of a tile sees, and `start` to `stop`, which holds them all.
 
-    A query sees keys. With `OF_KEYS` the rows are keys, and a key sees the queries that see it.
+    A query sees keys. With `OF_KEYS` the rows are keys, and a key sees the queries that see it. Rows after the last
+    sequence see nothing, and whatever `cu_seqlens` and `key_lengths` hold, `start` to `stop` is within the batch.
     """
-    last_row = end_row - 1
+    total = tl.minimum(tl.load(cu_seqlens + B), T)
+    last_row = tl.minimum(first_row + rows.shape[0], total) - 1
     # The sequences of the first and of the last row: the number of sequences that end before them.
     first_segment, last_segment = 0, 0
     for first in tl.range(0, B, SEQUENCES):
@@ -39,16 +41,17 @@ def _visible_range(rows, first_row, end_row, cu_seqlens, key_lengths, B, window,
         end = tl.load(cu_seqlens + 1 + segment, mask=segment < B, other=FAR)
         first_segment += tl.sum((end <= first_row).to(tl.int32))
         last_segment += tl.sum((end <= last_row).to(tl.int32))
-    start = tl.maximum(tl.load(cu_seqlens + first_segment), first_row - window)
-    stop = tl.minimum(tl.load(cu_seqlens + last_segment + 1), last_row + window + 1)
+    start = tl.maximum(tl.maximum(tl.load(cu_seqlens + first_segment), first_row - window), 0)
+    stop = tl.minimum(tl.load(cu_seqlens + tl.minimum(last_segment + 1, B)), last_row + window + 1)
+    stop = tl.minimum(stop, total)
     segment_ids = first_segment + tl.zeros_like(rows)
     for segment in tl.range(first_segment, last_segment):
         segment_ids += (tl.load(cu_seqlens + 1 + segment) <= rows).to(tl.int32)
-    row_mask = rows < end_row
+    row_mask = rows <= last_row
     begin = tl.load(cu_seqlens + segment_ids, mask=row_mask, other=0)
     end = tl.load(cu_seqlens + segment_ids + 1, mask=row_mask, other=0)
     if key_lengths is not None:
-        keys_end = begin + tl.load(key_lengths + segment_ids, mask=row_mask, other=0)
+        keys_end = tl.minimum(end, begin + tl.load(key_lengths + segment_ids, mask=row_mask, other=0))
         end = tl.where(rows < keys_end, end, 0) if OF_KEYS else keys_end
     return tl.maximum(begin, rows - window), tl.minimum(end, rows + window + 1), start, stop
 
@@ -118,8 +121,7 @@ def attention_forward_kernel(
     first_row = tl.program_id(0) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < T
-    end_row = tl.minimum(first_row + BLOCK_M, T)
-    low, high, start, stop = _visible_range(rows, first_row, end_row, cu_seqlens, key_lengths, B, window, False)
+    low, high, start, stop = _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, False)
     q, k, v = qkv + head * K, qkv + (H + head) * K, qkv + (2 * H + head) * K
     q1, q2 = _load_rotated(q, rows, cos, sin, row_mask, stride, R, ROTATE)
     columns = tl.arange(0, K)[None, :]
@@ -178,8 +180,7 @@ def attention_dq_kernel(
     first_row = tl.program_id(0) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < T
-    end_row = tl.minimum(first_row + BLOCK_M, T)
-    low, high, start, stop = _visible_range(rows, first_row, end_row, cu_seqlens, key_lengths, B, window, False)
+    low, high, start, stop = _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, False)
     q, k, v = qkv + head * K, qkv + (H + head) * K, qkv + (2 * H + head) * K
     q1, q2 = _load_rotated(q, rows, cos, sin, row_mask, stride, R, ROTATE)
     columns = tl.arange(0, K)[None, :]
@@ -235,8 +236,7 @@ def attention_dkv_kernel(
     first_row = tl.program_id(0) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < T
-    end_row = tl.minimum(first_row + BLOCK_M, T)
-    low, high, start, stop = _visible_range(rows, first_row, end_row, cu_seqlens, key_lengths, B, window, True)
+    low, high, start, stop = _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, True)
     q, k, v = qkv + head * K, qkv + (H + head) * K, qkv + (2 * H + head) * K
     k1, k2 = _load_rotated(k, rows, cos, sin, row_mask, stride, R, ROTATE)
     columns = tl.arange(0, K)[None, :]

@@ -65,15 +65,18 @@ def pool_forward_kernel(
 
 @triton.jit
 def pool_backward_kernel(
-    grad, segment_ids, cu_seqlens, argmax, dx, T, D, MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    grad, segment_ids, cu_seqlens, argmax, dx, T, B, D, MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (rows < T)[:, None] & (columns < D)
     segment = tl.load(segment_ids + rows, mask=rows < T, other=0).to(tl.int64)
-    start = tl.load(cu_seqlens + segment, mask=rows < T, other=0).to(tl.int64)
-    end = tl.load(cu_seqlens + segment + 1, mask=rows < T, other=1).to(tl.int64)
-    share = tl.load(grad + segment[:, None] * D + columns, mask=mask, other=0).to(tl.float32)
+    # Rows after the last sequence have a gradient of zero.
+    in_sequence = (rows < T) & (segment < B)
+    start = tl.load(cu_seqlens + segment, mask=in_sequence, other=0).to(tl.int64)
+    end = tl.load(cu_seqlens + segment + 1, mask=in_sequence, other=1).to(tl.int64)
+    share_mask = mask & in_sequence[:, None]
+    share = tl.load(grad + segment[:, None] * D + columns, mask=share_mask, other=0).to(tl.float32)
     if MODE == "cls":
         share = tl.where((rows == start)[:, None], share, 0.0)
     elif MODE == "last":
@@ -81,7 +84,7 @@ def pool_backward_kernel(
     elif MODE == "mean":
         share = share / (end - start).to(tl.float32)[:, None]
     else:
-        best_row = tl.load(argmax + segment[:, None] * D + columns, mask=mask, other=0)
+        best_row = tl.load(argmax + segment[:, None] * D + columns, mask=share_mask, other=0)
         share = tl.where(best_row == (rows - start)[:, None], share, 0.0)
     tl.store(dx + rows[:, None] * D + columns, share, mask=mask)
 
@@ -121,7 +124,18 @@ def pool_backward(
     T, D = dx_TD.shape
     if T:
         pool_backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(D, COLUMNS))](
-            dpooled_BD, segment_ids(cu_seqlens, T), cu_seqlens, argmax_BD, dx_TD, T, D, mode, ROWS, COLUMNS, num_warps=4
+            dpooled_BD,
+            segment_ids(cu_seqlens, T),
+            cu_seqlens,
+            argmax_BD,
+            dx_TD,
+            T,
+            len(dpooled_BD),
+            D,
+            mode,
+            ROWS,
+            COLUMNS,
+            num_warps=4,
         )
     return dx_TD
 

@@ -1,0 +1,91 @@
+"""The padded entrance: a `[B, S]` batch of another library as a `Packed`, with every row that the library may score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .config import EncoderConfig
+from .packing import Packed, check_padded, pack, padded_ids
+
+
+def pack_padded(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    config: EncoderConfig,
+    *,
+    query_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Packed:
+    """`pack` that keeps tokens under the mask, such as the unattended [MASK] tokens of query expansion.
+
+    Hugging Face's model computes every row. Those under the mask see the real tokens, unseen themselves, and a library
+    may score them. Here they are query-only rows, and only padding is dropped: `config.pad_token_id`, or 0 if it is
+    None. Without ids, rows in front of the real tokens are padding, and those after them are not.
+
+    A batch that is expanded by its pad token looks like padding: pass its `query_mask`.
+
+    Args:
+        input_ids, attention_mask, position_ids: as in `pack`.
+        query_mask: as in `pack`; None: found as above.
+        inputs_embeds: `[B, S, D]` in place of ids.
+
+    Raises:
+        ValueError, TypeError: as `pack`; tokens under the mask on both sides of the real tokens.
+    """
+    ids_BS = padded_ids(input_ids, inputs_embeds)
+    check_padded(ids_BS, attention_mask, None, position_ids)
+    hidden_BS = None if query_mask is not None else _hidden_tokens(input_ids, attention_mask, config)
+    if attention_mask is None or hidden_BS is None:
+        options = {"query_mask": query_mask, "position_ids": position_ids, "vocab_size": config.vocab_size}
+        return pack(ids_BS, attention_mask, **options)
+
+    place_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+    in_front_B1 = (hidden_BS & (place_BS < _first(attention_mask))).any(1, keepdim=True)
+    # Query-only rows follow the real tokens of a Packed. Attention has no direction: where they come first, the
+    # sequence is packed from its end, each token with its own position.
+    order_BS = torch.where(in_front_B1, place_BS.flip(1), place_BS)
+    mask_BS, hidden_BS = attention_mask.gather(1, order_BS), hidden_BS.gather(1, order_BS)
+    if (both_B := (hidden_BS & (place_BS < _first(mask_BS))).any(1)).any():
+        raise ValueError(
+            f"sequence {int(both_B.nonzero()[0])} has tokens under attention_mask 0 on both sides of its real tokens: "
+            f"keep them on one side, and pad with pad_token_id, which is {config.pad_token_id or 0}"
+        )
+    # Padding between the real tokens and the last of the others stays too, because a sequence has no holes.
+    until_last_BS = hidden_BS.flip(1).cumsum(1).flip(1) > 0
+    batch = pack(
+        ids_BS.gather(1, order_BS),
+        mask_BS,
+        query_mask=until_last_BS & (mask_BS == 0) & (place_BS >= _first(mask_BS)),
+        position_ids=order_BS if position_ids is None else position_ids.expand_as(ids_BS).gather(1, order_BS),
+        vocab_size=config.vocab_size,
+    )
+    rows_T, length = batch.padded_rows, ids_BS.shape[1]
+    assert rows_T is not None
+    return replace(batch, padded_rows=rows_T // length * length + order_BS.flatten()[rows_T])
+
+
+def _hidden_tokens(input_ids: Tensor | None, mask_BS: Tensor | None, config: EncoderConfig) -> Tensor | None:
+    """`[B, S]` bool, the tokens under the mask that are not padding; None if there are none."""
+    if mask_BS is None:
+        return None
+    hidden_BS = mask_BS == 0
+    if input_ids is not None:
+        hidden_BS &= input_ids != (config.pad_token_id or 0)
+    if not hidden_BS.any():
+        return None
+    place_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    behind_BS = place_S >= _first(mask_BS)
+    if input_ids is None:
+        hidden_BS &= behind_BS
+    else:  # what no table has a row for cannot be scored: it is padding, or `pack` refuses it
+        hidden_BS &= behind_BS | ((input_ids >= 0) & (input_ids < config.vocab_size))
+    return hidden_BS if hidden_BS.any() else None
+
+
+def _first(mask_BS: Tensor) -> Tensor:
+    """`[B, 1]`, where the real tokens begin; 0 where there are none."""
+    return (mask_BS != 0).int().argmax(1, keepdim=True)
