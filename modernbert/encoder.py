@@ -44,7 +44,22 @@ class EncoderOutput(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` that computes through the `linear` op."""
+    """`torch.nn.Linear` that computes through the `linear` op.
+
+    `torch.ao.quantization` does not find it, because it looks for layers by their exact type. It is refused before it
+    leaves a model as it was: it sets `qconfig` on each module first.
+    """
+
+    @property
+    def qconfig(self) -> None:
+        raise AttributeError("a modernbert.encoder.Linear has no qconfig")
+
+    @qconfig.setter
+    def qconfig(self, _: object) -> None:
+        raise TypeError(
+            "torch.ao.quantization takes torch.nn.Linear by its exact type, and this layer is a modernbert.encoder.Linear: "
+            "quantize modernbert.integrations.quantization.plain_linears(model) instead"
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
@@ -174,7 +189,6 @@ class Encoder(nn.Module):
         self,
         batch: Packed | Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *,
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         input_ids: Tensor | None = None,

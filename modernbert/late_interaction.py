@@ -62,7 +62,7 @@ class Ragged:
                 wanted = "[n, E]" if not index else f"[n, {matrices[0].shape[1]}] as matrices[0] is"
                 raise ValueError(f"matrices[{index}] must be {wanted}, got shape {tuple(matrix.shape)}")
         lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)], device="cpu")
-        return cls(torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, device="cpu"), lengths.cumsum(0))
+        return cls(torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, dtype=torch.float32, device="cpu"), lengths.cumsum(0))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -172,7 +172,7 @@ def maxsim(
 
 @torch.no_grad()
 def _top_k(queries: Ragged, documents: Ragged, k: int) -> tuple[Tensor, Tensor]:
-    best = torch.zeros(len(queries), 0, device=queries.values.device)
+    best = torch.zeros(len(queries), 0, dtype=torch.float32, device=queries.values.device)
     index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.values.device)
     for first, last in token_blocks(documents.offsets, TOKENS):
         scores = maxsim(queries, documents[first:last])

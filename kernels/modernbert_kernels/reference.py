@@ -13,6 +13,12 @@ from torch import Tensor
 from .dispatch import Op
 
 
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    if torch.jit.is_tracing():
+        raise ValueError("torch.jit.trace would keep the lengths of its example: leave this op out of what is traced")
+    return cu_seqlens.diff().tolist()
+
+
 @Op
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """`x W^T + b`, `[T, D]` to `[T, F]`."""
@@ -136,8 +142,8 @@ def maxsim(
     scores 0.
     """
     dtype = torch.promote_types(queries_QE.dtype, torch.float32)
-    queries = queries_QE.to(dtype).split(cu_queries.diff().tolist())
-    documents = documents_NE.to(dtype).split(cu_documents.diff().tolist())
+    queries = queries_QE.to(dtype).split(_lengths(cu_queries))
+    documents = documents_NE.to(dtype).split(_lengths(cu_documents))
 
     def score(query_QE: Tensor, document_NE: Tensor) -> Tensor:
         if len(document_NE) == 0:
@@ -167,7 +173,7 @@ def pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool
 
     `normalize` divides it by its norm. An empty sequence gives zero. Sums in float32 or better, one rounding.
     """
-    rows = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).split(cu_seqlens.diff().tolist())
+    rows = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).split(_lengths(cu_seqlens))
     how = {
         "cls": lambda x: x[0],
         "last": lambda x: x[-1],
