@@ -43,6 +43,11 @@ class EncoderOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+def no_states() -> tuple[()] | None:
+    """`hidden_states` of a caller that has not asked for them: None, which a trace cannot return."""
+    return () if torch.jit.is_tracing() else None
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` that computes through the `linear` op.
 
@@ -57,8 +62,8 @@ class Linear(nn.Linear):
     @qconfig.setter
     def qconfig(self, _: object) -> None:
         raise TypeError(
-            "torch.ao.quantization takes torch.nn.Linear by its exact type, and this layer is a modernbert.encoder.Linear: "
-            "quantize modernbert.integrations.quantization.plain_linears(model) instead"
+            "torch.ao.quantization takes torch.nn.Linear by its exact type, and this layer is one of "
+            "modernbert.encoder: quantize modernbert.integrations.quantization.plain_linears(model) instead"
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -173,6 +178,9 @@ class Encoder(nn.Module):
         self.final_norm = Norm(config)
         self.reset_parameters()
 
+    def __prepare_scriptable__(self) -> Encoder:
+        raise TypeError("torch.jit.script cannot compile an Encoder: use torch.export, or torch.jit.trace")
+
     @overload
     def forward(self, batch: Packed, *, rows: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor: ...
     @overload
@@ -208,6 +216,8 @@ class Encoder(nn.Module):
         Raises:
             ValueError: rows out of order or out of range, ids out of range, a mask with holes, contradictory arguments.
         """
+        if isinstance(batch, torch.fx.Proxy):
+            raise TypeError("torch.fx.symbolic_trace cannot follow lengths and masks: use torch.export")
         if batch is not None and input_ids is not None:
             raise ValueError("input_ids is another name of batch for padded callers: pass one of them")
         if not isinstance(batch, Packed):
@@ -238,7 +248,7 @@ class Encoder(nn.Module):
             raise ValueError("rows count the tokens of a Packed; index last_hidden_state of a padded batch instead")
         batch = pack(padded_ids(ids_BS, embeds_BSD), mask_BS, vocab_size=self.config.vocab_size)
         embeds_TD = None if embeds_BSD is None else embeds_BSD.flatten(0, 1)[batch.padded_rows]
-        return EncoderOutput(unpack(self.forward(batch, inputs_embeds=embeds_TD), batch))
+        return EncoderOutput(unpack(self.forward(batch, inputs_embeds=embeds_TD), batch), no_states())
 
     def _check_length(self, batch: Packed) -> None:
         limit = self.config.max_position_embeddings

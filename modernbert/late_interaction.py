@@ -62,7 +62,8 @@ class Ragged:
                 wanted = "[n, E]" if not index else f"[n, {matrices[0].shape[1]}] as matrices[0] is"
                 raise ValueError(f"matrices[{index}] must be {wanted}, got shape {tuple(matrix.shape)}")
         lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)], device="cpu")
-        return cls(torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, dtype=torch.float32, device="cpu"), lengths.cumsum(0))
+        values = torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, dtype=torch.float32, device="cpu")
+        return cls(values, lengths.cumsum(0))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

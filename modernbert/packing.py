@@ -271,8 +271,23 @@ def _pack_padded(
     )
 
 
-# Whole and outside of a compiled graph, because it looks at the numbers in masks: else each look would end a graph.
-_pack_uncompiled = torch._disable_dynamo(_pack_padded)
+@torch._disable_dynamo
+def _pack_uncompiled(
+    ids_BS: Tensor,
+    attention_mask: Tensor | None,
+    query_mask: Tensor | None,
+    position_ids: Tensor | None,
+    vocab_size: int | None,
+) -> Packed:
+    """`_pack_padded` in front of the compiled graph: each look at the numbers in masks would end a graph.
+
+    Sizes that every batch changes are open from the first one on.
+    """
+    batch = _pack_padded(ids_BS, attention_mask, query_mask, position_ids, vocab_size)
+    for tensor in (batch.input_ids, batch.positions, batch.padded_rows, batch.cu_seqlens, batch.key_lengths):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return batch
 
 
 def _pack_recorded(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from modernbert.retrieval.store.prefilter import build_lists, shortlist, train_c
 from modernbert.train.losses import info_nce, kl_distill
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ["owl in the night " * n for n in (1, 2, 40)]
+TEXTS = ["owl", "an owl in the night", " ".join(f"mouse {n} and hail" for n in range(40))]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,18 @@ def encoder() -> Encoder:
 
 
 def same_elsewhere(call: Callable[[], Tensor]) -> None:
-    """A call gives the same numbers on the CPU under another default device."""
+    """A call gives the same numbers on the CPU, in the same dtype, under another default device or dtype."""
     wanted = call().clone()
-    torch.set_default_device("meta")
-    try:
-        got = call()
-    finally:
-        torch.set_default_device(None)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+    for change, usual in (
+        (partial(torch.set_default_device, "meta"), partial(torch.set_default_device, None)),
+        (partial(torch.set_default_dtype, torch.float64), partial(torch.set_default_dtype, torch.float32)),
+    ):
+        change()
+        try:
+            got = call()
+        finally:
+            usual()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
 LENGTHS = {"windows": [3, 40, 17], "short": [5, 9], "one": [12], "long": [300, 280], "bulk": [60] * 50, "empty": [0, 4]}
@@ -54,7 +59,7 @@ def test_the_encoder(encoder: Encoder, lengths: list[int]) -> None:
     sequences = random_ids(lengths, 100)
     ids, mask = pad(sequences, "left")
     keys = mask * (mask.cumsum(1) < 8)
-    session, drop_in = Session(encoder), TransformersEncoder(encoder)
+    session, drop_in, embeds = Session(encoder), TransformersEncoder(encoder), torch.ones(2, 5, 64)
     rows = pack(ids, mask).cu_seqlens[:-1].unique().long()
 
     def trained() -> Tensor:
@@ -69,7 +74,7 @@ def test_the_encoder(encoder: Encoder, lengths: list[int]) -> None:
         same_elsewhere(lambda: encoder(pack(sequences), rows=rows[rows < sum(lengths)]))
         same_elsewhere(lambda: unpack(encoder(pack(ids, keys, query_mask=mask - keys)), pack(ids, mask)))
         same_elsewhere(lambda: drop_in(ids, mask, output_hidden_states=True).hidden_states[1])
-        same_elsewhere(lambda: drop_in(inputs_embeds=torch.ones(2, 5, 64, device="cpu")).last_hidden_state)
+        same_elsewhere(lambda: drop_in(inputs_embeds=embeds).last_hidden_state)
         same_elsewhere(lambda: session(pack(ids, mask)))
     same_elsewhere(trained)
 
@@ -113,7 +118,9 @@ def test_files_and_new_heads(colbert: ColBERT, encoder: Encoder, tmp_path: Path)
         body = Encoder.from_pretrained(tmp_path / "encoder")
         return ColBERT.from_encoder(body, colbert.tokenizer, dim=8).dense[0].linear.weight.detach()
 
-    same_elsewhere(head)
+    with torch.device("meta"):
+        on_the_cpu = head()
+    assert torch.equal(on_the_cpu, head())
 
 
 def test_a_store(colbert: ColBERT, tmp_path: Path) -> None:
@@ -126,7 +133,7 @@ def test_a_store(colbert: ColBERT, tmp_path: Path) -> None:
             exact, fast = (store.search(["owl night"], top_k=5, prefilter=choice)[0] for choice in (False, True))
             store.explain("owl night", exact[0])
         index([source], folder, colbert)
-        return torch.tensor([(hit.passage_id, hit.score) for hit in (*exact, *fast)], device="cpu")
+        return torch.tensor([(hit.passage_id, hit.score) for hit in (*exact, *fast)], dtype=torch.float64, device="cpu")
 
     same_elsewhere(found)
 

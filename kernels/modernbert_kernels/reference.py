@@ -113,12 +113,12 @@ def attention(
         rope: cos and sin, `[T, K / 2]` float32.
     """
     num_tokens = qkv_T3HK.shape[0]
-    if num_tokens == 0:
+    if not torch.jit.is_tracing() and num_tokens == 0:  # a trace would keep the answer
         return qkv_T3HK[:, 0]
     position_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
     rows_BS = (cu_seqlens[:-1, None] + position_S).clamp(max=num_tokens - 1)
     qkv_BS3HK = rotary(qkv_T3HK, *rope).index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape)
-    q_BHSK, k_BHSK, v_BHSK = qkv_BS3HK.permute(2, 0, 3, 1, 4)
+    q_BHSK, k_BHSK, v_BHSK = qkv_BS3HK.permute(2, 0, 3, 1, 4).unbind()
     key_lengths = cu_seqlens.diff() if key_lengths is None else key_lengths
     visible_B1SS = (position_S < key_lengths[:, None])[:, None, None, :]
     if window is not None:

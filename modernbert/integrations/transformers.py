@@ -10,7 +10,7 @@ from torch.utils import _pytree
 
 import modernbert_kernels as ops
 
-from ..encoder import Encoder, EncoderOutput
+from ..encoder import Encoder, EncoderOutput, no_states
 from ..packing import Packed, pack, padded_ids, unpack
 
 # torch.export.save writes only classes that are registered by name.
@@ -57,6 +57,8 @@ class TransformersEncoder(nn.Module):
         Raises:
             ValueError: masks with holes, ids out of range, contradictory or unsupported arguments.
         """
+        if isinstance(input_ids, torch.fx.Proxy):
+            raise TypeError("torch.fx.symbolic_trace cannot follow lengths and masks: use torch.export")
         if token_type_ids is not None:
             raise ValueError("token_type_ids: ModernBERT has no token types; leave the argument out")
         if output_attentions:
@@ -73,7 +75,7 @@ class TransformersEncoder(nn.Module):
         )
         embeds_TD = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[batch.padded_rows]
         if not output_hidden_states:
-            return EncoderOutput(unpack(self.encoder(batch, inputs_embeds=embeds_TD), batch))
+            return EncoderOutput(unpack(self.encoder(batch, inputs_embeds=embeds_TD), batch), no_states())
         states = tuple(unpack(state_TD, batch) for state_TD in hidden_states(self.encoder, batch, embeds_TD))
         return EncoderOutput(states[-1], states)
 
