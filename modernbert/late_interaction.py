@@ -224,7 +224,7 @@ def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
     if clusters >= len(rest):
         return x_NE
     fcluster, linkage = _ward()
-    distance = 1 - rest @ rest.T
+    distance = (1 - rest @ rest.T).clamp(min=0)  # scipy refuses the -1e-7 of equal rows
     upper = torch.triu_indices(len(rest), len(rest), offset=1, device="cpu")
     tree = linkage(distance[upper[0], upper[1]].numpy(), method="ward")
     labels = torch.from_numpy(fcluster(tree, t=clusters, criterion="maxclust")).long() - 1
