@@ -115,7 +115,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Packed, rope: Rope, rows_Q: Tensor | None) -> Tensor:
         out_THK = ops.attention(
-            self.Wqkv(x_TD).unflatten(-1, (3, self.heads, self.head_dim)),
+            # Not unflatten: the older ONNX exporter would keep the number of tokens of its example.
+            self.Wqkv(x_TD).reshape(x_TD.shape[0], 3, self.heads, self.head_dim),
             batch.cu_seqlens,
             batch.max_seqlen,
             rope=rope,

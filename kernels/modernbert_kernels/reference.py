@@ -117,7 +117,8 @@ def attention(
         return qkv_T3HK[:, 0]
     position_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
     rows_BS = (cu_seqlens[:-1, None] + position_S).clamp(max=num_tokens - 1)
-    qkv_BS3HK = rotary(qkv_T3HK, *rope).index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape)
+    # Not unflatten: the older ONNX exporter would keep the sizes of its example.
+    qkv_BS3HK = rotary(qkv_T3HK, *rope).index_select(0, rows_BS.flatten()).view(*rows_BS.shape, *qkv_T3HK.shape[1:])
     q_BHSK, k_BHSK, v_BHSK = qkv_BS3HK.permute(2, 0, 3, 1, 4).unbind()
     key_lengths = cu_seqlens.diff() if key_lengths is None else key_lengths
     visible_B1SS = (position_S < key_lengths[:, None])[:, None, None, :]

@@ -110,7 +110,10 @@ def test_the_padded_entrance_compiled_is_checked_and_differentiable() -> None:
     def padded(run: Any) -> Any:
         return lambda batch: run(*batch)[0]
 
-    runs = rows_and_gradients(padded(compiled), encoder, (ids, mask)), rows_and_gradients(padded(encoder), encoder, (ids, mask))
+    runs = (
+        rows_and_gradients(padded(compiled), encoder, (ids, mask)),
+        rows_and_gradients(padded(encoder), encoder, (ids, mask)),
+    )
     assert_same(*runs)
     with pytest.raises(ValueError, match="token id 100 is out of range"):
         compiled(ids.masked_fill(mask == 1, 100), mask)
