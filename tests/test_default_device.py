@@ -1,4 +1,4 @@
-"""A default device other than the model's (COMET#249): "meta" as a stand-in for "cuda", which has no numbers to give."""
+"""A default device other than the model's (COMET#249): "meta" in the place of "cuda", which has no numbers to give."""
 
 from __future__ import annotations
 

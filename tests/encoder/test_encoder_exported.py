@@ -64,7 +64,7 @@ def write_onnx(model: nn.Module, arguments: tuple[Tensor, ...], path: Path, *, d
     if dynamo:
         open_sizes: dict[str, Any] = {"dynamic_shapes": tuple(sizes for _ in names)}
     else:
-        open_sizes = {"dynamic_axes": {name: sizes for name in [*names, "rows"]}}
+        open_sizes = {"dynamic_axes": dict.fromkeys([*names, "rows"], sizes)}
     with torch.no_grad():
         torch.onnx.export(
             model, arguments, path, dynamo=dynamo, input_names=names, output_names=["rows"], verbose=False, **open_sizes
@@ -171,10 +171,10 @@ def test_a_trace_of_the_encoder_without_a_wrapper() -> None:
 def test_what_cannot_be_followed_is_refused_by_name() -> None:
     ours = twins(SMALL)[1]
     for model in (ours, Rows(ours), TransformersEncoder(ours)):
-        with pytest.raises(TypeError, match="torch.jit.script"):
+        with pytest.raises(TypeError, match=r"torch\.jit\.script"):
             torch.jit.script(model)
     for model in (ours, TransformersEncoder(ours)):
-        with pytest.raises(TypeError, match="torch.fx"):
+        with pytest.raises(TypeError, match=r"torch\.fx"):
             torch.fx.symbolic_trace(model)
 
 
@@ -188,6 +188,6 @@ def test_what_depends_on_lengths_is_not_traced() -> None:
     for name, call in calls.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            with pytest.raises(ValueError, match="torch.jit.trace"):
+            with pytest.raises(ValueError, match=r"torch\.jit\.trace"):
                 torch.jit.trace(call, (values,))
                 pytest.fail(name)
