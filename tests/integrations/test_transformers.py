@@ -175,7 +175,7 @@ def test_export_of_the_other_arguments(encoder: TransformersEncoder, name: str, 
 
 
 def test_query_rows_are_exported(encoder: TransformersEncoder) -> None:
-    """They were refused: padding could not be told from them."""
+    """They were refused, as if they were padding."""
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 
     def arguments(lengths: list[int], side: str) -> dict[str, torch.Tensor]:
