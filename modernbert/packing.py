@@ -36,8 +36,8 @@ class Packed:
             rest are query-only rows (ColBERT's unattended expansion tokens). None: every row is a key.
         padded_rows: `[T]` int64 or None. The place of each token in the flattened `[B * S]` input of `pack`.
         padded_length: S of that input.
-        recorded_rows: `[B, S]` int64 or None, of a program that is recorded (`torch.export`, `torch.jit.trace`) and keeps
-            padding: the row of each place of that input, and T for a place in padding.
+        recorded_rows: `[B, S]` int64 or None, of a program that is recorded (`torch.export`, `torch.jit.trace`), which
+            keeps padding: the row of each place of that input, and T for a place in padding.
     """
 
     input_ids: Tensor
