@@ -51,8 +51,28 @@ class Rope:
         return Rope(*(table.to(device, non_blocking=non_blocking) for table in (self.cos, self.sin)))
 
 
+def no_states() -> tuple[()] | None:
+    """`hidden_states` of a caller that has not asked for them: None, which a trace cannot return."""
+    return () if torch.jit.is_tracing() else None
+
+
 class Linear(nn.Linear):
-    """`torch.nn.Linear` that computes through the `linear` op."""
+    """`torch.nn.Linear` that computes through the `linear` op.
+
+    `torch.ao.quantization` does not find it, because it looks for layers by their exact type. It is refused before it
+    leaves a model as it was: it sets `qconfig` on each module first.
+    """
+
+    @property
+    def qconfig(self) -> None:
+        raise AttributeError("a modernbert.encoder.Linear has no qconfig")
+
+    @qconfig.setter
+    def qconfig(self, _: object) -> None:
+        raise TypeError(
+            "torch.ao.quantization takes torch.nn.Linear by its exact type, and this layer is one of "
+            "modernbert.encoder: quantize modernbert.integrations.quantization.plain_linears(model) instead"
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
@@ -126,7 +146,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Packed, rope: Rope, rows_Q: Tensor | None) -> Tensor:
         out_THK = ops.attention(
-            self.Wqkv(x_TD).unflatten(-1, (3, self.heads, self.head_dim)),
+            # Not unflatten: the older ONNX exporter would keep the number of tokens of its example.
+            self.Wqkv(x_TD).reshape(x_TD.shape[0], 3, self.heads, self.head_dim),
             batch.cu_seqlens,
             batch.max_seqlen,
             rope=(rope.cos, rope.sin),
@@ -189,6 +210,9 @@ class Encoder(Pretrained):
         self.final_norm = Norm(config)
         self.reset_parameters()
 
+    def __prepare_scriptable__(self) -> Encoder:
+        raise TypeError("torch.jit.script cannot compile an Encoder: use torch.export, or torch.jit.trace")
+
     @overload
     def forward(self, batch: Packed, *, rows: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor: ...
     @overload
@@ -206,7 +230,6 @@ class Encoder(Pretrained):
         self,
         batch: Packed | Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *,
         rows: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         input_ids: Tensor | None = None,
@@ -231,6 +254,8 @@ class Encoder(Pretrained):
             ValueError: rows out of order or out of range, ids out of range, a mask with holes, a `Packed` whose parts
                 do not fit together, contradictory arguments.
         """
+        if isinstance(batch, torch.fx.Proxy):
+            raise TypeError("torch.fx.symbolic_trace cannot follow lengths and masks: use torch.export")
         if batch is not None and input_ids is not None:
             raise ValueError("input_ids is another name of batch for padded callers: pass one of them")
         if return_dict is False:
@@ -265,7 +290,7 @@ class Encoder(Pretrained):
             raise ValueError("rows count the tokens of a Packed; index last_hidden_state of a padded batch instead")
         batch = pack_padded(ids_BS, mask_BS, embeds_BSD, self.config)
         embeds_TD = None if embeds_BSD is None else embeds_BSD.flatten(0, 1)[batch.padded_rows]
-        return EncoderOutput(unpack(self.forward(batch, inputs_embeds=embeds_TD), batch))
+        return EncoderOutput(unpack(self.forward(batch, inputs_embeds=embeds_TD), batch), no_states())
 
     def _check_length(self, batch: Packed) -> None:
         limit = self.config.max_position_embeddings

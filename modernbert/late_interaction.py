@@ -62,7 +62,8 @@ class Ragged:
                 wanted = "[n, E]" if not index else f"[n, {matrices[0].shape[1]}] as matrices[0] is"
                 raise ValueError(f"matrices[{index}] must be {wanted}, got shape {tuple(matrix.shape)}")
         lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)], device="cpu")
-        return cls(torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, device="cpu"), lengths.cumsum(0))
+        values = torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, dtype=torch.float32, device="cpu")
+        return cls(values, lengths.cumsum(0))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -172,7 +173,7 @@ def maxsim(
 
 @torch.no_grad()
 def _top_k(queries: Ragged, documents: Ragged, k: int) -> tuple[Tensor, Tensor]:
-    best = torch.zeros(len(queries), 0, device=queries.values.device)
+    best = torch.zeros(len(queries), 0, dtype=torch.float32, device=queries.values.device)
     index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.values.device)
     for first, last in token_blocks(documents.offsets, TOKENS):
         scores = maxsim(queries, documents[first:last])
@@ -223,7 +224,7 @@ def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
     if clusters >= len(rest):
         return x_NE
     fcluster, linkage = _ward()
-    distance = 1 - rest @ rest.T
+    distance = (1 - rest @ rest.T).clamp(min=0)  # scipy refuses the -1e-7 of equal rows
     upper = torch.triu_indices(len(rest), len(rest), offset=1, device="cpu")
     tree = linkage(distance[upper[0], upper[1]].numpy(), method="ward")
     labels = torch.from_numpy(fcluster(tree, t=clusters, criterion="maxclust")).long() - 1

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modernbert_kernels.dispatch import recorded
+
 from .late_interaction import Ragged
 
 Span = tuple[int, int] | None
@@ -34,6 +36,8 @@ class Packed:
             rest are query-only rows (ColBERT's unattended expansion tokens). None: every row is a key.
         padded_rows: `[T]` int64 or None. The place of each token in the flattened `[B * S]` input of `pack`.
         padded_length: S of that input.
+        recorded_rows: `[B, S]` int64 or None, of a program that is recorded (`torch.export`, `torch.jit.trace`), which
+            keeps padding: the row of each place of that input, and T for a place in padding.
     """
 
     input_ids: Tensor
@@ -44,6 +48,7 @@ class Packed:
     key_lengths: Tensor | None = None
     padded_rows: Tensor | None = None
     padded_length: int | None = None
+    recorded_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -141,7 +146,10 @@ def pack(
         TypeError: ids or positions that are not integers, masks that are not tensors, a sequence that is not one.
     """
     if isinstance(sequences, Tensor):
-        return _pack_padded(sequences, attention_mask, query_mask, position_ids, vocab_size)
+        if recorded():
+            return _pack_recorded(sequences, attention_mask, query_mask, position_ids)
+        run = _pack_uncompiled if torch.compiler.is_compiling() else _pack_padded
+        return run(sequences, attention_mask, query_mask, position_ids, vocab_size)
     if attention_mask is not None or query_mask is not None or position_ids is not None:
         raise ValueError("masks and position_ids belong to a padded [B, S] tensor; lists of ids carry no padding")
     sequences = list_of_sequences("sequences", sequences)
@@ -170,6 +178,9 @@ def unpack(values: Tensor, batch: Packed) -> Tensor:
     Rows return to their places if `batch` was packed from a padded tensor; a batch of lists comes back
     right-padded. Differentiable; keeps dtype and device.
     """
+    if batch.recorded_rows is not None:
+        padding = values.new_zeros(1, *values.shape[1:])
+        return torch.cat([values, padding])[batch.recorded_rows]
     if values.shape[0] != batch.num_tokens:
         raise ValueError(f"values has {values.shape[0]} rows, the batch has {batch.num_tokens} tokens")
     rows, length = batch.padded_rows, batch.padded_length
@@ -260,6 +271,67 @@ def _pack_padded(
     )
 
 
+@torch._disable_dynamo
+def _pack_uncompiled(
+    ids_BS: Tensor,
+    attention_mask: Tensor | None,
+    query_mask: Tensor | None,
+    position_ids: Tensor | None,
+    vocab_size: int | None,
+) -> Packed:
+    """`_pack_padded` in front of the compiled graph: each look at the numbers in masks would end a graph.
+
+    Sizes that every batch changes are open from the first one on.
+    """
+    return with_open_sizes(_pack_padded(ids_BS, attention_mask, query_mask, position_ids, vocab_size))
+
+
+def with_open_sizes(batch: Packed) -> Packed:
+    """The batch, with its sizes marked as those that differ between batches, for `torch.compile`."""
+    for tensor in (batch.input_ids, batch.positions, batch.padded_rows, batch.cu_seqlens, batch.key_lengths):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return batch
+
+
+def _pack_recorded(
+    ids_BS: Tensor, attention_mask: Tensor | None, query_mask: Tensor | None, position_ids: Tensor | None
+) -> Packed:
+    """`_pack_padded` where a program is recorded: no shape depends on a value.
+
+    Each sequence has S rows: its keys, its query-only rows, and then its padding, which is query-only too. Ids and the
+    numbers in masks are not checked.
+    """
+    check_padded(ids_BS, attention_mask, query_mask, position_ids)
+    for name, mask in (("attention_mask", attention_mask), ("query_mask", query_mask)):
+        if mask is not None and mask.is_floating_point():
+            raise ValueError(f"{name} is {mask.dtype}: record with a mask of integers or of bool")
+    batch_size, length = ids_BS.shape
+    keys_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    keys_BS = keys_BS if attention_mask is None else (attention_mask != 0).expand_as(ids_BS)
+    real_BS = keys_BS if query_mask is None else keys_BS | (query_mask != 0)
+
+    # A stable partition by counting, as exporters know no stable sort. It keeps keys in front of query-only rows.
+    count_BS = real_BS.long().cumsum(1)
+    place_BS = torch.arange(length, device=ids_BS.device).expand_as(ids_BS)
+    real_B1 = real_BS.sum(1, keepdim=True)
+    rank_BS = torch.where(real_BS, count_BS - 1, real_B1 + place_BS - count_BS)
+    order_BS = torch.zeros_like(rank_BS).scatter(1, rank_BS, place_BS)
+    first_B1 = torch.arange(batch_size, device=ids_BS.device)[:, None] * length
+    positions_BS = place_BS if position_ids is None else position_ids.expand_as(ids_BS).gather(1, order_BS)
+    return Packed(
+        input_ids=ids_BS.gather(1, order_BS).flatten().long(),
+        positions=positions_BS.flatten().long(),
+        cu_seqlens=torch.arange(batch_size + 1, device=ids_BS.device, dtype=torch.int32) * length,
+        lengths=(),
+        max_seqlen=length,
+        key_lengths=keys_BS.sum(1).int(),
+        padded_rows=(first_B1 + order_BS).flatten(),
+        padded_length=length,
+        recorded_rows=torch.where(real_BS, first_B1 + rank_BS, batch_size * length),
+    )
+
+
 def check_padded(
     ids_BS: Tensor, attention_mask: Tensor | None, query_mask: Tensor | None, position_ids: Tensor | None
 ) -> None:
@@ -273,6 +345,8 @@ def check_padded(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if torch.jit.is_tracing():
+            continue  # a shape is a tensor there, and `expand_as` refuses what does not fit
         shapes = [ids_BS.shape, (length,), (1, length)] if name == "position_ids" else [ids_BS.shape]
         if tensor.shape not in shapes:
             raise ValueError(
@@ -333,7 +407,7 @@ def check_rows(rows: Tensor, num_tokens: int) -> None:
     """Rows of a batch that are asked for; those on a GPU are trusted, as a look at them would wait for it."""
     if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"rows must be a vector of int32 or int64, got {rows.dtype} of shape {tuple(rows.shape)}")
-    if not rows.is_cpu or rows.numel() == 0 or torch.compiler.is_compiling():
+    if not rows.is_cpu or rows.numel() == 0 or torch.compiler.is_compiling() or recorded():
         return
     if bool((rows.diff() <= 0).any()) or int(rows[0]) < 0 or int(rows[-1]) >= num_tokens:
         raise ValueError(f"rows must be increasing, from 0 to less than the {num_tokens} tokens of the batch")
@@ -344,7 +418,7 @@ def check_packed(batch: Packed) -> None:
 
     Numbers on a GPU are trusted, as a look at them would wait for it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or recorded():
         return
     tokens, count, lengths = batch.num_tokens, len(batch), tuple(batch.lengths)
     keys = batch.key_lengths

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from modernbert_kernels.dispatch import recorded
+
 from .config import EncoderConfig
-from .packing import Packed, check_padded, pack, padded_ids
+from .packing import Packed, check_padded, pack, padded_ids, with_open_sizes
 
 
 def pack_padded(
@@ -26,7 +28,8 @@ def pack_padded(
     may score them. Here they are query-only rows, and only padding is dropped: `config.pad_token_id`, or 0 if it is
     None. Without ids, rows in front of the real tokens are padding, and those after them are not.
 
-    A batch that is expanded by its pad token looks like padding: pass its `query_mask`.
+    A batch that is expanded by its pad token looks like padding: pass its `query_mask`. Where `torch.export` and the
+    like record a program, all tokens in front of the real ones are padding.
 
     Args:
         input_ids, attention_mask, position_ids: as in `pack`.
@@ -36,7 +39,15 @@ def pack_padded(
     Raises:
         ValueError, TypeError: as `pack`; tokens under the mask on both sides of the real tokens.
     """
+    if torch.compiler.is_compiling() and not recorded():
+        return _uncompiled(input_ids, attention_mask, inputs_embeds, config, query_mask, position_ids)
     ids_BS = padded_ids(input_ids, inputs_embeds)
+    if recorded():
+        if query_mask is None and attention_mask is not None and input_ids is not None:
+            place_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+            hidden_BS = (attention_mask == 0) & (input_ids != (config.pad_token_id or 0))
+            query_mask = hidden_BS & (place_S >= _first(attention_mask))
+        return pack(ids_BS, attention_mask, query_mask=query_mask, position_ids=position_ids)
     check_padded(ids_BS, attention_mask, None, position_ids)
     hidden_BS = None if query_mask is not None else _hidden_tokens(input_ids, attention_mask, config)
     if attention_mask is None or hidden_BS is None:
@@ -66,6 +77,20 @@ def pack_padded(
     rows_T, length = batch.padded_rows, ids_BS.shape[1]
     assert rows_T is not None
     return replace(batch, padded_rows=rows_T // length * length + order_BS.flatten()[rows_T])
+
+
+@torch._disable_dynamo
+def _uncompiled(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    config: EncoderConfig,
+    query_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Packed:
+    """In front of the compiled graph: each look at the numbers in masks would end a graph."""
+    options = {"query_mask": query_mask, "position_ids": position_ids}
+    return with_open_sizes(pack_padded(input_ids, attention_mask, inputs_embeds, config, **options))
 
 
 def _hidden_tokens(input_ids: Tensor | None, mask_BS: Tensor | None, config: EncoderConfig) -> Tensor | None:

@@ -31,6 +31,8 @@ PRIVATE = {
     "_is_exporting_flag": Private(
         "is_exporting() is also true under torch.compile in 2.11", lambda: torch.compiler._is_exporting_flag
     ),
+    "_disable_dynamo": Private("torch.compiler.disable imports the compiler at once", lambda: torch._disable_dynamo),
+    "_dynamo": Private("marks sizes that change with each batch, where it runs already", lambda: torch._dynamo),
     "_flash_attention_forward": Private(PACKAGE, lambda: torch.ops.aten._flash_attention_forward),
     "_flash_attention_backward": Private(PACKAGE, lambda: torch.ops.aten._flash_attention_backward),
     "_flash_attn_varlen_forward": Private(PACKAGE, None, "flash-attn from 2.7 on"),

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, ParamSpec, TypeVar
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -37,7 +39,7 @@ _names = {"reference"}
 
 
 class Op(Generic[P, R]):
-    """Calls the first backend whose `when` accepts the arguments, else the reference.
+    """Calls the first backend whose `when` accepts the arguments, else the reference; the reference, if it is recorded.
 
     Backends that `ORDER` does not name come first, the newest before the others; then those of `ORDER`.
 
@@ -71,6 +73,8 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if _forced is not None:
             return self.backends.get(_forced, self.reference)(*args, **kwargs)
+        if recorded():
+            return self.reference(*args, **kwargs)
         for _, when, implementation in self._choices:
             if when(*args, **kwargs):
                 return implementation(*args, **kwargs)
@@ -78,6 +82,15 @@ class Op(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<op {self.name}: {', '.join(self.backends)}>"
+
+
+def recorded() -> bool:
+    """Whether `torch.export`, `torch.onnx` or `torch.jit.trace` is recording a program, which may run anywhere.
+
+    No branch may then depend on a number, as the program would follow that of its example for ever.
+    """
+    # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def forced() -> str | None:

@@ -13,6 +13,12 @@ from torch import Tensor
 from .dispatch import Op
 
 
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    if torch.jit.is_tracing():
+        raise ValueError("torch.jit.trace would keep the lengths of its example: leave this op out of what is traced")
+    return cu_seqlens.diff().tolist()
+
+
 @Op
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """`x W^T + b`, `[T, D]` to `[T, F]`."""
@@ -107,12 +113,13 @@ def attention(
         rope: cos and sin, `[T, K / 2]` float32.
     """
     num_tokens = qkv_T3HK.shape[0]
-    if num_tokens == 0:
+    if not torch.jit.is_tracing() and num_tokens == 0:  # a trace would keep the answer
         return qkv_T3HK[:, 0]
     position_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
     rows_BS = (cu_seqlens[:-1, None] + position_S).clamp(max=num_tokens - 1)
-    qkv_BS3HK = rotary(qkv_T3HK, *rope).index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape)
-    q_BHSK, k_BHSK, v_BHSK = qkv_BS3HK.permute(2, 0, 3, 1, 4)
+    # Not unflatten: the older ONNX exporter would keep the sizes of its example.
+    qkv_BS3HK = rotary(qkv_T3HK, *rope).index_select(0, rows_BS.flatten()).view(*rows_BS.shape, *qkv_T3HK.shape[1:])
+    q_BHSK, k_BHSK, v_BHSK = qkv_BS3HK.permute(2, 0, 3, 1, 4).unbind()
     key_lengths = cu_seqlens.diff() if key_lengths is None else key_lengths
     visible_B1SS = (position_S < key_lengths[:, None])[:, None, None, :]
     if window is not None:
@@ -136,8 +143,8 @@ def maxsim(
     scores 0.
     """
     dtype = torch.promote_types(queries_QE.dtype, torch.float32)
-    queries = queries_QE.to(dtype).split(cu_queries.diff().tolist())
-    documents = documents_NE.to(dtype).split(cu_documents.diff().tolist())
+    queries = queries_QE.to(dtype).split(_lengths(cu_queries))
+    documents = documents_NE.to(dtype).split(_lengths(cu_documents))
 
     def score(query_QE: Tensor, document_NE: Tensor) -> Tensor:
         if len(document_NE) == 0:
@@ -167,7 +174,7 @@ def pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool
 
     `normalize` divides it by its norm. An empty sequence gives zero. Sums in float32 or better, one rounding.
     """
-    rows = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).split(cu_seqlens.diff().tolist())
+    rows = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)).split(_lengths(cu_seqlens))
     how = {
         "cls": lambda x: x[0],
         "last": lambda x: x[-1],

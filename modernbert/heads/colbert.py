@@ -75,7 +75,8 @@ class ColBERT(Pretrained):
         tokenizer.add_tokens([prefix for prefix in (config.query_prefix, config.document_prefix) if prefix])
         if tokenizer.vocab_size > encoder.config.vocab_size:
             encoder.resize_token_embeddings(tokenizer.vocab_size)
-        head = Dense(encoder.config.hidden_size, dim)
+        with torch.device("cpu"):  # whatever the default device: the same numbers on each
+            head = Dense(encoder.config.hidden_size, dim)
         nn.init.trunc_normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5)
         weight = encoder.embeddings.tok_embeddings.weight
         colbert = cls(encoder, tokenizer, [head.to(weight.device, weight.dtype)], config)

@@ -45,7 +45,7 @@ class Teacher:
 
     def __getitem__(self, index: np.ndarray) -> Tensor:
         """float32 [n, E] on the CPU, of length one."""
-        return F.normalize(torch.as_tensor(self.vectors[index].astype(np.float32)), dim=-1)
+        return F.normalize(torch.from_numpy(self.vectors[index].astype(np.float32)), dim=-1)
 
 
 def text_key(text: str) -> int:

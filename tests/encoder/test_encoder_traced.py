@@ -82,12 +82,40 @@ def test_inductor() -> None:
         assert_same(rows_and_gradients(compiled, encoder, batch), rows_and_gradients(encoder, encoder, batch))
 
 
-def test_the_padded_entrance_compiles_with_graph_breaks() -> None:
-    """It looks at the masks, so it is not one graph; the numbers are the same, and so are the checks."""
+def padded_batches(counts: range, length: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of so many texts, padded on either side, of one length or of many."""
+    for count in counts:
+        longest = length or 5 + count * 7 % 40
+        lengths = [longest, *(1 + i * 5 % longest for i in range(1, count))]
+        yield pad(random_ids(lengths, 100, seed=count), "left" if count % 2 else "right", extra=count % 3)
+
+
+@pytest.mark.parametrize("length", [12, None])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_padded_entrance_is_two_graphs_at_most(length: int | None, dynamic: bool | None) -> None:
+    """Every number of texts was compiled anew, in about eight graphs each."""
+    encoder, counter = twins(SMALL)[1], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(encoder, backend=counter, dynamic=dynamic)
+    with torch.no_grad():
+        for ids, mask in padded_batches(range(2, 65, 3), length):
+            assert_same((compiled(ids, mask)[0],), (encoder(ids, mask)[0],))
+    assert counter.frame_count <= 2
+
+
+def test_the_padded_entrance_compiled_is_checked_and_differentiable() -> None:
     encoder = twins(SMALL)[1]
     compiled = torch.compile(encoder, backend="aot_eager")
     ids, mask = pad(random_ids([3, 40, 17], 100), "left")
-    with torch.no_grad():
-        assert_same((compiled(ids, mask)[0],), (encoder(ids, mask)[0],))
+
+    def padded(run: Any) -> Any:
+        return lambda batch: run(*batch)[0]
+
+    runs = (
+        rows_and_gradients(padded(compiled), encoder, (ids, mask)),
+        rows_and_gradients(padded(encoder), encoder, (ids, mask)),
+    )
+    assert_same(*runs)
     with pytest.raises(ValueError, match="token id 100 is out of range"):
         compiled(ids.masked_fill(mask == 1, 100), mask)
+    with pytest.raises(ValueError, match="has holes"):
+        compiled(ids, mask.index_fill(1, torch.tensor([38]), 0))

@@ -174,7 +174,19 @@ def test_export_of_the_other_arguments(encoder: TransformersEncoder, name: str, 
         torch.testing.assert_close(mine, yours, rtol=0, atol=2e-5)
 
 
-def test_export_refuses_query_rows(encoder: TransformersEncoder) -> None:
-    ids, mask = pad(random_ids([3, 40], 100))
-    with pytest.raises(ValueError, match="query_mask cannot be exported"):
-        torch.export.export(encoder, (ids, mask), {"query_mask": 1 - mask}, strict=False)
+def test_query_rows_are_exported(encoder: TransformersEncoder) -> None:
+    """They were refused, as if they were padding."""
+    sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+    def arguments(lengths: list[int], side: str) -> dict[str, torch.Tensor]:
+        ids, mask = pad(random_ids(lengths, 100), side, extra=2)
+        keys = mask * (mask.cumsum(1) < 8)
+        return {"input_ids": ids, "attention_mask": keys, "query_mask": mask - keys}
+
+    given = arguments([3, 40, 17], "left")
+    program = torch.export.export(encoder, (), given, dynamic_shapes=dict.fromkeys(given, sizes), strict=False)
+    for lengths, side in (([9, 30], "right"), ([30], "left"), ([1, 8, 12, 50], "left")):
+        given = arguments(lengths, side)
+        with torch.no_grad():
+            got, wanted = program.module()(**given)[0], encoder(**given)[0]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)

@@ -38,8 +38,7 @@ nothing passes from one call of the op to the next. One mask a thread, freed wit
 
 
 def _accepts(qkv_T3HK: Tensor, *_: object, dropout_p: float = 0.0, **__: object) -> bool:
-    # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
-    return qkv_T3HK.is_cpu and dropout_p == 0.0 and not torch.compiler._is_exporting_flag
+    return qkv_T3HK.is_cpu and dropout_p == 0.0
 
 
 @attention.register("cpu", when=_accepts)

@@ -103,8 +103,8 @@ class Index:
             except RuntimeError as error:
                 raise OSError(f"LanceDB at {self._address}: {error}") from error
             column = found["vectors"].combine_chunks()
-            values = torch.tensor(column.flatten().flatten().to_numpy()).view(-1, vectors.values.shape[1])
-            offsets = torch.tensor(column.offsets.to_numpy(), dtype=torch.int64)
+            values = torch.tensor(column.flatten().flatten().to_numpy(), device="cpu").view(-1, vectors.values.shape[1])
+            offsets = torch.tensor(column.offsets.to_numpy(), dtype=torch.int64, device="cpu")
             scores = maxsim([x_QE], Ragged(values, offsets - offsets[0]))[0].tolist()
             hits = found.select([*FIELDS]).to_pylist()
             yield [Found(score, _passage(hit), hit["number"]) for score, hit in zip(scores, hits, strict=True)]

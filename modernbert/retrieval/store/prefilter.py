@@ -131,9 +131,9 @@ def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
         raise ValueError(f"{passages} passages without a single token give no centroids: search them exactly")
     total = num_centroids(tokens)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(passages, generator=generator)[: -(-SAMPLE * total * passages // tokens)]
+    drawn = torch.randperm(passages, generator=generator, device="cpu")[: -(-SAMPLE * total * passages // tokens)]
     sample_NE = select(shards, drawn.sort().values).values
-    sample_NE = sample_NE[torch.randperm(len(sample_NE), generator=generator)]
+    sample_NE = sample_NE[torch.randperm(len(sample_NE), generator=generator, device="cpu")]
     cells = round(4 * total**0.5)
     cell_N = _nearest(sample_NE, _kmeans(sample_NE[: 64 * cells], cells))
     members = sample_NE[cell_N.argsort(stable=True)].split(cell_N.bincount().tolist())
@@ -144,9 +144,9 @@ def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
 def build_lists(vectors: Ragged, centroids: Ragged) -> InvertedLists:
     """The lists of one shard. Its vectors may have any dtype and any positive scale."""
     many = max(1, len(vectors))
-    passage_N = torch.repeat_interleave(torch.arange(len(vectors)), vectors.offsets.diff())
+    passage_N = torch.repeat_interleave(torch.arange(len(vectors), device="cpu"), vectors.offsets.diff())
     pairs = (_assign(vectors.values, centroids) * many + passage_N).unique()
-    offsets = torch.searchsorted(pairs, torch.arange(len(centroids.values) + 1) * many)
+    offsets = torch.searchsorted(pairs, torch.arange(len(centroids.values) + 1, device="cpu") * many)
     passages = (pairs % many).to(torch.int16 if many <= 1 << 15 else torch.int32)
     return InvertedLists(offsets.int(), passages, len(vectors))
 
@@ -187,7 +187,7 @@ def select(shards: Sequence[Ragged], positions: Tensor) -> Ragged:
     """The passages at ascending `positions`, counted over all shards. Reads nothing else of a memory map."""
     ends = np.cumsum([len(shard) for shard in shards])
     cuts = pairwise([0, *np.searchsorted(positions.numpy(), ends).tolist()])
-    values, lengths = [shards[0].values[:0]], [torch.zeros(1, dtype=torch.int64)]
+    values, lengths = [shards[0].values[:0]], [torch.zeros(1, dtype=torch.int64, device="cpu")]
     for shard, end, (start, stop) in zip(shards, ends.tolist(), cuts, strict=True):
         if start < stop:
             inside = positions[start:stop] - (end - len(shard))

@@ -254,7 +254,7 @@ class StoreWriter:
                     rows_of.setdefault(name, []).append(shard.tensors[name][first:last])
         if live:
             tensors = {name: torch.cat(rows) for name, rows in rows_of.items()}
-            tensors["offsets"] = torch.tensor(lengths).cumsum(0)
+            tensors["offsets"] = torch.tensor(lengths, device="cpu").cumsum(0)
             new = self._add_shard(write_part(self._folder, self._shard_name(origin), tensors), live)
             moved = [(new, row, passage) for row, passage in enumerate(passages)]
             self._table.executemany("UPDATE passages SET shard = ?, row = ? WHERE number = ?", moved)
