@@ -17,7 +17,7 @@ FLOORS = [  # index = floor; the package `modernbert` itself only hands names on
     "modernbert_kernels",
     "modernbert.config modernbert.packing modernbert.late_interaction modernbert.tokenizer modernbert.checkpoint "
     "modernbert.loading modernbert.weights modernbert.pickles modernbert.json_files modernbert.files modernbert.hub "
-    "modernbert.progress",
+    "modernbert.progress modernbert.pytrees modernbert.texts modernbert.truncation",
     "modernbert.encoder modernbert.inference",
     "modernbert.heads",
     "modernbert.train modernbert.retrieval modernbert.integrations",
