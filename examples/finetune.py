@@ -21,10 +21,8 @@ model = ColBERT.default().train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 for step in range(5):
-    query_tokens = model.tokenize_queries(queries, spans=False)
-    passage_tokens = model.tokenize_documents(passages, spans=False)
-    query_vectors = query_tokens.ragged(model(query_tokens.batch))
-    passage_vectors = passage_tokens.ragged(model(passage_tokens.batch))
+    query_vectors = model(model.tokenize_queries(queries, spans=False))
+    passage_vectors = model(model.tokenize_documents(passages, spans=False))
     # The passage of another pair is a negative, unless both pairs have the same group.
     loss = info_nce(maxsim(query_vectors, passage_vectors) / 0.5, groups_B=torch.arange(len(pairs)))
     loss.backward()

@@ -13,19 +13,33 @@ if TYPE_CHECKING:
     from modernbert.encoder import Encoder
     from modernbert.heads.colbert import ColBERT
     from modernbert.inference.session import Session
-    from modernbert.late_interaction import maxsim
-    from modernbert.packing import Packed, pack, unpack
+    from modernbert.late_interaction import Ragged, maxsim
+    from modernbert.packing import Packed, Tokens, pack, unpack
     from modernbert.tokenizer import Tokenizer
 
-__all__ = ["ColBERT", "Encoder", "EncoderConfig", "Packed", "Session", "Tokenizer", "maxsim", "pack", "unpack"]
+__all__ = [
+    "ColBERT",
+    "Encoder",
+    "EncoderConfig",
+    "Packed",
+    "Ragged",
+    "Session",
+    "Tokenizer",
+    "Tokens",
+    "maxsim",
+    "pack",
+    "unpack",
+]
 
 _HOME = {
     "ColBERT": "modernbert.heads.colbert",
     "Encoder": "modernbert.encoder",
     "EncoderConfig": "modernbert.config",
     "Packed": "modernbert.packing",
+    "Ragged": "modernbert.late_interaction",
     "Session": "modernbert.inference.session",
     "Tokenizer": "modernbert.tokenizer",
+    "Tokens": "modernbert.packing",
     "maxsim": "modernbert.late_interaction",
     "pack": "modernbert.packing",
     "unpack": "modernbert.packing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, overload
@@ -13,10 +13,13 @@ from torch import Tensor
 
 import modernbert_kernels as ops
 
+from .pytrees import pytree
+
 TOKENS = 1 << 20
 """Document tokens scored before the running top-k is merged: memory of `top_k` grows with this, not the corpus."""
 
 
+@pytree()
 @dataclass(frozen=True, eq=False)
 class Ragged:
     """One matrix per text, stored as one tensor: iterating gives one `[n_i, E]` tensor per text.
@@ -28,6 +31,7 @@ class Ragged:
         offsets: `[N + 1]` int64 on the CPU; text i owns rows `offsets[i]` to `offsets[i + 1]`.
 
     Raises:
+        TypeError: something in the place of a tensor.
         ValueError: values that are not a matrix, or offsets that do not increase from 0 to n.
     """
 
@@ -35,6 +39,10 @@ class Ragged:
     offsets: Tensor
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Tensor):
+                todo = ": Ragged.from_list takes a list of matrices" if isinstance(value, Sequence) else ""
+                raise TypeError(f"{name} of a Ragged must be a tensor, got {type(value).__name__}{todo}")
         if self.values.dim() != 2:
             raise ValueError(f"values of a Ragged must be [n, E], got shape {tuple(self.values.shape)}")
         offsets = self.offsets
@@ -53,17 +61,18 @@ class Ragged:
         """Join `[n_i, E]` tensors; an empty list needs no width and gives `[0, 0]`.
 
         Raises:
-            TypeError: something that is not a tensor. ValueError: one that is not a matrix, or of another width.
+            TypeError: something that is not a list of tensors, such as one padded tensor.
+            ValueError: one that is not a matrix, or has another width or device than the first.
         """
-        for index, matrix in enumerate(matrices):
-            if not isinstance(matrix, Tensor):
-                raise TypeError(f"matrices[{index}] must be a tensor [n, E], got {type(matrix).__name__}")
-            if matrix.dim() != 2 or matrix.shape[1] != matrices[0].shape[1]:
-                wanted = "[n, E]" if not index else f"[n, {matrices[0].shape[1]}] as matrices[0] is"
-                raise ValueError(f"matrices[{index}] must be {wanted}, got shape {tuple(matrix.shape)}")
-        lengths = torch.tensor([0, *(len(matrix) for matrix in matrices)], device="cpu")
-        values = torch.cat(list(matrices)) if len(matrices) else torch.zeros(0, 0, dtype=torch.float32, device="cpu")
-        return cls(values, lengths.cumsum(0))
+        return cls(*_joined("matrices", matrices))
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Ragged:
+        """The same matrices on `device`; `offsets` stay on the CPU. Differentiable."""
+        return Ragged(self.values.to(torch.device(device), non_blocking=non_blocking), self.offsets)
+
+    def pin_memory(self) -> Ragged:
+        """The same matrices in memory from which a GPU copies while the CPU goes on; a `DataLoader` calls it too."""
+        return Ragged(self.values.pin_memory(), self.offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -76,6 +85,8 @@ class Ragged:
     @overload
     def __getitem__(self, index: slice) -> Ragged: ...
     def __getitem__(self, index: int | slice) -> Tensor | Ragged:
+        if not isinstance(index, (slice, Integral)):
+            raise TypeError(f"a Ragged takes the index of a text or a slice, got {type(index).__name__}")
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
@@ -90,6 +101,30 @@ class Ragged:
     def __reduce__(self) -> tuple[type[Ragged], tuple[Tensor, Tensor]]:
         """Pickled without the rest of the memory of which `values` may be a view."""
         return Ragged, (_alone(self.values), _alone(self.offsets))
+
+
+def _joined(name: str, matrices: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The values and the offsets of `[n_i, E]` tensors. Raises what `Ragged.from_list` does, with the name."""
+    wanted = f"{name} must be a Ragged or a list of [n, E] tensors"
+    if isinstance(matrices, Tensor):
+        padded = "give the rows of each text without its padding, which would be scored"
+        todo = "put it in a list" if matrices.dim() == 2 else padded
+        raise TypeError(f"{wanted}, got one tensor of shape {tuple(matrices.shape)}: {todo}")
+    if isinstance(matrices, (str, bytes, Mapping, Set, np.ndarray)) or not isinstance(matrices, Iterable):
+        raise TypeError(f"{wanted}, got one {type(matrices).__name__}")
+    matrices = list(matrices)
+    for index, matrix in enumerate(matrices):
+        if not isinstance(matrix, Tensor):
+            todo = ": torch.from_numpy makes one of it" if isinstance(matrix, np.ndarray) else ""
+            raise TypeError(f"{name}[{index}] must be a tensor [n, E], got {type(matrix).__name__}{todo}")
+        if matrix.dim() != 2 or matrix.shape[1] != matrices[0].shape[1]:
+            shape = "[n, E]" if not index else f"[n, {matrices[0].shape[1]}] as {name}[0] is"
+            raise ValueError(f"{name}[{index}] must be {shape}, got shape {tuple(matrix.shape)}")
+        if matrix.device != matrices[0].device:
+            raise ValueError(f"{name}[{index}] is on {matrix.device}, {name}[0] on {matrices[0].device}: move one")
+    lengths = torch.tensor([0, *map(len, matrices)], device="cpu")
+    values = torch.cat(matrices) if matrices else torch.zeros(0, 0, dtype=torch.float32, device="cpu")
+    return values, lengths.cumsum(0)
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -147,11 +182,12 @@ def maxsim(
         k at most N.
 
     Raises:
-        ValueError: widths or devices that disagree, a different number of queries and documents in `paired`, a
-            `top_k` that is not a whole number from 1, or a score that is NaN with `top_k`, which has no place in a
-            ranking.
+        TypeError: an argument that is not a `Ragged` or a list of tensors, such as one padded tensor; with the index.
+        ValueError: vectors that are not of floats, widths or devices that disagree, a different number of queries and
+            documents in `paired`, a `top_k` that is not a whole number from 1, or a score that is NaN with `top_k`,
+            which has no place in a ranking.
     """
-    queries, documents = _ragged(queries), _ragged(documents)
+    queries, documents = _vectors("queries", queries), _vectors("documents", documents)
     if queries.values.device != documents.values.device:
         raise ValueError(f"queries are on {queries.values.device}, documents on {documents.values.device}: move one")
     if len(queries) and len(documents) and queries.values.shape[1:] != documents.values.shape[1:]:
@@ -202,8 +238,12 @@ def token_blocks(offsets: Tensor, tokens: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _ragged(vectors: Ragged | Sequence[Tensor]) -> Ragged:
-    return vectors if isinstance(vectors, Ragged) else Ragged.from_list(vectors)
+def _vectors(name: str, vectors: Ragged | Sequence[Tensor]) -> Ragged:
+    """An argument of `maxsim` as a Ragged. Raises what `maxsim` does."""
+    ragged = vectors if isinstance(vectors, Ragged) else Ragged(*_joined(name, vectors))
+    if not ragged.values.is_floating_point():
+        raise ValueError(f"{name} must be vectors of floats, got {ragged.values.dtype}: encode the texts first")
+    return ragged
 
 
 def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
@@ -216,9 +256,16 @@ def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
         x_NE: `[n, E]` float32 unit vectors on the CPU.
 
     Raises:
-        ValueError: `factor` is not a whole number from 1. ModuleNotFoundError: scipy is missing.
+        TypeError: `x_NE` is not a tensor.
+        ValueError: it is not a matrix of floats on the CPU, or `factor` is not a whole number from 1.
+        ModuleNotFoundError: scipy is missing.
     """
     check_pool_factor(factor)
+    if not isinstance(x_NE, Tensor):
+        raise TypeError(f"x_NE must be a tensor [n, E], got {type(x_NE).__name__}: pool_documents takes a Ragged")
+    if x_NE.dim() != 2 or not x_NE.is_floating_point() or not x_NE.is_cpu:
+        what = f"{x_NE.dtype} of shape {tuple(x_NE.shape)} on {x_NE.device}"
+        raise ValueError(f"x_NE must be floats [n, E] on the CPU, got {what}")
     kept, rest = x_NE[:protected], x_NE[protected:]
     clusters = max(len(rest) // factor, 1)
     if clusters >= len(rest):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,13 @@ from torch import Tensor
 from modernbert_kernels.dispatch import recorded
 
 from .late_interaction import Ragged
+from .pytrees import pytree
 
 Span = tuple[int, int] | None
 """Characters `start` to `stop` of a text; None for a token without text of its own."""
 
 
+@pytree("lengths", "max_seqlen", "padded_length")
 @dataclass(frozen=True, eq=False)
 class Packed:
     """The tokens of B sequences, one after another in one row of T, with no padding.
@@ -57,8 +60,9 @@ class Packed:
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packed:
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packed:
         """The same batch with its tensors on `device`."""
+        device = torch.device(device)  # not a dtype, which would turn ids into floats
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Packed:
@@ -71,49 +75,70 @@ class Packed:
 
     def select(self, indices: Sequence[int]) -> Packed:
         """The sequences named by `indices`, in that order, as a batch of their own."""
-        return _select(self, indices, self.rows_of(indices))
+        return _select(self, indices, _rows_of(self.lengths, indices))
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
-        length_B = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
-        chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
-        length = length_B[chosen]
-        # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
-        shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
-        rows = torch.arange(int(length.sum()), device="cpu") + torch.repeat_interleave(shift, length)
-        return rows.to(self.input_ids.device)
+        return _rows_of(self.lengths, indices).to(self.input_ids.device)
 
 
-class Tokens(NamedTuple):
-    """Tokenised queries or documents.
+@pytree("spans", "truncated")
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokenised queries or documents, which `ColBERT` turns into a `Ragged`.
 
     Attributes:
-        batch: what the encoder sees.
-        keep: `[T]` bool, the rows that are scored.
+        batch: what the encoder sees, on any device.
+        keep: `[T]` bool on the CPU, the rows that are scored.
         spans: per text and row, the characters of the caller's text, None for [CLS], prefix, [SEP], [MASK]; empty where
             they were not asked for.
+        truncated: per text, the tokens of it that were cut off, as far as they were looked at; empty: none of any text.
+
+    Raises:
+        ValueError: `keep` is not a bool for each token of the batch, or not on the CPU.
     """
 
     batch: Packed
     keep: Tensor
-    spans: list[list[Span]]
+    spans: Sequence[Sequence[Span]] = ()
+    truncated: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        keep, wanted = self.keep, (self.batch.num_tokens,)
+        if keep.dtype is not torch.bool or keep.shape != wanted or not keep.is_cpu:
+            what = f"{keep.dtype} of shape {tuple(keep.shape)} on {keep.device}"
+            raise ValueError(f"keep of Tokens must be bool {list(wanted)} on the CPU, got {what}")
+
+    def __len__(self) -> int:
+        return len(self.batch)
 
     @property
     def rows(self) -> Tensor | None:
-        """`[Q]` int64, the rows that are scored, as the model takes them; None: all."""
-        return None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1)
+        """`[Q]` int64 on the device of the batch, the rows that are scored, as the model takes them; None: all."""
+        if bool(self.keep.all()):
+            return None
+        return self.keep.nonzero().squeeze(1).to(self.batch.input_ids.device, non_blocking=True)
 
     @property
     def offsets(self) -> Tensor:
         """`[N + 1]` int64: the scored rows of text i are `offsets[i]` to `offsets[i + 1]` of all scored rows."""
-        return F.pad(self.keep.cumsum(0), (1, 0))[self.batch.cu_seqlens]
+        ends = list(accumulate(self.batch.lengths, initial=0))
+        return F.pad(self.keep.cumsum(0), (1, 0))[torch.tensor(ends, device="cpu")]
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Tokens:
+        """The same texts with their batch on `device`. What a loop over texts needs stays on the CPU."""
+        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Tokens:
+        """The same texts in memory from which a GPU copies while the CPU goes on; a `DataLoader` calls it too."""
+        return replace(self, batch=self.batch.pin_memory())
 
     def select(self, indices: Sequence[int]) -> Tokens:
         """The texts named by `indices`, in that order."""
-        rows = self.batch.rows_of(indices)
-        return Tokens(
-            _select(self.batch, indices, rows), self.keep[rows], [self.spans[i] for i in indices if self.spans]
-        )
+        rows = _rows_of(self.batch.lengths, indices)
+        spans = [self.spans[i] for i in indices if self.spans]
+        truncated = tuple(self.truncated[i] for i in indices if self.truncated)
+        return Tokens(_select(self.batch, indices, rows), self.keep[rows], spans, truncated)
 
     def ragged(self, x_TE: Tensor) -> Ragged:
         """The scored rows of the model's output for all of `batch`. Differentiable."""
@@ -154,14 +179,8 @@ def pack(
         raise ValueError("masks and position_ids belong to a padded [B, S] tensor; lists of ids carry no padding")
     sequences = list_of_sequences("sequences", sequences)
     lengths = tuple(len(ids) for ids in sequences)
-    flat = [token for ids in sequences for token in ids]
-    try:
-        input_ids = torch.tensor(flat, device="cpu") if flat else torch.zeros(0, dtype=torch.int64, device="cpu")
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"token ids must be integers below 2**63: {error}") from error
-    if input_ids.dim() != 1 or bool in set(map(type, flat)):
-        raise TypeError("token ids must be integers, got lists or truth values among them")
-    _check_ids(input_ids, vocab_size)
+    input_ids = _joined_ids(sequences)
+    _check_ids(input_ids, vocab_size, lengths)
     positions = [torch.arange(length, device="cpu") for length in lengths] or [input_ids]
     return Packed(
         input_ids=input_ids.long(),
@@ -211,7 +230,8 @@ def list_of_sequences(name: str, sequences: Iterable[Sequence[int]]) -> list[Seq
         TypeError: what would be read as something else, with its index: a number, text, bytes, a dict, a set.
     """
     if not isinstance(sequences, Iterable) or isinstance(sequences, (str, bytes, Mapping, Set)):
-        raise TypeError(f"{name} must be a list of lists of token ids, got one {type(sequences).__name__}")
+        todo = ": a model takes its `batch`, and its `rows` by name" if isinstance(sequences, Tokens) else ""
+        raise TypeError(f"{name} must be a list of lists of token ids, got one {type(sequences).__name__}{todo}")
     sequences = list(sequences)
     for index, ids in enumerate(sequences):
         if isinstance(ids, (str, bytes, bytearray, Mapping, Set)) or not hasattr(ids, "__len__"):
@@ -219,7 +239,35 @@ def list_of_sequences(name: str, sequences: Iterable[Sequence[int]]) -> list[Seq
     return sequences
 
 
+def _joined_ids(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """`[T]`, the ids of all sequences. Raises TypeError with the place of the first that is not an id."""
+    flat = [token for ids in sequences for token in ids]
+    try:
+        joined = torch.tensor(flat, device="cpu") if flat else torch.zeros(0, dtype=torch.int64, device="cpu")
+        if joined.dim() == 1 and _is_whole(joined) and bool not in set(map(type, flat)):
+            return joined
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass  # one of them is not a number, or too large
+    wanted = "token ids must be integers below 2**63"
+    for index, ids in enumerate(sequences):
+        for place, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, Integral) or not -(2**63) <= token < 2**63:
+                raise TypeError(f"sequences[{index}][{place}] is {token!r:.60}, but {wanted}")
+    raise TypeError(wanted)
+
+
+def _rows_of(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
+    """`Packed.rows_of`, on the CPU."""
+    length_B = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
+    length = length_B[chosen]
+    # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
+    shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
+    return torch.arange(int(length.sum()), device="cpu") + torch.repeat_interleave(shift, length)
+
+
 def _select(batch: Packed, indices: Sequence[int], rows: Tensor) -> Packed:
+    rows = rows.to(batch.input_ids.device)
     lengths = tuple(batch.lengths[i] for i in indices)
     cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
     return Packed(
@@ -252,7 +300,7 @@ def _pack_padded(
     lengths = tuple(length_B.tolist())
     rows_T = real_BS.flatten().nonzero().squeeze(1)
     input_ids = ids_BS.flatten()[rows_T]
-    _check_ids(input_ids, vocab_size)
+    _check_ids(input_ids, vocab_size, lengths)
     cu_seqlens = F.pad(length_B.cumsum(0), (1, 0)).int()
     if position_ids is None:
         sequence_T = torch.repeat_interleave(torch.arange(batch_size, device=rows_T.device), length_B)
@@ -384,7 +432,7 @@ def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
         raise ValueError(f"query_mask of sequence {int(wrong_B.nonzero()[0])} marks rows in front of the real tokens")
 
 
-def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
+def _check_ids(ids: Tensor, vocab_size: int | None, lengths: Sequence[int]) -> None:
     if not _is_whole(ids):
         raise TypeError(f"token ids must be integers, got {ids.dtype}")
     if not ids.is_cpu or ids.numel() == 0:
@@ -393,9 +441,11 @@ def _check_ids(ids: Tensor, vocab_size: int | None) -> None:
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         wrong = low if low < 0 else high
         limit = "" if vocab_size is None else f" (vocabulary size {vocab_size})"
+        place, ends = int((ids == wrong).nonzero()[0]), list(accumulate(lengths, initial=0))
+        index = bisect_right(ends, place) - 1
         raise ValueError(
-            f"token id {wrong} is out of range{limit}: does the tokenizer belong to this checkpoint, or do added "
-            "tokens need encoder.resize_token_embeddings(len)?"
+            f"sequence {index}, token {place - ends[index]}: token id {wrong} is out of range{limit}: does the "
+            "tokenizer belong to this checkpoint, or do added tokens need encoder.resize_token_embeddings(len)?"
         )
 
 

@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -17,15 +17,14 @@ from .config import FLAG_OR_NULL, NAME, SIDE
 from .files import output_folder, replacing
 from .json_files import check_size, has_file, read_json
 from .packing import Packed, pack
+from .texts import Offsets, Text, Words, checked, checked_words, lower_cased, offsets_before_lower
+from .truncation import TruncationWarning as TruncationWarning
 
 CHARACTERS = 64
 """Characters of a text for each token that is wanted of it. The rest is not tokenised at first."""
 
 MARGIN = 32
 """Tokens that must follow the wanted ones, so that the end of what was tokenised has no influence on these."""
-
-Text: TypeAlias = str | tuple[str, str]
-Offsets: TypeAlias = list[tuple[int, int]]
 
 CONFIG = "tokenizer_config.json"
 
@@ -43,10 +42,6 @@ TOKENIZER_BYTES = 48 << 20  # of tokenizer.json; the largest of the family, mmBE
 TEMPLATE_BYTES, MOST_SPECIALS = 10_000, 100
 
 
-class TruncationWarning(UserWarning):
-    """Some texts were longer than `max_length` and were truncated."""
-
-
 class Encoding(NamedTuple):
     """One tokenised text or pair; `truncated` counts the tokens that were cut off.
 
@@ -58,6 +53,24 @@ class Encoding(NamedTuple):
     ids: list[int]
     offsets: Offsets
     truncated: int
+
+
+class TextWindow(NamedTuple):
+    """What a model reads at once of a long text, under the names of transformers' fast tokenizers.
+
+    Attributes:
+        ids: with special tokens. offsets: as in `Encoding`; of a text that is split into words, in each word.
+        word_ids: per token the index of its word, None for an added special token. Of a text that is not split into
+            words, these are the pieces that the tokenizer cuts it into.
+        sequence_ids: per token 0 or 1, the text of the pair that it is of; None for an added special token.
+        text: the index of the text or pair that this is a window of.
+    """
+
+    ids: list[int]
+    offsets: Offsets
+    word_ids: list[int | None]
+    sequence_ids: list[int | None]
+    text: int
 
 
 class Tokenizer:
@@ -124,28 +137,76 @@ class Tokenizer:
         lower = FLAG_OR_NULL.check(f"{folder / optional[2]}: do_lower_case", asked)
         return cls(backend, {**names, **config, "do_lower_case": bool(lower)})
 
-    def __call__(self, texts: str | Iterable[Text], *, max_length: int | None = None) -> Packed:
+    def __call__(
+        self,
+        texts: str | Iterable[Text] | Iterable[Words],
+        *,
+        max_length: int | None = None,
+        is_split_into_words: bool = False,
+    ) -> Packed:
         """Tokenise a text, or a list of texts and (text, text) pairs, with special tokens.
 
-        A sequence of more than `max_length` tokens (None: the model's maximum) loses its end, a pair the end of its
-        longer text, with one TruncationWarning.
+        A sequence of more than `max_length` tokens loses its end, a pair the end of its longer text. With None, the
+        model's maximum is the limit, and one TruncationWarning says what was cut.
+
+        Args:
+            is_split_into_words: each text is a list of words, as in data sets of named entities.
 
         Raises:
             TypeError: anything but `str` and pairs of `str`, or a `max_length` that is not a whole number.
             ValueError: half a surrogate pair in a text, or a `max_length` below the number of special tokens.
         """
-        return pack([encoding.ids for encoding in self._encode(texts, max_length, spans=False, warn=True)])
+        found = self._encode(texts, max_length, spans=False, warn=True, split=is_split_into_words)
+        return pack([encoding.ids for encoding in found])
 
     def encode_batch(
-        self, texts: str | Iterable[Text], *, max_length: int | None = None, offsets: bool = True, warn: bool = True
+        self,
+        texts: str | Iterable[Text] | Iterable[Words],
+        *,
+        max_length: int | None = None,
+        offsets: bool = True,
+        warn: bool = True,
+        is_split_into_words: bool = False,
     ) -> list[Encoding]:
         """Like `__call__`, but gives one list of ids per text, with offsets and the number of tokens cut off.
 
         Args:
             offsets: False leaves them empty, which is much faster.
-            warn: whether to warn about truncated texts.
+            warn: whether to warn about texts that are longer than the model's maximum.
         """
-        return self._encode(texts, max_length, spans=offsets, warn=warn)
+        return self._encode(texts, max_length, spans=offsets, warn=warn, split=is_split_into_words)
+
+    def encode_windows(
+        self,
+        texts: str | Iterable[Text] | Iterable[Words],
+        *,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+    ) -> list[TextWindow]:
+        """All of each text, in windows of at most `max_length` tokens (None: the model's maximum).
+
+        They equal those of transformers' fast tokenizers with `return_overflowing_tokens`. Each window of a pair has
+        all of its first text (`truncation="only_second"`), such as a question about a long text.
+
+        Args:
+            stride: tokens that two windows share.
+            is_split_into_words: each text is a list of words, to which `word_ids` then point.
+
+        Raises:
+            TypeError, ValueError: as `__call__`; a `stride` that is not from 0 to less than the tokens of a window.
+        """
+        if not isinstance(stride, Integral) or isinstance(stride, bool) or stride < 0:
+            raise ValueError(f"stride must be a whole number from 0, got {stride!r:.80}")
+        batch, wholes = self._tokenized(texts, spans=True, split=is_split_into_words)
+        limit, windows = self._limit(max_length), []
+        for index, (text, whole) in enumerate(zip(batch, wholes, strict=True)):
+            ids, offsets = whole.ids, self._offsets(text, whole)
+            words, owners = whole.word_ids, whole.sequence_ids
+            for rows in _windows(owners, limit, int(stride), self._left):
+                picked = [ids[row] for row in rows], [offsets[row] for row in rows]
+                windows.append(TextWindow(*picked, [words[row] for row in rows], [owners[row] for row in rows], index))
+        return windows
 
     def encode_beginnings(self, texts: Sequence[str], *, max_length: int, offsets: bool = True) -> list[Encoding]:
         """Like `encode_batch` without a warning, in a time that does not grow with the text behind the first tokens.
@@ -162,28 +223,46 @@ class Tokenizer:
                 (batch[row],) = self._encode([text], max_length, spans=offsets, warn=False)
         return batch
 
-    def _encode(self, texts: str | Iterable[Text], max_length: int | None, spans: bool, warn: bool) -> list[Encoding]:
-        texts = _checked(texts)
-        if max_length is not None and (not isinstance(max_length, Integral) or isinstance(max_length, bool)):
-            raise TypeError(f"max_length must be a whole number or None, got {max_length!r:.80}")
-        limit = self.max_length if max_length is None else max_length
+    def _tokenized(
+        self, texts: str | Iterable[Text] | Iterable[Words], *, spans: bool, split: bool
+    ) -> tuple[list[Text] | list[Words], list[tokenizers.Encoding]]:
+        """The texts as a list, and all of their tokens."""
+        batch = checked_words(texts) if split else checked(texts)
         run = self._backend.encode_batch if spans else self._backend.encode_batch_fast
         with _as_value_error("tokenizer.json contradicts itself, and cannot tokenise these texts"):
-            wholes = run(list(map(_lower, texts)) if self.do_lower_case else texts)
+            return batch, run(list(map(lower_cased, batch)) if self.do_lower_case else batch, is_pretokenized=split)
+
+    def _limit(self, max_length: int | None) -> int | None:
+        if max_length is not None and (not isinstance(max_length, Integral) or isinstance(max_length, bool)):
+            raise TypeError(f"max_length must be a whole number or None, got {max_length!r:.80}")
+        return self.max_length if max_length is None else max_length
+
+    def _offsets(self, text: Text | Words, whole: tokenizers.Encoding) -> Offsets:
+        """The offsets of all tokens in the caller's text."""
+        return offsets_before_lower(text, whole) if self.do_lower_case else whole.offsets
+
+    def _encode(
+        self,
+        texts: str | Iterable[Text] | Iterable[Words],
+        max_length: int | None,
+        spans: bool,
+        warn: bool,
+        split: bool = False,
+    ) -> list[Encoding]:
+        limit = self._limit(max_length)
+        found, wholes = self._tokenized(texts, spans=spans, split=split)
         batch = []
-        for text, whole in zip(texts, wholes, strict=True):
-            ids, offsets = whole.ids, whole.offsets if spans else []
-            if offsets and self.do_lower_case:
-                offsets = _offsets_before_lower(text, offsets, whole.sequence_ids)
+        for text, whole in zip(found, wholes, strict=True):
+            ids, offsets = whole.ids, self._offsets(text, whole) if spans else []
             if limit is not None and len(ids) > limit:
                 kept = _kept(whole.sequence_ids, limit, self._left)
                 ids, offsets = [ids[row] for row in kept], [offsets[row] for row in kept if offsets]
             batch.append(Encoding(ids, offsets, truncated=len(whole) - len(ids)))
-        if warn and (cut := sum(encoding.truncated > 0 for encoding in batch)):
+        # A max_length that the caller has named is what the caller wants.
+        if warn and max_length is None and (cut := sum(encoding.truncated > 0 for encoding in batch)):
             longest = max(map(len, wholes))
             what = f"{cut} of {len(batch)} texts were cut to {limit} tokens, the longest of {longest}"
-            todo = "pass a larger max_length or split them (encode_batch tells which). To silence this: "
-            todo += "warnings.simplefilter('ignore', modernbert.tokenizer.TruncationWarning)"
+            todo = "read all of them with encode_windows, or pass a max_length, which cuts without this warning"
             warnings.warn(f"{what}: {todo}", TruncationWarning, stacklevel=3)
         return batch
 
@@ -265,30 +344,6 @@ def _as_value_error(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from error
 
 
-def _checked(texts: str | Iterable[Text]) -> list[Text]:
-    if isinstance(texts, (bytes, Mapping, Set, tuple)) or not isinstance(texts, Iterable):
-        raise TypeError(f"wanted a str or a list of str and pairs, got {type(texts).__name__} {texts!r:.60}")
-    batch: list[Text] = [texts] if isinstance(texts, str) else list(texts)
-    for index, text in enumerate(batch):
-        for part in text if isinstance(text, tuple) and len(text) == 2 else (text,):
-            if not isinstance(part, str):
-                got = f"{type(part).__name__} {part!r:.60}"
-                raise TypeError(f"texts[{index}]: wanted a str or a (str, str) pair, got {got}")
-            check_unicode(index, part)
-    return batch
-
-
-def check_unicode(index: int, text: str) -> None:
-    """Raise ValueError, with the index of the text, for half a surrogate pair in it."""
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        where = f"texts[{index}] has half a surrogate pair at character {error.start}"
-        raise ValueError(f"{where}; repair it: text.encode('utf-8', 'replace').decode()") from error
-
-
 def _kept(owners: list[int | None], length: int, left: bool) -> list[int]:
     """Rows to keep: all special tokens; in a pair, up to half of the rest for the shorter text ("longest_first")."""
     specials, first, second = ([row for row, o in enumerate(owners) if o == which] for which in (None, 0, 1))
@@ -302,17 +357,19 @@ def _kept(owners: list[int | None], length: int, left: bool) -> list[int]:
     return sorted(specials + kept[0] + kept[1])
 
 
-def _lower(text: Text) -> Text:
-    return text.lower() if isinstance(text, str) else (text[0].lower(), text[1].lower())
-
-
-def _offsets_before_lower(text: Text, offsets: Offsets, owners: list[int | None]) -> Offsets:
-    """Offsets in the lower-cased text to offsets in `text`: a few characters get longer ("İ" becomes two)."""
-    parts = (text,) if isinstance(text, str) else text
-    if all(len(part) == len(part.lower()) for part in parts):
-        return offsets
-    origins = [[at for at, char in enumerate(part) for _ in char.lower()] for part in parts]
-    return [
-        (0, 0) if owner is None or start == end else (origins[owner][start], origins[owner][end - 1] + 1)
-        for (start, end), owner in zip(offsets, owners, strict=True)
-    ]
+def _windows(owners: list[int | None], length: int | None, stride: int, left: bool) -> Iterator[list[int]]:
+    """The rows of each window of `length` tokens: the last text is cut, and everything else is in all of them."""
+    if length is None or len(owners) <= length:
+        yield list(range(len(owners)))
+        return
+    last = max((owner for owner in owners if owner is not None), default=-1)
+    long = [row for row, owner in enumerate(owners) if owner == last]
+    others = [row for row, owner in enumerate(owners) if owner != last]
+    room = length - len(others)
+    if room <= stride:
+        what = f"max_length {length} leaves room for {max(0, room)} tokens beside the {len(others)} of every window"
+        raise ValueError(f"{what}: that must be more than the stride, {stride}")
+    step = room - stride
+    for start in range(0, len(long) - stride, step):
+        stop = len(long) - start
+        yield sorted(others + (long[max(0, stop - room) : stop] if left else long[start : start + room]))

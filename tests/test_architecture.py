@@ -18,7 +18,7 @@ FLOORS = [  # index = floor; the package `modernbert` itself only hands names on
     "modernbert.config modernbert.packing modernbert.padded modernbert.late_interaction modernbert.tokenizer "
     "modernbert.checkpoint modernbert.loading modernbert.saving modernbert.weights modernbert.pickles "
     "modernbert.json_files modernbert.files modernbert.hub modernbert.progress modernbert.settings "
-    "modernbert.arguments modernbert.outputs",
+    "modernbert.arguments modernbert.outputs modernbert.pytrees modernbert.texts modernbert.truncation",
     "modernbert.encoder modernbert.pretrained modernbert.inference",
     "modernbert.heads",
     "modernbert.train modernbert.retrieval modernbert.integrations",

@@ -86,6 +86,10 @@ FROZEN = {
     "modernbert.Packed.rows_of": "(self, indices)",
     "modernbert.Packed.select": "(self, indices)",
     "modernbert.Packed.to": "(self, device, *, non_blocking=False)",
+    "modernbert.Ragged": "(values, offsets)",
+    "modernbert.Ragged.from_list": "(matrices)",
+    "modernbert.Ragged.pin_memory": "(self)",
+    "modernbert.Ragged.to": "(self, device, *, non_blocking=False)",
     "modernbert.Session": "(model, *, engine=None)",
     "modernbert.Session.__call__": "(self, batch, *, rows=None)",
     "modernbert.Session.budget": "(self, total)",
@@ -95,12 +99,15 @@ FROZEN = {
     "modernbert.Session.encode_queries": "(self, texts, *, batch_tokens=None, progress=None)",
     "modernbert.Session.encode_tokens": "(self, tokens, *, batch_tokens=None, advance=None)",
     "modernbert.Tokenizer": "(backend, config=None)",
-    "modernbert.Tokenizer.__call__": "(self, texts, *, max_length=None)",
+    "modernbert.Tokenizer.__call__": "(self, texts, *, max_length=None, is_split_into_words=False)",
     "modernbert.Tokenizer.add_tokens": "(self, tokens)",
     "modernbert.Tokenizer.added_tokens": "property",
     "modernbert.Tokenizer.decode": "(self, ids)",
-    "modernbert.Tokenizer.encode_batch": "(self, texts, *, max_length=None, offsets=True, warn=True)",
+    "modernbert.Tokenizer.encode_batch": (
+        "(self, texts, *, max_length=None, offsets=True, warn=True, is_split_into_words=False)"
+    ),
     "modernbert.Tokenizer.encode_beginnings": "(self, texts, *, max_length, offsets=True)",
+    "modernbert.Tokenizer.encode_windows": "(self, texts, *, max_length=None, stride=0, is_split_into_words=False)",
     "modernbert.Tokenizer.files": "(self)",
     "modernbert.Tokenizer.from_pretrained": (
         "(folder_or_hub_id, *, revision=None, token=None, cache_dir=None, local_files_only=False, subfolder='')"
@@ -108,6 +115,13 @@ FROZEN = {
     "modernbert.Tokenizer.id_to_token": "(self, token_id)",
     "modernbert.Tokenizer.save_pretrained": "(self, folder)",
     "modernbert.Tokenizer.token_to_id": "(self, token)",
+    "modernbert.Tokens": "(batch, keep, spans=(), truncated=())",
+    "modernbert.Tokens.offsets": "property",
+    "modernbert.Tokens.pin_memory": "(self)",
+    "modernbert.Tokens.ragged": "(self, x_TE)",
+    "modernbert.Tokens.rows": "property",
+    "modernbert.Tokens.select": "(self, indices)",
+    "modernbert.Tokens.to": "(self, device, *, non_blocking=False)",
     "modernbert.maxsim": "(queries, documents, *, paired=False, top_k=None)",
     "modernbert.pack": ("(sequences, attention_mask=None, *, query_mask=None, position_ids=None, vocab_size=None)"),
     "modernbert.unpack": "(values, batch)",
@@ -124,7 +138,9 @@ FROZEN = {
     "modernbert_kernels.geglu": "(h_T2F, activation='gelu')",
     "modernbert_kernels.layer_norm": "(x_TD, weight_D, bias_D, eps)",
     "modernbert_kernels.linear": "(x_TD, weight_FD, bias_F=None)",
-    "modernbert_kernels.linear_cross_entropy": "(x_TD, weight_VD, bias_V, targets_T, *, z_loss=0.0)",
+    "modernbert_kernels.linear_cross_entropy": (
+        "(x_TD, weight_VD, bias_V, targets_T, *, z_loss=0.0, reduction='mean', label_smoothing=0.0)"
+    ),
     "modernbert_kernels.maxsim": "(queries_QE, cu_queries, documents_NE, cu_documents, *, paired=False)",
     "modernbert_kernels.pool": "(x_TD, cu_seqlens, mode='cls', *, normalize=False)",
     "modernbert_kernels.project_normalize": "(x_TD, weight_ED, bias_E=None, rows_Q=None)",

@@ -6,11 +6,15 @@ F MLP width, E late-interaction width, Q and N tokens of all queries and of all 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Op
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 def _lengths(cu_seqlens: Tensor) -> list[int]:
@@ -181,6 +185,8 @@ def pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool
         "mean": lambda x: x.mean(0),
         "max": lambda x: x.max(0).values,
     }
+    if mode not in how:
+        raise ValueError(f"mode must be {', '.join(how)}, got {mode!r}")
     pooled = [how[mode](x_SD) if len(x_SD) else x_SD.new_zeros(x_SD.shape[1]) for x_SD in rows]
     pooled_BD = torch.stack(pooled) if pooled else x_TD[:0]
     return (F.normalize(pooled_BD, dim=-1) if normalize else pooled_BD).to(x_TD.dtype)
@@ -188,17 +194,44 @@ def pool(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool
 
 @Op
 def linear_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *, z_loss: float = 0.0
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    *,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Mean over the tokens with a target of `lse - logit[target] + z_loss * lse ** 2`, where lse is the log of the sum
-    of the exponentials of the token's logits `x W^T + b`. A float32 (or float64) scalar; 0 without any target.
+    """`lse - logit[target] + z_loss * lse ** 2` of each token with a target, where lse is the log of the sum of the
+    exponentials of the token's logits `x W^T + b`. In float32 (or float64).
 
     Args:
         targets_T: int64, the class of each token; negative where a token has none.
+        reduction: "mean" or "sum" over the tokens with a target, a scalar, 0 without any; "none", `[T]`, 0 for a token
+            without a target.
+        label_smoothing: the share of `logit[target]` that the mean over all logits of the token takes, from 0 to 1.
+
+    Raises:
+        ValueError: another `reduction`, or a `label_smoothing` outside of 0 to 1.
     """
+    check_loss(reduction, label_smoothing)
     chosen = targets_T >= 0
     logits = F.linear(x_TD[chosen], weight_VD, bias_V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = logits.logsumexp(dim=-1)
-    loss = lse - logits.gather(1, targets_T[chosen, None])[:, 0] + z_loss * lse.square()
-    return loss.sum() / max(1, len(loss))
+    wanted = logits.gather(1, targets_T[chosen, None])[:, 0]
+    if label_smoothing:  # 0 times the logit of an excluded class, which is -inf, would be NaN
+        wanted = (1 - label_smoothing) * wanted + label_smoothing * logits.mean(dim=-1)
+    loss = lse - wanted + z_loss * lse.square()
+    if reduction == "none":
+        return torch.zeros_like(targets_T, dtype=loss.dtype).masked_scatter(chosen, loss)
+    return loss.sum() / (max(1, len(loss)) if reduction == "mean" else 1)
+
+
+def check_loss(reduction: str, label_smoothing: float) -> None:
+    """Raise ValueError for what `linear_cross_entropy` does not take."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")

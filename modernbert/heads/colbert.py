@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 import torch.nn.functional as F
@@ -102,13 +102,30 @@ class ColBERT(Pretrained):
             self.base_model.config, self.encoder, self.tokenizer, [*self.dense], self.config, state
         )
 
-    def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
-        """`[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored.
+    @overload
+    def forward(self, batch: Tokens) -> Ragged: ...
+    @overload
+    def forward(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor: ...
 
-        With `rows` (`Tokens.rows`) to the `[Q, E]` vectors of these alone, for less work: see `Encoder.forward`.
+    def forward(self, batch: Packed | Tokens, *, rows: Tensor | None = None) -> Tensor | Ragged:
+        """`Tokens` to the unit vectors of their scored rows, as a `Ragged` on the model's device, for `maxsim`.
+
+        Or `[T]` tokens to `[T, E]` unit vectors, of which `Tokens.ragged` picks those that are scored. With `rows`
+        (`Tokens.rows`) to the `[Q, E]` vectors of these alone, for less work: see `Encoder.forward`.
+
+        Raises:
+            TypeError: neither `Tokens` nor a `Packed`. ValueError: `rows` of `Tokens`, which have their own.
         """
+        if isinstance(batch, Tokens):
+            if rows is not None:
+                raise ValueError("Tokens have rows of their own: leave out rows")
+            return Ragged(self._vectors(batch.batch, batch.rows), batch.offsets)
         if not isinstance(batch, Packed):
-            raise TypeError(f"ColBERT is called with a Packed, got {type(batch).__name__}: make one with pack(...)")
+            how = "pack(...), or Tokens with tokenize_queries(texts)"
+            raise TypeError(f"ColBERT is called with a Packed, got {type(batch).__name__}: make one with {how}")
+        return self._vectors(batch, rows)
+
+    def _vectors(self, batch: Packed, rows: Tensor | None) -> Tensor:
         x_TD = self.encoder(batch, rows=rows)
         *hidden, last = self.dense
         for layer in hidden:
@@ -191,14 +208,15 @@ class ColBERT(Pretrained):
         Without `spans`, which encoding does not need, it is a good deal faster.
         """
         c = self.config
-        return self.query_tokens(*self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, spans))
+        ids, found, truncated = self._tokenize(texts, c.query_prompt, c.query_prefix, c.query_length, spans)
+        return replace(self.query_tokens(ids, found), truncated=truncated)
 
     def tokenize_documents(self, texts: Sequence[str], *, truncate: bool = True, spans: bool = True) -> Tokens:
         """What `encode_documents` feeds the encoder, and which rows it keeps; all of the text without `truncate`."""
         c = self.config
         length = c.document_length if truncate else sys.maxsize
-        ids, found = self._tokenize(texts, c.document_prompt, c.document_prefix, length, spans)
-        return self.document_tokens(ids, found, truncate=truncate)
+        ids, found, truncated = self._tokenize(texts, c.document_prompt, c.document_prefix, length, spans)
+        return replace(self.document_tokens(ids, found, truncate=truncate), truncated=truncated)
 
     def query_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of queries as `tokenize_queries` cuts them, without prefix and special tokens: for `query_tokens`."""
@@ -216,7 +234,7 @@ class ColBERT(Pretrained):
         A query that would be longer than `query_length` loses its end. spans: as in `Tokens`, of these ids; or none.
         """
         c = self.config
-        rows, found = self._frame(ids, spans, c.query_prefix, c.query_length)
+        rows, found, truncated = self._frame(ids, spans, c.query_prefix, c.query_length)
         key_lengths = [len(row) for row in rows]
         if c.do_query_expansion:
             mask = self.tokenizer.mask_token_id
@@ -226,7 +244,7 @@ class ColBERT(Pretrained):
         batch = pack(rows, vocab_size=self.encoder.config.vocab_size)
         if c.do_query_expansion and not c.attend_to_expansion_tokens:
             batch = replace(batch, key_lengths=torch.tensor(key_lengths, dtype=torch.int32, device="cpu"))
-        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found)
+        return Tokens(batch, torch.ones_like(batch.input_ids, dtype=torch.bool), found, truncated)
 
     def document_tokens(
         self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]] = (), *, truncate: bool = True
@@ -234,17 +252,18 @@ class ColBERT(Pretrained):
         """The `Tokens` of documents that are ids already, as `query_tokens`; rows on the skiplist are not kept."""
         c = self.config
         length = c.document_length if truncate else sys.maxsize
-        rows, found = self._frame(ids, spans, c.document_prefix, length)
+        rows, found, truncated = self._frame(ids, spans, c.document_prefix, length)
         batch = pack(rows, vocab_size=self.encoder.config.vocab_size)
-        return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), found)
+        return Tokens(batch, ~torch.isin(batch.input_ids, self.skip_ids), found, truncated)
 
     def _tokenize(
         self, texts: Sequence[str], prompt: str, prefix: str, length: int, with_spans: bool
-    ) -> tuple[list[list[int]], list[list[Span]]]:
-        """Text to ids and their spans, without what `_frame` adds, but with room for it in `length`."""
+    ) -> tuple[list[list[int]], list[list[Span]], tuple[int, ...]]:
+        """Text to ids, their spans and how many were cut off, without what `_frame` adds, but with room for it."""
         texts = list_of_texts(texts)
         prepared = [(prompt + text).strip() if self.config.strip else prompt + text for text in texts]
-        # Cutting to query_length or document_length is the model's definition, as in every ColBERT: no warning.
+        # Cutting to query_length or document_length is the model's definition, as in every ColBERT. What encodes texts
+        # for a result warns of it; training, which tokenises in each step, does not.
         room = length - bool(prefix)
         encodings = self.tokenizer.encode_beginnings(prepared, max_length=room, offsets=with_spans)
         before, after = map(len, self._template)
@@ -260,12 +279,12 @@ class ColBERT(Pretrained):
                 for start, end in encoding.offsets[own]
             ]
             spans.append(rows)
-        return ids, spans
+        return ids, spans, tuple(encoding.truncated for encoding in encodings)
 
     def _frame(
         self, ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]], prefix: str, length: int
-    ) -> tuple[list[list[int]], list[list[Span]]]:
-        """`[CLS] prefix ids [SEP]`, at most `length` of them."""
+    ) -> tuple[list[list[int]], list[list[Span]], tuple[int, ...]]:
+        """`[CLS] prefix ids [SEP]`, at most `length` of them, their spans, and how many ids were cut off."""
         head, tail = self._template
         head = [*head, self.tokenizer.token_to_id(prefix)] if prefix else head
         room = length - len(head) - len(tail)
@@ -273,7 +292,8 @@ class ColBERT(Pretrained):
             raise ValueError(f"a length of {length} has no room for the {len(head) + len(tail)} tokens around a text")
         ids = list_of_sequences("ids", ids)
         rows = [[*head, *row[:room], *tail] for row in ids]
-        return rows, [[*[None] * len(head), *row[:room], *[None] * len(tail)] for row in spans]
+        framed = [[*[None] * len(head), *row[:room], *[None] * len(tail)] for row in spans]
+        return rows, framed, tuple(max(0, len(row) - room) for row in ids)
 
     @cached_property
     def _template(self) -> tuple[list[int], list[int]]:

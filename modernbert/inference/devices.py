@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..late_interaction import Ragged, check_count
 from ..packing import Tokens
 from ..progress import progress_bar
-from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts, joined
+from ..truncation import Cut
+from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts, joined, warn_of
 
 
 class _Worker(NamedTuple):
@@ -67,6 +68,7 @@ def encode_in_processes(
     pickled = pickle.dumps((copy.deepcopy(model).cpu(), tokenize, dim))
     shown = progress if progress is not None else None if len(texts) >= PROGRESS_TEXTS else False
     matrices: list[Tensor] = []
+    cuts: list[Cut] = []
     with (
         ProcessPoolExecutor(len(devices), context, _start, (pickled, queue, threads)) as pool,
         progress_bar("encoding", len(texts), shown) as advance,
@@ -74,7 +76,9 @@ def encode_in_processes(
         jobs = [pool.submit(_encode, part, batch_tokens) for part in parts]
         try:
             for job, part in zip(jobs, parts, strict=True):
-                matrices += Ragged(*map(torch.from_numpy, job.result()))
+                *arrays, found = job.result()
+                cuts += [cut._replace(index=len(matrices) + cut.index, seen=len(matrices) + cut.seen) for cut in found]
+                matrices += Ragged(*map(torch.from_numpy, arrays))
                 advance(len(part))
         except BrokenProcessPool as error:
             raise RuntimeError(
@@ -84,6 +88,8 @@ def encode_in_processes(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # an error is raised now, not after all other parts
             raise
+    for cut in cuts[:1]:
+        warn_of(cut)
     return joined(matrices, dim)
 
 
@@ -120,8 +126,10 @@ def _made(pickled: bytes, device: str) -> _Worker:
     return _Worker(Modules(model.to(device)), partial(tokenize, model), dim)
 
 
-def _encode(texts: list[str], batch_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _encode(texts: list[str], batch_tokens: int | None) -> tuple[np.ndarray, np.ndarray, list[Cut]]:
     assert _worker is not None
     caller, tokenize, dim = _worker()
-    ragged = encode_texts(caller, tokenize, texts, dim=dim, batch_tokens=batch_tokens, progress=False)
-    return ragged.values.numpy(), ragged.offsets.numpy()
+    cuts: list[Cut] = []
+    options = {"dim": dim, "batch_tokens": batch_tokens, "progress": False}
+    ragged = encode_texts(caller, tokenize, texts, on_cut=cuts.append, **options)
+    return ragged.values.numpy(), ragged.offsets.numpy(), cuts

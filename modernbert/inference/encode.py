@@ -16,7 +16,8 @@ from ..encoder import Norm
 from ..late_interaction import Ragged, check_count
 from ..packing import Packed, Tokens
 from ..progress import progress_bar
-from ..tokenizer import check_unicode
+from ..texts import check_unicode
+from ..truncation import Cut, watched
 from .batches import plan, token_budget
 from .callers import callers, check_process, map_callers
 from .replica import evaluated
@@ -96,11 +97,13 @@ def encode_texts(
     dim: int,
     batch_tokens: int | None = None,
     progress: bool | None = None,
+    on_cut: Callable[[Cut], None] | None = None,
 ) -> Ragged:
     """Texts to float32 rows on the CPU, `[n_i, dim]` for each, in the order given.
 
     Args:
         tokenize: `tokenize_queries` or `tokenize_documents` of the model.
+        on_cut: called once, for the first text that is longer than the model reads; None: a TruncationWarning.
 
     Raises:
         TypeError, ValueError: as `checked_texts`; a `batch_tokens` that is not a whole number from 1; a vector that is
@@ -110,7 +113,7 @@ def encode_texts(
     found = list_of_texts(texts)
     shown = progress if progress is not None else None if len(found) >= PROGRESS_TEXTS else False
     with progress_bar("encoding", len(found), shown) as advance:
-        return joined(list(_texts_to_rows(caller, tokenize, found, batch_tokens, advance)), dim)
+        return joined(list(_texts_to_rows(caller, tokenize, found, batch_tokens, advance, on_cut or warn_of)), dim)
 
 
 def stream_texts(
@@ -120,7 +123,12 @@ def stream_texts(
 
     At most three parts of `TEXTS` texts are in memory.
     """
-    return _texts_to_rows(caller, tokenize, checked_texts(texts), batch_tokens, advance=None)
+    return _texts_to_rows(caller, tokenize, checked_texts(texts), batch_tokens, advance=None, on_cut=warn_of)
+
+
+def warn_of(cut: Cut) -> None:
+    """The TruncationWarning of a call with `texts`."""
+    cut.warn(f"texts[{cut.index}]")
 
 
 def encode_tokens(
@@ -130,7 +138,13 @@ def encode_tokens(
     batch_tokens: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Ragged:
-    """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts."""
+    """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts.
+
+    Raises TypeError for what is not `Tokens`.
+    """
+    if not isinstance(tokens, Tokens):
+        what = f"tokens must be Tokens, as of tokenize_queries(texts), got {type(tokens).__name__}"
+        raise TypeError(f"{what}: encode_queries takes texts")
     return Ragged.from_list(list(_encode(caller, [tokens], batch_tokens, advance)))
 
 
@@ -189,12 +203,14 @@ def _texts_to_rows(
     texts: Iterable[str],
     batch_tokens: int | None,
     advance: Callable[[int], None] | None,
+    on_cut: Callable[[Cut], None],
 ) -> Iterator[Tensor]:
     texts = iter(texts)
     parts = iter(lambda: list(itertools.islice(texts, TEXTS)), [])
     # While a GPU encodes one part, the CPU tokenises the next. On a CPU they would only share its cores.
     in_turn = one_ahead if caller.device.type == "cuda" else map
-    return _encode(caller, in_turn(partial(tokenize, spans=False), parts), batch_tokens, advance)
+    tokens = watched(in_turn(partial(tokenize, spans=False), parts), on_cut)
+    return _encode(caller, tokens, batch_tokens, advance)
 
 
 def _encode(

@@ -77,7 +77,8 @@ class Session(Generic[M]):
         """
         self._check()
         if not isinstance(batch, Packed):
-            raise TypeError(f"a Session is called with a Packed, got {type(batch).__name__}: make one with pack(...)")
+            what = f"a Session is called with a Packed, got {type(batch).__name__}"
+            raise TypeError(f"{what}: make one with pack(...), or call encode_tokens with Tokens")
         if not batch.input_ids.is_cpu:
             device = batch.input_ids.device
             raise ValueError(f"the batch is on {device}: leave it on the CPU, from where the session copies it at once")

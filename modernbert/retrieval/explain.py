@@ -10,6 +10,7 @@ from itertools import accumulate
 from math import ceil
 from typing import TYPE_CHECKING
 
+from ..truncation import warn_if_cut
 from .passages import UNSPACED
 
 if TYPE_CHECKING:
@@ -59,8 +60,12 @@ class Place:
 
 
 def explain(session: Session, query: EncodedQuery, documents: Sequence[str]) -> list[list[TokenMatch]]:
-    """For each document one match per query token, in query order; contributions sum to the MaxSim score."""
+    """For each document one match per query token, in query order; contributions sum to the MaxSim score.
+
+    A TruncationWarning names the first document that the model reads only in part.
+    """
     tokens = session.model.tokenize_documents(documents)
+    warn_if_cut(tokens, "documents[{}]".format)
     kept = tokens.keep.split(tokens.batch.lengths)
     explanations = []
     for document_SE, spans, keep in zip(session.encode_tokens(tokens), tokens.spans, kept, strict=True):

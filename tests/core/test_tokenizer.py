@@ -124,18 +124,18 @@ def test_cuts_are_those_of_the_tokenizers_library(modernbert_tokenizer_file: Pat
 
 
 def test_cuts_are_those_of_transformers(tokenizer: Tokenizer, hugging_face) -> None:
-    with pytest.warns(TruncationWarning):
-        one, two = tokenizer.encode_batch([LONG, (LONG, LONG[:50])], max_length=16)
+    one, two = tokenizer.encode_batch([LONG, (LONG, LONG[:50])], max_length=16)
     assert one.ids == hugging_face(LONG, truncation=True, max_length=16)["input_ids"]
     assert two.ids == hugging_face(LONG, LONG[:50], truncation="longest_first", max_length=16)["input_ids"]
 
 
-def test_a_cut_is_said_once_with_what_to_do(tokenizer: Tokenizer) -> None:
+def test_a_cut_is_said_once_with_what_to_do(tokenizer: Tokenizer, modernbert_tokenizer_file: Path) -> None:
     texts = [LONG, "short", LONG + LONG, LONG]
-    for run in (tokenizer, tokenizer.encode_batch):
+    small = Tokenizer(backend(modernbert_tokenizer_file), {"model_max_length": 10})
+    for run in (small, small.encode_batch):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run(texts, max_length=10)
+            run(texts)
         assert len(caught) == 1
         longest = len(tokenizer.encode_batch(LONG + LONG)[0].ids)
         message = str(caught[0].message)
@@ -146,8 +146,19 @@ def test_a_cut_is_said_once_with_what_to_do(tokenizer: Tokenizer) -> None:
         warnings.simplefilter("error")
         tokenizer(texts)
         tokenizer(texts, max_length=longest)
+        small.encode_batch(texts, warn=False)
         warnings.simplefilter("ignore", TruncationWarning)
-        assert tokenizer(texts, max_length=10).lengths == (10, 3, 10, 10)
+        assert small(texts).lengths == (10, 3, 10, 10)
+
+
+def test_a_cut_that_the_caller_asked_for_is_not_said(tokenizer: Tokenizer) -> None:
+    """Each batch of a training with `max_length` warned anew: 20 warnings in 20 steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for length in range(5, 15):
+            assert tokenizer([LONG, "short"], max_length=length).lengths == (length, 3)
+            (encoding,) = tokenizer.encode_batch(LONG, max_length=length)
+            assert encoding.truncated
 
 
 def test_a_text_longer_than_the_model_is_cut_to_the_models_maximum(tokenizer: Tokenizer) -> None:
@@ -224,8 +235,7 @@ def test_lower_casing_is_that_of_pylate(modernbert_tokenizer_file: Path, hugging
     assert [e.ids for e in ours.encode_batch(texts)] == [
         ids.tolist() for ids in ours(texts).input_ids.split(ours(texts).lengths)
     ]
-    with pytest.warns(TruncationWarning):
-        (encoding,) = ours.encode_batch("İİİİ tail", max_length=5)
+    (encoding,) = ours.encode_batch("İİİİ tail", max_length=5)
     assert encoding.offsets[1:-1] == ours.encode_batch("İİİİ tail")[0].offsets[1:4]
 
 
@@ -391,5 +401,4 @@ def test_a_template_with_another_order_keeps_its_special_tokens() -> None:
         single="<s> $A </s> </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     ours = Tokenizer(raw)
-    with pytest.warns(TruncationWarning):
-        assert ours("a a a a", max_length=5).input_ids.tolist() == [1, 3, 3, 2, 2]
+    assert ours("a a a a", max_length=5).input_ids.tolist() == [1, 3, 3, 2, 2]

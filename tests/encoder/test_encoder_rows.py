@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hf_twin import TINY, random_ids, twins
@@ -116,7 +118,7 @@ def test_rows_with_what_contradicts_them(encoder: Encoder, batch: Packed) -> Non
 def test_colbert_gives_the_rows_that_are_scored() -> None:
     model = ColBERT.default()
     tokens = model.tokenize_documents(["one two three", "", "four"])
-    tokens = tokens._replace(keep=torch.arange(tokens.batch.num_tokens) % 3 > 0)
+    tokens = replace(tokens, keep=torch.arange(tokens.batch.num_tokens) % 3 > 0)
     with torch.no_grad():
         wanted = tokens.ragged(model(tokens.batch))
         got = model(tokens.batch, rows=tokens.rows)

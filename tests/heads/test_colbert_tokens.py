@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
 
-from modernbert import ColBERT
+from modernbert import ColBERT, Ragged, Session, maxsim
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.packing import Tokens
@@ -98,3 +105,107 @@ def test_the_template_of_the_tokenizer_is_kept(single: str, front: int, back: in
 def test_a_length_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="a length of 2 has no room for the 3 tokens around a text"):
         make(query_length=2).query_tokens([[10]])
+
+
+def test_tokens_give_a_ragged_with_gradients() -> None:
+    """Three calls were needed: the batch, its rows, its offsets."""
+    model = make().train()
+    queries, documents = model.tokenize_queries(TEXTS), model.tokenize_documents(TEXTS)
+    assert documents.rows is not None
+    scores = maxsim(model(queries.to("cpu")), model(documents))
+    parts = [Ragged(model(t.batch, rows=t.rows), t.offsets) for t in (queries, documents)]
+    assert torch.equal(scores, maxsim(*parts))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    cross_entropy(scores, torch.arange(len(TEXTS))).backward()
+    got = [p.grad.clone() for p in weights if p.grad is not None]
+    assert len(got) == len(weights)
+    wanted = torch.autograd.grad(cross_entropy(maxsim(*parts), torch.arange(len(TEXTS))), weights)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_hooks_see_one_call_with_its_ragged() -> None:
+    model, seen = make(), []
+    model.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    model(model.tokenize_queries(["one"]))
+    assert seen == [Ragged]
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_query_expansion": True}])
+def test_a_ragged_is_what_encoding_gives(settings: dict[str, Any]) -> None:
+    model = make(**settings).eval()
+    with torch.no_grad():
+        for tokenize, encode in (
+            (model.tokenize_queries, model.encode_queries),
+            (model.tokenize_documents, model.encode_documents),
+        ):
+            got, wanted = model(tokenize(TEXTS)), encode([text[:40] for text in TEXTS])
+            assert len(got) == len(wanted)
+            torch.testing.assert_close(got[0], wanted[0], rtol=0, atol=1e-5)
+        assert len(model(model.tokenize_queries([]))) == 0
+
+
+def test_what_else_is_called_with_tokens_says_what_it_takes() -> None:
+    model = make().eval()
+    tokens = model.tokenize_queries(["one"])
+    with pytest.raises(ValueError, match="Tokens have rows of their own"):
+        model(tokens, rows=torch.tensor([0]))
+    with pytest.raises(TypeError, match="got one Tokens: a model takes its `batch`"):
+        model.encoder(tokens)
+    with pytest.raises(TypeError, match=r"called with a Packed, got Tokens: .* encode_tokens"):
+        Session(model)(tokens)  # pyright: ignore
+    with pytest.raises(TypeError, match=r"called with a Packed, got list: .* Tokens with tokenize_queries\(texts\)"):
+        model(["a text"])  # pyright: ignore
+
+
+def test_tokens_know_what_was_cut() -> None:
+    model = make()
+    tokens = model.tokenize_documents([TEXTS[0], "word " * 40])
+    whole = model.tokenize_documents(["word " * 40], truncate=False)
+    assert tokens.truncated == (0, whole.batch.num_tokens - 20)
+    assert whole.truncated == (0,)
+    assert model.query_tokens([[10] * 3, [10] * 30]).truncated == (0, 30 + 3 - 12)
+
+
+class Scores(nn.Module):
+    """A model that gives a Ragged inside of what a trainer wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = make().double()
+
+    def forward(self, tokens: Tokens) -> Ragged:
+        return self.model(tokens)
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    scores = Scores()
+    ddp = nn.parallel.DistributedDataParallel(scores, static_graph=True)
+    found = {}
+    for step in range(2):
+        scores.zero_grad()
+        ddp(scores.model.tokenize_documents(TEXTS[2 * rank : 2 * rank + 2])).values[:, 0].sum().backward()
+        found[f"ddp {step}"] = [p.grad.clone() for p in scores.parameters() if p.grad is not None]
+    scores = Scores()
+    for part in (*scores.model.encoder.layers, scores.model, scores):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    scores(scores.model.tokenize_documents(TEXTS[2 * rank : 2 * rank + 2])).values[:, 0].sum().backward()
+    found["fsdp"] = [p.grad.full_tensor() for p in scores.parameters() if p.grad is not None]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_ddp_and_fsdp_find_the_tensors_of_a_ragged(tmp_path: Path) -> None:
+    """With a static graph, DDP never joined the gradients of the first step."""
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    scores = Scores()
+    scores(scores.model.tokenize_documents(TEXTS)).values[:, 0].sum().backward()
+    wanted = [p.grad for p in scores.parameters() if p.grad is not None]
+    for rank in range(2):
+        for way, got in torch.load(tmp_path / f"{rank}.pt").items():
+            assert len(got) == len(wanted), way
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(2 * a, b, rtol=0, atol=1e-12 * b.abs().max().item(), msg=way)

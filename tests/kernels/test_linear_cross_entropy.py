@@ -60,6 +60,89 @@ def test_reference_is_torch_cross_entropy() -> None:
     assert_equal_in_float64(plain(ops.linear_cross_entropy.reference, chosen, 0.1), definition, x, weight, bias)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reference_is_torch_cross_entropy_with_its_options(reduction: str, label_smoothing: float) -> None:
+    """Values and gradients; tokens without a target are ignored as torch ignores -100."""
+    x, weight, bias, chosen = call(63, 37, bias=True, dtype=FLOAT64)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    ours: Any = ops.linear_cross_entropy.reference
+
+    def definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight, bias), chosen, **options)
+
+    assert_equal_in_float64(lambda *leaves: ours(*leaves, chosen, **options), definition, x, weight, bias)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("tokens", "classes", "share", "bias"),
+    [(0, 37, 1.0, False), (1, 37, 1.0, True), (33, 1, 1.0, False), (33, 4097, 0.5, True), (20, 64, 0.0, True)],
+)
+@pytest.mark.parametrize(("backend", "dtype"), implementations(ops.linear_cross_entropy))
+def test_reductions_and_smoothing(
+    backend: str,
+    dtype: torch.dtype,
+    tokens: int,
+    classes: int,
+    share: float,
+    bias: bool,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    arguments = call(tokens, classes, share, bias, dtype)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": 0.01}
+    check(ops.linear_cross_entropy, backend, *arguments, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_without_any_target(backend: str) -> None:
+    """As torch, but for its mean over nothing, which is NaN: it is 0, and so are all gradients."""
+    run: Any = ops.linear_cross_entropy.backends[backend]
+    x, weight, _, _ = (y if y is None else y.to(DEVICE) for y in call(4, 9))
+    for reduction, wanted in (("mean", [0.0]), ("sum", [0.0]), ("none", [0.0] * 4)):
+        leaf = x.clone().requires_grad_()
+        loss = run(leaf, weight, None, torch.full((4,), -100, device=DEVICE), reduction=reduction, label_smoothing=0.1)
+        loss.sum().backward()
+        assert loss.flatten().tolist() == wanted
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_gradients_of_rows_live_in_float16(backend: str) -> None:
+    """The backward pass is given 2e-5 for each row: times a probability, that is lost in float16."""
+    x, weight, _, _ = call(64, 500, dtype=FLOAT16)
+    x, weight, chosen, found = 64 * x, weight / 512, torch.arange(64), []
+    for name, device, dtype in ((backend, DEVICE, FLOAT16), ("reference", "cpu", FLOAT64)):
+        run: Any = ops.linear_cross_entropy.backends[name]
+        leaf = weight.to(device, dtype).requires_grad_()
+        losses = run(x.to(device, dtype), leaf, None, chosen.to(device), reduction="none")
+        (gradient,) = torch.autograd.grad(2e-5 * losses.sum(), leaf)
+        found.append(gradient[64:].cpu().double())  # of classes that are not a target: only probabilities
+    got, truth = found
+    assert (got - truth).norm() < 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reduction": "batchmean"}, 'reduction must be "mean", "sum" or "none", got \'batchmean\''),
+        ({"reduction": None}, "got None"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be from 0 to 1, got -0.1"),
+        ({"label_smoothing": 1.5}, "got 1.5"),
+        ({"label_smoothing": float("nan")}, "got nan"),
+    ],
+)
+def test_wrong_options_are_named(backend: str, options: dict[str, Any], words: str) -> None:
+    run: Any = ops.linear_cross_entropy.backends[backend]
+    x, weight, _, chosen = (y if y is None else y.to(DEVICE) for y in call(4, 9))
+    with pytest.raises(ValueError, match=words):
+        run(x, weight, None, chosen, **options)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize(
     ("tokens", "classes", "share", "bias"),
@@ -261,12 +344,13 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 @TRITON
-def test_compiles() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiles(reduction: str) -> None:
     run: Any = ops.linear_cross_entropy.backends["triton"]
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(20, 33, bias=True))
     found = []
     for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
         leaves = [y.clone().requires_grad_() for y in (x, weight, bias)]
-        loss = function(*leaves, chosen, z_loss=0.1)
-        found.append([loss, *torch.autograd.grad(2 * loss, leaves)])
+        loss = function(*leaves, chosen, z_loss=0.1, reduction=reduction, label_smoothing=0.1)
+        found.append([loss, *torch.autograd.grad(2 * loss.sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

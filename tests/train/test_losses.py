@@ -38,3 +38,15 @@ def test_kl_distill_by_definition():
     (grad,) = torch.autograd.grad(kl_distill(student, teacher), student)
     torch.testing.assert_close(grad, (q - p) / 4)
     assert kl_distill(teacher, teacher).abs() < 1e-12
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"scores_BB must have as many documents as queries, got shape \(8, 24\)"):
+        info_nce(torch.zeros(8, 24), torch.arange(8))
+    with pytest.raises(ValueError, match=r"got shape \(8,\)"):
+        info_nce(torch.zeros(8), torch.arange(8))
+    with pytest.raises(ValueError, match=r"groups_B must have one group for each of 8 pairs, got \(24,\)"):
+        info_nce(torch.zeros(8, 8), torch.arange(24))
+    for teacher in (torch.zeros(8, 1), torch.zeros(8), torch.zeros(1, 8)):  # which would be broadcast
+        with pytest.raises(ValueError, match=r"scores_BB has shape \(8, 8\), teacher_BB"):
+            kl_distill(torch.zeros(8, 8), teacher)

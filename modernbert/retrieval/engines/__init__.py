@@ -144,7 +144,7 @@ class Engine:
 
     def search(self, queries: Sequence[str | EncodedQuery], *, top_k: int = 10) -> list[list[Hit]]:
         """For each query (a text, or what `encode` made of it) its `top_k` passages, best first."""
-        check_search(queries, top_k)
+        queries = check_search(queries, top_k)
         results = []
         for found in self._index.search(query_vectors(self.session, queries), top_k) if queries else []:
             ranked = sorted(found, key=lambda hit: (-hit.score, hit.passage_id))[:top_k]

@@ -13,10 +13,11 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import torch
 
+from ...inference.encode import encode_tokens
 from ...late_interaction import Ragged, maxsim
 from ..explain import TokenMatch, match
 from ..passages import Passage
-from ..queries import EncodedQuery, check_search, check_top_k, encode_queries, query_vectors
+from ..queries import EncodedQuery, check_search, check_top_k, encode_queries, query_vectors, tokenize
 from .folder import check_name
 from .format import read_manifest
 from .identity import LoadedModel, ModelSource, load_model
@@ -145,7 +146,7 @@ class Store:
             ValueError: an argument is not one of these, or the store is closed.
             RuntimeError: the store was opened before a fork.
         """
-        check_search(queries, top_k)
+        queries = check_search(queries, top_k)
         _check_filters(by, path, where)
         ids, vectors = self._searched(by, path, where), query_vectors(self.session, queries)
         best = self._likely(vectors, ids, top_k) if prefilter else self._best(vectors, ids, top_k)
@@ -184,9 +185,10 @@ class Store:
             )
         run: dict[str, dict[str, float]] = {}
         names, ids = list(queries), self._searched("document", path, None)
+        tokens = tokenize(self.session, list(queries.values()), [f"query {name!r}" for name in names])
         for start in range(0, len(names), RUN_QUERIES):
             group = names[start : start + RUN_QUERIES]
-            vectors = self.session.encode_queries([queries[name] for name in group])
+            vectors = encode_tokens(self.session, tokens.select(range(start, start + len(group))))
             for name, found in zip(group, self._best(vectors, ids, top_k), strict=True):
                 documents = map(self._document_id, found.ids_N3[:, 0].tolist())
                 run[name] = dict(zip(documents, found.scores_N.tolist(), strict=True))
