@@ -12,6 +12,7 @@ from ..inference.encode import encode_tokens
 from ..inference.session import Session
 from ..late_interaction import Ragged
 from ..packing import Span
+from .spelling import Spelling, tokenize
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +32,14 @@ class EncodedQuery:
 
 def encode_queries(session: Session, texts: Sequence[str]) -> list[EncodedQuery]:
     """Tokenise and encode queries once, with what `explain` needs."""
-    tokens = session.model.tokenize_queries(texts)
+    tokens = tokenize(session.model.tokenize_queries, texts)
     vectors = encode_tokens(session, tokens)
     return [EncodedQuery(*query) for query in zip(texts, vectors, tokens.spans, strict=True)]
 
 
 def query_vectors(session: Session, queries: Sequence[str | EncodedQuery]) -> Ragged:
     """The vectors of queries, in order. Texts are encoded without their spans, which is faster."""
-    texts = [query for query in queries if isinstance(query, str)]
+    texts = [Spelling(query).text for query in queries if isinstance(query, str)]
     encoded = iter(session.encode_queries(texts) if texts else ())
     return Ragged.from_list([next(encoded) if isinstance(query, str) else query.vectors for query in queries])
 

@@ -17,6 +17,7 @@ from ...late_interaction import Ragged, maxsim
 from ..explain import TokenMatch, match
 from ..passages import Passage
 from ..queries import EncodedQuery, check_search, check_top_k, encode_queries, query_vectors
+from ..spelling import Spelling
 from .folder import check_name
 from .format import read_manifest
 from .identity import LoadedModel, ModelSource, load_model
@@ -186,7 +187,7 @@ class Store:
         names, ids = list(queries), self._searched("document", path, None)
         for start in range(0, len(names), RUN_QUERIES):
             group = names[start : start + RUN_QUERIES]
-            vectors = self.session.encode_queries([queries[name] for name in group])
+            vectors = self.session.encode_queries([Spelling(queries[name]).text for name in group])
             for name, found in zip(group, self._best(vectors, ids, top_k), strict=True):
                 documents = map(self._document_id, found.ids_N3[:, 0].tolist())
                 run[name] = dict(zip(documents, found.scores_N.tolist(), strict=True))
