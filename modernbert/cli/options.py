@@ -15,3 +15,26 @@ EngineOption = Annotated[
     typer.Option(help="Faster on a CPU: onnxruntime, onnxruntime-int8 or openvino.", show_default="PyTorch"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Of text, tables and JSON lines, such as cp1252.", show_default="UTF-8, or as it looks"
+    ),
+]
+TextColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[,NAME]...",
+        help="The columns of tables, or fields of JSON lines, that are the text.",
+        show_default="text",
+    ),
+]
+IdColumnOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The column or field that is the id.", show_default="_id or id")
+]
+DelimiterOption = Annotated[
+    str | None, typer.Option(metavar="CHARACTER", help="Between cells: a character, or tab.", show_default="as found")
+]
+SkipBadRowsOption = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out broken rows and records, with a note.")
+]
