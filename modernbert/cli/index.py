@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from .options import (
     IdColumnOption,
     SkipBadRowsOption,
     TextColumnOption,
+    reading_of,
 )
 from .show import note, show_notes
 
@@ -66,11 +68,7 @@ def index(
                 dtype=dtype,
                 prefilter=prefilter,
                 engine=engine,
-                encoding=encoding,
-                text_column=text_column,
-                id_column=id_column,
-                delimiter=delimiter,
-                skip_bad_rows=skip_bad_rows,
+                **asdict(reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)),
                 note=notes.append,
             )
     except KeyboardInterrupt:

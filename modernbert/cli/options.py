@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..retrieval.documents.reading import Reading
 
 TOP_RUN = 100
 """Documents of a query in a TREC run."""
@@ -38,3 +41,13 @@ DelimiterOption = Annotated[
 SkipBadRowsOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out broken rows and records, with a note.")
 ]
+
+
+def reading_of(
+    encoding: str | None, text_column: str | None, id_column: str | None, delimiter: str | None, skip_bad_rows: bool
+) -> Reading:
+    """How these options say that files are read. A tab may be written as `tab`, or as in Python."""
+    from ..retrieval.documents.reading import Reading
+
+    delimiter = "\t" if delimiter in ("tab", r"\t") else delimiter
+    return Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)

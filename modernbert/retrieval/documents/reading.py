@@ -34,10 +34,8 @@ class Reading:
         """Raise ValueError for what cannot be meant."""
         if self.encoding is not None:
             named_encoding(self.encoding)
-        if self.delimiter in ("tab", "\\t"):
-            object.__setattr__(self, "delimiter", "\t")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
-            raise ValueError(f"delimiter is {self.delimiter!r}; give one character, or tab")
+            raise ValueError(f"delimiter is {self.delimiter!r}; give one character")
         for name in ("text_column", "id_column"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise ValueError(f"{name} is empty; give the name of a column")
