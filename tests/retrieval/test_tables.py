@@ -225,3 +225,9 @@ def test_quotes_are_tried_once_for_each_line(monkeypatch, line, delimiter):
     rows = list(read_rows(lines, delimiter, lambda first: True))
     assert len(fed) < 2 * len(lines) + 10
     assert rows[-1].cells == ["1", "2", "3"] or delimiter == ","
+
+
+def test_a_quote_in_the_first_row_of_a_table_without_names(tmp_path):
+    table = '0\t"Nothing ventured\n1\tb\n2\tc"\n'
+    found = read(tmp_path / "c.tsv", table, text_column="2", id_column="1")
+    assert found == [("0", '"Nothing ventured'), ("1", "b"), ("2", 'c"')]

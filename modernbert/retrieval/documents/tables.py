@@ -66,7 +66,6 @@ def read_rows(lines: Iterable[str], delimiters: str, is_header: Callable[[list[s
             continue
         first_line, number = number, number + len(taken)
         del taken  # A long line is not held while its row is in use.
-        source.width = source.width or len(cells)
         yield from _filled(Row(first_line, cells))
 
 
@@ -74,20 +73,20 @@ class _Source:
     """The lines of a table for csv.reader, which asks for as many as a row has.
 
     Attributes:
-        taken: the lines of the row that is being read. width: cells of the header; 0 until it has been read.
+        taken: the lines of the row that is being read. width: cells of the first line, if tabs are between them.
     """
 
     def __init__(self, first: str, lines: Iterator[str], delimiter: str) -> None:
         self._held: str | None = first
         self._lines, self._has_tabs = lines, delimiter == TAB
         self.taken: list[str] = []
-        self.width = 0
+        self.width = _count(first)
 
     def __iter__(self) -> _Source:
         return self
 
     def __next__(self) -> str:
-        """The next line. An end in the middle of a row, at a line that is a row of its own, is not the last one."""
+        """The next line. In the middle of a row, an end means that the next line is a row of its own."""
         line = next(self._lines) if self._held is None else self._held
         self._held = line
         if self.taken and self._is_row(line):
@@ -98,7 +97,7 @@ class _Source:
 
     def fits(self, cells: list[str]) -> bool:
         """Whether the lines that were taken are one row, with these cells."""
-        if not (self._has_tabs and self.width and cells):
+        if not (self._has_tabs and cells):
             return True
         ends = (self.taken[0], self.taken[-1])
         is_cut = len(self.taken) == 1 or any(_count(line) < self.width for line in ends)
@@ -115,7 +114,7 @@ def _count(line: str) -> int:
 
 
 def _cells_of(line: str, delimiter: str, number: int = 1, width: int = 0) -> Row:
-    """A line as a row. In tab-separated text, quotes are characters unless they give the row its `width`."""
+    """A line as a row. In tab-separated text, quotes are only characters if that gives the row its `width`."""
     cells, problem = _next(csv.reader([line], delimiter=delimiter, strict=True))
     if delimiter == TAB and len(cells) != width:
         plain = line.rstrip("\r\n").split(TAB)

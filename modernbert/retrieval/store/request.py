@@ -83,7 +83,7 @@ def resume_command(request: Request, folder: Path) -> str:
         options += [name, value] if value else []
     options += ["--prefilter"] if request["prefilter"] else []
     for name, value in request.get("reading", {}).items():
-        options += [f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else [])]
+        options.append(f"--{name.replace('_', '-')}" + (f"={value}" if isinstance(value, str) else ""))
     return _command(*request["paths"], "--output", str(folder), *options)
 
 
