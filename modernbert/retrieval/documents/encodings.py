@@ -10,10 +10,11 @@ import io
 import re
 from typing import BinaryIO, NamedTuple
 
+from .guess import WESTERN, guess_encoding
 from .text import OnNote, decode, marked_encoding
 
 UTF8 = "utf-8"
-SAMPLE = 1 << 16
+SAMPLE = 1 << 13
 """Bytes from which an encoding is guessed, of lines that are not ASCII."""
 
 BLOCK = 1 << 20
@@ -22,10 +23,9 @@ BLOCK = 1 << 20
 FEW = 2
 """Broken places of a page that are damage and do not refute that it is UTF-8, as it declares."""
 
-_WESTERN = "cp1252"
 _WIDER = {  # the encoding that browsers use in place of a narrower one; keys are Python's names
-    "ascii": _WESTERN,
-    "iso8859-1": _WESTERN,
+    "ascii": WESTERN,
+    "iso8859-1": WESTERN,
     "iso8859-9": "cp1254",
     "tis-620": "cp874",
     "gb2312": "gb18030",
@@ -143,4 +143,4 @@ def _likely(sample: bytes) -> str:
     whole = len(text) - len(text.encode("ascii", "ignore")) - broken
     if broken <= whole or _REPLACED in sample:
         return UTF8
-    return _WESTERN
+    return guess_encoding(sample)
