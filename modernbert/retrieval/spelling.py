@@ -45,6 +45,7 @@ _SOFT = "\u00ad\u00ac\x02\ufffe"
 _ACCENTS = {"\u00a8": "\u0308", "\u02c6": "\u0302", "\u02dc": "\u0303", "\u02c7": "\u030c", "\u02d8": "\u0306"}
 
 _LETTER = r"[^\W\d_]"
+_ASCII = re.compile("[-\x02]")
 _GONE = re.compile(f"[{_INVISIBLE}]")
 _KEPT_JOINER = re.compile(f"[{_JOINED}]")
 _SPECIAL = re.compile(  # Each part begins with a class of characters, which makes the search fast.
@@ -75,7 +76,8 @@ class Spelling:
         # For each piece: its beginning in the form, in the text as shown, and its end there, or 0 if it is unchanged.
         self._pieces: list[tuple[int, int, int]] = []
         at = length = 0
-        for match in () if shown.isascii() and "-" not in shown else _SPECIAL.finditer(shown):
+        is_plain = shown.isascii() and not _ASCII.search(shown)
+        for match in () if is_plain else _SPECIAL.finditer(shown):
             new = self._form(match)
             if new == match.group():
                 continue

@@ -90,10 +90,8 @@ def test_legacy_text_and_tables_are_read_and_noted(tmp_path):
     ):
         notes = []
         assert read(tmp_path / name, content.encode("cp1252"), notes=notes) == [found]
-        assert notes == [
-            f"{tmp_path / name}: not UTF-8, read as CP1252 by the look of it; if that is wrong, name the encoding "
-            "(--encoding)"
-        ]
+        (note,) = notes
+        assert note.startswith(f"{tmp_path / name}: not UTF-8, read as CP1252 by the look of it; if that is wrong, name ")
 
 
 def test_utf8_with_damage_stays_utf8(tmp_path):
@@ -102,7 +100,7 @@ def test_utf8_with_damage_stays_utf8(tmp_path):
     assert read(tmp_path / "a.txt", text.encode() + b"caf\xe9 \xff", notes=notes) == [text + "caf\ufffd \ufffd"]
     assert notes == [f"{tmp_path}/a.txt: not UTF-8 throughout, 2 broken places were replaced by U+FFFD"]
     notes.clear()
-    assert read(tmp_path / "b.csv", f"text\n{text}".encode() + b"\xe9\n", notes=notes) == [text + "\ufffd"]
+    assert read(tmp_path / "b.csv", f'text\n"{text}'.encode() + b'\xe9"\n', notes=notes) == [text + "\ufffd"]
     assert notes == [f"{tmp_path}/b.csv: not UTF-8 throughout, 1 broken places were replaced by U+FFFD"]
 
 
@@ -156,3 +154,45 @@ def test_a_large_file_is_checked_in_blocks(tmp_path):
         tracemalloc.stop()
         assert found.name == ("cp1252" if raw.endswith(b"\xe9") else "utf-8")
         assert peak < 4 * size
+
+
+TEXTS = {
+    "cp1252": "Die Brücke über den Fluß ist für Fußgänger geöffnet, und die Straße ist länger als früher.",
+    "cp1250": "Příliš žluťoučký kůň úpěl ďábelské ódy, a řeka se rozlila do širokého údolí.",
+    "cp1251": "Наводнение затопило мост, и река разлилась по всей долине.",
+    "koi8-r": "Наводнение затопило мост, и река разлилась по всей долине.",
+    "cp866": "Наводнение затопило мост, и река разлилась по всей долине.",
+    "cp1253": "Η πλημμύρα κατέστρεψε τη γέφυρα και το ποτάμι ξεχείλισε.",
+    "cp1254": "Sel köprüyü yıktı ve nehir bütün vadiye yayıldı; şehir günlerce karanlıkta kaldı.",
+    "cp1255": "השיטפון הציף את הגשר והנהר עלה על גדותיו",
+    "cp1256": "غمر الفيضان الجسر وفاض النهر على ضفتيه في الوادي",
+    "cp874": "น้ำท่วมสะพานและแม่น้ำเอ่อล้นตลิ่งไปทั่วหุบเขา",
+    "cp932": "洪水で橋が流され、川は谷いっぱいに広がった。",
+    "euc_jp": "洪水で橋が流され、川は谷いっぱいに広がった。",
+    "gb18030": "洪水冲毁了桥梁，河水淹没了整个山谷。",
+    "big5hkscs": "洪水沖毀了橋樑，河水淹沒了整個山谷。",
+    "cp949": "홍수로 다리가 무너지고 강물이 골짜기 전체로 넘쳤다.",
+}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+def test_the_letters_of_a_language_show_its_encoding(tmp_path, encoding):
+    """On texts of 30 languages, 60 characters long, chardet with these encodings was right for 96 %."""
+    pytest.importorskip("chardet")
+    text = TEXTS[encoding]
+    for name, content in (("a.txt", text), ("a.html", f"<p>{text}"), ("a.csv", f'id,text\n1,"{text}"\n')):
+        notes = []
+        assert read(tmp_path / name, content.encode(encoding), notes=notes) == [text]
+        assert len(notes) == 1
+
+
+@pytest.mark.parametrize("text", ["naïve", "don’t go “there”", "25 °C", "£5 ½", "señor", "Größe", "Smörgåsbord – æøå"])
+def test_a_few_letters_are_read_as_browsers_do(tmp_path, text):
+    assert read(tmp_path / "a.txt", text.encode("cp1252"), notes=[]) == [text]
+
+
+def test_without_chardet_a_guess_is_that_of_browsers(tmp_path, monkeypatch):
+    monkeypatch.setattr(encodings, "find_spec", lambda name: None)
+    notes = []
+    assert read(tmp_path / "a.txt", GERMAN.encode("cp1252"), notes=notes) == [GERMAN]
+    assert "pip install 'modernbert[retrieval]'" in notes[0]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import codecs
 import io
 import re
+from importlib.util import find_spec
 from typing import BinaryIO, NamedTuple
 
-from .guess import WESTERN, guess_encoding
 from .text import OnNote, decode, marked_encoding
 
 UTF8 = "utf-8"
-SAMPLE = 1 << 13
+SAMPLE = 1 << 16
 """Bytes from which an encoding is guessed, of lines that are not ASCII."""
 
 BLOCK = 1 << 20
@@ -23,6 +23,7 @@ BLOCK = 1 << 20
 FEW = 2
 """Broken places of a page that are damage and do not refute that it is UTF-8, as it declares."""
 
+WESTERN = "cp1252"
 _WIDER = {  # the encoding that browsers use in place of a narrower one; keys are Python's names
     "ascii": WESTERN,
     "iso8859-1": WESTERN,
@@ -34,6 +35,14 @@ _WIDER = {  # the encoding that browsers use in place of a narrower one; keys ar
     "shift_jis": "cp932",
     "euc_kr": "cp949",
 }
+# What chardet chooses from: with all that it knows, short texts often become those of a Mac or of DOS.
+_GUESSED = (
+    "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp866 cp874 koi8-r koi8-u iso8859-2 iso8859-5 cp932 euc-jp "
+    "gb18030 big5 cp949"
+).split()
+UNSURE = 0.03
+"""The confidence of chardet below which there are too few letters to tell. The encoding of browsers is then likelier."""
+
 _OF_PAGES = re.compile(r"utf-8|cp\d+|iso8859-\d+|koi8-\w|gb\w+|big5\w*|shift_jis\w*|euc_\w+|iso2022_jp|mac-\w+|tis-620")
 # No attribute is searched beyond the next "<", so that the time is linear. Comments and scripts declare nothing.
 _DECLARED = re.compile(
@@ -75,8 +84,10 @@ def text_encoding(file: BinaryIO, named: str | None, on_note: OnNote) -> str:
     file.seek(0)
     found = find_encoding(file)
     if found.is_guess and found.name != UTF8:
+        extra = "" if find_spec("chardet") else "; for better guesses: pip install 'modernbert[retrieval]'"
         on_note(
-            f"not UTF-8, read as {found.name.upper()} by the look of it; if that is wrong, name the encoding (--encoding)"
+            f"not UTF-8, read as {found.name.upper()} by the look of it; if that is wrong, name the encoding "
+            f"(--encoding){extra}"
         )
     return found.name
 
@@ -95,8 +106,8 @@ def page_encoding(raw: bytes, named: str | None, on_note: OnNote) -> str:
 def named_encoding(name: str) -> str:
     """Python's name of the encoding that a user names. Raises ValueError if it is not one of text."""
     try:
-        b"".decode(name)
         found = codecs.lookup(name).name
+        "x".encode(found)
     except (LookupError, ValueError) as error:
         raise ValueError(f"encoding is {name!r}, which is not an encoding of text; for example cp1252") from error
     return _WIDER.get(found, found)
@@ -143,4 +154,17 @@ def _likely(sample: bytes) -> str:
     whole = len(text) - len(text.encode("ascii", "ignore")) - broken
     if broken <= whole or _REPLACED in sample:
         return UTF8
-    return guess_encoding(sample)
+    return _guess(sample)
+
+
+def _guess(sample: bytes) -> str:
+    """By the letters of languages, with chardet if it is installed; else the encoding that browsers assume."""
+    if not find_spec("chardet"):
+        return WESTERN
+    import chardet
+
+    found = chardet.detect(sample, include_encodings=_GUESSED, compat_names=False)
+    name = codecs.lookup(found["encoding"] or WESTERN).name
+    name = _WIDER.get(name, name)
+    is_same = sample.decode(name, "replace") == sample.decode(WESTERN, "replace")
+    return WESTERN if is_same or found["confidence"] < UNSURE else name
