@@ -91,7 +91,9 @@ def test_legacy_text_and_tables_are_read_and_noted(tmp_path):
         notes = []
         assert read(tmp_path / name, content.encode("cp1252"), notes=notes) == [found]
         (note,) = notes
-        assert note.startswith(f"{tmp_path / name}: not UTF-8, read as CP1252 by the look of it; if that is wrong, name ")
+        assert note.startswith(
+            f"{tmp_path / name}: not UTF-8, read as CP1252 by the look of it; if that is wrong, name "
+        )
 
 
 def test_utf8_with_damage_stays_utf8(tmp_path):

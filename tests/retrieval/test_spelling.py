@@ -154,18 +154,3 @@ def test_readers_keep_what_the_file_has(tmp_path):
     (tmp_path / "a.txt").write_text("ﬁ\u00ad hydro-\nelectric\u200b")
     (document,) = read_file(tmp_path / "a.txt")
     assert document.text == "ﬁ\u00ad hydro-\nelectric\u200b"
-
-
-@pytest.mark.parametrize(
-    "unit", ["\u00ad", "ﬁ", "a-\n", "ab-\ncd ", "-", "- ", "a-" + " " * 100, "\u200c", "²", "¨a", "¨ ", "ab\u2010\n"]
-)
-def test_any_text_is_spelled_in_linear_time(unit):
-    import time
-
-    def seconds(count):
-        started = time.process_time()
-        Spelling("word " + unit * (count // len(unit))).locate([(0, 1)] * 1000)
-        return time.process_time() - started
-
-    seconds(1000)
-    assert seconds(80_000) < 40 * (seconds(8_000) + 0.002)

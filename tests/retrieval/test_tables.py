@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from modernbert.retrieval.documents import tables
 from modernbert.retrieval.documents.find import read_file
 from modernbert.retrieval.documents.reading import Reading
 from modernbert.retrieval.documents.tables import read_rows
@@ -23,7 +24,9 @@ def read(path, content, *, notes=None, **reading):
 
 def test_a_quote_in_tab_separated_text_joins_no_rows(tmp_path):
     """F03: five rows became two, without a word. The files of MS MARCO have such cells."""
-    text = 'id\ttext\n1\t"Nothing ventured\n2\tThe bridge opened in 1932.\n3\tSalt in water.\n4\ttwo words"\n5\tlast row\n'
+    text = (
+        'id\ttext\n1\t"Nothing ventured\n2\tThe bridge opened in 1932.\n3\tSalt in water.\n4\ttwo words"\n5\tlast row\n'
+    )
     assert read(tmp_path / "t.tsv", text) == [
         ("1", '"Nothing ventured'),
         ("2", "The bridge opened in 1932."),
@@ -51,7 +54,7 @@ def test_quotes_of_one_cell(tmp_path, row, text):
     """Both ways to write a cell with quotes; the rows around it stay."""
     for end in ("\n", "\r\n"):
         found = read(tmp_path / "t.tsv", end.join(["id\ttext", "0\tfirst", row, "2\tlast", ""]))
-        assert found == [("0", "first"), *([("1", text)] if row != '1\t""' else [("1", "")]), ("2", "last")]
+        assert found == [("0", "first"), ("1", text), ("2", "last")]
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
@@ -71,15 +74,11 @@ def test_tables_without_quotes_are_their_lines():
     chance = random.Random(0)
     for _ in range(300):
         width = chance.randint(2, 4)
-        cells = [["".join(chance.choices('ab "', k=chance.randint(1, 5))) for _ in range(width)] for _ in range(6)]
-        lines = ["\t".join("abcd"[:width]) + "\n", *("\t".join(row) + "\n" for row in cells)]
+        cells = [["".join(chance.choices('ab "', k=chance.randint(1, 5))) for _ in range(width - 1)] for _ in range(6)]
+        lines = ["\t".join("abcd"[:width]) + "\n", *("\t".join(["k", *row]) + "\n" for row in cells)]
         rows = list(read_rows(lines, "\t", lambda first: True))
-        assert [row.line for row in rows] == [at for at, line in enumerate(lines, 1) if any(csv_cells(line))]
+        assert [row.line for row in rows] == list(range(1, 8))
         assert all(len(row.cells) == width and not row.problem for row in rows)
-
-
-def csv_cells(line):
-    return [cell.strip('"') or cell.count('"') > 2 for cell in line.rstrip("\n").split("\t")]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def csv_cells(line):
     [
         ("a.csv", "id;text\n1;Das kostet 3,50\n"),
         ("a.csv", "sep=;\nid;text\n1;Das kostet 3,50\n"),
-        ("a.csv", "sep=;\r\n\r\nid;text\r\n1;Das kostet 3,50\r\n;;\r\n;\r\n".replace(";;\r\n", "")),
+        ("a.csv", "sep=;\r\n\r\nid;text\r\n1;Das kostet 3,50\r\n;\r\n"),
         ("a.csv", '"id";"text"\n"1";"Das kostet 3,50"\n'),
         ("a.csv", "id|text\n1|Das kostet 3,50\n"),
         ("a.csv", "id\ttext\n1\tDas kostet 3,50\n"),
@@ -112,7 +111,10 @@ def test_a_delimiter_that_is_named(tmp_path):
 
 def test_columns_are_chosen_by_name(tmp_path):
     table = "key,headline,body,title,lang\nk1,Owls,They hunt.,T,en\nk2,,Mice.,,en\n"
-    assert read(tmp_path / "a.csv", table, text_column="body", id_column="key") == [("k1", "They hunt."), ("k2", "Mice.")]
+    assert read(tmp_path / "a.csv", table, text_column="body", id_column="key") == [
+        ("k1", "They hunt."),
+        ("k2", "Mice."),
+    ]
     both = read(tmp_path / "a.csv", table, text_column="headline, body", id_column="key")
     assert both == [("k1", "Owls\n\nThey hunt."), ("k2", "Mice.")]
     (document, _) = read_file(tmp_path / "a.csv", Reading(text_column="headline,body"))
@@ -120,7 +122,9 @@ def test_columns_are_chosen_by_name(tmp_path):
     assert document.metadata == {"key": "k1", "lang": "en"}
     comma = 'id,"name, full"\n1,x\n'
     assert read(tmp_path / "b.csv", comma, text_column="name, full") == [("1", "x")]
-    with pytest.raises(ValueError, match="one of them 'bdy', none twice; got 'key', 'headline', 'body', 'title', 'lang'"):
+    with pytest.raises(
+        ValueError, match="one of them 'bdy', none twice; got 'key', 'headline', 'body', 'title', 'lang'"
+    ):
         read(tmp_path / "a.csv", table, text_column="bdy")
     with pytest.raises(ValueError, match="one of them 'body' and one 'id'.*got 'key', 'headline'"):
         read(tmp_path / "a.csv", table, text_column="body", id_column="id")
@@ -132,7 +136,9 @@ def test_fields_of_a_corpus_are_chosen_as_columns_are(tmp_path):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     found = read(tmp_path / "corpus.jsonl", lines, text_column="title,abstract", id_column="doc")
     assert found == [("a", "T\n\nOwls."), ("7", "Only")]
-    with pytest.raises(ValueError, match="line 1: expected an object with a string \"body\".*fields are 'doc', 'abstract'"):
+    with pytest.raises(
+        ValueError, match="line 1: expected an object with a string \"body\".*fields are 'doc', 'abstract'"
+    ):
         read(tmp_path / "corpus.jsonl", lines, text_column="body")
     with pytest.raises(ValueError, match="line 1: it has no 'docid'; its fields are 'doc', 'abstract', 'title'"):
         read(tmp_path / "corpus.jsonl", lines, text_column="title", id_column="docid")
@@ -162,7 +168,7 @@ def test_bad_rows_are_errors_or_are_left_out_with_a_note(tmp_path):
     (note,) = notes
     assert note.startswith(f"{tmp_path}/a.csv: skipped 4 bad records: line 3: 3 cells for 2 columns")
     assert "line 5: broken table" in note
-    assert 'lines 2 and 6 both have the "_id" \'1\'' in note
+    assert "lines 2 and 6 both have the \"_id\" '1'" in note
     assert note.endswith("; ...")
 
 
@@ -194,31 +200,12 @@ def test_nuls_in_tables_are_said(tmp_path):
     assert "1 broken places" in notes[0]
 
 
-class Counted(list):
-    """Lines that count how often one of them is given out."""
-
-    given = 0
-
-    def __iter__(self):
-        for line in super().__iter__():
-            Counted.given += 1
-            yield line
-
-
 @pytest.mark.parametrize("line", ['x"\t"y\n', '"a\n', '"\n', '1\t"a\n', '""\n', '"\t\n', '"a\tb\n'])
 @pytest.mark.parametrize("delimiter", ["\t", ","])
 def test_quotes_are_tried_once_for_each_line(monkeypatch, line, delimiter):
     """A cell that is open to the end of the file was tried again from each of its lines."""
-    parsed = []
-    real = csv.reader
-
-    def counting(lines, **options):
-        return real((parsed.append(len(line)) or line for line in iter(lines.__next__, None)), **options)
-
     lines = ["a\tb\tc\n".replace("\t", delimiter), *[line.replace("\t", delimiter)] * 2000]
     lines = [*lines, "1\t2\t3\n".replace("\t", delimiter)]
-    from modernbert.retrieval.documents import tables
-
     fed = []
     original = tables._Source.__next__
     monkeypatch.setattr(tables._Source, "__next__", lambda source: (fed.append(1), original(source))[1])

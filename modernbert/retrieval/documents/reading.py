@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 
 from .encodings import named_encoding
@@ -50,6 +50,10 @@ class Reading:
         if self.text_column is None or self.text_column in names:
             return [self.text_column or TEXT]
         return [name.strip() for name in self.text_column.split(",")]
+
+    def id_key(self, names: Container[str]) -> str:
+        """The column that is the id, of a table or record with these `names`, if it has one."""
+        return self.id_column or ("_id" if "_id" in names else "id")
 
     def column_names(self, first: Sequence[str]) -> list[str]:
         """The names of a table's columns, given its first row: their numbers, if numbers are asked for that it lacks.

@@ -179,7 +179,7 @@ def _table(lines: Iterable[str], name: str, reading: Reading, delimiters: str) -
     columns = reading.column_names(first.cells)
     if not columns:
         raise ValueError(f"{name}: {reading.missing_columns(first.cells)}")
-    texts = reading.text_columns(columns)
+    texts, key = reading.text_columns(columns), reading.id_key(columns)
     for number, cells, problem in rows if columns == [cell.strip() for cell in first.cells] else chain([first], rows):
         if not problem and len(cells) != len(columns):
             problem = f"{len(cells)} cells for {len(columns)} columns; are quotes missing?"
@@ -187,6 +187,8 @@ def _table(lines: Iterable[str], name: str, reading: Reading, delimiters: str) -
             yield Bad(f", line {number}", problem)
             continue
         record = {column: cell for column, cell in zip(columns, cells, strict=True) if column}
+        if not record.get(key, True):  # A cell cannot be missing: an empty one means that there is no id.
+            del record[key]
         yield _document(record, texts, name, number, reading)
 
 
@@ -194,7 +196,7 @@ def _document(
     record: Mapping[str, Any], texts: Sequence[str], name: str, number: int, reading: Reading
 ) -> Document | Bad:
     """The document of a record, of which the fields `texts` are strings or null."""
-    key = reading.id_column or ("_id" if "_id" in record else "id")
+    key = reading.id_key(record)
     title = (record.get("title") or "") if "title" not in texts else ""
     text = "\n\n".join(record[field] for field in texts if record.get(field))
     identity = record.get(key, number)
