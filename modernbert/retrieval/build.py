@@ -63,14 +63,14 @@ def index(
         dtype: of the vectors: "fp16" (None for a new store), "fp32", or "int8" with one scale for each.
         prefilter: also keep the lists that `Store.search(..., prefilter=True)` needs, from now on.
         engine: of the `Session` that encodes.
-        encoding, text_column, id_column, delimiter, skip_bad_rows: how files are read that do not show it: see `Reading`.
+        encoding, text_column, id_column, delimiter, skip_bad_rows: how files are read: see `Reading`.
         progress: whether to show a bar on stderr. None: only on a terminal.
         note: called with one sentence for everything that is skipped or repaired.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: there is no text, a record is broken, an argument cannot be meant, a path that held documents has none now, or the store has
-            another model or dtype.
+        ValueError: there is no text, a record is broken, an argument cannot be meant, a path that held documents has
+            none now, or the store has another model or dtype.
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """
     _check_output(output)

@@ -59,7 +59,7 @@ _BROKEN = re.compile(rf"(?<!{_LETTER}){_LETTER}+[{_HYPHENS}][ \t]*\r?\n[ \t]*{_L
 _WORD = re.compile(f"{_LETTER}+")
 _COMPOUND = re.compile(rf"(?<!{_LETTER})({_LETTER}+)[{_HYPHENS}](?=({_LETTER}+))")
 # A hyphen in front of one of these belongs to a shortened word: "pre- and post-war", "Vor- und Nachteile".
-_CONJUNCTIONS = frozenset("and or to nor und oder bis bzw sowie et ou en of e o y och og".split())
+_CONJUNCTIONS = frozenset(re.findall(r"\w+", "and or to nor und oder bis bzw sowie et ou en of e o y och og"))
 _LONGEST = 100  # letters of each half of a broken word
 
 

@@ -34,7 +34,8 @@ def test_a_table_of_any_form_is_indexed_and_searched(modernbert, model, tmp_path
     where = {"index": ["--output", store, "--model", model], "search": ["owls", table, "--model", model, "--json"]}
     status, _, err = modernbert("index", table, *where["index"], *OPTIONS, "--skip-bad-rows")
     assert status == 0
-    assert "note: " in err and "skipped 1 bad records: line 3" in err and "2 documents added" in err
+    assert "skipped 1 bad records: line 3" in err
+    assert "note: 2 documents added" in err
     for found in (where["search"], ["owls", "--index", store, "--json"]):
         options = [*OPTIONS, "--skip-bad-rows"] if found[1] == table else []
         status, out, _ = modernbert("search", *found, *options)
@@ -49,7 +50,7 @@ def test_a_tab_has_a_name(modernbert, model, tmp_path):
         options = ["--delimiter", tab, "--text-column", "1"]
         status, out, _ = modernbert("search", "owls", tmp_path / "a.csv", "--model", model, "--json", *options)
         assert status == 0
-        assert [hit["text"] for hit in json.loads(out)["hits"]] == ["text,a", "owls hunt"]
+        assert {hit["text"] for hit in json.loads(out)["hits"]} == {"text,a", "owls hunt"}
 
 
 def test_options_of_files_are_refused_for_a_store(modernbert, tmp_path):

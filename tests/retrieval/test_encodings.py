@@ -128,7 +128,7 @@ def test_a_named_encoding_is_used(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "utf-9", "rot13", "base64", "a\0b", "hex"])
 def test_a_name_that_is_not_of_an_encoding_is_refused_first(tmp_path, name):
-    with pytest.raises(ValueError, match="encoding is .*, which is not an encoding of text; for example cp1252"):
+    with pytest.raises(ValueError, match=r"encoding is .*, which is not an encoding of text; for example cp1252"):
         index([tmp_path], tmp_path / "store", encoding=name)
     assert not (tmp_path / "store").exists()
     assert named_encoding("windows-1252") == "cp1252"

@@ -102,10 +102,10 @@ def test_the_delimiter_is_found(tmp_path, name, text):
 
 def test_a_delimiter_that_is_named(tmp_path):
     assert read(tmp_path / "a.csv", "id~text\n1~a,b\n", delimiter="~") == [("1", "a,b")]
-    with pytest.raises(ValueError, match="got 'id~text'.*--delimiter"):
+    with pytest.raises(ValueError, match=r"got 'id~text'.*--delimiter"):
         read(tmp_path / "a.csv", "id~text\n1~a,b\n")
     for wrong in ("", "ab", '"', "\n"):
-        with pytest.raises(ValueError, match="delimiter is .*; give one character"):
+        with pytest.raises(ValueError, match=r"delimiter is .*; give one character"):
             Reading(delimiter=wrong)
 
 
@@ -126,7 +126,7 @@ def test_columns_are_chosen_by_name(tmp_path):
         ValueError, match="one of them 'bdy', none twice; got 'key', 'headline', 'body', 'title', 'lang'"
     ):
         read(tmp_path / "a.csv", table, text_column="bdy")
-    with pytest.raises(ValueError, match="one of them 'body' and one 'id'.*got 'key', 'headline'"):
+    with pytest.raises(ValueError, match=r"one of them 'body' and one 'id'.*got 'key', 'headline'"):
         read(tmp_path / "a.csv", table, text_column="body", id_column="id")
 
 
@@ -136,9 +136,7 @@ def test_fields_of_a_corpus_are_chosen_as_columns_are(tmp_path):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     found = read(tmp_path / "corpus.jsonl", lines, text_column="title,abstract", id_column="doc")
     assert found == [("a", "T\n\nOwls."), ("7", "Only")]
-    with pytest.raises(
-        ValueError, match="line 1: expected an object with a string \"body\".*fields are 'doc', 'abstract'"
-    ):
+    with pytest.raises(ValueError, match=r"expected an object with a string .body.*; its fields are 'doc', 'abstract'"):
         read(tmp_path / "corpus.jsonl", lines, text_column="body")
     with pytest.raises(ValueError, match="line 1: it has no 'docid'; its fields are 'doc', 'abstract', 'title'"):
         read(tmp_path / "corpus.jsonl", lines, text_column="title", id_column="docid")
@@ -150,7 +148,7 @@ def test_a_table_without_names_has_numbers(tmp_path):
     found = read(tmp_path / "collection.tsv", table, text_column="2", id_column="1")
     assert found == [("0", 'The presence of "communication'), ("1", 'amid scientific minds"')]
     assert read(tmp_path / "a.csv", "x;y\n", text_column="2") == [("1", "y")]
-    with pytest.raises(ValueError, match="got '0', 'The presence.*by number if the first row is text"):
+    with pytest.raises(ValueError, match=r"got '0', 'The presence.*by number if the first row is text"):
         read(tmp_path / "collection.tsv", table)
     with pytest.raises(ValueError, match="one of them '3'"):
         read(tmp_path / "collection.tsv", table, text_column="3")

@@ -36,12 +36,10 @@ _WIDER = {  # the encoding that browsers use in place of a narrower one; keys ar
     "euc_kr": "cp949",
 }
 # What chardet chooses from: with all that it knows, short texts often become those of a Mac or of DOS.
-_GUESSED = (
-    "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp866 cp874 koi8-r koi8-u iso8859-2 iso8859-5 cp932 euc-jp "
-    "gb18030 big5 cp949"
-).split()
+_GUESSED = [f"cp{number}" for number in (*range(1250, 1258), 866, 874, 932, 949)]
+_GUESSED += ["koi8-r", "koi8-u", "iso8859-2", "iso8859-5", "euc-jp", "gb18030", "big5"]
 UNSURE = 0.03
-"""The confidence of chardet below which there are too few letters to tell. The encoding of browsers is then likelier."""
+"""The confidence of chardet below which there are too few letters to tell, so that what browsers assume is likelier."""
 
 _OF_PAGES = re.compile(r"utf-8|cp\d+|iso8859-\d+|koi8-\w|gb\w+|big5\w*|shift_jis\w*|euc_\w+|iso2022_jp|mac-\w+|tis-620")
 # No attribute is searched beyond the next "<", so that the time is linear. Comments and scripts declare nothing.

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from ..passages import HTML, MARKDOWN, Document
 from .html import read_html
-from .reading import DEFAULT, Reading
 from .readers import PDF, READERS, read_plain
+from .reading import DEFAULT, Reading
 from .records import JSON_LINES, LARGEST, is_records, json_record, read_lines, read_records
 from .text import OnNote, file_name
 
@@ -116,9 +116,9 @@ def read_file(
     if is_current(key):
         on_current(key)
         return
-    reader = READERS.get(path.suffix.lower(), read_plain)
-    if reader in (read_plain, read_html):
-        reader = partial(reader, named=reading.codec)
+    reader = READERS.get(path.suffix.lower()) or partial(read_plain, named=reading.codec)
+    if reader is read_html:
+        reader = partial(read_html, named=reading.codec)
     try:
         title, text = reader(raw, lambda message: on_note(f"{name}: {message}")) if raw else ("", "")
     except ModuleNotFoundError as error:

@@ -25,7 +25,7 @@ class _Always(TypedDict):
 
 
 class IndexRequest(_Always, total=False):
-    """The arguments of `index` that decide what the store will hold; `reading` has those of `Reading` that are given."""
+    """The arguments of `index` that decide what the store will hold; `reading`: what is given of `Reading`."""
 
     reading: dict[str, str | bool]
 
