@@ -5,12 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..retrieval.documents.reading import Reading
     from ..retrieval.documents.text import OnNote
     from ..retrieval.store.identity import LoadedModel
     from ..retrieval.store.search import Store
@@ -18,11 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def temporary_store(
-    paths: Sequence[Path],
-    model: LoadedModel,
-    on_note: OnNote,
-    dtype: str | None = None,
-    reading: Reading | None = None,
+    paths: Sequence[Path], model: LoadedModel, on_note: OnNote, dtype: str | None = None
 ) -> Iterator[Store]:
     """A store of files and folders on disk, so that one search has the code and the results of an index.
 
@@ -32,7 +26,7 @@ def temporary_store(
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            index(paths, folder, model, dtype=dtype, note=on_note, **(asdict(reading) if reading else {}))
+            index(paths, folder, model, dtype=dtype, note=on_note)
         except OSError as error:
             if folder not in str(error):
                 raise

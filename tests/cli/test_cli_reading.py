@@ -1,4 +1,4 @@
-"""How files are read that do not show it: options of `modernbert index` and of a search in files."""
+"""How files are read that do not show it: options of `modernbert index`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_a_table_of_any_form_is_indexed_and_searched(modernbert, model, tmp_path):
+def test_a_table_of_any_form_is_indexed(modernbert, model, tmp_path):
     table, store = tmp_path / "a.csv", tmp_path / "store"
     table.write_bytes(TABLE.encode("cp1252"))
     status, _, err = modernbert("index", table, "--output", store, "--model", model)
@@ -31,31 +31,25 @@ def test_a_table_of_any_form_is_indexed_and_searched(modernbert, model, tmp_path
     assert "got 'key~headline~body'; choose with --text-column and --id-column" in err
     status, _, err = modernbert("index", table, "--output", store, "--model", model, *OPTIONS)
     assert (status, "a.csv, line 3: 2 cells for 3 columns" in err) == (2, True)
-    where = {"index": ["--output", store, "--model", model], "search": ["owls", table, "--model", model, "--json"]}
-    status, _, err = modernbert("index", table, *where["index"], *OPTIONS, "--skip-bad-rows")
+    arguments = ["index", table, "--output", store, "--model", model, *OPTIONS, "--skip-bad-rows"]
+    status, _, err = modernbert(*arguments)
     assert status == 0
     assert "skipped 1 bad records: line 3" in err
     assert "note: 2 documents added" in err
-    for found in (where["search"], ["owls", "--index", store, "--json"]):
-        options = [*OPTIONS, "--skip-bad-rows"] if found[1] == table else []
-        status, out, _ = modernbert("search", *found, *options)
-        assert status == 0
-        texts = {hit["id"]: hit["text"] for hit in json.loads(out)["hits"]}
-        assert texts == {"1": "Owls\n\nOwls hunt mice at midnight, größer.", "3": "Ice\n\nGlaciers move."}
+    status, out, _ = modernbert("search", "owls", "--index", store, "--json")
+    texts = {hit["id"]: hit["text"] for hit in json.loads(out)["hits"]}
+    assert texts == {"1": "Owls\n\nOwls hunt mice at midnight, größer.", "3": "Ice\n\nGlaciers move."}
 
 
 def test_a_tab_has_a_name(modernbert, model, tmp_path):
     (tmp_path / "a.csv").write_text("text,a\tid\nowls hunt\t1\n")
-    for tab in ("tab", "\\t", "\t"):
-        options = ["--delimiter", tab, "--text-column", "1"]
-        status, out, _ = modernbert("search", "owls", tmp_path / "a.csv", "--model", model, "--json", *options)
-        assert status == 0
-        assert {hit["text"] for hit in json.loads(out)["hits"]} == {"text,a", "owls hunt"}
+    for number, tab in enumerate(("tab", "\\t", "\t")):
+        store, options = tmp_path / str(number), ["--delimiter", tab, "--text-column", "1"]
+        status, _, err = modernbert("index", tmp_path / "a.csv", "--output", store, "--model", model, *options)
+        assert (status, "2 documents added" in err) == (0, True)
 
 
-def test_options_of_files_are_refused_for_a_store(modernbert, tmp_path):
-    status, _, err = modernbert("search", "owls", "--index", tmp_path, "--encoding", "cp1252")
-    assert (status, "options of files are those of `modernbert index`" in err) == (2, True)
+def test_an_encoding_that_is_none_is_refused_first(modernbert, tmp_path):
     (tmp_path / "a.txt").write_text("x")
     status, _, err = modernbert("index", tmp_path / "a.txt", "--output", tmp_path / "s", "--encoding", "utf-9")
     assert (status, "encoding is 'utf-9', which is not an encoding of text" in err) == (2, True)

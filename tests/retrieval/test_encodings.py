@@ -185,7 +185,7 @@ def test_the_letters_of_a_language_show_its_encoding(tmp_path, encoding):
     for name, content in (("a.txt", text), ("a.html", f"<p>{text}"), ("a.csv", f'id,text\n1,"{text}"\n')):
         notes = []
         assert read(tmp_path / name, content.encode(encoding), notes=notes) == [text]
-        assert len(notes) == 1
+        assert len(notes) == (name != "a.html" or encoding != "cp1252")  # browsers need no declaration of that
 
 
 @pytest.mark.parametrize("text", ["naïve", "don’t go “there”", "25 °C", "£5 ½", "señor", "Größe", "Smörgåsbord – æøå"])

@@ -98,6 +98,8 @@ def page_encoding(raw: bytes, named: str | None, on_note: OnNote) -> str:
     declared = _declared(raw)
     if declared and (declared != UTF8 or decode(raw)[1] <= FEW):
         return declared
+    if named is None and found.name == WESTERN:
+        return WESTERN  # This is what browsers read such a page as, and there is nothing to say.
     return text_encoding(io.BytesIO(raw), named, on_note)
 
 

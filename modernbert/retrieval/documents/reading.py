@@ -74,7 +74,7 @@ class Reading:
         return (
             f"the first row must name the columns, one of them {' and one '.join(map(repr, wanted))}, none twice; got "
             f"{', '.join(map(repr, (cell.strip() for cell in first))):.1000}; choose with --text-column and "
-            "--id-column, by number if the first row is text, and name the --delimiter if it was not found"
+            "--id-column of `modernbert index`, by number if the first row is text, or name the --delimiter"
         )
 
     def options(self) -> dict[str, str | bool]:
