@@ -50,6 +50,8 @@ PAD = "".join(f'<meta name="k{number}" content="{"x" * 60}">' for number in rang
 )
 def test_a_declaration_is_found_wherever_it_is(tmp_path, head):
     """F02: beyond 4,096 bytes it was not. A page that declares UTF-8 and is not, is read as what it looks like."""
+    if "windows-1251" not in head:
+        pytest.importorskip("chardet")
     notes = []
     page = f"<html><head>{head}</head><p>{RUSSIAN}"
     assert read(tmp_path / "late.html", page.encode("cp1251"), notes=notes) == [RUSSIAN]
