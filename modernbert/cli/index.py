@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import EngineOption
+from .options import (
+    DelimiterOption,
+    EncodingOption,
+    EngineOption,
+    IdColumnOption,
+    SkipBadRowsOption,
+    TextColumnOption,
+    reading_of,
+)
 from .show import note, show_notes
 
 
@@ -29,6 +38,11 @@ def index(
     ] = None,
     prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for `search --prefilter`.")] = False,
     engine: EngineOption = None,
+    encoding: EncodingOption = None,
+    text_column: TextColumnOption = None,
+    id_column: IdColumnOption = None,
+    delimiter: DelimiterOption = None,
+    skip_bad_rows: SkipBadRowsOption = False,
     forget: Annotated[
         bool, typer.Option("--forget", help="Remove the documents from these paths instead of adding them.")
     ] = False,
@@ -48,7 +62,14 @@ def index(
             summary = retrieval.forget(paths, output)
         else:
             summary = retrieval.index(
-                paths, output, model, dtype=dtype, prefilter=prefilter, engine=engine, note=notes.append
+                paths,
+                output,
+                model,
+                dtype=dtype,
+                prefilter=prefilter,
+                engine=engine,
+                **asdict(reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)),
+                note=notes.append,
             )
     except KeyboardInterrupt:
         raise OSError(f"interrupted; {output} is as it was. Run the same command again to resume") from None

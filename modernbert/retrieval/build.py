@@ -17,6 +17,7 @@ from ..inference.session import Session
 from ..late_interaction import Ragged
 from ..progress import progress_bar
 from .documents.find import find_files, read_file
+from .documents.reading import Reading
 from .documents.records import is_records
 from .documents.text import OnNote, file_name
 from .engines import is_target
@@ -40,6 +41,11 @@ def index(
     dtype: str | None = None,
     prefilter: bool = False,
     engine: str | None = None,
+    encoding: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    delimiter: str | None = None,
+    skip_bad_rows: bool = False,
     progress: bool | None = None,
     note: OnNote = warnings.warn,
 ) -> Summary:
@@ -57,19 +63,23 @@ def index(
         dtype: of the vectors: "fp16" (None for a new store), "fp32", or "int8" with one scale for each.
         prefilter: also keep the lists that `Store.search(..., prefilter=True)` needs, from now on.
         engine: of the `Session` that encodes.
+        encoding, text_column, id_column, delimiter, skip_bad_rows: how files are read: see `Reading`.
         progress: whether to show a bar on stderr. None: only on a terminal.
         note: called with one sentence for everything that is skipped or repaired.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: there is no text, a record is broken, a path that held documents has none now, or the store has
-            another model or dtype.
+        ValueError: there is no text, a record is broken, an argument cannot be meant, a path that held documents has
+            none now, or the store has another model or dtype.
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """
     _check_output(output)
+    reading = Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)
     roots, named = _roots(paths), [os.path.abspath(path) for path in paths]
     total = _total_size(paths, Path(output))
     request: IndexRequest = {"paths": named, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
+    if options := reading.options():
+        request["reading"] = options
     with (
         open_draft(Path(output), request) as draft,
         progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
@@ -79,7 +89,7 @@ def index(
         encoder = DocumentEncoder(writer, session, on_bytes)
 
         def update(file: Path) -> None:
-            for document in _changed_documents(file, paths, writer, encoder.count_bytes, note):
+            for document in _changed_documents(file, reading, paths, writer, encoder.count_bytes, note):
                 writer.add_document(document)
                 encoder.add_document(document)
 
@@ -194,7 +204,12 @@ def _prepare(
 
 
 def _changed_documents(
-    file: Path, paths: Paths, writer: StoreWriter, on_bytes: Callable[[int], None], on_note: OnNote
+    file: Path,
+    reading: Reading,
+    paths: Paths,
+    writer: StoreWriter,
+    on_bytes: Callable[[int], None],
+    on_note: OnNote,
 ) -> Iterator[Document]:
     """The documents of a file that the store does not hold as they are.
 
@@ -202,7 +217,12 @@ def _changed_documents(
     """
     try:
         yield from read_file(
-            file, is_current=writer.is_current, on_current=writer.mark_seen, on_bytes=on_bytes, on_note=on_note
+            file,
+            reading,
+            is_current=writer.is_current,
+            on_current=writer.mark_seen,
+            on_bytes=on_bytes,
+            on_note=on_note,
         )
     except (OSError, ValueError) as error:
         if is_records(file) or str(file) in [os.path.abspath(path) for path in paths]:

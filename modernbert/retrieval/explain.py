@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..truncation import warn_if_cut
 from .passages import UNSPACED
+from .spelling import INSIDE_WORDS, Spelling, tokenize
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -64,7 +65,7 @@ def explain(session: Session, query: EncodedQuery, documents: Sequence[str]) -> 
 
     A TruncationWarning names the first document that the model reads only in part.
     """
-    tokens = session.model.tokenize_documents(documents)
+    tokens = tokenize(session.model.tokenize_documents, documents)
     warn_if_cut(tokens, "documents[{}]".format)
     kept = tokens.keep.split(tokens.batch.lengths)
     explanations = []
@@ -99,7 +100,7 @@ def strongest_words(matches: Sequence[TokenMatch], query: str, document: str, *,
             place = found_words.get(token.document) or token.document
             shares[place] = shares.get(place, 0.0) + token.contribution
         best = max(shares, key=lambda place: shares[place])
-        found = brief(document[best[0] : best[1]].strip()) if best else None
+        found = brief(Spelling(document[best[0] : best[1]]).text.strip()) if best else None
         words.append(WordMatch(query[start:end], found, sum(shares.values())))
     return sorted(words, key=lambda word: -word.contribution)[:limit]
 
@@ -195,8 +196,8 @@ def excerpt(content: str, matches: Sequence[TokenMatch], *, words: int = 60) -> 
 LONGEST = 100
 """Characters of the longest word. What goes on without a space, such as base64, is taken for several words."""
 
-# Letters and digits with inner apostrophes and hyphens; in scripts without spaces, one character.
-_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|(?<=\w)['’-](?=\w)){{1,{LONGEST}}}")
+# Letters and digits with inner apostrophes, hyphens and what is invisible; in scripts without spaces, one character.
+_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|(?<=\w)['’{INSIDE_WORDS}-](?=\w)){{1,{LONGEST}}}")
 
 
 def _words(text: str, spans: Sequence[Span]) -> dict[Span, tuple[int, int]]:
@@ -204,9 +205,13 @@ def _words(text: str, spans: Sequence[Span]) -> dict[Span, tuple[int, int]]:
     named = [span for span in spans if span]
     last = max((end for _, end in named), default=0)
     words = [word.span() for word in _WORD.finditer(text, 0, last + LONGEST)]
-    ends = [end for _, end in words]
-    found = {span: words[at] for span in named if (at := bisect_right(ends, span[0])) < len(words)}
-    return {span: word for span, word in found.items() if word[0] < span[1]}
+    starts, ends = [start for start, _ in words], [end for _, end in words]
+    found = {}
+    for first, last in named:
+        touched = words[bisect_right(ends, first) : bisect_left(starts, last)]  # two if a line ends within the word
+        if touched:
+            found[first, last] = touched[0][0], touched[-1][1]
+    return found
 
 
 def brief(text: str) -> str:

@@ -14,6 +14,7 @@ from ..inference.session import Session
 from ..late_interaction import Ragged
 from ..packing import Span, Tokens
 from ..truncation import warn_if_cut
+from . import spelling
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def query_vectors(session: Session, queries: Sequence[str | EncodedQuery]) -> Ra
 
 def tokenize(session: Session, texts: Sequence[str], names: Sequence[str], *, spans: bool = False) -> Tokens:
     """The tokens of queries. One TruncationWarning names the first that the model reads only in part."""
-    tokens = session.model.tokenize_queries(texts, spans=spans)
+    tokens = spelling.tokenize(session.model.tokenize_queries, texts, spans=spans)
     warn_if_cut(tokens, lambda index: f"{names[index]} ({texts[index][:EXCERPT]!r} ...)")
     return tokens
 

@@ -18,6 +18,9 @@ REPEATED = {
         "a\r\n",
         "\ufffd",
         "\u200b",
+        "\u00ad",
+        "ﬁ",
+        "ab-\n",
         "e\u0301",
         "א\u200f",
         "🦉",
@@ -100,6 +103,7 @@ def shapes(size: int) -> dict[str, bytes]:
         "nested.jsonl": '{"text": "x", "field": ' + "[" * size,
         "cell.csv": f'text\n"{plain}"\n',
         "title.tsv": f"title\ttext\n{half}\t{half}\n",
+        "open.tsv": "a\ttext\tc\n" + repeat('x"\t"y\n', size),
         "quotes.csv": 'text\n"' + repeat('""', size // 2 * 2) + '"',
         "cells.csv": "text\n" + repeat(",", size),
         "columns.csv": "text" + repeat(",", size) + "\nx",
@@ -108,6 +112,7 @@ def shapes(size: int) -> dict[str, bytes]:
         {name: text.encode() for name, text in texts.items()}
         | {
             "packed.jsonl.gz": gzip.compress(texts["record.jsonl"].encode()),
+            "latin.txt": plain.replace("old", "öld").encode("cp1252"),
             "bytes.html": b"<p>" + b"\xff" * (size // 2),  # Two bytes each in UTF-8.
             "bytes.txt": plain[:9000].encode() + b"\xff" * (size - 9000),
         }

@@ -9,11 +9,14 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ..passages import HTML, MARKDOWN, Document
+from .html import read_html
 from .readers import PDF, READERS, read_plain
+from .reading import DEFAULT, Reading
 from .records import JSON_LINES, LARGEST, is_records, json_record, read_lines, read_records
 from .text import OnNote, file_name
 
@@ -68,6 +71,7 @@ def find_files(
 
 def read_file(
     path: str | os.PathLike[str],
+    reading: Reading = DEFAULT,
     *,
     is_current: Callable[[Key], bool] = lambda key: False,
     on_current: Callable[[Key], None] = lambda key: None,
@@ -79,6 +83,7 @@ def read_file(
     A file that is one document is held in memory; of a file of records, one record is.
 
     Args:
+        reading: what is known about files that do not show it.
         is_current: whether the caller has a document already. Such a document is left out, and its file not parsed.
         on_current: called for each document that is left out.
         on_bytes: called with the number of bytes, as on disk, that were read since the last call.
@@ -93,7 +98,7 @@ def read_file(
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{name}: not a regular file")
     if is_records(path):
-        for document in read_records(path, on_bytes=on_bytes, on_note=on_note):
+        for document in read_records(path, reading, on_bytes=on_bytes, on_note=on_note):
             key = Key(name, document.id, document.digest, document.line)
             if is_current(key):
                 on_current(key)
@@ -104,11 +109,16 @@ def read_file(
         raise ValueError(f"{name}: more than {LARGEST >> 20} MiB in one document; split it, or make records of it")
     raw = path.read_bytes()
     on_bytes(len(raw))
-    key = Key(name, name, hashlib.sha256(raw).hexdigest(), None)
+    digest = hashlib.sha256(raw)
+    if reading.codec:  # The same bytes are another text in another encoding.
+        digest.update(f"\0{reading.codec}".encode())
+    key = Key(name, name, digest.hexdigest(), None)
     if is_current(key):
         on_current(key)
         return
-    reader = READERS.get(path.suffix.lower(), read_plain)
+    reader = READERS.get(path.suffix.lower()) or partial(read_plain, named=reading.codec)
+    if reader is read_html:
+        reader = partial(read_html, named=reading.codec)
     try:
         title, text = reader(raw, lambda message: on_note(f"{name}: {message}")) if raw else ("", "")
     except ModuleNotFoundError as error:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Callable, Mapping
 
-from .text import OnNote, decode, marked_encoding, replaced
+from .encodings import page_encoding
+from .text import OnNote, decode, replaced
 
 
-def read_html(raw: bytes, on_note: OnNote) -> tuple[str, str]:
+def read_html(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[str, str]:
     """The title of a page, and its text as markdown: headings, paragraphs, list items, rows of tables, code.
 
     If the page marks its main part, only that part is read. Scripts, styles, navigation, page footers and hidden
     elements are left out, unless there is nothing else; links and emphasis are reduced to their text. The title is
     empty if the page has exactly one first-level heading, which is the better title.
+
+    Args:
+        named: the encoding of pages that declare none.
     """
     from lxml.etree import HTMLParser
 
-    encoding = marked_encoding(raw) or _declared_encoding(raw)
+    encoding = page_encoding(raw, named, on_note)
     text, count = decode(raw, encoding)
     if count:
         on_note(replaced(count, encoding))
@@ -31,41 +34,6 @@ def read_html(raw: bytes, on_note: OnNote) -> tuple[str, str]:
         if markdown:
             break
     return title, markdown
-
-
-_DECLARED = re.compile(
-    rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w:.-]+)|<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w:.-]+)""", re.IGNORECASE
-)
-_WESTERN = "cp1252"
-_WIDER = {  # the encoding that browsers use in place of a narrower one; keys are Python's names
-    "ascii": _WESTERN,
-    "iso8859-1": _WESTERN,
-    "iso8859-9": "cp1254",
-    "tis-620": "cp874",
-    "gb2312": "gb18030",
-    "gbk": "gb18030",
-    "big5": "big5hkscs",
-    "shift_jis": "cp932",
-    "euc_kr": "cp949",
-}
-_FOR_TEXT = re.compile(r"utf-8|cp\d+|iso8859-\d+|koi8-\w|gb\w+|big5\w*|shift_jis\w*|euc_\w+|iso2022_jp|mac-\w+|tis-620")
-
-
-def _declared_encoding(raw: bytes) -> str:
-    """The declared encoding; else UTF-8 if the bytes decode, else windows-1252, as browsers do."""
-    declared = _DECLARED.search(raw[:4096])
-    if declared:
-        try:
-            name = codecs.lookup((declared[1] or declared[2]).decode("ascii", "replace")).name
-        except LookupError:
-            name = ""
-        if _FOR_TEXT.fullmatch(_WIDER.get(name, name)):
-            return _WIDER.get(name, name)
-    try:
-        codecs.utf_8_decode(raw, "strict")
-    except UnicodeDecodeError:
-        return _WESTERN
-    return "utf-8"
 
 
 _UNSEEN_TAGS = "audio canvas embed iframe noscript object script style svg template video"

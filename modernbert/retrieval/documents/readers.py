@@ -11,20 +11,24 @@ import logging
 from collections.abc import Callable, Mapping
 
 from ..passages import HTML
+from .encodings import text_encoding
 from .html import read_html
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
 PDF = frozenset({".pdf"})
 
 
-def read_plain(raw: bytes, on_note: OnNote) -> tuple[str, str]:
-    """UTF-8, or the encoding of the byte order mark. A NUL near the beginning means that this is not a text file."""
-    encoding = marked_encoding(raw)
-    if encoding is None and b"\0" in raw[:8192]:
+def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[str, str]:
+    """A text in any encoding, of which `text_encoding` chooses one: `named` if it is given.
+
+    A NUL near the beginning means that this is not a text file, unless it is one in the encoding `named`.
+    """
+    if named is None and marked_encoding(raw) is None and b"\0" in raw[:8192]:
         raise ValueError("a binary file; supported are text, markdown, HTML, PDF, source code, JSON lines and CSV")
-    text, count = decode(raw, encoding or "utf-8")
+    encoding = text_encoding(io.BytesIO(raw), named, on_note)
+    text, count = decode(raw, encoding)
     if count:
-        on_note(replaced(count, encoding or "utf-8"))
+        on_note(replaced(count, encoding))
     return "", text
 
 

@@ -1,24 +1,27 @@
-"""Files that hold many documents: JSON lines as BEIR defines them, and CSV."""
+"""Files that hold many documents: JSON lines as BEIR defines them, and tables."""
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
 import io
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import chain
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..passages import Document
+from .encodings import text_encoding
+from .reading import DEFAULT, Reading
+from .tables import DELIMITERS, TAB, read_rows
 from .text import OnNote, decode, file_name, gzip_errors, marked_encoding, replaced, storable
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
-TABLES = {".csv": ",", ".tsv": "\t"}  # suffix to delimiter
+TABLES = {".csv": DELIMITERS, ".tsv": TAB + DELIMITERS}  # suffix to the delimiters that are tried
 
 LARGEST = 1 << 28
 """Bytes of the largest document or record that is read: there are several copies of it in memory."""
@@ -26,51 +29,70 @@ LARGEST = 1 << 28
 DEEPEST = 100
 """The deepest nesting of objects and lists in a record, because code that handles its metadata may be recursive."""
 
+BAD_SHOWN = 3
+"""Bad records that a note names; it counts them all."""
+
+
+class Bad(NamedTuple):
+    """A record that is broken: where in its file, and what is wrong."""
+
+    where: str
+    why: str
+
 
 def is_records(path: Path) -> bool:
     """Whether a file holds records, judged by its name."""
     return path.name.lower().endswith((*JSON_LINES, *TABLES))
 
 
-def read_records(path: Path, *, on_bytes: Callable[[int], None], on_note: OnNote) -> Iterator[Document]:
+def read_records(
+    path: Path, reading: Reading = DEFAULT, *, on_bytes: Callable[[int], None], on_note: OnNote
+) -> Iterator[Document]:
     """The records of a file, one at a time.
 
-    A record has a `text`, and optionally a `title` and an `_id` or `id` (default: the number of its line). Its other
-    fields are metadata, including those of an object `metadata`. In a CSV file the first row names the fields.
+    A record has a `text`, and optionally a `title` and an `_id` or `id` (default: the number of its line), unless
+    `reading` names others. Its other fields are metadata, including those of an object `metadata`. In a table the first
+    row names the fields.
 
     Raises:
-        ValueError: a record is broken, or an `_id` comes twice; with the file and the line.
+        ValueError: a record is broken, or an `_id` comes twice; with the file and the line. Not with `skip_bad_rows`.
     """
-    name, lines = file_name(path), read_lines(path, on_bytes=on_bytes, on_note=on_note)
-    delimiter = TABLES.get(path.suffix.lower())
-    documents = _json_lines(lines, name) if delimiter is None else _table(lines, name, delimiter)
-    # A temporary database moves from memory to disk as it grows, and is deleted when it is closed.
-    with closing(sqlite3.connect("", check_same_thread=False)) as seen:
-        seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
-        for document in documents:
-            try:
-                seen.execute("INSERT INTO ids VALUES (?, ?)", (document.id, document.line))
-            except sqlite3.IntegrityError:
-                (first,) = seen.execute("SELECT line FROM ids WHERE id = ?", (document.id,)).fetchone()
-                raise ValueError(
-                    f'{name}: lines {first} and {document.line} both have the "_id" {document.id!r}; give each its own'
-                ) from None
-            except sqlite3.Error as error:
-                raise OSError(f"{name}: no room for a temporary list of its records ({error})") from error
-            yield document
+    name, kind = file_name(path), path.suffix.lower()
+    encoding = reading.codec
+    if kind in TABLES:
+        with open(path, "rb") as file:
+            encoding = text_encoding(file, encoding, lambda message: on_note(f"{name}: {message}"))
+    lines = read_lines(path, encoding, on_bytes=on_bytes, on_note=on_note)
+    documents = _table(lines, name, reading, TABLES[kind]) if kind in TABLES else _json_lines(lines, name, reading)
+    skipped: list[Bad] = []
+    count = 0
+    for found in _unique(documents, name):
+        if isinstance(found, Document):
+            yield found
+            continue
+        if not reading.skip_bad_rows:
+            raise ValueError(f"{name}{found.where}: {found.why}")
+        count += 1
+        skipped += [found] if count <= BAD_SHOWN else []
+    if count:
+        shown = "; ".join(f"{bad.where}: {bad.why}".lstrip(", :") for bad in skipped)
+        on_note(f"{name}: skipped {count} bad records: {shown}{'; ...' if count > BAD_SHOWN else ''}")
 
 
-def read_lines(path: Path, *, on_bytes: Callable[[int], None] = lambda size: None, on_note: OnNote) -> Iterator[str]:
+def read_lines(
+    path: Path, encoding: str | None = None, *, on_bytes: Callable[[int], None] = lambda size: None, on_note: OnNote
+) -> Iterator[str]:
     """The lines of a text file, gzipped if its name ends in .gz, with their line ends. Only a newline ends a line.
 
-    `on_bytes` is called with the number of bytes of the file that were read for each line.
+    `on_bytes` is called with the number of bytes of the file that were read for each line. A byte order mark counts
+    more than `encoding`; None: UTF-8.
     """
     name, count, done = file_name(path), 0, 0
     is_packed = path.suffix.lower() == ".gz"
     largest = LARGEST // 4 if is_packed else LARGEST  # A small file may unpack to a line of any length.
     with open(path, "rb") as file, gzip_errors(name):
         stream = gzip.GzipFile(fileobj=file) if is_packed else file
-        encoding = marked_encoding(stream.peek(4)[:4]) or "utf-8-sig"
+        encoding = marked_encoding(stream.peek(4)[:4]) or encoding or "utf-8-sig"
         if not encoding.startswith("utf-8"):  # In UTF-16 and UTF-32 a byte 10 is not always a line end.
             stream = io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
         while raw := stream.readline(largest + 1):
@@ -88,16 +110,31 @@ def read_lines(path: Path, *, on_bytes: Callable[[int], None] = lambda size: Non
         on_note(f"{name}: {replaced(count, encoding)}")
 
 
-def json_record(line: str, name: str, number: int) -> Document:
-    """The document in `line`, which is line `number` of the file `name`."""
-    where = f"{name}, line {number}"
-    try:
-        record = _storable(_JSON.decode(line))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); a corpus has one JSON object a line") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{where}: expected an object with a string "text", got {line.strip()[:80]}')
-    return _document(record, name, number)
+def json_record(line: str, name: str, number: int, reading: Reading = DEFAULT) -> Document:
+    """The document in `line`, which is line `number` of the file `name`. Raises ValueError if it is not a record."""
+    found = _json_record(line, name, number, reading)
+    if isinstance(found, Bad):
+        raise ValueError(f"{name}{found.where}: {found.why}")
+    return found
+
+
+def _unique(documents: Iterable[Document | Bad], name: str) -> Iterator[Document | Bad]:
+    """The documents, of which those are bad that have the `_id` of an earlier one."""
+    # A temporary database moves from memory to disk as it grows, and is deleted when it is closed.
+    with closing(sqlite3.connect("", check_same_thread=False)) as seen:
+        seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+        for document in documents:
+            if isinstance(document, Document):
+                try:
+                    seen.execute("INSERT INTO ids VALUES (?, ?)", (document.id, document.line))
+                except sqlite3.IntegrityError:
+                    (first,) = seen.execute("SELECT line FROM ids WHERE id = ?", (document.id,)).fetchone()
+                    why = f'lines {first} and {document.line} both have the "_id" {document.id!r}; give each its own'
+                    yield Bad("", why)
+                    continue
+                except sqlite3.Error as error:
+                    raise OSError(f"{name}: no room for a temporary list of its records ({error})") from error
+            yield document
 
 
 def _finite(number: str) -> float | None:
@@ -108,54 +145,65 @@ def _finite(number: str) -> float | None:
 _JSON = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite, strict=False)
 
 
-def _json_lines(lines: Iterable[str], name: str) -> Iterator[Document]:
+def _json_lines(lines: Iterable[str], name: str, reading: Reading) -> Iterator[Document | Bad]:
     for number, line in enumerate(lines, start=1):
         if line and not line.isspace():
-            yield json_record(line, name, number)
+            yield _json_record(line, name, number, reading)
 
 
-def _table(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Document]:
-    rows = _rows(lines, name, delimiter)
-    _, header = next(rows, (1, None))
-    if header is None:
+def _json_record(line: str, name: str, number: int, reading: Reading) -> Document | Bad:
+    where = f", line {number}"
+    try:
+        record = _storable(_JSON.decode(line))
+    except (ValueError, RecursionError) as error:
+        return Bad(where, f"not JSON ({error}); a corpus has one JSON object a line")
+    names = list(record) if isinstance(record, dict) else []
+    texts = reading.text_columns(names)
+    found = [record[field] for field in texts if field in names and record[field] is not None]
+    if not found or not all(isinstance(text, str) for text in found):
+        wanted = " or ".join(f'"{field}"' for field in texts)
+        fields = f"; its fields are {', '.join(map(repr, names))}" if names else ""
+        return Bad(where, f"expected an object with a string {wanted}, got {line.strip()[:80]}{fields:.400}")
+    if reading.id_column and reading.id_column not in names:
+        return Bad(where, f"it has no {reading.id_column!r}; its fields are {', '.join(map(repr, names)):.400}")
+    return _document(record, texts, name, number, reading)
+
+
+def _table(lines: Iterable[str], name: str, reading: Reading, delimiters: str) -> Iterator[Document | Bad]:
+    rows = read_rows(lines, reading.delimiter or delimiters, lambda cells: bool(reading.column_names(cells)))
+    first = next(rows, None)
+    if first is None:
         return
-    columns = [column.strip() for column in header]
-    named = [column for column in columns if column]
-    if "text" not in named or len(set(named)) < len(named):
-        found = ", ".join(map(repr, columns))
-        raise ValueError(f"{name}: the first row must name the columns, one of them 'text', none twice; got {found}")
-    for number, row in rows:
-        if len(row) != len(columns):
-            raise ValueError(f"{name}, line {number}: {len(row)} cells for {len(columns)} columns; are quotes missing?")
-        yield _document({column: cell for column, cell in zip(columns, row, strict=True) if column}, name, number)
+    if first.problem:
+        raise ValueError(f"{name}, line {first.line}: {first.problem}")
+    columns = reading.column_names(first.cells)
+    if not columns:
+        raise ValueError(f"{name}: {reading.missing_columns(first.cells)}")
+    texts, key = reading.text_columns(columns), reading.id_key(columns)
+    for number, cells, problem in rows if columns == [cell.strip() for cell in first.cells] else chain([first], rows):
+        if not problem and len(cells) != len(columns):
+            problem = f"{len(cells)} cells for {len(columns)} columns; are quotes missing?"
+        if problem:
+            yield Bad(f", line {number}", problem)
+            continue
+        record = {column: cell for column, cell in zip(columns, cells, strict=True) if column}
+        if not record.get(key, True):  # A cell cannot be missing: an empty one means that there is no id.
+            del record[key]
+        yield _document(record, texts, name, number, reading)
 
 
-def _rows(lines: Iterable[str], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a table that are not empty, each with the number of its first line."""
-    rows, number = csv.reader(lines, delimiter=delimiter, strict=True), 1
-    while True:
-        # The limit belongs to the whole process, so it is raised only while a row is read.
-        limit = csv.field_size_limit(LARGEST)
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise ValueError(f"{name}, line {number}: broken table ({error})") from error
-        finally:
-            csv.field_size_limit(limit)
-        if row is None:
-            return
-        if row:
-            yield number, row
-        number = rows.line_num + 1
-
-
-def _document(record: Mapping[str, Any], name: str, number: int) -> Document:
-    """The document of a record. Its `text` must be a string."""
-    key = "_id" if "_id" in record else "id"
-    title, text, identity = record.get("title") or "", record["text"], record.get(key, number)
+def _document(
+    record: Mapping[str, Any], texts: Sequence[str], name: str, number: int, reading: Reading
+) -> Document | Bad:
+    """The document of a record, of which the fields `texts` are strings or null."""
+    key = reading.id_key(record)
+    title = (record.get("title") or "") if "title" not in texts else ""
+    text = "\n\n".join(record[field] for field in texts if record.get(field))
+    identity = record.get(key, number)
     if not isinstance(title, str) or isinstance(identity, bool) or not isinstance(identity, (str, int)):
-        raise ValueError(f'{name}, line {number}: "title" and "{key}" must be strings, got {title!r} and {identity!r}')
-    metadata = {field: value for field, value in record.items() if field not in (key, "title", "text")}
+        why = f'"title" and "{key}" must be strings, got {title!r} and {identity!r}'
+        return Bad(f", line {number}", why)
+    metadata = {field: value for field, value in record.items() if field not in (key, "title", *texts)}
     if isinstance(inner := metadata.get("metadata") or {}, dict):
         metadata.pop("metadata", None)
         metadata = {**inner, **metadata}

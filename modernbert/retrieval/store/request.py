@@ -17,13 +17,17 @@ from ...files import replacing
 UNFINISHED = "unfinished.json"
 
 
-class IndexRequest(TypedDict):
-    """The arguments of `index` that decide what the store will hold."""
-
+class _Always(TypedDict):
     paths: list[str]
     model: str | None
     dtype: str | None
     prefilter: bool
+
+
+class IndexRequest(_Always, total=False):
+    """The arguments of `index` that decide what the store will hold; `reading`: what is given of `Reading`."""
+
+    reading: dict[str, str | bool]
 
 
 class ForgetRequest(TypedDict):
@@ -78,6 +82,8 @@ def resume_command(request: Request, folder: Path) -> str:
     for name, value in (("--model", request["model"]), ("--dtype", request["dtype"])):
         options += [name, value] if value else []
     options += ["--prefilter"] if request["prefilter"] else []
+    for name, value in request.get("reading", {}).items():
+        options.append(f"--{name.replace('_', '-')}" + (f"={value}" if isinstance(value, str) else ""))
     return _command(*request["paths"], "--output", str(folder), *options)
 
 
@@ -89,9 +95,11 @@ def _is_request(content: object) -> bool:
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return False
     return "forget" in content or (
-        content.keys() == IndexRequest.__annotations__.keys()
+        IndexRequest.__required_keys__ <= content.keys() <= IndexRequest.__required_keys__ | {"reading"}
         and all(content[name] is None or isinstance(content[name], str) for name in ("model", "dtype"))
         and isinstance(content["prefilter"], bool)
+        and isinstance(reading := content.get("reading", {}), dict)
+        and all(isinstance(value, (str, bool)) for value in reading.values())
     )
 
 
