@@ -41,9 +41,9 @@ def print_hits(
 
 
 def location(passage: Passage) -> str:
-    """`path:line`, or `id in path:line` for a record. A path inside the working directory is relative to it."""
+    """`path:line`, `path, page 3` or the path, after `id in` for a record. Inside the working directory it is relative."""
     path, here = Path(passage.path), Path.cwd()
-    where = f"{path.relative_to(here) if path.is_relative_to(here) else path}:{passage.line}"
+    where = f"{path.relative_to(here) if path.is_relative_to(here) else path}{passage.place}"
     return where if passage.id == passage.path else f"{passage.id} in {where}"
 
 
