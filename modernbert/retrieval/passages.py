@@ -15,7 +15,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .headings import HTML, MARKDOWN, MARKED, NOTEBOOK, Heading, headings, without_targets
+from .headings import HTML, MARKED, NOTEBOOK, Heading, headings, without_targets
+from .headings import MARKDOWN as MARKDOWN
 
 PDF = frozenset({".pdf"})
 OFFICE = frozenset({".docx", ".epub", ".odt", ".pptx", ".xlsx"})

@@ -100,7 +100,7 @@ def _moved(passage: Passage, over: str) -> Passage:
 
 
 def _blocks(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Characters `start` to `end` in runs of at most `BLOCK` bytes, cut after a paragraph or sentence if there is one."""
+    """Characters `start` to `end` in runs of at most `BLOCK` bytes, cut after paragraphs or sentences if possible."""
     most = BLOCK if text.isascii() else BLOCK // 4  # A character has up to four bytes, and each may be a token.
     while end - start > most:
         half = start + most // 2

@@ -1,4 +1,4 @@
-"""The text of a page wins over what is around it: menus, asides, teasers, empty headings, link targets (issue 15, 12)."""
+"""The text of a page wins over menus, asides, teasers, empty headings and link targets (issue 15, 12)."""
 
 from __future__ import annotations
 

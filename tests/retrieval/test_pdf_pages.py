@@ -6,7 +6,7 @@ import io
 
 import pytest
 from pypdf import PdfReader, PdfWriter
-from pypdf.generic import ArrayObject, DictionaryObject, NameObject, TextStringObject
+from pypdf.generic import ArrayObject, DecodedStreamObject, DictionaryObject, NameObject, TextStringObject
 
 from modernbert import ColBERT
 from modernbert.retrieval.documents.find import read_file
@@ -26,8 +26,6 @@ def pdf(*pages: str, fields: tuple[dict[str, str], ...] = ()) -> bytes:
     for text in pages:
         page = writer.add_blank_page(600, 800)
         shown = " ".join(f"({line}) Tj 0 -14 Td" for line in text.split("\n"))
-        from pypdf.generic import DecodedStreamObject
-
         stream = DecodedStreamObject()
         stream.set_data(f"BT /F 9 Tf 20 700 Td {shown} ET".encode())
         page[NameObject("/Contents")] = writer._add_object(stream)
@@ -77,7 +75,10 @@ def test_the_values_of_a_form_are_read_with_their_labels():
 def test_a_field_inherits_from_the_fields_above_it_and_a_circle_ends():
     writer = PdfWriter(clone_from=io.BytesIO(pdf("Form", fields=({"T": "kid"},))))
     widget = writer.pages[0]["/Annots"][0].get_object()
-    above = {"/TU": TextStringObject("Colour"), "/V": ArrayObject([TextStringObject("grey"), TextStringObject("brown")])}
+    above = {
+        "/TU": TextStringObject("Colour"),
+        "/V": ArrayObject([TextStringObject("grey"), TextStringObject("brown")]),
+    }
     parent = writer._add_object(DictionaryObject({NameObject(key): value for key, value in above.items()}))
     parent.get_object()[NameObject("/Parent")] = parent
     widget[NameObject("/Parent")] = parent
@@ -97,10 +98,12 @@ def test_a_form_that_is_broken_does_not_take_the_page_with_it():
 
 
 def test_a_line_that_pages_repeat_at_their_edges_is_read_once():
-    pages = [f"Owls of Europe {at}\nPage text {chr(97 + at)} is here.\nMore.\n{at}" for at in range(1, 6)]
+    pages = [
+        f"Owls of Europe {at}\nPage text {chr(97 + at)} is here.\nMore of {chr(97 + at)}.\n{at}" for at in range(1, 6)
+    ]
     assert without_running_heads(pages) == [
-        "Owls of Europe 1\nPage text b is here.\nMore.",
-        *(f"Page text {chr(97 + at)} is here.\nMore." for at in range(2, 6)),
+        "Owls of Europe 1\nPage text b is here.\nMore of b.",
+        *(f"Page text {chr(97 + at)} is here.\nMore of {chr(97 + at)}." for at in range(2, 6)),
     ]
 
 
@@ -118,7 +121,7 @@ def test_running_heads_of_many_kinds(head):
     pages = []
     for at in range(12):
         line = head.format(page=at + 7, even="Owls of Europe" if at % 2 else "A. Author")
-        pages.append(f"{line}\nText {chr(97 + at)}.\nAnd more.\nThe end of {chr(97 + at)}.")
+        pages.append(f"{line}\nText {chr(97 + at)}.\nMore of {chr(97 + at)}.\nThe end of {chr(97 + at)}.")
     found = without_running_heads(pages)
     assert [page.split("\n")[-3:] for page in found] == [page.split("\n")[1:] for page in pages]
     assert sum(page.count("\n") == 3 for page in found) <= 2
@@ -131,5 +134,5 @@ def test_what_only_looks_like_a_running_head_stays():
     assert without_running_heads(alone) == alone
     twice = ["Owls\na\nb\nc\nd", "Owls\ne\nf\ng\nh"]
     assert without_running_heads(twice) == twice
-    inside = [f"{at} a\n{at} b\nOwls\n{at * at} c\n{at * 5} d".replace("1", chr(97 + at)) for at in range(7)]
-    assert [page.count("Owls") for page in without_running_heads(inside)] == [1] * 7
+    inside = [f"{chr(97 + at)}1\n{chr(97 + at)}2\nOwls\n{chr(97 + at)}3\n{chr(97 + at)}4" for at in range(7)]
+    assert without_running_heads(inside) == inside

@@ -169,7 +169,9 @@ def default() -> ColBERT:
     return ColBERT.default()
 
 
-KEEPER = "The keeper number {} of the old lighthouse climbed the tower every evening and lit the big lamp for the ships{}"
+KEEPER = (
+    "The keeper number {} of the old lighthouse climbed the tower every evening and lit the big lamp for the ships{}"
+)
 ENDS = [".", "!", "?", "…", ".”", '."', ".)", ".**", " (really)."]
 
 
@@ -193,7 +195,10 @@ def test_cuts_fall_at_list_items_with_the_model_that_ships(default, mark):
     assert "".join("".join(passage.text.split()) for passage in found) == "".join(text.split())
 
 
-@pytest.mark.parametrize("text", ["「猫は夜に狩りをする。」", "猫は夜に狩りをする！", "क्या बिल्ली रात में शिकार करती है। ", "هل القط يصيد ليلا؟ "])
+@pytest.mark.parametrize(
+    "text",
+    ["「猫は夜に狩りをする。」", "猫は夜に狩りをする！", "क्या बिल्ली रात में शिकार करती है। ", "هل القط يصيد ليلا؟ "],
+)
 def test_cuts_fall_at_sentence_ends_of_other_scripts(default, text):
     found = [window.passage.text for window in windows(default, [text_file(text * 120)])]
     assert len(found) > 3
@@ -203,7 +208,9 @@ def test_cuts_fall_at_sentence_ends_of_other_scripts(default, text):
 PLAIN = "Of the old lighthouse the keeper told in {} all that he knew {} and more than that to the ships"
 
 
-@pytest.mark.parametrize("inside", ["e.g. J. R. Smith", "Dr. Smith", "Fig. 3", "U.S. waters", "version 3.14 here", "a.b.c"])
+@pytest.mark.parametrize(
+    "inside", ["e.g. J. R. Smith", "Dr. Smith", "Fig. 3", "U.S. waters", "version 3.14 here", "a.b.c"]
+)
 def test_a_period_is_not_always_the_end_of_a_sentence(default, inside):
     text = " ".join(PLAIN.format(number, inside) + "." for number in range(60))
     found = [window.passage.text for window in windows(default, [text_file(text)])]
@@ -236,7 +243,14 @@ def test_long_sections_are_cut_at_sentences_before_they_are_tokenised(default, m
 
 @pytest.mark.parametrize(
     ("name", "line", "place"),
-    [("a.txt", 3, ":3"), ("a.rst", 3, ":3"), ("a.py", 3, ":3"), ("a.html", None, ""), ("a.HTM", None, ""), ("a.docx", None, "")],
+    [
+        ("a.txt", 3, ":3"),
+        ("a.rst", 3, ":3"),
+        ("a.py", 3, ":3"),
+        ("a.html", None, ""),
+        ("a.HTM", None, ""),
+        ("a.docx", None, ""),
+    ],
 )
 def test_a_line_is_named_only_where_it_is_one_of_the_file(default, name, line, place):
     """F13: lines of the markdown that was made of a page were given as lines of the page."""
