@@ -85,7 +85,7 @@ def test_a_section_of_a_few_words_is_merged_with_its_neighbour():
 
 
 def test_small_sections_in_a_row_have_the_title_that_they_share():
-    text = "# Changes\n\n" + "".join(f"## 1.{number}\n\n### Mended\n\n- One thing.\n\n" for number in range(4))
+    text = "# Changes\n\n" + "".join(f"## 1.{number}\n\n### Mended\n\n- One thing.\n\n" for number in range(6))
     found = merged(text, fewest=12)
     assert {title for title, _ in found} == {"Changes"}
     assert "".join("".join(text.split()) for _, text in found) == "".join(text.split()).removeprefix("#Changes")

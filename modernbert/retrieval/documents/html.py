@@ -14,9 +14,9 @@ def read_html(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     """The title of a page, and its text as markdown: headings, paragraphs, list items, rows of tables, code.
 
     If the page marks its main part, only that part is read. Scripts, styles, navigation, page footers and hidden
-    elements are left out, unless there is nothing else, and so are menus and asides if there is enough other text. Links
-    and emphasis are reduced to their text. The title is empty if the page has exactly one first-level heading, which is
-    the better title.
+    elements are left out, unless there is nothing else. Menus and asides are left out if there is enough other text.
+    Links and emphasis are reduced to their text. The title is empty if the page has exactly one first-level heading,
+    which is the better title.
     """
     from lxml.etree import HTMLParser
 

@@ -1,6 +1,6 @@
 """The main part of a web page: its blocks without menus, asides and what is around the article.
 
-A page is judged as a whole, when all of its blocks are known, so that nothing is left out of a page that has little else.
+A page is judged when all of its blocks are known, so that nothing is left out of a page that has little else.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
 
 def main_part(blocks: Sequence[Block]) -> Sequence[Block]:
-    """The blocks of a page that is marked as its main part, or all; without menus and asides if there is enough else."""
+    """The blocks in the marked main part of a page, or all; without menus and asides if there is enough other text."""
     blocks = [block for block in blocks if block.marks.main] or blocks
     kept: list[Block] = []
     for is_link, run in groupby(blocks, key=lambda block: block.is_link):

@@ -27,8 +27,9 @@ _NUMBER = re.compile(r"\d+")
 
 def form_values(page: PageObject, on_work: Callable[[int], None]) -> Iterator[str]:
     """What is filled into the form fields of a page, as `label: value`. `on_work` is called with operators of work."""
-    annotations = page["/Annots"] if "/Annots" in page else ()
-    for annotation in annotations:
+    from pypdf.generic import ArrayObject, NameObject
+
+    for annotation in page.get("/Annots", ArrayObject()).get_object():
         on_work(20)
         field, found = annotation.get_object(), dict[str, object]()
         if field.get("/Subtype") != "/Widget":
@@ -40,7 +41,8 @@ def form_values(page: PageObject, on_work: Callable[[int], None]) -> Iterator[st
             field = field["/Parent"]
         label, value = found.get("/TU") or found.get("/T"), found.get("/V")
         values = value if isinstance(value, list) else [value]
-        chosen = ", ".join(one.removeprefix("/") for one in values if isinstance(one, str) and one.strip() != "/Off")
+        texts = (one[1:] if isinstance(one, NameObject) else one for one in values if isinstance(one, str))
+        chosen = ", ".join(one for one in texts if one not in ("", "Off"))
         if chosen.strip():
             on_work(len(chosen) // 16)
             yield f"{label}: {chosen}" if label else chosen
