@@ -19,8 +19,7 @@ from .headings import HTML, MARKED, NOTEBOOK, Heading, headings, without_targets
 from .headings import MARKDOWN as MARKDOWN
 
 PDF = frozenset({".pdf"})
-OFFICE = frozenset({".docx", ".epub", ".odt", ".pptx", ".xlsx"})
-CONVERTED = HTML | NOTEBOOK | PDF | OFFICE
+CONVERTED = HTML | NOTEBOOK | PDF
 """Files whose text is not made of their lines."""
 
 PAGE_BREAK = "\f"

@@ -249,7 +249,7 @@ def test_long_sections_are_cut_at_sentences_before_they_are_tokenised(default, m
         ("a.py", 3, ":3"),
         ("a.html", None, ""),
         ("a.HTM", None, ""),
-        ("a.docx", None, ""),
+        ("a.ipynb", None, ""),
     ],
 )
 def test_a_line_is_named_only_where_it_is_one_of_the_file(default, name, line, place):
