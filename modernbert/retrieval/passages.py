@@ -133,7 +133,8 @@ def sections(document: Document) -> Iterator[Section]:
 def merged_sections(document: Document, fewest: int) -> Iterator[Section]:
     """Like `sections`, but one of fewer than `fewest` words becomes the beginning of the next, or the end of the last.
 
-    The section keeps its title. If all that are merged are so small, it has the title that they share.
+    The section keeps its title. If all that are merged are so small, it has the title that they share. The sections of a
+    document that has fewer words stay as they are.
     """
     text, group, done = document.text, list[_Part](), None
     for part in _parts(document):
@@ -142,10 +143,10 @@ def merged_sections(document: Document, fewest: int) -> Iterator[Section]:
             if done:
                 yield Section(done.title, done.start, done.end)
             done, group = _merge(group, text, fewest, done.end if done else 0), []
-    if group:
-        done = done._replace(end=group[-1].end) if done else _merge(group, text, fewest, 0)
     if done:
-        yield Section(done.title, done.start, done.end)
+        yield Section(done.title, done.start, group[-1].end if group else done.end)
+    else:
+        yield from (Section(part.title, part.start, part.end) for part in group)
 
 
 def _has_words(text: str, fewest: int) -> bool:

@@ -295,4 +295,4 @@ def _pattern(path: str) -> str:
 
 def _passage(columns: Sequence[Any]) -> Passage:
     *fields, place, metadata = columns[1:9]
-    return Passage(*fields, max(place, 0) or None, json.loads(metadata), max(-place, 0) or None)
+    return Passage(*fields, line=max(place, 0) or None, metadata=json.loads(metadata), page=max(-place, 0) or None)
