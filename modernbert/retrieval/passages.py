@@ -133,8 +133,8 @@ def sections(document: Document) -> Iterator[Section]:
 def merged_sections(document: Document, fewest: int) -> Iterator[Section]:
     """Like `sections`, but one of fewer than `fewest` words becomes the beginning of the next, or the end of the last.
 
-    The section keeps its title. If all that are merged are so small, it has the title that they share. The sections of a
-    document that has fewer words stay as they are.
+    The section keeps its title. If all that are merged are so small, it has the title that they share. The sections of
+    a document that has fewer words stay as they are.
     """
     text, group, done = document.text, list[_Part](), None
     for part in _parts(document):
