@@ -41,9 +41,9 @@ def print_hits(
 
 
 def location(passage: Passage) -> str:
-    """`path:line`, or `id in path:line` for a record. A path inside the working directory is relative to it."""
+    """`path:line`, `path, page 3` or the path; for a record after `id in`. Relative inside the working directory."""
     path, here = Path(passage.path), Path.cwd()
-    where = f"{path.relative_to(here) if path.is_relative_to(here) else path}:{passage.line}"
+    where = f"{path.relative_to(here) if path.is_relative_to(here) else path}{passage.place}"
     return where if passage.id == passage.path else f"{passage.id} in {where}"
 
 

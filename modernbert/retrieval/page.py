@@ -192,7 +192,7 @@ def _names(passages: Sequence[Passage]) -> list[str]:
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, folders)))
     names = []
     for passage, path in zip(passages, paths, strict=True):
-        location = f"{Path(*path.parts[shared:])}:{passage.line}" if passage.line else str(Path(*path.parts[shared:]))
+        location = f"{Path(*path.parts[shared:])}{passage.place}"
         names.append(location if passage.id == passage.path else f"{passage.id} in {location}")
     return names
 

@@ -1,21 +1,29 @@
 """Documents are cut into passages, short enough for a model to read at once and for a person to read at a glance.
 
-A document is first cut at its headings. Sections that are too long are cut at paragraphs, list items and sentences.
-The title of each passage is made of the headings above it, so that it can be found and understood on its own.
+A document is first cut at its headings. Sections of a few words are merged with their neighbours, and sections that are
+too long are cut at paragraphs, list items and sentences. The title of each passage is made of the headings above it, so
+that it can be found and understood on its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MARKDOWN = frozenset({".md", ".markdown", ".mdx"})
-HTML = frozenset({".html", ".htm", ".xhtml"})  # converted to markdown when it is read
+from .headings import HTML, MARKED, NOTEBOOK, Heading, headings, without_targets
+from .headings import MARKDOWN as MARKDOWN
+
+PDF = frozenset({".pdf"})
+CONVERTED = HTML | NOTEBOOK | PDF
+"""Files whose text is not made of their lines."""
+
+PAGE_BREAK = "\f"
+"""Between the pages of a PDF."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """Characters `start` to `end` of a document, with a title. It begins in `line` of `path`, from 1."""
+    """Characters `start` to `end` of a document, with a title.
+
+    Attributes:
+        line: where it begins in the file, from 1; None if its text is not made of the lines of the file.
+        page: where it begins in a PDF, from 1; None for other files.
+    """
 
     path: str
     id: str
@@ -52,13 +65,19 @@ class Passage:
     text: str
     start: int
     end: int
-    line: int
+    line: int | None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    page: int | None = None
 
     @property
     def content(self) -> str:
         """The text that a model reads, as for a document."""
         return f"{self.title} {self.text}" if self.title else self.text
+
+    @property
+    def place(self) -> str:
+        """Where it begins, as a person reads it after the path: `:12`, `, page 3`, or nothing."""
+        return f":{self.line}" if self.line else f", page {self.page}" if self.page else ""
 
 
 class Section(NamedTuple):
@@ -69,11 +88,22 @@ class Section(NamedTuple):
     end: int
 
 
-class Heading(NamedTuple):
+class _Part(NamedTuple):
+    """A section: the name of the document and the headings above its text.
+
+    Attributes:
+        headings: where the headings begin.
+    """
+
+    names: tuple[str, ...]
+    headings: tuple[int, ...]
     start: int
     end: int
-    level: int
-    title: str
+
+    @property
+    def title(self) -> str:
+        name, *above = self.names
+        return f"{name}: {' > '.join(above)}" if above else name
 
 
 TITLE = 1000
@@ -82,10 +112,9 @@ TITLE = 1000
 SECTION = 64
 """Characters that a section counts for in addition to its title, because the model reads each as a passage."""
 
-_ATX = re.compile(r" {0,3}(#{1,6})[ \t](.*)$", re.DOTALL)
-_UNDERLINE = re.compile(r"([-=~^\"'*+#])\1{2,}\s*$")
-_TEXT = re.compile(rf"(?!{_UNDERLINE.pattern})\s*\S")
-_FENCE = re.compile(r"\s*(```+|~~~+)(.*)$", re.DOTALL)
+WORD = 16
+"""Characters that count as a word if no space is between them."""
+
 _FRONT_MATTER = re.compile(r"---\s*\n(?=[\w-]+:\s)(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
 _FRONT_TITLE = re.compile(r"^title:(.*\S)", re.MULTILINE)
 
@@ -93,91 +122,105 @@ _FRONT_TITLE = re.compile(r"^title:(.*\S)", re.MULTILINE)
 def sections(document: Document) -> Iterator[Section]:
     """The text between headings, titled "document: heading > heading", without white space around it.
 
-    Every word is in a section, a heading or the front matter. A record is one section, even if it has only a title.
-    If the titles would be much longer than the text, the document is one section in spite of its headings.
+    Every word is in a section, a heading, the front matter, or a link target at the end of a section. A record is one
+    section, even if it has only a title. If the titles would be much longer than the text, the document is one section
+    in spite of its headings.
     """
-    found, room = [], 10_000 + 3 * len(document.text)
-    for section in _between_headings(document):
-        found.append(section)
-        room -= SECTION + len(section.title)
+    for part in _parts(document):
+        yield Section(part.title, part.start, part.end)
+
+
+def merged_sections(document: Document, fewest: int) -> Iterator[Section]:
+    """Like `sections`, but one of fewer than `fewest` words becomes the beginning of the next, or the end of the last.
+
+    The section keeps its title. If all that are merged are so small, it has the title that they share. The sections of
+    a document that has fewer words stay as they are.
+    """
+    text, group, done = document.text, list[_Part](), None
+    for part in _parts(document):
+        group.append(part)
+        if _has_words(text[group[0].start : part.end], fewest):
+            if done:
+                yield Section(done.title, done.start, done.end)
+            done, group = _merge(group, text, fewest, done.end if done else 0), []
+    if done:
+        yield Section(done.title, done.start, group[-1].end if group else done.end)
+    else:
+        yield from (Section(part.title, part.start, part.end) for part in group)
+
+
+def _has_words(text: str, fewest: int) -> bool:
+    """Whether a text has as many words, where long runs without a space count as several."""
+    return len(text) >= WORD * fewest or len(text.split()) >= fewest
+
+
+def _merge(parts: Sequence[_Part], text: str, fewest: int, after: int) -> _Part:
+    """One part of several, all of it `after` the one before. Headings that are not in its title are in its text."""
+    first, last = parts[0], parts[-1]
+    names, start = last.names, first.start
+    if not _has_words(text[last.start : last.end], fewest):
+        names = _shared([part.names for part in parts]) or names[:1]
+    named = len(_shared([first.names[1:], names[1:]]))
+    if named < len(first.headings):
+        start = max(after, first.headings[named])
+        start += len(text[start : first.end]) - len(text[start : first.end].lstrip())
+    return _Part(names, first.headings, start, last.end)
+
+
+def _shared(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The first entries that all have in common."""
+    ranks = takewhile(lambda rank: len(set(rank)) == 1, zip(*names, strict=False))
+    return tuple(rank[0] for rank in ranks)
+
+
+def _parts(document: Document) -> Iterator[_Part]:
+    """The sections, without white space and link targets around them."""
+    text, suffix = document.text, Path(document.path).suffix.lower()
+    found, room = [], 10_000 + 3 * len(text)
+    for part in _between_headings(document, suffix):
+        found.append(part)
+        room -= SECTION + len(part.title)
         if room < 0:
-            found = [Section(document.title or _stem(document), 0, len(document.text))]
+            found = [_Part((document.title or _stem(document),), (), 0, len(text))]
             break
-    for title, start, end in found:
-        text = document.text[start:end]
-        start, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
+    for names, above, start, end in found:
+        if document.line is None:
+            end = without_targets(text, start, end, suffix)
+        inner = text[start:end]
+        start, end = start + len(inner) - len(inner.lstrip()), start + len(inner.rstrip())
         if start < end:
-            yield Section(title, start, end)
-        elif document.line is not None and title:
-            yield Section(title, 0, 0)
+            yield _Part(names, above, start, end)
+        elif document.line is not None and names[0]:
+            yield _Part(names, above, 0, 0)
 
 
-def _between_headings(document: Document) -> Iterator[Section]:
-    text, path = document.text, Path(document.path)
+def _between_headings(document: Document, suffix: str) -> Iterator[_Part]:
+    text = document.text
     if document.line is not None:
-        yield Section(document.title, 0, len(text))
+        yield _Part((document.title,), (), 0, len(text))
         return
-    kind = path.suffix.lower()
-    headings = [*_headings(text, kind), Heading(len(text), len(text), 0, "")]
-    front = _FRONT_MATTER.match(text) if kind in MARKDOWN | HTML else None
+    found = [*headings(text, suffix), Heading(len(text), len(text), 0, "")]
+    front = _FRONT_MATTER.match(text) if suffix in MARKED else None
     titled = _FRONT_TITLE.search(front[1]) if front else None
     named = titled[1].strip().strip("\"'") if titled else ""
-    top = [heading.title for heading in headings if heading.level == 1]
+    top = [heading.title for heading in found if heading.level == 1]
     name = named or (top[0] if len(top) == 1 else document.title or _stem(document))
-    yield Section(name, front.end() if front else 0, headings[0].start)
+    yield _Part((name,), (), front.end() if front else 0, found[0].start)
     trail: list[Heading] = []
-    for heading, following in pairwise(headings):
+    for heading, following in pairwise(found):
         trail = [above for above in trail if above.level < heading.level] + [heading]
-        inner = " > ".join(above.title for above in trail if above.title != name)
-        title = f"{name}: {inner}" if inner else name
-        start, end = heading.end, following.start
-        if not text[start:end].strip() and following.level <= heading.level:
-            start = heading.start  # a heading with no text below it becomes the text
-            title = title if len(title) <= TITLE else ""
-        yield Section(title, start, end)
+        inner = [above for above in trail if above.title != name]
+        names = (name, *(above.title for above in inner))
+        part = _Part(names, tuple(above.start for above in inner), heading.end, following.start)
+        if not text[part.start : part.end].strip() and following.level <= heading.level:
+            part = part._replace(start=heading.start)  # a heading with no text below it becomes the text
+            if len(part.title) > TITLE:
+                part = part._replace(names=("",), headings=())
+        yield part
 
 
 def _stem(document: Document) -> str:
     return Path(document.path).stem.replace("_", " ").replace("-", " ")
-
-
-def _headings(text: str, suffix: str) -> Iterator[Heading]:
-    """`# heading` and underlined headings in markdown; in reStructuredText, levels follow the order of appearance."""
-    markdown = suffix in MARKDOWN | HTML
-    if not markdown and suffix != ".rst":
-        return
-    styles = ["=", "-"] if markdown else []
-    fence, at = "", 0
-    before, previous = "", ""  # the two lines above
-    for line in text.splitlines(keepends=True):
-        heading = None
-        mark = _FENCE.match(line) if markdown else None
-        if mark and not fence and "`" not in mark[2]:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and not mark[2].strip():
-            fence = ""
-        elif not fence and markdown and (hashes := _ATX.match(line)) and (title := _without_hashes(hashes[2])):
-            heading = Heading(at, at + len(line), len(hashes[1]), title)
-        elif not fence and (under := _UNDERLINE.match(line)) and _TEXT.match(previous):
-            over = None if markdown else _UNDERLINE.match(before)
-            overlined = bool(over and over[1] == under[1])
-            style = under[1] * (1 + overlined)
-            if style not in styles and not markdown:
-                styles.append(style)
-            if style in styles and (overlined or not before.strip()):
-                start = at - len(previous) - (len(before) if overlined else 0)
-                heading = Heading(start, at + len(line), styles.index(style) + 1, previous.strip())
-        if heading:
-            yield heading
-        # A line cannot be in two headings.
-        before, previous, at = previous, "" if heading else line, at + len(line)
-
-
-def _without_hashes(title: str) -> str:
-    """Remove closing hashes, as in `Birds ##`, but not the hash of `C#`."""
-    title = title.strip()
-    bare = title.rstrip("#")
-    return title if bare[-1:].strip() else bare.rstrip()
 
 
 UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -186,9 +229,32 @@ UNSPACED = "\u2e80-\u2fdf\u3001-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 GAP = 64
 """Characters of white space that are looked at on either side of a border."""
 
-_LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])[ \t]")
-_SENTENCE_END = re.compile(r"[.!?:][\"')\]”’»]*$")
-SENTENCE_ENDS = frozenset("。！？")  # no space follows them
+CLOSED = 8
+"""Characters before a border that are looked at for the end of a sentence."""
+
+SENTENCE_ENDS = "。！？｡"
+"""No space follows them."""
+
+_CLOSING = "\"')\\]”’»›）」』】*_"
+_PLACE = re.compile(rf"\s+|[{SENTENCE_ENDS}][{_CLOSING}]*(?![{_CLOSING}\s])")
+_LIST_ITEM = re.compile(r"(?:[-*+•‣◦–]|\(?[0-9]{1,3}[.)]|\(?[A-Za-z][.)]|#\.)[ \t]")
+_SENTENCE_END = re.compile(rf"[.!?:…؟۔।॥։።{SENTENCE_ENDS}][{_CLOSING}]*$")
+# An initial, a common abbreviation, or the number of a list item.
+_NO_SENTENCE_END = re.compile(
+    r"(?:(?<!\w)(?:[^\W\d_]|[MD]r|Mrs|Ms|Prof|St|Fig|No|vs|cf|al)|(?<![^\n])[ \t]*\(?\d{1,3})[.)]$"
+)
+
+
+class Border(NamedTuple):
+    """A place between two tokens.
+
+    Attributes:
+        quality: 5 paragraph, 4 list item, 3 sentence, 2 line, 1 space, 0 inside a word, -1 inside a character.
+        at: the character that the text after it begins with.
+    """
+
+    quality: int
+    at: int
 
 
 def cut(text: str, tokens: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
@@ -204,24 +270,37 @@ def cut(text: str, tokens: Sequence[tuple[int, int]], limit: int) -> Iterator[tu
             target = ceil(left / ceil(left / limit))  # equal shares, so that the last run is not tiny
             last = max(
                 range(first + max(1, limit // 4), first + limit + 1),
-                key=lambda i: (_border(text, tokens[i - 1][1], tokens[i][0]), -abs(i - first - target)),
+                key=lambda i: (border(text, tokens[i - 1][1], tokens[i][0]).quality, -abs(i - first - target)),
             )
         yield first, last
         first = last
 
 
-def _border(text: str, before: int, after: int) -> int:
-    """The quality of a cut between two tokens: 4 paragraph, 3 list item, 2 sentence, 1 space, 0 word, -1 character."""
+def border(text: str, before: int, after: int) -> Border:
+    """The best place to cut between a token that ends at `before` and one that starts at `after`."""
     if after < before:
-        return -1
+        return Border(-1, before)
     first, last = max(0, before - GAP), min(len(text), after + GAP)
     before = first + len(text[first:before].rstrip())  # the token may end in white space
     after = last - len(text[after:last].lstrip())
-    gap = text[before:after]
-    if gap.count("\n") > 1:
-        return 4
-    if "\n" in gap and _LIST_ITEM.match(text, after):
-        return 3
-    if text[before - 1 : before] in SENTENCE_ENDS or (gap and _SENTENCE_END.search(text, max(0, before - 4), before)):
-        return 2
-    return 1 if gap else 0
+    best = Border(0, after)
+    for place in _PLACE.finditer(text, max(0, before - CLOSED), min(len(text), after + CLOSED)):
+        found = _judge(text, *place.span())
+        if before <= found.at <= after and found.quality > best.quality:
+            best = found
+    return best
+
+
+def _judge(text: str, start: int, end: int) -> Border:
+    """A border at white space, or after a mark that ends a sentence without white space."""
+    blank = text[start:end]
+    if not blank.isspace():
+        return Border(3, end)
+    if blank.count("\n") > 1:
+        return Border(5, start)
+    if "\n" in blank and _LIST_ITEM.match(text, end):
+        return Border(4, start)
+    begin = max(0, start - CLOSED)
+    if _SENTENCE_END.search(text, begin, start) and not _NO_SENTENCE_END.search(text, begin, start):
+        return Border(3, start)
+    return Border(2 if "\n" in blank else 1, start)

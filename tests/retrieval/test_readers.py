@@ -250,7 +250,7 @@ def test_what_a_page_cannot_say_is_noted():
 
 OWLS = (
     "Owls at night\nAn owl turns its head far and hears a mouse un-\nder the snow."
-    "\n\nНочью сова охотится. Η κουκουβάγια. Naïve café.\n\nLast page"
+    "\n\fНочью сова охотится. Η κουκουβάγια. Naïve café.\n\f\n\fLast page"
 )
 
 
@@ -318,7 +318,7 @@ def test_a_pdf_with_errors_is_read_as_well_as_they_allow(tmp_path):
 def test_a_page_that_cannot_be_read_does_not_take_the_others_with_it():
     stream, notes = b">>\nstream\nBT /F1 12 Tf 20 100 Td (A mouse)", []
     raw = pdf("An owl", "A mouse", "A cat").replace(stream, b"/Filter /Nonsense " + stream)
-    assert read_pdf(raw, notes.append) == ("", "An owl\n\nA cat")
+    assert read_pdf(raw, notes.append) == ("", "An owl\n\f\n\fA cat")
     assert notes == ["1 of 3 pages could not be read: 2 (NotImplementedError: Unsupported filter /Nonsense)"]
     with pytest.raises(ValueError, match="a broken PDF: no page could be read, beginning with 1"):
         read_pdf(pdf("A mouse").replace(stream, b"/Filter /Nonsense " + stream), pytest.fail)

@@ -161,3 +161,98 @@ def test_sections_are_windows_of_their_own_with_their_headings(colbert):
     assert found[0] == ("Birds", 2, "B")
     assert len(found) > 3
     assert set(found[1:]) == {("Birds: Owls", 5, "B")}
+
+
+@pytest.fixture(scope="module")
+def default() -> ColBERT:
+    """The model that ships. Its tokenizer has no tokens for punctuation."""
+    return ColBERT.default()
+
+
+KEEPER = (
+    "The keeper number {} of the old lighthouse climbed the tower every evening and lit the big lamp for the ships{}"
+)
+ENDS = [".", "!", "?", "…", ".”", '."', ".)", ".**", " (really)."]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_cuts_fall_at_sentence_ends_with_the_model_that_ships(default, end):
+    """F01: its tokenizer has no punctuation, so no cut was at one, and the period at each cut was lost."""
+    text = " ".join(KEEPER.format(number, end) for number in range(40))
+    found = [window.passage for window in windows(default, [text_file(text)])]
+    assert len(found) > 3
+    assert " ".join(passage.text for passage in found) == text
+    assert all(passage.text.startswith("The keeper") and passage.text.endswith(end) for passage in found)
+    assert all(passage.text == text[passage.start : passage.end] for passage in found)
+
+
+@pytest.mark.parametrize("mark", ["- ", "* ", "+ ", "• ", "1. ", "2) ", "(3) ", "  - ", "- [ ] ", "a. "])
+def test_cuts_fall_at_list_items_with_the_model_that_ships(default, mark):
+    text = "".join(f"{mark}{KEEPER.format(number, '; e.g. so.')}\n" for number in range(40))
+    found = [window.passage for window in windows(default, [text_file(text)])]
+    assert len(found) > 3
+    assert all(passage.text.startswith(mark.strip()) for passage in found)
+    assert "".join("".join(passage.text.split()) for passage in found) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["「猫は夜に狩りをする。」", "猫は夜に狩りをする！", "क्या बिल्ली रात में शिकार करती है। ", "هل القط يصيد ليلا؟ "],
+)
+def test_cuts_fall_at_sentence_ends_of_other_scripts(default, text):
+    found = [window.passage.text for window in windows(default, [text_file(text * 120)])]
+    assert len(found) > 3
+    assert all(one.startswith(text.strip()) and one.endswith(text.strip()) for one in found)
+
+
+PLAIN = "Of the old lighthouse the keeper told in {} all that he knew {} and more than that to the ships"
+
+
+@pytest.mark.parametrize(
+    "inside", ["e.g. J. R. Smith", "Dr. Smith", "Fig. 3", "U.S. waters", "version 3.14 here", "a.b.c"]
+)
+def test_a_period_is_not_always_the_end_of_a_sentence(default, inside):
+    text = " ".join(PLAIN.format(number, inside) + "." for number in range(60))
+    found = [window.passage.text for window in windows(default, [text_file(text)])]
+    assert all(one.startswith("Of the") and one.endswith("the ships.") for one in found)
+
+
+def test_no_character_is_lost_before_between_and_after_cuts(default):
+    """Not the marks around the first and last word, and not those that no token stands for."""
+    text = "“(" + "word—word, \u200b;-) /word/ …\n" * 400 + ")”!"
+    for document in (text_file(text), record(text), record(text, "A title")):
+        found = [window.passage for window in windows(default, [document])]
+        assert len(found) > 3
+        assert "".join("".join(passage.text.split()) for passage in found) == "".join(text.split())
+
+
+def test_rows_of_a_table_and_lines_of_code_are_not_cut(default):
+    for line in ("| owl | {} | grey and brown |", "    call(argument_{}, 'owl', night=True)"):
+        text = "\n".join(line.format(number) for number in range(300))
+        lines = text.split("\n")
+        for window in windows(default, [text_file(text)]):
+            assert {one.strip() for one in window.passage.text.split("\n")} <= {one.strip() for one in lines}
+
+
+def test_long_sections_are_cut_at_sentences_before_they_are_tokenised(default, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 3000)
+    text = " ".join(KEEPER.format(number, ".") for number in range(100))
+    for window in windows(default, [text_file(text)]):
+        assert window.passage.text.strip().endswith("ships.")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "place"),
+    [
+        ("a.txt", 3, ":3"),
+        ("a.rst", 3, ":3"),
+        ("a.py", 3, ":3"),
+        ("a.html", None, ""),
+        ("a.HTM", None, ""),
+        ("a.ipynb", None, ""),
+    ],
+)
+def test_a_line_is_named_only_where_it_is_one_of_the_file(default, name, line, place):
+    """F13: lines of the markdown that was made of a page were given as lines of the page."""
+    (window,) = windows(default, [text_file("\n\nOwls hunt mice.", name)])
+    assert (window.passage.line, window.passage.page, window.passage.place) == (line, None, place)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from .encodings import page_encoding
+from .main_part import MARKS, Attributes, Block, Marks, main_part
 from .text import OnNote, decode, replaced
 
 
@@ -13,8 +14,9 @@ def read_html(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[st
     """The title of a page, and its text as markdown: headings, paragraphs, list items, rows of tables, code.
 
     If the page marks its main part, only that part is read. Scripts, styles, navigation, page footers and hidden
-    elements are left out, unless there is nothing else; links and emphasis are reduced to their text. The title is
-    empty if the page has exactly one first-level heading, which is the better title.
+    elements are left out, unless there is nothing else. Menus and asides are left out if there is enough other text.
+    Links and emphasis are reduced to their text. The title is empty if the page has exactly one first-level heading,
+    which is the better title.
 
     Args:
         named: the encoding of pages that declare none.
@@ -54,8 +56,6 @@ _BLOCKS = frozenset(_BLOCK_TAGS.split()) | _LISTS | _HEADINGS.keys()
 _SPACES = re.compile(r"[^\S ]\s*| \s+")
 _MARKUP = re.compile(r"#{1,6}( |$)|```|~~~|([-=])\2{2,}$")
 
-Attributes = Mapping[str, str]
-
 
 def _is_unseen(tag: str, attributes: Attributes) -> bool:
     return tag in _UNSEEN
@@ -85,11 +85,10 @@ class MarkdownWriter:
     def __init__(self, noise: Callable[[str, Attributes], bool]) -> None:
         self._noise, self._depth_of_noise = noise, 0
         self._title = ""
-        self._depth_of_main = 0
-        self._parts: dict[bool, list[str]] = {True: [], False: []}  # of the markdown, inside and outside of main parts
-        self._first_levels = {True: 0, False: 0}
+        self._depths = [0] * len(MARKS)  # of open elements, for each mark from the first that has it
+        self._blocks: list[Block] = []
         self._words: list[str] = []  # of the block that is being read
-        self._link = 0  # where the last link begins in these words
+        self._link, self._in_link, self._linked = 0, False, 0  # where the last link begins, and characters in links
         self._prefix, self._gap = "", ""  # to be written in front of the block, and before that prefix
         self._lists: list[int | None] = []  # for each open list the number of its last item; None: bullets
         self._in_code = self._is_row_empty = False
@@ -109,9 +108,10 @@ class MarkdownWriter:
         elif tag == "img":
             self._words.append(f" {attributes.get('alt', '')} ")
         elif tag == "a":
-            self._link = len(self._words)
-        if self._depth_of_main or tag == "main" or attributes.get("role") == "main":
-            self._depth_of_main += 1
+            self._link, self._in_link = len(self._words), True
+        for mark, is_marked in enumerate(MARKS):
+            if self._depths[mark] or is_marked(tag, attributes):
+                self._depths[mark] += 1
 
     def end(self, tag: str) -> None:
         """End a tag."""
@@ -130,10 +130,9 @@ class MarkdownWriter:
             self._prefix, self._gap = "", "\n\n"
             if tag in _LISTS and self._lists:
                 self._lists.pop()
-        elif tag == "a" and "".join(self._words[self._link :]).strip() in _ANCHORS:
-            del self._words[self._link :]
-        if self._depth_of_main:
-            self._depth_of_main -= 1
+        elif tag == "a":
+            self._end_link()
+        self._depths = [max(0, depth - 1) for depth in self._depths]
 
     def data(self, text: str) -> None:
         """Take the text between two tags, or a part of it."""
@@ -143,8 +142,10 @@ class MarkdownWriter:
     def close(self) -> tuple[str, str]:
         """Title and markdown."""
         self._end_block()
-        main = bool(self._parts[True])
-        return self._title if self._first_levels[main] != 1 else "", "".join(self._parts[main])
+        blocks = main_part(self._blocks)
+        first_levels = sum(block.text.startswith("# ") for block in blocks)
+        text = "".join(block.gap * (at > 0) + block.text for at, block in enumerate(blocks))
+        return self._title if first_levels != 1 else "", text
 
     def _begin_block(self, tag: str, attributes: Attributes) -> None:
         if tag in _HEADINGS:
@@ -167,17 +168,20 @@ class MarkdownWriter:
     def _end_block(self) -> None:
         if self._in_code:
             return self._end_code()
+        if self._in_link:
+            self._end_link()
+            self._in_link = True  # for the next block, too
         text = _words("".join(self._words))
+        is_link = self._linked > 0.8 * len(text) and self._gap != " | "  # a table of links is not a menu
         self._words.clear()
-        self._link = 0
+        self._link = self._linked = 0
         if not text:
             return None
         if self._prefix in _HEADINGS.values():
-            self._first_levels[self._depth_of_main > 0] += self._prefix == "# "
             text += " #" if text.endswith("#") else ""  # otherwise it would count as decoration, as in "# title #"
         elif not self._prefix and _MARKUP.match(text):
             text = "\\" + text
-        return self._write(self._prefix + text)
+        return self._write(self._prefix + text, is_link)
 
     def _end_code(self) -> None:
         self._in_code = False
@@ -192,9 +196,17 @@ class MarkdownWriter:
         if tag in _BLOCKS and self._words and not self._words[-1].endswith("\n"):
             self._words.append("\n")
 
-    def _write(self, block: str) -> None:
-        parts = self._parts[self._depth_of_main > 0]
-        parts += [self._gap if parts else "", block]
+    def _end_link(self) -> None:
+        text = "".join(self._words[self._link :]).strip()
+        if text in _ANCHORS:
+            del self._words[self._link :]
+        else:
+            self._linked += len(text)
+        self._link, self._in_link = len(self._words), False
+
+    def _write(self, text: str, is_link: bool = False) -> None:
+        marks = Marks(*(depth > 0 for depth in self._depths))
+        self._blocks.append(Block(self._gap, text, marks, is_link))
         self._prefix, self._gap, self._is_row_empty = "", "\n\n", False
 
 

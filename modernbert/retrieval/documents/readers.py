@@ -10,12 +10,11 @@ import io
 import logging
 from collections.abc import Callable, Mapping
 
-from ..passages import HTML
+from ..passages import HTML, PAGE_BREAK, PDF
 from .encodings import text_encoding
 from .html import read_html
+from .pdf_pages import form_values, without_running_heads
 from .text import OnNote, decode, marked_encoding, replaced, storable
-
-PDF = frozenset({".pdf"})
 
 
 def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[str, str]:
@@ -33,10 +32,11 @@ def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[s
 
 
 def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
-    """Its title and its text, with an empty line between pages.
+    """Its title and its text, with `PAGE_BREAK` before every page but the first.
 
-    The title only if the first page contains it: many PDFs have a wrong one. Pages that unpack to far more than a file
-    of this size holds are left out.
+    The title only if the first page contains it: many PDFs have a wrong one. The values of form fields are lines at the
+    end of their pages. Running heads are left out after their first page, and so are the pages that unpack to far more
+    than a file of this size holds.
     """
     from pypdf import Configuration, PdfReader, apply_configuration
     from pypdf.errors import DependencyError, FileNotDecryptedError
@@ -60,12 +60,15 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
         with apply_configuration(limits):
             reader = PdfReader(io.BytesIO(raw))
             for number in range(len(reader.pages)):
+                pages.append("")
                 try:
                     page = reader.pages[number]
                     content = page.get_contents()
                     work.count(100 + len(content.get_data() if content else b"") // 16)
                     text = page.extract_text(visitor_operand_before=work.visit)
-                    pages.append(storable(text).strip())
+                    pages[-1] = storable(text).replace(PAGE_BREAK, " ").strip()
+                    values = map(storable, dict.fromkeys(form_values(page, work.count)))
+                    pages[-1] = "\n".join([pages[-1], *values]).strip()
                 # pypdf may raise any exception on a broken file; its documentation does not list them.
                 except Exception as error:
                     lost.append(f"{number + 1} ({type(error).__name__}: {error})")
@@ -82,13 +85,13 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     if lost and not any(pages):
         raise ValueError(f"a broken PDF: no page could be read, beginning with {lost[0]}; fetch or save it again")
     if lost:
-        on_note(f"{len(lost)} of {len(lost) + len(pages)} pages could not be read: {', '.join(lost[:3])}")
+        on_note(f"{len(lost)} of {len(pages)} pages could not be read: {', '.join(lost[:3])}")
     elif not any(pages):
         on_note("a PDF without text; if its pages are scanned, add text by OCR, for example with ocrmypdf")
     elif repairs:
         on_note(f"a PDF with errors, read as far as possible: {repairs[0]}")
-    is_on_first_page = pages and title.casefold() in " ".join(pages[0].split()).casefold()
-    return title if is_on_first_page else "", "\n\n".join(filter(None, pages))
+    is_on_first_page = any(pages) and title.casefold() in " ".join(next(filter(None, pages)).split()).casefold()
+    return title if is_on_first_page else "", f"\n{PAGE_BREAK}".join(without_running_heads(pages)).rstrip()
 
 
 class _Work:

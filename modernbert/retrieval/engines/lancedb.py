@@ -51,7 +51,7 @@ KEPT = timedelta(hours=1)
 """An export deletes versions of the table that are older than this. A reader can finish with the last one."""
 
 FIELDS = {"path": pa.string(), "id": pa.string(), "title": pa.string(), "text": pa.string(), "metadata": pa.string()}
-FIELDS |= dict.fromkeys(("number", "start", "end", "line"), pa.int64())
+FIELDS |= dict.fromkeys(("number", "start", "end", "line", "page"), pa.int64())
 
 
 def export(store: Store, address: str, rows: Iterable[Row]) -> None:
@@ -106,7 +106,7 @@ class Index:
             values = torch.tensor(column.flatten().flatten().to_numpy(), device="cpu").view(-1, vectors.values.shape[1])
             offsets = torch.tensor(column.offsets.to_numpy(), dtype=torch.int64, device="cpu")
             scores = maxsim([x_QE], Ragged(values, offsets - offsets[0]))[0].tolist()
-            hits = found.select([*FIELDS]).to_pylist()
+            hits = found.select([name for name in FIELDS if name in found.column_names]).to_pylist()
             yield [Found(score, _passage(hit), hit["number"]) for score, hit in zip(scores, hits, strict=True)]
 
     def close(self) -> None:
@@ -148,9 +148,8 @@ def _is_table(folder: Path) -> bool:
 
 
 def _passage(hit: dict[str, Any]) -> Passage:
-    return Passage(
-        **{**{name: hit[name] for name in FIELDS if name != "number"}, "metadata": json.loads(hit["metadata"])}
-    )
+    fields = {name: value for name, value in hit.items() if name != "number"}
+    return Passage(**{**fields, "metadata": json.loads(hit["metadata"])})
 
 
 def _manifest(table: Any, address: str) -> dict[str, Any]:

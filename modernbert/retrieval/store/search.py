@@ -296,5 +296,5 @@ def _pattern(path: str) -> str:
 
 
 def _passage(columns: Sequence[Any]) -> Passage:
-    *fields, metadata = columns[1:9]
-    return Passage(*fields, metadata=json.loads(metadata))
+    *fields, place, metadata = columns[1:9]
+    return Passage(*fields, line=max(place, 0) or None, metadata=json.loads(metadata), page=max(-place, 0) or None)

@@ -156,7 +156,10 @@ class StoreWriter:
         document = "(SELECT number FROM documents WHERE path = ? AND id = ?)"
         self._table.executemany(
             f"INSERT INTO passages VALUES (NULL, {document}, {shard}, ?, ?, ?, ?, ?, ?)",
-            ((p.path, p.id, row, p.title, p.text, p.start, p.end, p.line) for row, (p, *_) in enumerate(windows)),
+            (
+                (p.path, p.id, row, p.title, p.text, p.start, p.end, p.line or -(p.page or 0))
+                for row, (p, *_) in enumerate(windows)
+            ),
         )
 
     def remove_unseen(self, roots: Sequence[str]) -> None:

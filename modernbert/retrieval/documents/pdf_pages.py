@@ -1,0 +1,91 @@
+"""The pages of a PDF as text: with what is filled into their forms, and without the lines around the text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pypdf import PageObject
+
+EDGE = 2
+"""Lines at the top and at the bottom of a page that may be running heads."""
+
+LONGEST = 200
+"""Characters of a line that may be a running head."""
+
+PAGES = 3
+"""Pages that have a running head in common."""
+
+ANCESTORS = 8
+"""Levels of form fields above a field of a page, from which it inherits."""
+
+_NUMBER = re.compile(r"\d+")
+
+
+def form_values(page: PageObject, on_work: Callable[[int], None]) -> Iterator[str]:
+    """What is filled into the form fields of a page, as `label: value`. `on_work` is called with operators of work."""
+    from pypdf.generic import ArrayObject, NameObject
+
+    for annotation in page.get("/Annots", ArrayObject()).get_object():
+        on_work(20)
+        field, found = annotation.get_object(), dict[str, object]()
+        if field.get("/Subtype") != "/Widget":
+            continue
+        for _ in range(ANCESTORS):
+            found = {key: field[key] for key in ("/TU", "/T", "/V") if key in field} | found
+            if "/Parent" not in field:
+                break
+            field = field["/Parent"]
+        label, value = found.get("/TU") or found.get("/T"), found.get("/V")
+        values = value if isinstance(value, list) else [value]
+        texts = (one[1:] if isinstance(one, NameObject) else one for one in values if isinstance(one, str))
+        chosen = ", ".join(one for one in texts if one not in ("", "Off"))
+        if chosen.strip():
+            on_work(len(chosen) // 16)
+            yield f"{label}: {chosen}" if label else chosen
+
+
+def without_running_heads(pages: Sequence[str]) -> list[str]:
+    """Pages without the lines at their edges that repeat on several pages. A number in them may be the page's.
+
+    The first page that has such a line keeps it, and a page of nothing else keeps all its lines.
+    """
+    lines_of = [page.split("\n") for page in pages]
+    edges = [_edge(lines) for lines in lines_of]
+    counts = Counter(
+        key for at, (lines, edge) in enumerate(zip(lines_of, edges, strict=True)) for key in _edge_keys(lines, edge, at)
+    )
+    seen: set[str] = set()
+    shorter = []
+    for at, (lines, edge) in enumerate(zip(lines_of, edges, strict=True)):
+        repeated = set[int]()
+        for number in edge:
+            keys = {key for key in _keys(lines[number], at) if counts[key] >= PAGES}
+            if keys & seen or (keys and not re.search(r"[^\W\d]", lines[number])):
+                repeated.add(number)
+            seen |= keys
+        kept = "\n".join(line for number, line in enumerate(lines) if number not in repeated).strip()
+        shorter.append(kept or pages[at])
+    return shorter
+
+
+def _edge(lines: Sequence[str]) -> list[int]:
+    """The numbers of the first and last lines with text that are short enough."""
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    edge = sorted({*filled[:EDGE], *filled[-EDGE:]})
+    return [number for number in edge if len(lines[number]) <= LONGEST]
+
+
+def _edge_keys(lines: Sequence[str], edge: Sequence[int], at: int) -> set[str]:
+    return {key for number in edge for key in _keys(lines[number], at)}
+
+
+def _keys(line: str, at: int) -> set[str]:
+    """The line, and the line with its first or last number given relative to the page `at`: equal for running heads."""
+    line = " ".join(line.split())
+    numbers = list(_NUMBER.finditer(line))
+    relative = {f"{line[: one.start()]}\0{int(one[0]) - at}\0{line[one.end() :]}" for one in numbers[:1] + numbers[-1:]}
+    return {line} | relative
