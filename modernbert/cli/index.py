@@ -16,7 +16,7 @@ def index(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="Text, markdown, HTML, PDF, source code, folders of these; JSON lines, CSV or a BEIR corpus.",
+            help="Text, markdown, notebooks, HTML, PDF, code, folders of these; JSON lines, CSV or a BEIR corpus.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="STORE", help="The folder of the store.")],
@@ -28,6 +28,11 @@ def index(
         str | None, typer.Option(metavar="fp16|fp32|int8", help="The dtype of the vectors.", show_default="fp16")
     ] = None,
     prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for `search --prefilter`.")] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave out files like this, as in a .gitignore; repeatable."),
+    ] = None,
+    gitignore: Annotated[bool, typer.Option(help="Leave out what git ignores.")] = True,
     engine: EngineOption = None,
     forget: Annotated[
         bool, typer.Option("--forget", help="Remove the documents from these paths instead of adding them.")
@@ -48,7 +53,15 @@ def index(
             summary = retrieval.forget(paths, output)
         else:
             summary = retrieval.index(
-                paths, output, model, dtype=dtype, prefilter=prefilter, engine=engine, note=notes.append
+                paths,
+                output,
+                model,
+                dtype=dtype,
+                prefilter=prefilter,
+                exclude=exclude or (),
+                gitignore=gitignore,
+                engine=engine,
+                note=notes.append,
             )
     except KeyboardInterrupt:
         raise OSError(f"interrupted; {output} is as it was. Run the same command again to resume") from None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 MARKDOWN = frozenset({".md", ".markdown", ".mdx"})
 HTML = frozenset({".html", ".htm", ".xhtml"})  # converted to markdown when it is read
+NOTEBOOK = frozenset({".ipynb"})  # so are notebooks
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _between_headings(document: Document) -> Iterator[Section]:
         return
     kind = path.suffix.lower()
     headings = [*_headings(text, kind), Heading(len(text), len(text), 0, "")]
-    front = _FRONT_MATTER.match(text) if kind in MARKDOWN | HTML else None
+    front = _FRONT_MATTER.match(text) if kind in MARKDOWN | HTML | NOTEBOOK else None
     titled = _FRONT_TITLE.search(front[1]) if front else None
     named = titled[1].strip().strip("\"'") if titled else ""
     top = [heading.title for heading in headings if heading.level == 1]
@@ -143,7 +144,7 @@ def _stem(document: Document) -> str:
 
 def _headings(text: str, suffix: str) -> Iterator[Heading]:
     """`# heading` and underlined headings in markdown; in reStructuredText, levels follow the order of appearance."""
-    markdown = suffix in MARKDOWN | HTML
+    markdown = suffix in MARKDOWN | HTML | NOTEBOOK
     if not markdown and suffix != ".rst":
         return
     styles = ["=", "-"] if markdown else []

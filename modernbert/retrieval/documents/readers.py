@@ -10,8 +10,9 @@ import io
 import logging
 from collections.abc import Callable, Mapping
 
-from ..passages import HTML
+from ..passages import HTML, NOTEBOOK
 from .html import read_html
+from .notebook import read_notebook
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
 PDF = frozenset({".pdf"})
@@ -21,7 +22,9 @@ def read_plain(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     """UTF-8, or the encoding of the byte order mark. A NUL near the beginning means that this is not a text file."""
     encoding = marked_encoding(raw)
     if encoding is None and b"\0" in raw[:8192]:
-        raise ValueError("a binary file; supported are text, markdown, HTML, PDF, source code, JSON lines and CSV")
+        raise ValueError(
+            "a binary file; supported are text, markdown, notebooks, HTML, PDF, source code, JSON lines and CSV"
+        )
     text, count = decode(raw, encoding or "utf-8")
     if count:
         on_note(replaced(count, encoding or "utf-8"))
@@ -106,6 +109,7 @@ class _Work:
 
 READERS: Mapping[str, Callable[[bytes, OnNote], tuple[str, str]]] = {
     **dict.fromkeys(HTML, read_html),
+    **dict.fromkeys(NOTEBOOK, read_notebook),
     **dict.fromkeys(PDF, read_pdf),
 }
 """Readers by suffix. Any other file is plain text."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..passages import Document
+from .parquet import PARQUET, read_rows
 from .text import OnNote, decode, file_name, gzip_errors, marked_encoding, replaced, storable
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
@@ -29,7 +30,7 @@ DEEPEST = 100
 
 def is_records(path: Path) -> bool:
     """Whether a file holds records, judged by its name."""
-    return path.name.lower().endswith((*JSON_LINES, *TABLES))
+    return path.name.lower().endswith((*JSON_LINES, *TABLES, PARQUET))
 
 
 def read_records(path: Path, *, on_bytes: Callable[[int], None], on_note: OnNote) -> Iterator[Document]:
@@ -43,7 +44,10 @@ def read_records(path: Path, *, on_bytes: Callable[[int], None], on_note: OnNote
     """
     name, lines = file_name(path), read_lines(path, on_bytes=on_bytes, on_note=on_note)
     delimiter = TABLES.get(path.suffix.lower())
-    documents = _json_lines(lines, name) if delimiter is None else _table(lines, name, delimiter)
+    if path.suffix.lower() == PARQUET:
+        documents = _parquet(path, name, on_bytes)
+    else:
+        documents = _json_lines(lines, name) if delimiter is None else _table(lines, name, delimiter)
     # A temporary database moves from memory to disk as it grows, and is deleted when it is closed.
     with closing(sqlite3.connect("", check_same_thread=False)) as seen:
         seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
@@ -112,6 +116,12 @@ def _json_lines(lines: Iterable[str], name: str) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
         if line and not line.isspace():
             yield json_record(line, name, number)
+
+
+def _parquet(path: Path, name: str, on_bytes: Callable[[int], None]) -> Iterator[Document]:
+    # Dates and other values that JSON does not have become texts.
+    for number, row in enumerate(read_rows(path, on_bytes=on_bytes), start=1):
+        yield json_record(json.dumps(row, default=str), name, number)
 
 
 def _table(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Document]:

@@ -12,18 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from typing_extensions import NotRequired
+
 from ...files import replacing
 
 UNFINISHED = "unfinished.json"
 
 
 class IndexRequest(TypedDict):
-    """The arguments of `index` that decide what the store will hold."""
+    """The arguments of `index` that decide what the store will hold; some only if they are not the default."""
 
     paths: list[str]
     model: str | None
     dtype: str | None
     prefilter: bool
+    exclude: NotRequired[list[str]]
+    gitignore: NotRequired[bool]
 
 
 class ForgetRequest(TypedDict):
@@ -78,6 +82,9 @@ def resume_command(request: Request, folder: Path) -> str:
     for name, value in (("--model", request["model"]), ("--dtype", request["dtype"])):
         options += [name, value] if value else []
     options += ["--prefilter"] if request["prefilter"] else []
+    for pattern in request.get("exclude", ()):
+        options += ["--exclude", pattern]
+    options += [] if request.get("gitignore", True) else ["--no-gitignore"]
     return _command(*request["paths"], "--output", str(folder), *options)
 
 
@@ -85,14 +92,19 @@ def _is_request(content: object) -> bool:
     """Whether the content of a JSON file is a request: exactly the fields of one, with values of their types."""
     if not isinstance(content, dict):
         return False
-    paths = content.get("forget" if content.keys() == ForgetRequest.__annotations__.keys() else "paths")
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        return False
-    return "forget" in content or (
-        content.keys() == IndexRequest.__annotations__.keys()
+    if content.keys() == ForgetRequest.__annotations__.keys():
+        return _are_texts(content["forget"])
+    return (
+        {"paths", "model", "dtype", "prefilter"} <= content.keys() <= IndexRequest.__annotations__.keys()
+        and _are_texts(content["paths"])
         and all(content[name] is None or isinstance(content[name], str) for name in ("model", "dtype"))
-        and isinstance(content["prefilter"], bool)
+        and all(isinstance(content.get(name, True), bool) for name in ("prefilter", "gitignore"))
+        and _are_texts(content.get("exclude", []))
     )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _command(*arguments: str) -> str:
