@@ -27,7 +27,7 @@ KINDS = {  # suffixes, the preferred first
 }
 FOLDERS = {"corpus": ("corpus",), "queries": ("queries", "query"), "qrels": ("qrels", "default", "data")}
 
-_PART = re.compile(r"(.+?)(-\d+-of-\d+(-[0-9a-f]+)?)?")
+_PART = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
 
 
 class Dataset(NamedTuple):
@@ -157,20 +157,24 @@ def _splits(folder: Path, name: str) -> dict[str, Path]:
         for suffix in reversed(KINDS[name]):
             splits: dict[str, list[Path]] = {}
             for file in sorted([*place.glob(f"*{suffix}"), *place.glob(f"*/*{suffix}")]):
-                inner = file.parent.name if file.parent != place else file.name.removesuffix(suffix)
-                whole = _PART.fullmatch(inner)
-                splits.setdefault(whole[1] if whole and file.parent == place else inner, []).append(file)
-            found |= {split: _pattern(files, split, suffix) for split, files in splits.items()}
+                if file.parent != place:
+                    split = file.parent.name
+                else:
+                    split = _PART.sub("", file.name.removesuffix(suffix))
+                splits.setdefault(split, []).append(file)
+            found |= {split: _pattern(files, split, suffix, place) for split, files in splits.items()}
         if found:
             return found
     return {}
 
 
-def _pattern(files: list[Path], split: str, suffix: str) -> Path:
+def _pattern(files: list[Path], split: str, suffix: str, place: Path) -> Path:
     """One file, or the pattern of several in the same folder."""
-    parent = files[0].parent
-    start = "" if parent.name == split else f"{glob.escape(split)}-"
-    return files[0] if len(files) == 1 else parent / f"{start}*{suffix}"
+    if len(files) == 1:
+        return files[0]
+    # The digit tells the parts of "test" from those of "test-hard".
+    parts_of = f"{glob.escape(split)}-[0-9]*" if files[0].parent == place else "*"
+    return files[0].parent / f"{parts_of}{suffix}"
 
 
 def _of_split(splits: dict[str, Path], chosen: str) -> Path:

@@ -82,7 +82,7 @@ def test_parts_are_joined_and_other_splits_left_out(tmp_path, place):
     assert list(read_ids(dataset.corpus)) == ["d0", "d1", "d2", "d3"]
     assert read_queries(dataset.queries) == {"q1": "one", "q2": "two"}
     assert read_qrels(dataset.qrels) == {"q1": {"d1": 2}, "q2": {"d2": 1}}
-    assert parts_pattern(dataset.corpus).endswith(f"/set [[]1][*]/{dataset.corpus.relative_to(folder)}")
+    assert "/set [[]1][*]/corpus/" in parts_pattern(dataset.corpus)
     assert find_dataset(folder, "train").corpus == folder / "corpus" / "train-00000-of-00001.parquet"
 
 
@@ -186,3 +186,23 @@ def test_measures_are_those_of_beir(tmp_path):
     kept = [metric.mean for metric in evaluate(run, qrels, ignore_identical_ids=False, on_note=notes.append)]
     assert kept[1] < found[1]
     assert len(notes) == 1
+
+
+def test_parts_of_a_split_are_told_from_one_with_a_longer_name(tmp_path):
+    for kind, rows in (("corpus", CORPUS), ("queries", QUERIES), ("qrels", QRELS)):
+        for split in ("test", "test-hard"):
+            for number in range(2):
+                some = rows[number::2] if split == "test" else [rows[0] | {"_id": f"hard{number}"}]
+                write(tmp_path / kind / f"{split}-{number:05}-of-00002.jsonl", some)
+    assert sorted(read_ids(find_dataset(tmp_path).corpus)) == ["d0", "d1", "d2", "d3"]
+    assert list(read_ids(find_dataset(tmp_path, "test-hard").corpus)) == ["hard0", "hard1"]
+
+
+def test_parts_with_the_name_of_their_folder(tmp_path):
+    """As `datasets` writes a config whose split has the same name."""
+    write(tmp_path / "queries.jsonl", QUERIES)
+    write(tmp_path / "qrels" / "test.tsv", QRELS)
+    for number in range(2):
+        write(tmp_path / "corpus" / f"corpus-{number:05}-of-00002.jsonl", CORPUS[number::2])
+    assert find_dataset(tmp_path).corpus == tmp_path / "corpus" / "corpus-[0-9]*.jsonl"
+    assert len(list(read_ids(find_dataset(tmp_path).corpus))) == 4

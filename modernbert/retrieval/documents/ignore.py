@@ -84,6 +84,8 @@ class Excluded:
 
     def decide(self, root: str, path: str, is_folder: bool) -> bool | None:
         """Whether to leave out `path`, which is below the folder `root`; None if no pattern is about it."""
+        if not self._patterns:
+            return None
         found = [self._spec.check_file(_below(above, path, is_folder)) for above in (root, os.path.dirname(root))]
         # As in one .gitignore, the last pattern that matches decides.
         decided = max(found, key=lambda result: -1 if result.index is None else result.index)
@@ -124,7 +126,7 @@ def _read(file: str, folder: str, on_note: OnNote) -> list[Rules]:
             return []
         with open(file, "rb") as opened:
             lines = opened.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         on_note(f"skipped the rules in a file: {error}")

@@ -123,7 +123,7 @@ def _value(value: object, field: str) -> Value:
 
 
 def numbers_at(table: sqlite3.Connection, pattern: str) -> np.ndarray:
-    """`[N]` int64, increasing: the numbers of the documents whose path matches a pattern of `path_condition`."""
+    """`[N]` int64, increasing: the numbers of the documents whose path matches a pattern."""
     found = table.execute(f"SELECT number FROM documents WHERE {PATH} ORDER BY number", (path_pattern(pattern),))
     return np.fromiter((number for (number,) in found), dtype=np.int64)
 
@@ -179,8 +179,8 @@ class _Check:
     def finish(self, table: sqlite3.Connection) -> None:
         """Raise ValueError if no document has the field, or if a wanted value could be compared with none in it."""
         field = self._wanted.field
-        rows = table.execute("SELECT DISTINCT metadata FROM documents")
         if not self._is_known:
+            rows = table.execute("SELECT DISTINCT metadata FROM documents")
             known = sorted({name for (text,) in rows for name in _names(json.loads(text))})
             listed = ", ".join(known[:FIELDS]) + (", ..." if len(known) > FIELDS else "")
             raise ValueError(f"no document has the field {field!r}; the fields are: {listed or 'none'}")
@@ -188,7 +188,7 @@ class _Check:
             if wanted not in self._alike:
                 raise ValueError(
                     f"the field {field!r} cannot be compared with {wanted.value!r}: it holds values such as "
-                    f"{json.dumps(stored.value, ensure_ascii=False)}"
+                    f"{json.dumps(stored.value, ensure_ascii=False)[:80]}"
                 )
 
     def _compare(self, stored: Value, wanted: Value) -> bool:
