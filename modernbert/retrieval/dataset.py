@@ -157,10 +157,7 @@ def _splits(folder: Path, name: str) -> dict[str, Path]:
         for suffix in reversed(KINDS[name]):
             splits: dict[str, list[Path]] = {}
             for file in sorted([*place.glob(f"*{suffix}"), *place.glob(f"*/*{suffix}")]):
-                if file.parent != place:
-                    split = file.parent.name
-                else:
-                    split = _PART.sub("", file.name.removesuffix(suffix))
+                split = file.parent.name if file.parent != place else _PART.sub("", file.name.removesuffix(suffix))
                 splits.setdefault(split, []).append(file)
             found |= {split: _pattern(files, split, suffix, place) for split, files in splits.items()}
         if found:
