@@ -184,7 +184,7 @@ def test_measures_are_those_of_beir(tmp_path):
     judged = sum(grades.get(query, 0) > 0 for query, grades in qrels.items())
     assert notes == [f"documents with the id of their query, which are left out: 60, judged relevant: {judged}"]
     kept = [metric.mean for metric in evaluate(run, qrels, ignore_identical_ids=False, on_note=notes.append)]
-    assert kept[1] < found[1]
+    assert kept[1] != found[1]
     assert len(notes) == 1
 
 

@@ -27,7 +27,7 @@ CASES = {
     "stars": {".gitignore": "**/deep/**\nsub/**/x.md\n"},
     "only folders": {".gitignore": "a.md/\nbuild/\n"},
     "escapes": {".gitignore": "\\#tag.md\n\\!odd.md\n\\[x].md\ntwo\\ words.md\ntrailing\\ .md   \n"},
-    "ranges": {".gitignore": "[ab].md\n[!a-z].md\n[z-a].md\n[\n"},
+    "ranges": {".gitignore": "[ab].md\n[!a-zé].md\n[z-a].md\n[\n"},
     "line ends and a mark": {".gitignore": "\ufeffa.md\r\nb.md\r\n"},
     "unicode": {".gitignore": "é.md\n?eep.md"},
     "broken lines": {".gitignore": "a.md\\\nfoo\\\nb.md\n/\n!\n"},
@@ -92,8 +92,8 @@ def test_rules_for_all_repositories_hold_in_one(tree, setting):
 def test_rules_hold_without_a_repository_and_without_git(tree, monkeypatch):
     write(tree / ".gitignore", "build/\n")
     write(tree / "sub" / ".gitignore", "a.md\n")
-    expected = sorted(name for name in NAMES if "build/" not in name and not name.startswith("sub/a."))
-    assert found(tree) == expected
+    gone = {"build/keep.md", "build/x.md", "sub/build/x.md", "sub/a.md", "sub/deep/notes/a.md"}
+    assert found(tree) == sorted(set(NAMES) - gone)
     (tree / ".git" / "info").mkdir(parents=True)
     write(tree / ".git" / "info" / "exclude", "keep.md\n")
     monkeypatch.setenv("PATH", "")
@@ -209,5 +209,5 @@ def test_an_update_follows_the_rules(tree, colbert):
     assert index([tree], tree / "store", colbert, **options).removed == 3
     assert index([tree], tree / "store", colbert, gitignore=False, **options).added == 3
     assert index([tree], tree / "store", colbert, exclude=["/sub"], **options).removed == 5 + 1
-    with pytest.raises(ValueError, match=f"held {len(NAMES) - 7} documents and has none now"):
+    with pytest.raises(ValueError, match=f"held {len(NAMES) - 6} documents and has none now"):
         index([tree], tree / "store", colbert, exclude=["*"], **options)

@@ -34,6 +34,7 @@ FIELDS = 20
 """Fields that an error names."""
 
 _NUMBER = re.compile(r"-?\d{1,300}(\.\d+)?([eE][-+]?\d+)?", re.ASCII)
+_DATE = re.compile(r"\d{4}-\d\d", re.ASCII)
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -212,6 +213,8 @@ def _alike(stored: Value, wanted: Value, in_range: bool) -> tuple[Scalar, Scalar
         if not in_range or (end := _as_type("number", wanted)) is None:
             return stored.value, wanted.value
         start = _as_type("number", stored)
+        if start is None and _DATE.match(str(stored.value)):
+            return stored.value, wanted.value  # The wanted value is a year.
         return None if start is None else (start, end)
     if "text" not in (stored.type, wanted.type):
         return None
