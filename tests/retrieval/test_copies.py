@@ -63,6 +63,7 @@ def test_a_copy_is_found_by_its_own_path(tmp_path, docs, colbert):
         assert {hit.passage.path for hit in found} == {str(folder / "a.md"), str(folder / "b.txt")}
         assert {hit.copies for hit in found} == {(str(other / "a.md"),), (str(other / "b.txt"),)}
     assert len(hits(tmp_path / "store", colbert)) == 3
+    assert len(hits(tmp_path / "store", colbert, path="*")) == 6
 
 
 def test_a_copy_that_changes_is_a_document_of_its_own(tmp_path, docs, colbert):

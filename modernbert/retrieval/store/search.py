@@ -135,7 +135,8 @@ class Store:
     ) -> list[list[Hit]]:
         """For each query its `top_k` passages, best first; of equal scores the one that was indexed first.
 
-        Of documents with the same content, only the one that was indexed last is searched: see `Hit.copies`.
+        Of documents with the same content, only the one that was indexed last is searched, unless `path` asks for files
+        by name; see `Hit.copies`.
 
         Args:
             queries: texts, or what `encode` made of them.
@@ -157,7 +158,8 @@ class Store:
         check_search(queries, top_k)
         _check_filters(by, path)
         wanted = tuple(conditions(() if where is None else where))
-        ids, vectors = self._selection.passages(by, path, wanted), query_vectors(self.session, queries)
+        ids = self._selection.passages(by, path, wanted, copies=path is not None)
+        vectors = query_vectors(self.session, queries)
         best = self._likely(vectors, ids, top_k) if prefilter else self._best(vectors, ids, top_k)
         return [self._hits(found) for found in best]
 

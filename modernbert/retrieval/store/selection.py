@@ -19,9 +19,7 @@ class Selection:
         self._in_shard = lru_cache(maxsize=1024)(self._select)
         self._documents = lru_cache(maxsize=8)(self._choose)
 
-    def passages(
-        self, by: str, path: str | None, wanted: tuple[Condition, ...], *, copies: bool = False
-    ) -> list[np.ndarray]:
+    def passages(self, by: str, path: str | None, wanted: tuple[Condition, ...], *, copies: bool) -> list[np.ndarray]:
         """For each shard, `[N, 3]` int64: what counts once (the id of the passage or document), shard, row.
 
         Args:
