@@ -10,6 +10,7 @@ import pytest
 
 from modernbert.retrieval import index
 from modernbert.retrieval.documents.find import find_files
+from modernbert.retrieval.store.request import IndexRequest, read_request, resume_command, write_request
 
 NAMES = ["a.md", "b.md", "keep.md", "build/x.md", "build/keep.md", "sub/a.md", "sub/build/x.md", "sub/deep/b.md"]
 NAMES += ["sub/deep/notes/a.md", "é.md", "two words.md", "#tag.md", "!odd.md", "[x].md", "sub/trailing .md"]
@@ -211,3 +212,21 @@ def test_an_update_follows_the_rules(tree, colbert):
     assert index([tree], tree / "store", colbert, exclude=["/sub"], **options).removed == 5 + 1
     with pytest.raises(ValueError, match=f"held {len(NAMES) - 6} documents and has none now"):
         index([tree], tree / "store", colbert, exclude=["*"], **options)
+
+
+def test_a_request_keeps_what_is_left_out(tmp_path):
+    """Also one that an older version has written, without these fields."""
+    request: IndexRequest = {"paths": ["/docs"], "model": None, "dtype": None, "prefilter": False}
+    for more, options in (
+        ({}, ""),
+        ({"exclude": ["a b", "!x"]}, " --exclude 'a b' --exclude '!x'"),
+        ({"gitignore": False}, " --no-gitignore"),
+    ):
+        write_request(tmp_path, {**request, **more})  # pyright: ignore[reportArgumentType]
+        found = read_request(tmp_path)
+        assert found == {**request, **more}
+        assert resume_command(found, Path("store")) == f"modernbert index /docs --output store{options}"
+    for wrong in ({"exclude": "a"}, {"exclude": [1]}, {"gitignore": None}, {"other": 1}):
+        write_request(tmp_path, {**request, **wrong})  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match=r"unfinished\.json is damaged"):
+            read_request(tmp_path)
