@@ -174,7 +174,8 @@ class SearchShell:
         from ..retrieval.explain import strongest_words
 
         rows = [
-            {"rank": hit.rank, "score": hit.score, **asdict(hit.passage), "copies": list(hit.copies)}
+            {"rank": hit.rank, "score": hit.score, **asdict(hit.passage)}
+            | ({"copies": list(hit.copies)} if hit.copies else {})
             for hit in found.hits
         ]
         for row, hit, matches in zip(rows, found.hits, found.matches if self.why else (), strict=False):
