@@ -49,7 +49,7 @@ FROZEN = {
     "modernbert.ColBERT.tokenize_queries": "(self, texts, *, spans=True)",
     "modernbert.Encoder": "(config)",
     "modernbert.Encoder.forward": (
-        "(self, batch=None, attention_mask=None, *, rows=None, inputs_embeds=None, input_ids=None, return_dict=None)"
+        "(self, batch=None, attention_mask=None, rows=None, inputs_embeds=None, input_ids=None, return_dict=None)"
     ),
     "modernbert.Encoder.from_config": "(config)",
     "modernbert.Encoder.reset_parameters": "(self)",

@@ -90,7 +90,7 @@ def recorded() -> bool:
     No branch may then depend on a number, as the program would follow that of its example for ever.
     """
     # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def forced() -> str | None:

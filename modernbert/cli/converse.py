@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +22,15 @@ if TYPE_CHECKING:
     from ..retrieval.engines import Engine
     from ..retrieval.explain import TokenMatch
     from ..retrieval.queries import EncodedQuery
+    from ..retrieval.store.filters import Condition
     from ..retrieval.store.search import Hit, Store
+
+_CONDITION = re.compile(r"([^=!<>]*[^=!<>\s][^=!<>]*)(==|!=|>=|<=|=|>|<)(.*)", re.DOTALL)
 
 COMMANDS = {
     ":top 10": "how many passages to show",
     ":path docs/*.md": "search only files like this; :path alone searches all",
-    ":where year=2024": "search only records like this; :where alone searches all",
+    ":where year>=2024": "search only records like this; :where alone searches all",
     ":why 2": "for each token of the last question, what it found in hit 2",
     ":html page.html": "write a page with the last hits and why they matched",
     ":quit": "or end the input",
@@ -37,19 +42,21 @@ class Filter:
     """Which passages of a store are searched: see `Store.search`."""
 
     path: str | None = None
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: tuple[Condition, ...] = ()
     prefilter: bool = False
 
 
-def parse_fields(where: Sequence[str]) -> dict[str, str]:
-    """FIELD=VALUE texts as a dict. Raises ValueError for a text of another form."""
-    fields = {}
-    for pair in where:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ValueError(f"expected FIELD=VALUE, got {printable(pair)!r}")
-        fields[name] = value
-    return fields
+def parse_fields(where: Sequence[str]) -> tuple[Condition, ...]:
+    """The conditions in texts like `year>=2020`. Raises ValueError for a text of another form."""
+    from ..retrieval.store.filters import condition
+
+    found = []
+    for text in where:
+        parts = _CONDITION.fullmatch(text)
+        if not parts:
+            raise ValueError(f"expected FIELD=VALUE, got {printable(text)!r}")
+        found.append(condition(parts[1].strip(), parts[2].replace("==", "="), parts[3].strip()))
+    return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +160,7 @@ class SearchShell:
         elif name == "path":
             self.set_filter(replace(self._filter, path=value or None))
         elif name == "where":
-            self.set_filter(replace(self._filter, where=parse_fields(value.split())))
+            self.set_filter(replace(self._filter, where=parse_fields(shlex.split(value))))
         elif last and name == "why" and value.isdigit() and 0 < int(value) <= len(last.hits):
             hit = int(value) - 1
             print_matches(self.console, last.query.text, last.hits[hit], last.matches[hit])
@@ -166,7 +173,11 @@ class SearchShell:
     def _as_dict(self, found: Answer) -> dict[str, Any]:
         from ..retrieval.explain import strongest_words
 
-        rows = [{"rank": hit.rank, "score": hit.score, **asdict(hit.passage)} for hit in found.hits]
+        rows = [
+            {"rank": hit.rank, "score": hit.score, **asdict(hit.passage)}
+            | ({"copies": list(hit.copies)} if hit.copies else {})
+            for hit in found.hits
+        ]
         for row, hit, matches in zip(rows, found.hits, found.matches if self.why else (), strict=False):
             words = strongest_words(matches, found.query.text, hit.passage.content)
             row |= {"why": [asdict(word) for word in words], "matches": [asdict(match) for match in matches]}

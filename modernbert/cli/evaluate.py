@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,12 +18,13 @@ from .show import note
 from .temporary import temporary_store
 
 if TYPE_CHECKING:
+    from ..retrieval.evaluate import Qrels
     from ..retrieval.store.search import Store
 
 
 def evaluate(
     dataset: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="In BEIR's layout: corpus, queries, qrels/SPLIT.tsv.")
+        Path, typer.Argument(metavar="FOLDER", help="In the layout of BEIR or MTEB: corpus, queries, qrels/SPLIT.")
     ],
     model: ModelOption = None,
     engine: EngineOption = None,
@@ -37,40 +36,85 @@ def evaluate(
     per_query: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the metrics of each query as JSON lines.")
     ] = None,
+    keep_identical_ids: Annotated[
+        bool, typer.Option("--keep-identical-ids", help="Keep documents with the id of the query; BEIR drops them.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how well a model finds the relevant documents of a BEIR data set, with 95 % intervals."""
+    """Measure how well a model finds the relevant documents of a data set, with 95 % intervals.
+
+    The exit status is 1 if the run could not be written because of an id, and 2 after an error.
+    """
     from ..files import replacing
-    from ..retrieval.documents.text import file_name
+    from ..retrieval.dataset import find_dataset, parts, parts_pattern, read_qrels, read_queries
+    from ..retrieval.evaluate import check_measures, without_identical_ids, write_run
     from ..retrieval.evaluate import evaluate as evaluate_run
-    from ..retrieval.evaluate import find_dataset, read_qrels, read_queries, write_run
 
     run, per_query = run and output_file(run, "--run"), per_query and output_file(per_query, "--per-query")
+    check_measures()
     corpus, queries, qrels = find_dataset(dataset, split)
     judged = read_qrels(qrels)
-    judged_queries = {name: text for name, text in read_queries(queries).items() if name in judged}
-    with _corpus_store(corpus, index, model, engine) as store:
-        # The store may also hold other documents.
-        found = store.run(judged_queries, top_k=TOP_RUN, path=glob.escape(file_name(os.path.abspath(corpus))))
-    metrics = evaluate_run(found, judged, on_note=note)
-    if run:
-        write_run(run, found)
+    texts = read_queries(queries)
+    judged_queries = {name: text for name, text in texts.items() if name in judged}
+    unfit = _check(corpus, judged, texts)
+    if run and unfit:
+        note(f"--run is left out: {unfit}")
+    with _corpus_store(parts(corpus), index, model, engine) as store:
+        # The store may also hold other documents. One more than a run has, because one may have the id of the query.
+        found = store.run(judged_queries, top_k=TOP_RUN + 1, path=parts_pattern(corpus))
+    metrics = evaluate_run(found, judged, ignore_identical_ids=not keep_identical_ids, on_note=note)
+    if as_json:
+        rows = {m.name: {"mean": m.mean, "low": m.low, "high": m.high} for m in metrics}
+        print(json.dumps({"dataset": dataset.name, "queries": len(judged), **rows}, indent=2))
+    else:
+        table = Table("", "mean", "95 % interval", box=None, header_style="dim")
+        for m in metrics:
+            table.add_row(m.name, f"{m.mean:.4f}", f"{m.low:.4f} to {m.high:.4f}")
+        Console(highlight=False).print(table)
     if per_query:
         with replacing(per_query) as beside, beside.open("w", encoding="utf-8") as file:
             for name in judged:
                 print(json.dumps({"query": name, **{m.name: m.per_query[name] for m in metrics}}), file=file)
-    if as_json:
-        rows = {m.name: {"mean": m.mean, "low": m.low, "high": m.high} for m in metrics}
-        print(json.dumps({"dataset": dataset.name, "queries": len(judged), **rows}, indent=2))
-        return
-    table = Table("", "mean", "95 % interval", box=None, header_style="dim")
-    for m in metrics:
-        table.add_row(m.name, f"{m.mean:.4f}", f"{m.low:.4f} to {m.high:.4f}")
-    Console(highlight=False).print(table)
+    if run and not unfit:
+        kept = found if keep_identical_ids else without_identical_ids(found)
+        write_run(run, {query: dict(list(scores.items())[:TOP_RUN]) for query, scores in kept.items()})
+    if run and unfit:
+        raise typer.Exit(1)
+
+
+def _check(corpus: Path, judged: Qrels, texts: dict[str, str]) -> str | None:
+    """Note what the files of a data set lack of each other. Returns why a TREC run cannot hold its ids, if so.
+
+    Raises ValueError if no query is judged.
+    """
+    from ..retrieval.dataset import read_ids
+    from ..retrieval.evaluate import run_problem
+
+    if not texts.keys() & judged.keys():
+        raise ValueError(
+            f"none of the {len(judged):,} judged queries is among the {len(texts):,} queries: do they belong together?"
+        )
+    absent = {document for grades in judged.values() for document in grades}
+    problems = map(run_problem, judged.keys() & texts.keys())
+    unfit = next(filter(None, problems), None)
+    for name in read_ids(corpus):
+        absent.discard(name)
+        unfit = unfit or run_problem(name)
+    lost = sum(name in absent for grades in judged.values() for name, grade in grades.items() if grade > 0)
+    for count, what in (
+        (len(judged.keys() - texts.keys()), "judged queries that the queries lack, which count as 0"),
+        (len(texts.keys() - judged.keys()), "queries without a judgement, which are left out"),
+        (len(absent), f"judged documents that the corpus lacks, in {lost:,} judgements as relevant"),
+    ):
+        if count:
+            note(f"{what}: {count:,}")
+    return unfit
 
 
 @contextmanager
-def _corpus_store(corpus: Path, folder: Path | None, model: str | None, engine: str | None) -> Iterator[Store]:
+def _corpus_store(
+    corpus: Sequence[Path], folder: Path | None, model: str | None, engine: str | None
+) -> Iterator[Store]:
     """A store that holds the corpus: in `folder`, or a temporary one."""
     from ..retrieval import Store
     from ..retrieval import index as update
@@ -79,11 +123,11 @@ def _corpus_store(corpus: Path, folder: Path | None, model: str | None, engine: 
     from ..retrieval.store.identity import load_model
 
     if folder is None:
-        with temporary_store([corpus], load_model(model, engine=engine), note) as store:
+        with temporary_store(corpus, load_model(model, engine=engine), note) as store:
             yield store
         return
     manifest = find_manifest(folder) if holds_store(folder) else None  # refuses a folder before the model is loaded
     loaded = load_model(model, manifest.identity if manifest else None, engine)
-    update([corpus], folder, loaded, note=note)
+    update(corpus, folder, loaded, note=note)
     with Store(folder, loaded) as store:
         yield store

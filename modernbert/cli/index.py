@@ -25,7 +25,7 @@ def index(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="Text, markdown, HTML, PDF, source code, folders of these; JSON lines, CSV or a BEIR corpus.",
+            help="Text, markdown, notebooks, HTML, PDF, code, folders of these; JSON lines, CSV or a BEIR corpus.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="STORE", help="The folder of the store.")],
@@ -37,6 +37,11 @@ def index(
         str | None, typer.Option(metavar="fp16|fp32|int8", help="The dtype of the vectors.", show_default="fp16")
     ] = None,
     prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for `search --prefilter`.")] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave out files like this, as in a .gitignore; repeatable."),
+    ] = None,
+    gitignore: Annotated[bool, typer.Option(help="Leave out what git ignores.")] = True,
     engine: EngineOption = None,
     encoding: EncodingOption = None,
     text_column: TextColumnOption = None,
@@ -67,6 +72,8 @@ def index(
                 model,
                 dtype=dtype,
                 prefilter=prefilter,
+                exclude=exclude or (),
+                gitignore=gitignore,
                 engine=engine,
                 **asdict(reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)),
                 note=notes.append,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +51,8 @@ def search(
     html: Annotated[Path | None, typer.Option(help="Write a page with the hits and why they matched.")] = None,
     path: Annotated[str | None, typer.Option(metavar="PATTERN", help="Search only files like 'docs/*.md'.")] = None,
     where: Annotated[
-        list[str] | None, typer.Option(metavar="FIELD=VALUE", help="Search only records with this value.")
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUE", help="Search only records like this; also `year>=2020`, `author.name=Ann`"),
     ] = None,
     prefilter: Annotated[
         bool, typer.Option("--prefilter", help="Search only likely passages: faster, but not exact.")
@@ -101,13 +103,16 @@ def demo(
 
 
 def _write_run(index: str, model: str | None, engine: str | None, queries: Path, run: Path, top: int) -> None:
-    from ..retrieval.evaluate import read_queries, write_run
+    from ..retrieval.dataset import read_queries
+    from ..retrieval.evaluate import run_problem, write_run
     from ..retrieval.store.search import Store
 
     with _open(index, model, engine) as (store, _):
         if not isinstance(store, Store):
             raise ValueError(f"{index} is an export, which cannot give a run: use --index with a store")
         texts = read_queries(queries)
+        if problem := next(filter(None, map(run_problem, chain(texts, store.document_ids()))), None):
+            raise ValueError(problem)
         write_run(run, store.run(texts, top_k=top))
     note(f"wrote the best {top} documents for each of {len(texts):,} queries to {run}")
 

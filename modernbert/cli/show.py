@@ -35,6 +35,9 @@ def print_hits(
         print_text(console, head + Text(printable(location(hit.passage)), style="cyan not bold"))
         print_text(console, Text(printable(hit.passage.title), style="italic"), indent=3)
         print_text(console, _text(hit.passage, matches), indent=3)
+        if hit.copies:
+            also = f"also in {', '.join(map(short_path, hit.copies))}"
+            print_text(console, Text(printable(also), style="dim"), indent=3)
         if matches:
             print_text(console, _why(query, hit, matches), indent=3)
         console.print()
@@ -42,9 +45,14 @@ def print_hits(
 
 def location(passage: Passage) -> str:
     """`path:line`, `path, page 3` or the path; for a record after `id in`. Relative inside the working directory."""
-    path, here = Path(passage.path), Path.cwd()
-    where = f"{path.relative_to(here) if path.is_relative_to(here) else path}{passage.place}"
+    where = f"{short_path(passage.path)}{passage.place}"
     return where if passage.id == passage.path else f"{passage.id} in {where}"
+
+
+def short_path(name: str) -> str:
+    """The path of a file, relative if it is inside the working directory."""
+    path, here = Path(name), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _text(passage: Passage, matches: Sequence[TokenMatch]) -> Text:

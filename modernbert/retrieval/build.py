@@ -23,11 +23,11 @@ from .documents.text import OnNote, file_name
 from .engines import is_target
 from .passages import Document
 from .store.draft import Draft, open_draft
-from .store.folder import LOCK, is_store
 from .store.format import DTYPES, MANIFEST, PASSAGES, VERSION, Manifest, read_manifest
 from .store.identity import LoadedModel, ModelSource, absolute, load_model
 from .store.request import IndexRequest, resume_command
 from .store.writer import StoreWriter, Summary
+from .vanished import vanished_note
 from .windows import BLOCK, Window, batch, windows
 
 Paths = Sequence[str | os.PathLike[str]]
@@ -40,6 +40,8 @@ def index(
     *,
     dtype: str | None = None,
     prefilter: bool = False,
+    exclude: Sequence[str] = (),
+    gitignore: bool = True,
     engine: str | None = None,
     encoding: str | None = None,
     text_column: str | None = None,
@@ -52,8 +54,9 @@ def index(
     """Update the store in the folder `output` from files and folders, or make a new store.
 
     Afterwards, the store holds what is now under `paths`: new and changed documents are encoded, and documents that no
-    longer exist are removed. Documents from other paths stay, and so do those of files and folders that cannot be read
-    now, which `Summary.unread` counts. Memory does not grow with the corpus, and the old state of the store can be
+    longer exist or are left out now are removed. Documents from other paths stay: if their files are gone, a note has
+    the command that forgets them. Documents of files and folders that cannot be read now stay too, and
+    `Summary.unread` counts them. Memory does not grow with the corpus, and the old state of the store can be
     searched in the meantime.
 
     Args:
@@ -62,6 +65,7 @@ def index(
             built-in one.
         dtype: of the vectors: "fp16" (None for a new store), "fp32", or "int8" with one scale for each.
         prefilter: also keep the lists that `Store.search(..., prefilter=True)` needs, from now on.
+        exclude, gitignore: which files to leave out, see `find_files`.
         engine: of the `Session` that encodes.
         encoding, text_column, id_column, delimiter, skip_bad_rows: how files are read: see `Reading`.
         progress: whether to show a bar on stderr. None: only on a terminal.
@@ -76,8 +80,12 @@ def index(
     _check_output(output)
     reading = Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)
     roots, named = _roots(paths), [os.path.abspath(path) for path in paths]
-    total = _total_size(paths, Path(output))
+    total = _total_size(paths, Path(output), exclude, gitignore)
     request: IndexRequest = {"paths": named, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
+    if exclude:
+        request["exclude"] = list(exclude)
+    if not gitignore:
+        request["gitignore"] = False
     if options := reading.options():
         request["reading"] = options
     with (
@@ -99,9 +107,8 @@ def index(
 
         for damaged in writer.find_damage():
             note(f"{damaged} is damaged or missing: its documents are read and encoded again")
-        for file in find_files(paths, on_unread=keep, on_note=note):
-            if not (file.name == LOCK and is_store(file.parent)):
-                update(file)
+        for file in find_files(paths, exclude=exclude, gitignore=gitignore, on_unread=keep, on_note=note):
+            update(file)
         encoder.flush()
         for root in roots:
             if count := writer.is_emptied(root):
@@ -110,6 +117,8 @@ def index(
                     f"are meant to go, remove them with: {_forget_command(root, draft.folder)}"
                 )
         writer.remove_unseen(roots)
+        if gone := vanished_note(writer.unseen_files(), draft.folder):
+            note(gone)
         for lost in filter(os.path.isfile, writer.lost_files()):
             update(Path(lost))
         encoder.flush()
@@ -231,11 +240,11 @@ def _changed_documents(
         writer.keep(file_name(file))
 
 
-def _total_size(paths: Paths, output: Path) -> int:
+def _total_size(paths: Paths, output: Path, exclude: Sequence[str], gitignore: bool) -> int:
     """The bytes of all files, for the progress bar. Raises FileNotFoundError for a path that does not exist."""
     total = 0
     try:
-        for file in find_files(paths, on_note=lambda message: None):
+        for file in find_files(paths, exclude=exclude, gitignore=gitignore, on_note=lambda message: None):
             with suppress(OSError):  # It has just been deleted, or reading it will raise the same error.
                 total += file.stat().st_size
     except FileNotFoundError as error:

@@ -1,22 +1,20 @@
-"""How good a search is: nDCG@10, MRR@10 and recall@100 with intervals, for BEIR folders and TREC runs."""
+"""How good a search is: nDCG@10, MRR@10 and recall@100 with intervals, for data sets and TREC runs."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import os
-import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..files import replacing
-from .documents.text import OnNote, gzip_errors
+from .dataset import find_dataset, read_qrels, read_queries
+from .documents.text import OnNote
+
+__all__ = ["evaluate", "find_dataset", "read_qrels", "read_queries", "write_run"]
 
 Run = dict[str, dict[str, float]]
 """Query id to document id to score. Among equal scores, the document that comes first is ranked first."""
@@ -25,14 +23,6 @@ Qrels = dict[str, dict[str, int]]
 
 METRICS = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "recall@100": "R@100"}  # our names, and those of ir-measures
 RESAMPLES, SEED = 10_000, 0
-
-
-class Dataset(NamedTuple):
-    """The three files of a data set in BEIR's layout."""
-
-    corpus: Path
-    queries: Path
-    qrels: Path
 
 
 @dataclass(frozen=True)
@@ -46,76 +36,6 @@ class Metric:
     per_query: dict[str, float]
 
 
-def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Dataset:
-    """The files of a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`, each `.gz` or not.
-
-    The default `split` is test, or else the only one.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: there are several splits, and none of them is test.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
-    corpus, queries = (_either(folder / name) for name in ("corpus.jsonl", "queries.jsonl"))
-    splits = sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in folder.glob("qrels/*.tsv*")})
-    if split is None and len(splits) > 1 and "test" not in splits:
-        raise ValueError(f"{folder / 'qrels'} holds {', '.join(splits)}: say which split")
-    chosen = split or ("test" if "test" in splits or not splits else splits[0])
-    if splits and chosen not in splits:
-        raise FileNotFoundError(f"{folder / 'qrels'} has no split {chosen}; it holds {', '.join(splits)}")
-    return Dataset(corpus, queries, _either(folder / "qrels" / f"{chosen}.tsv"))
-
-
-def read_queries(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Query texts by id, from JSON lines with `_id` and `text` (BEIR's `queries.jsonl`, `.gz` or not), in order.
-
-    Raises ValueError with file and line for a broken record or a repeated id.
-    """
-    queries: dict[str, str] = {}
-    for where, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error}); queries have one JSON object a line") from error
-        name = record.get("_id") if isinstance(record, dict) else None
-        if isinstance(name, bool) or not isinstance(name, (str, int)) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{where}: expected an object with "_id" and a string "text", got {line.strip()[:80]}')
-        if str(name) in queries:
-            raise ValueError(f"{where}: the query id {name} comes twice; ids must be unique")
-        # JSON can contain half a surrogate pair ("\ud800"), which is not a character: tokenizers fail on it.
-        queries[str(name)] = record["text"].encode("utf-8", "replace").decode()
-    if not queries:
-        raise ValueError(f"{path} holds no query")
-    return queries
-
-
-def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
-    """Judgements, from BEIR's tsv (`query-id corpus-id score` under a header) or TREC's four columns.
-
-    Raises ValueError with file and line for a broken line or a pair with two different judgements.
-    """
-    qrels: dict[str, dict[str, int]] = {}
-    for number, (where, line) in enumerate(_lines(path)):
-        columns = line.rstrip("\r\n").split("\t")
-        is_beir = len(columns) == 3
-        fields = columns if is_beir else line.split()
-        if len(fields) not in (3, 4):
-            raise ValueError(f"{where}: expected 3 columns (BEIR) or 4 (TREC), got {len(fields)}: {line.strip()[:80]}")
-        query, document, grade = fields[0], fields[-2], fields[-1].strip()
-        if not re.fullmatch(r"-?\d{1,9}(\.0*)?", grade):
-            if number == 0 and is_beir:
-                continue  # the header
-            raise ValueError(f"{where}: the score must be a whole number, got {grade!r}")
-        score = int(float(grade))
-        if qrels.setdefault(query, {}).setdefault(document, score) != score:
-            raise ValueError(f"{where}: query {query} and document {document} are judged twice, differently")
-    if not qrels:
-        raise ValueError(f"{path} holds no judgement")
-    return qrels
-
-
 def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -> None:
     """Write a TREC run: `query Q0 document rank score tag`, ranks from 1, best first. Atomic.
 
@@ -123,7 +43,7 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -
     way. To give them all the same ranks, a tied score is lowered to the next float32.
 
     Raises:
-        ValueError: an id contains white space, which the format does not allow, or a score is not finite.
+        ValueError: an id is empty or contains white space, which the format does not allow, or a score is not finite.
         OSError: the file cannot be written. An existing file is then unchanged.
     """
     with replacing(Path(os.path.realpath(path))) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
@@ -131,17 +51,37 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -
             last = np.float32(np.inf)
             for rank, (document, score) in enumerate(_ranked(scores), start=1):
                 for name in (query, document, tag):
-                    if len(name.split()) != 1 or name != name.strip():
-                        raise ValueError(
-                            f"the id {name!r} is empty or contains white space, which a TREC run does not allow"
-                        )
+                    if problem := run_problem(name):
+                        raise ValueError(problem)
                 if not math.isfinite(score):
                     raise ValueError(f"the score of query {query}, document {document} is {score}, which is not finite")
                 last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
                 file.write(f"{query} Q0 {document} {rank} {last!s} {tag}\n")
 
 
-def evaluate(run: Run, qrels: Qrels, *, on_note: OnNote = warnings.warn) -> list[Metric]:
+def run_problem(name: str) -> str | None:
+    """Why a TREC run cannot hold the id of a query or document; None if it can."""
+    if name.split() == [name]:
+        return None
+    return f"the id {name!r} is empty or contains white space, which a TREC run does not allow"
+
+
+def without_identical_ids(run: Run) -> Run:
+    """The run without each document that has the id of its query."""
+    return {query: {d: score for d, score in scores.items() if d != query} for query, scores in run.items()}
+
+
+def check_measures() -> None:
+    """Raise ModuleNotFoundError if ir-measures is not installed."""
+    try:
+        import ir_measures  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("evaluation needs ir-measures: pip install 'modernbert[retrieval]'") from error
+
+
+def evaluate(
+    run: Run, qrels: Qrels, *, ignore_identical_ids: bool = True, on_note: OnNote = warnings.warn
+) -> list[Metric]:
     """nDCG@10, MRR@10 and recall@100 of a run, computed by ir-measures (extra `retrieval`).
 
     The mean is over the queries of `qrels`. A query without a result or without a relevant document counts as 0, as
@@ -149,18 +89,27 @@ def evaluate(run: Run, qrels: Qrels, *, on_note: OnNote = warnings.warn) -> list
     those that `write_run` writes. The interval is a percentile bootstrap over queries with 10,000 resamples and a fixed
     seed. It shows how far the mean would move with other queries of the same kind; with few queries it is unreliable.
 
+    Args:
+        ignore_identical_ids: leave out documents that have the id of their query, as BEIR does, and MTEB for the sets
+            of BEIR: in ArguAna and others, the query is a document itself.
+
     Raises:
         ValueError: no query of the run is judged.
         ModuleNotFoundError: ir-measures is not installed.
     """
-    try:
-        import ir_measures
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("evaluation needs ir-measures: pip install 'modernbert[retrieval]'") from error
+    check_measures()
+    import ir_measures
+
     if not run.keys() & qrels.keys():
         raise ValueError(
             f"none of {len(run)} queries of the run is among the {len(qrels)} judged ones: do they belong together?"
         )
+    if ignore_identical_ids:
+        same = [query for query in qrels if query in run.get(query, ())]
+        run = without_identical_ids(run)
+        if same:
+            lost = sum(qrels[query].get(query, 0) > 0 for query in same)
+            on_note(f"documents with the id of their query, which are left out: {len(same)}, judged relevant: {lost}")
     unanswered = sum(not run.get(query) for query in qrels)
     barren = sum(all(grade < 1 for grade in grades.values()) for grades in qrels.values())
     for count, kind in (
@@ -191,29 +140,3 @@ def _mean(values: np.ndarray) -> tuple[float, float, float]:
 
 def _ranked(scores: dict[str, float]) -> list[tuple[str, float]]:
     return sorted(scores.items(), key=lambda pair: -pair[1])
-
-
-def _either(path: Path) -> Path:
-    """The file, or its `.gz` variant."""
-    packed = path.with_name(f"{path.name}.gz")
-    for file in (path, packed):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(
-        f"no {path.name} or {packed.name} in {path.parent}: a BEIR folder has corpus.jsonl, queries.jsonl and "
-        "qrels/test.tsv"
-    )
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """File and line number of every line that is not blank, as text for messages, and the line."""
-    path = Path(path)
-    with gzip_errors(str(path)), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error})") from error
-            if line.strip():
-                yield where, line

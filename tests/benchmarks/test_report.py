@@ -90,7 +90,10 @@ def test_plots_are_drawn_and_are_the_same_twice(tmp_path: Path) -> None:
     (tmp_path / "old.svg").write_text("")
     first = report.drawn(report.plots([*GROUP, *curve]), tmp_path)
     texts = [file.read_bytes() for file in first]
-    assert [file.name for file in first] == ["amd-epyc-avx512f-cpu-factors.svg", "amd-epyc-avx512f-throughput-factors.svg"]
+    assert [file.name for file in first] == [
+        "amd-epyc-avx512f-cpu-factors.svg",
+        "amd-epyc-avx512f-throughput-factors.svg",
+    ]
     assert sorted(tmp_path.iterdir()) == sorted(first)
     assert b"OpenVINO" in texts[0]
     again = report.drawn(report.plots([*GROUP, *curve]), tmp_path)

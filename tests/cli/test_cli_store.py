@@ -66,6 +66,14 @@ def test_an_update_says_what_it_did(modernbert, store):
     assert "of 20 documents" in err
 
 
+def test_files_are_left_out(modernbert, store):
+    docs = store.parent / "docs"
+    (docs / ".gitignore").write_text("ice.txt\n")
+    for options, removed in (((), 1), (["--no-gitignore"], 0), (["--exclude", "*.txt", "--exclude", "/a"], 1)):
+        status, _, err = modernbert("index", docs, "--output", store, *options)
+        assert (status, f"changed, {removed} removed" in err) == (0, True)
+
+
 def test_filters(modernbert, store):
     def found(*options) -> list[dict]:
         return json.loads(modernbert("search", "owl", "--index", store, "--json", "--top", 100, *options)[1])["hits"]

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Encoder], object], str]] = {
     "a module left out": (module("layers.1.attn_norm", lambda _: nn.Identity()), r"missing .*1\.attn_norm\.weight"),
     "another eps": (
         lambda e: setattr(e.embeddings.norm, "eps", 0.1),
-        r"embeddings\.norm is LayerNorm\(\(16,\), eps=0\.1",
+        r"embeddings\.norm is Norm\(\(16,\), eps=0\.1",
     ),
     "a layer without parameters": (lambda e: e.layers.append(nn.Tanh()), r"layers\.3 is Tanh\(\)"),
     "a parametrized weight": (

@@ -119,7 +119,9 @@ def test_filters_search_only_what_they_name(store):
     assert found(where={"year": "2001"}) == expected(lambda m: m["year"] == "2001")
     assert found(where={"even": "true"}) == expected(lambda m: m["even"])
     assert found(where={"even": "false", "year": "2002"}) == expected(lambda m: not m["even"] and m["year"] == "2002")
-    assert found(where={"nothing": "1"}) == found(path="*.md") == found(where={"year": "2001' OR 1"}) == []
+    assert found(path="*.md") == found(where={"year": "2001' OR 1"}) == []
+    with pytest.raises(ValueError, match="no document has the field 'nothing'; the fields are: even, year"):
+        found(where={"nothing": "1"})
     assert found(path="corpus.jsonl") == found(path="*/corpus.*") == found() == expected(lambda m: True)
 
 

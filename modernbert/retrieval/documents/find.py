@@ -8,13 +8,17 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..passages import HTML, MARKDOWN, Document
+from ..passages import HTML, MARKDOWN, NOTEBOOK, Document
+from ..store.folder import is_store
+from ..store.format import MANIFEST
+from ..store.request import UNFINISHED
 from .html import read_html
+from .ignore import Excluded, Rules, is_ignored, rules_above, rules_in
 from .readers import PDF, READERS, read_plain
 from .reading import DEFAULT, Reading
 from .records import JSON_LINES, LARGEST, is_records, json_record, read_lines, read_records
@@ -50,15 +54,32 @@ class Key(NamedTuple):
 
 
 def find_files(
-    paths: Paths, *, on_unread: OnUnread = lambda path: None, on_note: OnNote = warnings.warn
+    paths: Paths,
+    *,
+    exclude: Sequence[str] = (),
+    gitignore: bool = True,
+    on_unread: OnUnread = lambda path: None,
+    on_note: OnNote = warnings.warn,
 ) -> Iterator[Path]:
     """The files to read, each once, as absolute paths with unresolved links.
 
-    A file that is named in `paths` is read whatever its name. Of a folder, all text, source code, HTML and PDF in it
-    and its subfolders is read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked folders, node_modules
-    and all other files are skipped, and counted in a note. Raises FileNotFoundError for a path that does not exist,
-    and OSError for one that cannot be examined, before anything else.
+    A file that is named in `paths` is read whatever its name. Of a folder, all text, source code, notebooks, HTML
+    and PDF in it and its subfolders is read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked folders,
+    node_modules, stores, what git ignores and all other files are skipped, and counted in a note.
+
+    Args:
+        exclude: patterns of files and folders to leave out, as in a .gitignore in each folder of `paths`. They also
+            hold for the names of the `paths`, and a pattern that begins with "!" takes back what a .gitignore says.
+        gitignore: whether to leave out what git ignores, by the .gitignore files in a folder and, inside a repository,
+            by all its other rules. A path that is named is read in spite of them.
+        on_unread, on_note: called while the files are found.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        OSError: a path cannot be examined.
+        ValueError: `exclude` has what is not a pattern. All are raised before anything else.
     """
+    excluded = Excluded(exclude)
     roots: dict[str, bool] = {}
     for path in paths:
         try:
@@ -66,7 +87,11 @@ def find_files(
         except FileNotFoundError:
             raise FileNotFoundError(f"no such file or folder: {file_name(path)}") from None
     for root, is_folder in roots.items():
-        yield from _walk(root, roots, on_unread, on_note) if is_folder else [Path(root)]
+        if excluded.decide(os.path.dirname(root), root, is_folder):
+            continue
+        yield from _walk(root, roots, excluded, gitignore, on_unread, on_note) if is_folder else [Path(root)]
+    for pattern in excluded.unused():
+        on_note(f"no file or folder was left out by the pattern {pattern!r}, which is relative to each folder named")
 
 
 def read_file(
@@ -144,15 +169,17 @@ def read_texts(path: str | os.PathLike[str], *, on_note: OnNote = warnings.warn)
             yield Document(name, str(number), "", line.strip(), number)
 
 
-def _walk(root: str, roots: Container[str], on_unread: OnUnread, on_note: OnNote) -> Iterator[Path]:
+def _walk(
+    root: str, roots: Container[str], excluded: Excluded, gitignore: bool, on_unread: OnUnread, on_note: OnNote
+) -> Iterator[Path]:
     """The files to read in a folder, before those in its subfolders. Skipped files are counted by kind in a note.
 
     Other `roots` are left out, so that nothing comes twice.
     """
     skipped: Counter[str] = Counter()
-    folders = [root]
+    folders = [(root, rules_above(root, on_note) if gitignore else [])]
     while folders:
-        folder = folders.pop()
+        folder, rules = folders.pop()
         try:
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
@@ -160,6 +187,12 @@ def _walk(root: str, roots: Container[str], on_unread: OnUnread, on_note: OnNote
             on_note(f"skipped a folder: {error}")
             on_unread(folder)
             continue
+        names = {entry.name for entry in found}
+        if names & {MANIFEST, UNFINISHED} and is_store(Path(folder)):
+            skipped["store"] += 1
+            continue
+        if gitignore:
+            rules = rules_in(folder, names, rules, on_note)
         subfolders = []
         for entry in found:
             if entry.path in roots:
@@ -173,10 +206,13 @@ def _walk(root: str, roots: Container[str], on_unread: OnUnread, on_note: OnNote
                 on_note(f"skipped a file: {error}")
                 on_unread(entry.path)
                 continue
-            if kind == "folder":
-                subfolders.append(entry.path)
-            elif kind == "file" and _is_wanted(entry.name):
-                yield Path(entry.path)
+            if kind == "folder" or (kind == "file" and _is_wanted(entry.name)):
+                if why := _left_out(entry.path, kind == "folder", root, excluded, rules):
+                    skipped[why] += 1
+                elif kind == "folder":
+                    subfolders.append((entry.path, rules))
+                else:
+                    yield Path(entry.path)
             else:
                 skipped[kind if kind != "file" else os.path.splitext(entry.name)[1].lower()] += 1
                 if kind == UNREADABLE:
@@ -186,6 +222,14 @@ def _walk(root: str, roots: Container[str], on_unread: OnUnread, on_note: OnNote
         kinds = ", ".join(f"{count} {file_name(kind)}" for kind, count in skipped.most_common(8))
         kinds += ", ..." if len(skipped) > 8 else ""
         on_note(f"skipped {skipped.total()} files and folders in {file_name(root)} that are not read: {kinds}")
+
+
+def _left_out(path: str, is_folder: bool, root: str, excluded: Excluded, rules: Sequence[Rules]) -> str:
+    """Why a file or folder below `root` is not read; "" if it is read."""
+    decided = excluded.decide(root, path, is_folder)
+    if decided is None:
+        return "ignored by git" if is_ignored(rules, path, is_folder) else ""
+    return "excluded" if decided else ""
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -203,5 +247,5 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 def _is_wanted(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
-    is_text = suffix in TEXT or suffix in CODE or suffix in HTML or suffix in PDF
+    is_text = suffix in TEXT or suffix in CODE or suffix in HTML | PDF | NOTEBOOK
     return name in CORPORA or (is_text and not name.lower().endswith(GENERATED))

@@ -10,9 +10,10 @@ import io
 import logging
 from collections.abc import Callable, Mapping
 
-from ..passages import HTML, PAGE_BREAK, PDF
+from ..passages import HTML, NOTEBOOK, PAGE_BREAK, PDF
 from .encodings import text_encoding
 from .html import read_html
+from .notebook import read_notebook
 from .pdf_pages import form_values, without_running_heads
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
@@ -23,7 +24,9 @@ def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[s
     A NUL near the beginning means that this is not a text file, unless it is one in the encoding `named`.
     """
     if named is None and marked_encoding(raw) is None and b"\0" in raw[:8192]:
-        raise ValueError("a binary file; supported are text, markdown, HTML, PDF, source code, JSON lines and CSV")
+        raise ValueError(
+            "a binary file; supported are text, markdown, notebooks, HTML, PDF, source code, JSON lines and CSV"
+        )
     encoding = text_encoding(io.BytesIO(raw), named, on_note)
     text, count = decode(raw, encoding)
     if count:
@@ -113,6 +116,7 @@ class _Work:
 
 READERS: Mapping[str, Callable[[bytes, OnNote], tuple[str, str]]] = {
     **dict.fromkeys(HTML, read_html),
+    **dict.fromkeys(NOTEBOOK, read_notebook),
     **dict.fromkeys(PDF, read_pdf),
 }
 """Readers by suffix. Any other file is plain text."""

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from ..passages import Document
 from .encodings import text_encoding
+from .parquet import PARQUET
+from .parquet import read_rows as read_parquet
 from .reading import DEFAULT, Reading
 from .tables import DELIMITERS, TAB, read_rows
 from .text import OnNote, decode, file_name, gzip_errors, marked_encoding, replaced, storable
@@ -42,7 +44,7 @@ class Bad(NamedTuple):
 
 def is_records(path: Path) -> bool:
     """Whether a file holds records, judged by its name."""
-    return path.name.lower().endswith((*JSON_LINES, *TABLES))
+    return path.name.lower().endswith((*JSON_LINES, *TABLES, PARQUET))
 
 
 def read_records(
@@ -63,7 +65,10 @@ def read_records(
         with open(path, "rb") as file:
             encoding = text_encoding(file, encoding, lambda message: on_note(f"{name}: {message}"))
     lines = read_lines(path, encoding, on_bytes=on_bytes, on_note=on_note)
-    documents = _table(lines, name, reading, TABLES[kind]) if kind in TABLES else _json_lines(lines, name, reading)
+    if kind == PARQUET:
+        documents = _parquet(path, name, reading, on_bytes)
+    else:
+        documents = _table(lines, name, reading, TABLES[kind]) if kind in TABLES else _json_lines(lines, name, reading)
     skipped: list[Bad] = []
     count = 0
     for found in _unique(documents, name):
@@ -167,6 +172,12 @@ def _json_record(line: str, name: str, number: int, reading: Reading) -> Documen
     if reading.id_column and reading.id_column not in names:
         return Bad(where, f"it has no {reading.id_column!r}; its fields are {', '.join(map(repr, names)):.400}")
     return _document(record, texts, name, number, reading)
+
+
+def _parquet(path: Path, name: str, reading: Reading, on_bytes: Callable[[int], None]) -> Iterator[Document | Bad]:
+    # Dates and other values that JSON does not have become texts.
+    for number, row in enumerate(read_parquet(path, on_bytes=on_bytes), start=1):
+        yield _json_record(json.dumps(row, default=str), name, number, reading)
 
 
 def _table(lines: Iterable[str], name: str, reading: Reading, delimiters: str) -> Iterator[Document | Bad]:

@@ -61,6 +61,12 @@ def file_name(path: str | os.PathLike[str]) -> str:
     return re.sub(rb"\\(?=x5c|x[89a-f][0-9a-f])", rb"\\x5c", raw).decode("utf-8", "backslashreplace")
 
 
+def file_path(name: str) -> str:
+    """The path whose `file_name` is `name`."""
+    raw = re.sub(rb"\\x(5c|[89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), name.encode())
+    return os.fsdecode(raw)
+
+
 @contextmanager
 def gzip_errors(name: str) -> Iterator[None]:
     """Raise ValueError with the file's `name` if reading finds a broken gzip file."""

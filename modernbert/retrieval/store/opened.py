@@ -7,6 +7,7 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import quote
 
+from .filters import nfc
 from .format import SHARDS, Manifest, Shard, verify
 
 
@@ -25,6 +26,7 @@ class OpenFiles:
         # A published table never changes: it needs no locks, and a read-only disk would not allow any.
         address = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode=ro&immutable=1"
         self._table = sqlite3.connect(address, uri=True, check_same_thread=False)
+        self._table.create_function("nfc", 1, nfc, deterministic=True)
         self._shards: dict[int, Shard] = {}
         try:
             for number, file, sha256 in self._table.execute("SELECT number, file, sha256 FROM shards ORDER BY number"):

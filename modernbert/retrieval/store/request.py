@@ -12,22 +12,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from typing_extensions import NotRequired
+
 from ...files import replacing
 
 UNFINISHED = "unfinished.json"
 
 
-class _Always(TypedDict):
+class IndexRequest(TypedDict):
+    """The arguments of `index` that decide what the store will hold; some only if they are not the default.
+
+    `reading`: what is given of `Reading`.
+    """
+
     paths: list[str]
     model: str | None
     dtype: str | None
     prefilter: bool
-
-
-class IndexRequest(_Always, total=False):
-    """The arguments of `index` that decide what the store will hold; `reading`: what is given of `Reading`."""
-
-    reading: dict[str, str | bool]
+    exclude: NotRequired[list[str]]
+    gitignore: NotRequired[bool]
+    reading: NotRequired[dict[str, str | bool]]
 
 
 class ForgetRequest(TypedDict):
@@ -82,6 +86,9 @@ def resume_command(request: Request, folder: Path) -> str:
     for name, value in (("--model", request["model"]), ("--dtype", request["dtype"])):
         options += [name, value] if value else []
     options += ["--prefilter"] if request["prefilter"] else []
+    for pattern in request.get("exclude", ()):
+        options += ["--exclude", pattern]
+    options += [] if request.get("gitignore", True) else ["--no-gitignore"]
     for name, value in request.get("reading", {}).items():
         options.append(f"--{name.replace('_', '-')}" + (f"={value}" if isinstance(value, str) else ""))
     return _command(*request["paths"], "--output", str(folder), *options)
@@ -91,16 +98,21 @@ def _is_request(content: object) -> bool:
     """Whether the content of a JSON file is a request: exactly the fields of one, with values of their types."""
     if not isinstance(content, dict):
         return False
-    paths = content.get("forget" if content.keys() == ForgetRequest.__annotations__.keys() else "paths")
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        return False
-    return "forget" in content or (
-        IndexRequest.__required_keys__ <= content.keys() <= IndexRequest.__required_keys__ | {"reading"}
+    if content.keys() == ForgetRequest.__annotations__.keys():
+        return _are_texts(content["forget"])
+    return (
+        {"paths", "model", "dtype", "prefilter"} <= content.keys() <= IndexRequest.__annotations__.keys()
+        and _are_texts(content["paths"])
         and all(content[name] is None or isinstance(content[name], str) for name in ("model", "dtype"))
-        and isinstance(content["prefilter"], bool)
+        and all(isinstance(content.get(name, True), bool) for name in ("prefilter", "gitignore"))
+        and _are_texts(content.get("exclude", []))
         and isinstance(reading := content.get("reading", {}), dict)
         and all(isinstance(value, (str, bool)) for value in reading.values())
     )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _command(*arguments: str) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -18,12 +17,14 @@ from ...late_interaction import Ragged, maxsim
 from ..explain import TokenMatch, match
 from ..passages import Passage
 from ..queries import EncodedQuery, check_search, check_top_k, encode_queries, query_vectors, tokenize
+from .filters import PATH, Where, conditions, path_pattern
 from .folder import check_name
 from .format import read_manifest
 from .identity import LoadedModel, ModelSource, load_model
 from .opened import OpenFiles
 from .prefilter import Prefilter
 from .ranking import TopK, score_shard
+from .selection import Selection
 
 RUN_QUERIES = 64
 """Queries of a run that are encoded and scored together."""
@@ -33,8 +34,6 @@ CANDIDATES_AT_ONCE = 256
 
 COLUMNS = "p.number, d.path, d.id, p.title, p.text, p.start, p.stop, coalesce(d.line, p.line), d.metadata"
 JOINED = "passages p JOIN documents d ON d.number = p.document"
-FIELD = """SELECT 1 FROM json_each(d.metadata) f
-    WHERE f.key = ? AND (CAST(f.value AS TEXT) = ? OR f.type IN ('true', 'false') AND f.type = ?)"""
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,15 @@ class Hit:
 
     Attributes:
         rank: from 1. score: its MaxSim with the query. passage_id: its key in the store.
+        copies: the paths of other documents with the same content, the newest first; `passage` is from the newest one
+            that was searched.
     """
 
     rank: int
     score: float
     passage: Passage
     passage_id: int
+    copies: tuple[str, ...] = ()
 
 
 class Store:
@@ -97,7 +99,7 @@ class Store:
             self._files.close()
             raise
         self.colbert = self.session.model
-        self._selected = lru_cache(maxsize=1024)(self._select)
+        self._selection = Selection(self._files)
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -129,26 +131,36 @@ class Store:
         top_k: int = 10,
         by: Literal["passage", "document"] = "passage",
         path: str | None = None,
-        where: Mapping[str, str] | None = None,
+        where: Where | None = None,
         prefilter: bool = False,
     ) -> list[list[Hit]]:
         """For each query its `top_k` passages, best first; of equal scores the one that was indexed first.
+
+        Of documents with the same content, only the one that was indexed last is searched, unless `path` asks for files
+        by name; see `Hit.copies`.
 
         Args:
             queries: texts, or what `encode` made of them.
             by: "document" lists each document once, by its best passage.
             path: only documents whose path matches this shell pattern; `*` also matches `/`.
-            where: only documents with these fields and values in their metadata.
+            where: only documents whose metadata has these fields and values, as in `{"lang": "en"}`. A value can be a
+                text, a number, True, False, None for a missing field, a list of which one must match, or a dict of
+                conditions, as in `{"year": {">=": 2020, "<": 2024}}`, with the keys `=`, `!=`, `>=`, `>`, `<=`, `<`.
+                `{"author.name": "Ann"}` and `{"author": {"name": "Ann"}}` are about a field in an object, and a list
+                in the metadata matches if one of its elements does. `store/filters.py` says what is equal.
             prefilter: score only likely passages. This may miss some; the scores of those found are the same. Raises
                 ValueError unless the store was made with `prefilter`.
 
         Raises:
-            ValueError: an argument is not one of these, or the store is closed.
+            ValueError: an argument is not one of these, no document has a field of `where`, its values are of another
+                type, or the store is closed.
             RuntimeError: the store was opened before a fork.
         """
         queries = check_search(queries, top_k)
-        _check_filters(by, path, where)
-        ids, vectors = self._searched(by, path, where), query_vectors(self.session, queries)
+        _check_filters(by, path)
+        wanted = tuple(conditions(() if where is None else where))
+        ids = self._selection.passages(by, path, wanted, copies=path is not None)
+        vectors = query_vectors(self.session, queries)
         best = self._likely(vectors, ids, top_k) if prefilter else self._best(vectors, ids, top_k)
         return [self._hits(found) for found in best]
 
@@ -174,8 +186,8 @@ class Store:
         share an id.
         """
         check_top_k(top_k)
-        _check_filters("document", path, None)
-        among, values = ("WHERE path GLOB ?", [_pattern(path)]) if path else ("", [])
+        _check_filters("document", path)
+        among, values = (f"WHERE {PATH}", [path_pattern(path)]) if path else ("", [])
         shared = self._files.table.execute(
             f"SELECT id FROM documents {among} GROUP BY id HAVING count(*) > 1", values
         ).fetchone()
@@ -184,7 +196,7 @@ class Store:
                 f"the store holds several documents with the id {shared[0]!r}: a run could not tell them apart"
             )
         run: dict[str, dict[str, float]] = {}
-        names, ids = list(queries), self._searched("document", path, None)
+        names, ids = list(queries), self._selection.passages("document", path, (), copies=True)
         tokens = tokenize(self.session, list(queries.values()), [f"query {name!r}" for name in names])
         for start in range(0, len(names), RUN_QUERIES):
             group = names[start : start + RUN_QUERIES]
@@ -198,6 +210,10 @@ class Store:
         """The passages with these keys."""
         return [self._passage("p.number = ?", passage_id)[1] for passage_id in passage_ids]
 
+    def document_ids(self) -> Iterator[str]:
+        """The ids of all documents, in the order in which they were indexed."""
+        yield from (name for (name,) in self._files.table.execute("SELECT id FROM documents ORDER BY number"))
+
     def batches(self) -> Iterator[tuple[list[int], list[Passage], Ragged]]:
         """Everything, a shard at a time: keys, passages, and their vectors in float32."""
         for number, shard in self._files.shards.items():
@@ -207,26 +223,6 @@ class Store:
             matrices = list(shard.vectors(0, len(shard)))
             vectors = Ragged.from_list([matrices[columns[-1]].float() for columns in found])
             yield [columns[0] for columns in found], [_passage(columns) for columns in found], vectors
-
-    def _searched(self, by: str, path: str | None, where: Mapping[str, str] | None) -> list[np.ndarray]:
-        """For each shard, the passages to search: see `_select`."""
-        return [self._selected(number, by, path, tuple((where or {}).items())) for number in self._files.shards]
-
-    def _select(self, number: int, by: str, path: str | None, where: tuple[tuple[str, str], ...]) -> np.ndarray:
-        """`[N, 3]` int64 for the passages of a shard that match: id of the passage or document, shard, row."""
-        condition = "p.shard = ?"
-        values: list[int | str] = [number]
-        if path is not None:
-            condition += " AND d.path GLOB ?"
-            values.append(_pattern(path))
-        for field, value in where:
-            condition += f" AND EXISTS ({FIELD})"
-            values += [field, value, value]
-        counted = "p.document" if by == "document" else "p.number"
-        found = self._files.table.execute(
-            f"SELECT {counted}, p.shard, p.row FROM {JOINED} WHERE {condition} ORDER BY p.row", values
-        )
-        return np.array(found.fetchall(), dtype=np.int64).reshape(-1, 3)
 
     def _best(self, queries: Ragged, ids: Sequence[np.ndarray], top_k: int) -> list[TopK]:
         best = [TopK(top_k) for _ in range(len(queries))]
@@ -262,7 +258,7 @@ class Store:
             zip(best.scores_N.tolist(), best.ids_N3.tolist(), strict=True), start=1
         ):
             passage_id, passage = self._passage("p.shard = ? AND p.row = ?", shard, row)
-            hits.append(Hit(rank, score, passage, passage_id))
+            hits.append(Hit(rank, score, passage, passage_id, self._selection.copies_of(passage_id)))
         return hits
 
     def _document_id(self, number: int) -> str:
@@ -275,24 +271,12 @@ class Store:
         return found[0], _passage(found)
 
 
-def _check_filters(by: str, path: str | None, where: Mapping[str, str] | None) -> None:
+def _check_filters(by: str, path: str | None) -> None:
     """Raise ValueError for filters that would find nothing, or fail, because they are not of the right kind."""
     if by not in ("passage", "document"):
         raise ValueError(f"by is {by!r}; it can be 'passage' or 'document'")
     if path is not None and not isinstance(path, str):
         raise ValueError(f"path is {path!r}; give a shell pattern as a text")
-    if where is None:
-        return
-    if not isinstance(where, Mapping):
-        raise ValueError(f"where is {where!r}; give a dict of fields and values")
-    for field, value in where.items():
-        if not isinstance(field, str) or not isinstance(value, str):
-            raise ValueError(f"where has {field!r}: {value!r}; give both as texts")
-
-
-def _pattern(path: str) -> str:
-    """A relative pattern matches the end of a path."""
-    return path if os.path.isabs(path) else f"*/{path}"
 
 
 def _passage(columns: Sequence[Any]) -> Passage:

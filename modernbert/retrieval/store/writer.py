@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -115,6 +115,12 @@ class StoreWriter:
                 self._table.execute(f"UPDATE documents SET digest = '' WHERE number IN ({documents})", (number,))
                 damaged.append(file)
         return damaged
+
+    def unseen_files(self) -> Iterator[tuple[str, int]]:
+        """The files of documents that this run has neither added nor seen, with the number of their documents."""
+        yield from self._table.execute(
+            "SELECT path, count(*) FROM documents WHERE number NOT IN (SELECT number FROM seen) GROUP BY path"
+        )
 
     def lost_files(self) -> list[str]:
         """The files of documents that were in damaged shards and have not been added again."""
