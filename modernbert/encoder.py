@@ -53,7 +53,7 @@ class Rope:
 
 def no_states() -> tuple[()] | None:
     """`hidden_states` of a caller that has not asked for them: None, which a trace cannot return."""
-    return () if torch.jit.is_tracing() else None
+    return () if torch.jit.is_tracing() else None  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Linear(nn.Linear):

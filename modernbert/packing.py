@@ -319,7 +319,7 @@ def _pack_padded(
     )
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _pack_uncompiled(
     ids_BS: Tensor,
     attention_mask: Tensor | None,
@@ -393,7 +393,7 @@ def check_padded(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             continue  # a shape is a tensor there, and `expand_as` refuses what does not fit
         shapes = [ids_BS.shape, (length,), (1, length)] if name == "position_ids" else [ids_BS.shape]
         if tensor.shape not in shapes:

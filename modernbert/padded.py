@@ -79,7 +79,7 @@ def pack_padded(
     return replace(batch, padded_rows=rows_T // length * length + order_BS.flatten()[rows_T])
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _uncompiled(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,

@@ -18,7 +18,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def _lengths(cu_seqlens: Tensor) -> list[int]:
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise ValueError("torch.jit.trace would keep the lengths of its example: leave this op out of what is traced")
     return cu_seqlens.diff().tolist()
 
@@ -117,7 +117,8 @@ def attention(
         rope: cos and sin, `[T, K / 2]` float32.
     """
     num_tokens = qkv_T3HK.shape[0]
-    if not torch.jit.is_tracing() and num_tokens == 0:  # a trace would keep the answer
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if not traced and num_tokens == 0:  # a trace would keep the answer
         return qkv_T3HK[:, 0]
     position_S = torch.arange(max_seqlen, device=qkv_T3HK.device)
     rows_BS = (cu_seqlens[:-1, None] + position_S).clamp(max=num_tokens - 1)
