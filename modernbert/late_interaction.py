@@ -66,8 +66,10 @@ class Ragged:
         """
         return cls(*_joined("matrices", matrices))
 
-    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Ragged:
-        """The same matrices on `device`; `offsets` stay on the CPU. Differentiable."""
+    def to(self, device: torch.device | str | int | None, *, non_blocking: bool = False) -> Ragged:
+        """The same matrices on `device`; `offsets` stay on the CPU. None: where they are. Differentiable."""
+        if device is None:
+            return self
         return Ragged(self.values.to(torch.device(device), non_blocking=non_blocking), self.offsets)
 
     def pin_memory(self) -> Ragged:

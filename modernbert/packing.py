@@ -60,8 +60,10 @@ class Packed:
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
-    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packed:
-        """The same batch with its tensors on `device`."""
+    def to(self, device: torch.device | str | int | None, *, non_blocking: bool = False) -> Packed:
+        """The same batch with its tensors on `device`; None: where they are."""
+        if device is None:
+            return self
         device = torch.device(device)  # not a dtype, which would turn ids into floats
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -217,8 +219,11 @@ def padded_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor
     """`[B, S]` token ids of a padded caller: those given, or zeros in the shape of the embeddings `[B, S, D]`."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass either input_ids or inputs_embeds")
-    if input_ids is not None:
+    if isinstance(input_ids, Tensor):
         return input_ids
+    if input_ids is not None:
+        todo = ": a model takes its `batch`, and its `rows` by name" if isinstance(input_ids, Tokens) else ""
+        raise TypeError(f"input_ids must be a [B, S] tensor, got one {type(input_ids).__name__}{todo}")
     assert inputs_embeds is not None
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 

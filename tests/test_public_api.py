@@ -79,7 +79,7 @@ FROZEN = {
     "modernbert.EncoderConfig.window": "property",
     "modernbert.Packed": (
         "(input_ids, positions, cu_seqlens, lengths, max_seqlen, key_lengths=None, "
-        "padded_rows=None, padded_length=None)"
+        "padded_rows=None, padded_length=None, recorded_rows=None)"
     ),
     "modernbert.Packed.num_tokens": "property",
     "modernbert.Packed.pin_memory": "(self)",

@@ -77,7 +77,7 @@ def encode_in_processes(
         try:
             for job, part in zip(jobs, parts, strict=True):
                 *arrays, found = job.result()
-                cuts += [cut._replace(index=len(matrices) + cut.index, seen=len(matrices) + cut.seen) for cut in found]
+                cuts += [Cut(len(matrices) + cut.index, *cut[1:-1], len(matrices) + cut.seen) for cut in found]
                 matrices += Ragged(*map(torch.from_numpy, arrays))
                 advance(len(part))
         except BrokenProcessPool as error:

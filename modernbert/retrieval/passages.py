@@ -213,9 +213,9 @@ def _between_headings(document: Document, suffix: str) -> Iterator[_Part]:
         names = (name, *(above.title for above in inner))
         part = _Part(names, tuple(above.start for above in inner), heading.end, following.start)
         if not text[part.start : part.end].strip() and following.level <= heading.level:
-            part = part._replace(start=heading.start)  # a heading with no text below it becomes the text
-            if len(part.title) > TITLE:
-                part = part._replace(names=("",), headings=())
+            # A heading with no text below it becomes the text.
+            named = part[:2] if len(part.title) <= TITLE else (("",), ())
+            part = _Part(*named, heading.start, part.end)
         yield part
 
 

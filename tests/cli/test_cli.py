@@ -25,7 +25,7 @@ from modernbert.heads.colbert import ColBERTConfig
 from modernbert.retrieval import index
 from modernbert.retrieval.store.search import Store
 
-OWLS = "# Birds\n\nDay birds sing.\n\n## Owls\n\nOwls hunt mice at midnight.\n"
+OWLS = "# Birds\n\nDay birds sing in the trees all morning.\n\n## Owls\n\nOwls hunt mice at midnight in barns.\n"
 ICE = "Glaciers move under their own weight.\n"
 
 
@@ -98,7 +98,7 @@ def test_a_pipe_gets_a_line_for_the_place_and_a_line_for_the_passage(modernbert,
     place, title, text, why, blank, summary = out.splitlines()
     assert status == 0
     assert re.fullmatch(r"1\. \d+\.\d{3}  " + re.escape(f"{notes}/night.md:7"), place)
-    assert (title, text, blank) == ("   Birds: Owls", "   Owls hunt mice at midnight.", "")
+    assert (title, text, blank) == ("   Birds: Owls", "   Owls hunt mice at midnight in barns.", "")
     assert re.fullmatch(r"3 passages of 2 documents, read and encoded in \d+\.\d s", summary)
     # The parts that are shown sum to the score that is shown.
     parts = [float(number) for number in re.findall(r"-?\d+\.\d\d", why)]
@@ -269,7 +269,7 @@ def test_a_narrow_terminal_without_colour(modernbert, model, notes, monkeypatch)
     assert not re.search(r"\x1b\[[0-9;]*3\d", text)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert max(map(len, plain.splitlines())) <= 40
-    assert "Owls hunt mice at midnight." in " ".join(plain.split())
+    assert "Owls hunt mice at midnight in barns." in " ".join(plain.split())
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

@@ -39,6 +39,9 @@ def small_on_meta() -> Small:
         return Small()
 
 
+FLOAT32 = {"dtype": "float32", "torch_dtype": "float32"}  # what saving adds to a config
+
+
 def small_state() -> dict[str, Tensor]:
     return {"linear.weight": torch.randn(5, 3), "linear.bias": torch.randn(5), "steps": torch.tensor([3, 4])}
 
@@ -365,7 +368,7 @@ def test_safetensors_reads_what_save_wrote(tmp_path: Path) -> None:
     save(tmp_path / "new" / "model", config={"name": "é"}, state=state, files=files)
     written = tree(tmp_path / "new" / "model")
     assert_same(safetensors.torch.load(written.pop("model.safetensors")), state)
-    assert json.loads(written.pop("config.json")) == {"name": "é"}
+    assert json.loads(written.pop("config.json")) == {"name": "é"} | FLOAT32
     assert json.loads(written.pop("modules.json")) == [{"idx": 0}]
     assert written == {"1_Dense/model.safetensors": b"\0\1"}
     with safetensors.safe_open(tmp_path / "new" / "model" / "model.safetensors", framework="pt") as file:
@@ -436,7 +439,7 @@ def test_a_save_replaces_the_weights_and_keeps_other_files(tmp_path: Path, way: 
     save(target, config={"new": 1}, state=state, files={"1_Dense/config.json": {"in": 2}})
     written = tree(target)
     assert_same(safetensors.torch.load(written.pop("model.safetensors")), state)
-    assert json.loads(written.pop("config.json")) == {"new": 1}
+    assert json.loads(written.pop("config.json")) == {"new": 1} | FLOAT32
     assert json.loads(written.pop("1_Dense/config.json")) == {"in": 2}
     assert written == others | {"link": b"far"}
     assert os.readlink(target / "link") == "../outside"
@@ -502,7 +505,7 @@ def test_a_file_that_comes_during_the_save_is_kept(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(files, "flush", begin_a_log)
     save(tmp_path / "model", config={"new": 1}, state=small_state())
-    assert read_json(tmp_path / "model", "config.json") == {"new": 1}
+    assert read_json(tmp_path / "model", "config.json") == {"new": 1} | FLOAT32
     assert (tmp_path / "model" / "log").read_text() == "1"
     assert len(calls) == 3
 

@@ -28,7 +28,7 @@ from modernbert.retrieval.engines import Engine, export, is_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:Failed to obtain server version")
 
-QUERIES = ["owl night mouse", "which storm brought hail?", "peace treaty", "number 31", ""]
+QUERIES = ["owl night mouse", "which storm brought hail?", "peace treaty", "hail on the river", ""]
 PACKAGES = {"qdrant": "qdrant_client", "lancedb": "lancedb"}
 EXACT = [
     pytest.param(
@@ -91,7 +91,7 @@ def test_the_top_ten_are_those_of_exact_search(name, dtype, make, colbert, tmp_p
             np.testing.assert_allclose([hit.score for hit in theirs], [hit.score for hit in ours], atol=2e-5)
             assert [replace(hit, score=0) for hit in theirs] == [replace(hit, score=0) for hit in ours]
         assert engine.search([]) == []
-        assert engine.search(QUERIES[:1], top_k=3) == [found[0][:3]]
+        assert ids(engine.search(QUERIES[:1], top_k=3)) == [[hit.passage_id for hit in found[0][:3]]]
         assert len(engine.search(QUERIES[:1], top_k=1000)[0]) == len(store)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.retrieval import windows as module
 from modernbert.retrieval.passages import Document
+from modernbert.retrieval.spelling import tokenize
 from modernbert.retrieval.windows import OVERLAP, Window, batch, windows
 
 LIMIT = 40
@@ -52,7 +55,7 @@ def check(colbert: ColBERT, document: Document, found: list[Window]) -> None:
     title, text = found[0].passage.title, document.text.strip()
     offset = document.text.index(text)
     content = f"{title} {text}" if title else text
-    tokens = colbert.tokenize_documents([content], truncate=False)
+    tokens = tokenize(partial(colbert.tokenize_documents, truncate=False), [content])
     ids, spans = tokens.batch.input_ids.numpy(), tokens.spans[0]
     start_of_text = len(content) - len(text)
     header = next((row for row, span in enumerate(spans) if span and span[1] > start_of_text), len(ids) - 1)
