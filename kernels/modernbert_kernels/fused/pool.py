@@ -70,21 +70,20 @@ def pool_backward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (rows < T)[:, None] & (columns < D)
-    segment = tl.load(segment_ids + rows, mask=rows < T, other=0).to(tl.int64)
-    # Rows after the last sequence have a gradient of zero.
-    in_sequence = (rows < T) & (segment < B)
-    start = tl.load(cu_seqlens + segment, mask=in_sequence, other=0).to(tl.int64)
-    end = tl.load(cu_seqlens + segment + 1, mask=in_sequence, other=1).to(tl.int64)
-    share_mask = mask & in_sequence[:, None]
-    share = tl.load(grad + segment[:, None] * D + columns, mask=share_mask, other=0).to(tl.float32)
+    # Rows after the last sequence count as rows of it that are after its end: their gradient is zero.
+    segment = tl.minimum(tl.load(segment_ids + rows, mask=rows < T, other=0), B - 1).to(tl.int64)
+    start = tl.load(cu_seqlens + segment, mask=rows < T, other=0).to(tl.int64)
+    end = tl.load(cu_seqlens + segment + 1, mask=rows < T, other=1).to(tl.int64)
+    share = tl.load(grad + segment[:, None] * D + columns, mask=mask, other=0).to(tl.float32)
     if MODE == "cls":
         share = tl.where((rows == start)[:, None], share, 0.0)
     elif MODE == "last":
         share = tl.where((rows == end - 1)[:, None], share, 0.0)
     elif MODE == "mean":
-        share = share / (end - start).to(tl.float32)[:, None]
+        length = tl.where(rows < end, (end - start).to(tl.float32), float("inf"))
+        share = share / length[:, None]
     else:
-        best_row = tl.load(argmax + segment[:, None] * D + columns, mask=share_mask, other=0)
+        best_row = tl.load(argmax + segment[:, None] * D + columns, mask=mask, other=0)
         share = tl.where(best_row == (rows - start)[:, None], share, 0.0)
     tl.store(dx + rows[:, None] * D + columns, share, mask=mask)
 
