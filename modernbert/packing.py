@@ -175,8 +175,10 @@ def pack(
     if isinstance(sequences, Tensor):
         if recorded():
             return _pack_recorded(sequences, attention_mask, query_mask, position_ids)
-        run = _pack_uncompiled if torch.compiler.is_compiling() else _pack_padded
-        return run(sequences, attention_mask, query_mask, position_ids, vocab_size)
+        arguments = (sequences, attention_mask, query_mask, position_ids, vocab_size)
+        if torch.compiler.is_compiling():
+            return in_front_of_graph(_pack_padded, *arguments)
+        return _pack_padded(*arguments)
     if attention_mask is not None or query_mask is not None or position_ids is not None:
         raise ValueError("masks and position_ids belong to a padded [B, S] tensor; lists of ids carry no padding")
     sequences = list_of_sequences("sequences", sequences)
@@ -325,22 +327,12 @@ def _pack_padded(
 
 
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
-def _pack_uncompiled(
-    ids_BS: Tensor,
-    attention_mask: Tensor | None,
-    query_mask: Tensor | None,
-    position_ids: Tensor | None,
-    vocab_size: int | None,
-) -> Packed:
-    """`_pack_padded` in front of the compiled graph: each look at the numbers in masks would end a graph.
+def in_front_of_graph(run: Callable[..., Packed], *arguments: object, **options: object) -> Packed:
+    """The batch that `run` makes, in front of the compiled graph: each look at the numbers in masks would end a graph.
 
     Sizes that every batch changes are open from the first one on.
     """
-    return with_open_sizes(_pack_padded(ids_BS, attention_mask, query_mask, position_ids, vocab_size))
-
-
-def with_open_sizes(batch: Packed) -> Packed:
-    """The batch, with its sizes marked as those that differ between batches, for `torch.compile`."""
+    batch = run(*arguments, **options)
     for tensor in (batch.input_ids, batch.positions, batch.padded_rows, batch.cu_seqlens, batch.key_lengths):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from modernbert_kernels.dispatch import recorded
 
 from .config import EncoderConfig
-from .packing import Packed, check_padded, pack, padded_ids, with_open_sizes
+from .packing import Packed, check_padded, in_front_of_graph, pack, padded_ids
 
 
 def pack_padded(
@@ -40,7 +40,8 @@ def pack_padded(
         ValueError, TypeError: as `pack`; tokens under the mask on both sides of the real tokens.
     """
     if torch.compiler.is_compiling() and not recorded():
-        return _uncompiled(input_ids, attention_mask, inputs_embeds, config, query_mask, position_ids)
+        options = {"query_mask": query_mask, "position_ids": position_ids}
+        return in_front_of_graph(pack_padded, input_ids, attention_mask, inputs_embeds, config, **options)
     ids_BS = padded_ids(input_ids, inputs_embeds)
     if recorded():
         if query_mask is None and attention_mask is not None and input_ids is not None:
@@ -77,20 +78,6 @@ def pack_padded(
     rows_T, length = batch.padded_rows, ids_BS.shape[1]
     assert rows_T is not None
     return replace(batch, padded_rows=rows_T // length * length + order_BS.flatten()[rows_T])
-
-
-@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
-def _uncompiled(
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    inputs_embeds: Tensor | None,
-    config: EncoderConfig,
-    query_mask: Tensor | None,
-    position_ids: Tensor | None,
-) -> Packed:
-    """In front of the compiled graph: each look at the numbers in masks would end a graph."""
-    options = {"query_mask": query_mask, "position_ids": position_ids}
-    return with_open_sizes(pack_padded(input_ids, attention_mask, inputs_embeds, config, **options))
 
 
 def _hidden_tokens(input_ids: Tensor | None, mask_BS: Tensor | None, config: EncoderConfig) -> Tensor | None:

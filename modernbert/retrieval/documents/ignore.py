@@ -120,7 +120,7 @@ def _ask_git(folder: str, *question: str) -> str | None:
 
 
 def _read(file: str, folder: str, on_note: OnNote) -> list[Rules]:
-    """The rules in `file` about `folder`; none if there is no such file, or nothing in it."""
+    """The rules for `folder` in `file`; none if the file is missing or empty."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
             return []

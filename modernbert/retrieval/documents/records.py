@@ -198,7 +198,7 @@ def _table(lines: Iterable[str], name: str, reading: Reading, delimiters: str) -
             yield Bad(f", line {number}", problem)
             continue
         record = {column: cell for column, cell in zip(columns, cells, strict=True) if column}
-        if not record.get(key, True):  # A cell cannot be missing: an empty one means that there is no id.
+        if not record.get(key, True):  # an empty cell: the record has no id
             del record[key]
         yield _document(record, texts, name, number, reading)
 
