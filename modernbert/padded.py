@@ -44,10 +44,11 @@ def pack_padded(
         return in_front_of_graph(pack_padded, input_ids, attention_mask, inputs_embeds, config, **options)
     ids_BS = padded_ids(input_ids, inputs_embeds)
     if recorded():
-        if query_mask is None and attention_mask is not None and input_ids is not None:
-            place_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-            hidden_BS = (attention_mask == 0) & (input_ids != (config.pad_token_id or 0))
-            query_mask = hidden_BS & (place_S >= _first(attention_mask))
+        if query_mask is None and attention_mask is not None:
+            behind_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device) >= _first(attention_mask)
+            query_mask = (attention_mask == 0) & behind_BS
+            if input_ids is not None:
+                query_mask = query_mask & (input_ids != (config.pad_token_id or 0))
         return pack(ids_BS, attention_mask, query_mask=query_mask, position_ids=position_ids)
     check_padded(ids_BS, attention_mask, None, position_ids)
     hidden_BS = None if query_mask is not None else _hidden_tokens(input_ids, attention_mask, config)
