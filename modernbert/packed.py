@@ -83,13 +83,17 @@ class Packed:
 
     def rows_of(self, indices: Sequence[int]) -> Tensor:
         """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
-        length_B = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
-        chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
-        length = length_B[chosen]
-        # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
-        shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
-        rows = torch.arange(int(length.sum()), device="cpu") + torch.repeat_interleave(shift, length)
-        return rows.to(self.input_ids.device)
+        return rows_of(self.lengths, indices).to(self.input_ids.device)
+
+
+def rows_of(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
+    """`Packed.rows_of` on the CPU."""
+    length_B = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
+    length = length_B[chosen]
+    # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
+    shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
+    return torch.arange(int(length.sum()), device="cpu") + torch.repeat_interleave(shift, length)
 
 
 def check_rows(rows: Tensor, num_tokens: int) -> None:

@@ -16,6 +16,7 @@ from modernbert_kernels.dispatch import recorded
 from .late_interaction import Ragged
 from .masks import check_ids, check_mask, check_padded, check_runs, is_whole
 from .packed import Packed as Packed
+from .packed import rows_of
 from .pytrees import pytree
 
 Span = tuple[int, int] | None
@@ -77,7 +78,7 @@ class Tokens:
         """The texts named by `indices`, in that order."""
         spans = [self.spans[i] for i in indices if self.spans]
         truncated = tuple(self.truncated[i] for i in indices if self.truncated)
-        return Tokens(self.batch.select(indices), self.keep[self.batch.rows_of(indices).cpu()], spans, truncated)
+        return Tokens(self.batch.select(indices), self.keep[rows_of(self.batch.lengths, indices)], spans, truncated)
 
     def ragged(self, x_TE: Tensor) -> Ragged:
         """The scored rows of the model's output for all of `batch`. Differentiable."""
