@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+
+from ..heads.token_labels import entities
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -64,21 +66,9 @@ def entity_f1(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[str]
     for number, (ours, theirs) in enumerate(zip(predicted, labels, strict=True)):
         if len(ours) != len(theirs):
             raise ValueError(f"sentence {number}: predicted has {len(ours)} tags, labels {len(theirs)}")
-        found |= {(number, *entity) for entity in entities(ours)}
-        wanted |= {(number, *entity) for entity in entities(theirs)}
+        found |= {(number, entity) for entity in entities(ours)}
+        wanted |= {(number, entity) for entity in entities(theirs)}
     return _f1(len(found & wanted), len(found), len(wanted))
-
-
-def entities(tags: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """The `(first, stop, type)` of each entity in BIO tags. An I- that continues nothing begins one, as in conlleval."""
-    start, kind = 0, ""
-    for place, tag in enumerate([*tags, "O"]):
-        part, _, name = tag.partition("-")
-        if kind and (part != "I" or name != kind):
-            yield start, place, kind
-            kind = ""
-        if part != "O" and not kind:
-            start, kind = place, name
 
 
 def _f1(right: int, predicted: int, labels: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 
+COUNT = Kind("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 2**63, int)
+AMOUNT = Kind("a finite number, 0 or more", lambda v: type(v) in (int, float) and 0 <= v < math.inf, float)
+SHARE = Kind("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1, float)
+
 
 def option(text: str, default: Any = MISSING, *, kind: Kind[Any] | None = None, free: bool = False) -> Any:
     """A field of a config: its help text, its default if it has one, and whether a resumed run may change it.
@@ -28,7 +33,10 @@ def option(text: str, default: Any = MISSING, *, kind: Kind[Any] | None = None, 
 
 
 def parse(config: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
-    """A command line to a config: one option for each field, which takes several words where the default is a tuple."""
+    """A command line to a config, with one option for each field.
+
+    It takes several words where the default is a tuple, and none where it is True or False.
+    """
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     for each in fields(config):
@@ -36,6 +44,8 @@ def parse(config: type[C], description: str | None, arguments: Sequence[str] | N
         kind: dict[str, Any] = {"nargs": "*"} if isinstance(default, tuple) else {"type": type(default)}
         if default is MISSING:
             kind = {"required": True}
+        elif isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
         elif default not in ("", ()):
             text += f" (default: {default!r})"
         parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=text, **kind)
