@@ -17,9 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from modernbert.checkpoint import locate
 from modernbert.config import FLAG, SIZE
@@ -29,24 +27,23 @@ from modernbert.heads.classifier import SequenceClassifier
 from modernbert.heads.folders import class_of
 from modernbert.heads.masked_lm import MaskedLM
 from modernbert.heads.token_classifier import TokenClassifier
-from modernbert.heads.token_labels import labels_of_words, scores_of_words
-from modernbert.packing import Packed, pack
-from modernbert.tokenizer import TextWindow, Tokenizer
-from modernbert.train import glue, metrics
+from modernbert.tokenizer import Tokenizer
+from modernbert.train import glue
 from modernbert.train.checkpoints import BEST, load_weights
 from modernbert.train.claim import claim_folder
 from modernbert.train.distributed import Ranks, ranks
 from modernbert.train.examples import read_conll, read_labelled
-from modernbert.train.loop import BatchLoss, fit
+from modernbert.train.labelled import Texts, Words
+from modernbert.train.loop import fit
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare
-from modernbert.train.ragged import RaggedIds, tokenize_texts
 from modernbert.train.reading import digest
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.validation import Validation
 
 Classifier = SequenceClassifier | TokenClassifier
+Data = Texts | Words
 
 
 HEADS = {"MaskedLM": MaskedLM, "SequenceClassifier": SequenceClassifier, "TokenClassifier": TokenClassifier}
@@ -75,7 +72,6 @@ TASKS = {
 }
 GRID = {"learning_rate": (1e-5, 3e-5, 5e-5, 8e-5), "weight_decay": (1e-6, 5e-6, 8e-6, 1e-5)}
 EPOCHS = {"SST-2": (1, 2, 3), "RTE": (1, 2, 3)}  # of all other tasks: 2, 5 and 10
-EVALUATED = 16_384  # tokens of a batch for the dev file
 
 
 @dataclass(frozen=True)
@@ -137,18 +133,18 @@ def points(config: Config) -> list[Config]:
 def train(config: Config, group: Ranks) -> dict[str, float]:
     """Fine-tune with these settings; return the scores of the best epoch."""
     tokenizer = Tokenizer.from_pretrained(config.model)
-    learnt = read(config, config.train, tokenizer)
-    dev = read(config, config.dev, tokenizer, labels=learnt.labels)
+    learnt = read(config, config.train, tokenizer, labels_of(config))
+    dev = read(config, config.dev, tokenizer, learnt.labels)
     settings = fixed(config) | {"hash of train and model": inputs(config), "labels": learnt.labels}
     output = group.on_first(lambda: claim_folder(config.output, "finetune", settings))
     model = build(config, learnt).to(group.device)
     prepare(model, group)
-    steps_of_epoch = max(1, len(learnt.lengths) // config.batch_size + (len(learnt.lengths) % config.batch_size >= group.world_size))
-    steps = config.epochs * steps_of_epoch
-    shares = {"rank": group.rank, "world_size": group.world_size}
     rows, rest = divmod(config.batch_size, group.world_size)
     if rest:
         raise ValueError(f"--batch-size {config.batch_size} cannot be cut into {group.world_size} ranks")
+    batches = Sampler(learnt.lengths, max_rows=rows, seed=config.seed, rank=group.rank, world_size=group.world_size)
+    epoch = max(1, sum(len(batch) >= group.world_size for batch in batches.plan(1)))
+    steps = config.epochs * epoch
     fit(
         model,
         # The paper's decay is decoupled from the learning rate: the rate at its highest gives back its number.
@@ -159,8 +155,8 @@ def train(config: Config, group: Ranks) -> dict[str, float]:
             eps=1e-6,
             weight_decay=config.weight_decay / config.learning_rate,
         ),
-        Sampler(learnt.lengths, max_rows=rows, seed=config.seed, **shares),
-        partial(batch_loss, model, learnt),
+        batches,
+        partial(learnt.loss, model),
         output=output,
         settings=settings,
         steps=steps,
@@ -168,110 +164,38 @@ def train(config: Config, group: Ranks) -> dict[str, float]:
             warmup_stable_decay, total=steps, warmup=config.warmup * steps, decay=(1 - config.warmup) * steps
         ),
         autocast=config.autocast,
-        validation=Validation(partial(evaluate, model, dev), steps_of_epoch, best="score", highest=True),
+        validation=Validation(partial(dev.scores, model), epoch, best="score", highest=True),
         ranks=group,
         save_minutes=config.save_minutes,
     )
     load_weights(output / BEST, model)
     model.eval()
-    with torch.no_grad():
-        scores = evaluate(model, dev)
+    scores = dev.scores(model)
     group.on_first(lambda: save(model, tokenizer, output, scores))
     return scores
 
 
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """Texts or pairs of texts with one label each: a class, or a number where there are no names of classes."""
-
-    ids: RaggedIds
-    values: np.ndarray
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.ids.lengths
-
-    def batch(self, rows: np.ndarray) -> tuple[Packed, None, Tensor]:
-        """The texts, None for the rows of their tokens, and their labels."""
-        return self.ids.packed(rows), None, torch.from_numpy(self.values[rows])
-
-    def scores(self, logits: Sequence[Tensor]) -> dict[str, float]:
-        x_NC = torch.stack(list(logits)).numpy()
-        predicted = x_NC.argmax(1) if self.labels else x_NC[:, 0]
-        return {name: getattr(metrics, name)(predicted, self.values) for name in self.metrics}
+def labels_of(config: Config) -> Sequence[str] | None:
+    """The names of the classes; None: those of the training file."""
+    if config.task in glue.TASKS:
+        return glue.TASKS[config.task].labels
+    return config.labels or None
 
 
-@dataclass(frozen=True, eq=False)
-class Words:
-    """Sentences with a label for each word, in windows that fit the model."""
-
-    windows: Sequence[TextWindow]
-    tags: Sequence[Sequence[int]]
-    labels: tuple[str, ...]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(window.ids) for window in self.windows])
-
-    def batch(self, rows: np.ndarray) -> tuple[Packed, Tensor, Tensor]:
-        """The windows, the rows at which a word begins, and the labels of these."""
-        windows = [self.windows[row] for row in rows]
-        labels_T = torch.tensor([x for each in windows for x in labels_of_words(each, self.tags[each.text])])
-        rows_Q = (labels_T >= 0).nonzero().squeeze(1)
-        return pack([window.ids for window in windows]), rows_Q, labels_T[rows_Q]
-
-    def scores(self, logits: Sequence[Tensor]) -> dict[str, float]:
-        windows: list[list[TextWindow]] = [[] for _ in self.tags]
-        found: list[list[Tensor]] = [[] for _ in self.tags]
-        for window, x_TC in zip(self.windows, logits, strict=True):
-            windows[window.text].append(window)
-            found[window.text].append(x_TC)
-        best = [scores_of_words(*pair).argmax(1).tolist() for pair in zip(windows, found, strict=True)]
-        predicted, wanted = ([[self.labels[tag] for tag in text] for text in side] for side in (best, self.tags))
-        return {"entity_f1": metrics.entity_f1(predicted, wanted)}
+def read(config: Config, file: str, tokenizer: Tokenizer, labels: Sequence[str] | None) -> Data:
+    """A file as token ids. ValueError: as the readers raise it, or with the name of the file."""
+    try:
+        if config.task == WORDS:
+            return Words.from_rows(list(read_conll(file)), tokenizer, labels=labels, max_length=config.max_length)
+        found = read_labelled(file, labels=config.labels) if config.task == TEXTS else glue.read_glue(file, config.task)
+        measured = () if config.task == TEXTS else TASKS[config.task].metrics
+        options = {"labels": labels, "measured": measured, "max_length": config.max_length}
+        return Texts.from_rows(list(found), tokenizer, **options)
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
-def read(config: Config, file: str, tokenizer: Tokenizer, *, labels: tuple[str, ...] | None = None) -> Texts | Words:
-    """A file as token ids. The labels are those of the task, of the options or, for words, of the training file."""
-    if config.task == WORDS:
-        return read_words(file, tokenizer, config.max_length, labels)
-    if config.task == TEXTS:
-        rows = list(read_labelled(file, labels=config.labels))
-    else:
-        rows = list(glue.read_glue(file, config.task))
-    if not rows:
-        raise ValueError(f"{file} has no rows")
-    kinds = {type(row.label) for row in rows}
-    if kinds != {int} and kinds != {float}:
-        raise ValueError(f"{file} mixes kinds of labels, or has lists of them: give each text one class, or one number")
-    if labels is None:
-        known = config.labels if config.task == TEXTS else glue.TASKS[config.task].labels
-        most = 1 + int(max(row.label for row in rows)) if kinds == {int} else 0
-        labels = known or tuple(map(str, range(most)))
-    values = np.array([row.label for row in rows], np.int64 if kinds == {int} else np.float32)
-    if bool(labels) != (kinds == {int}) or (labels and values.max() >= len(labels)):
-        raise ValueError(f"{file} has labels up to {values.max()}, but the training file has {len(labels)} classes")
-    measured = TASKS[config.task].metrics if labels else ("pearson", "spearman")
-    ids = tokenize_texts((row.text for row in rows), tokenizer, max_length=config.max_length)
-    return Texts(ids, values, labels, measured)
-
-
-def read_words(file: str, tokenizer: Tokenizer, max_length: int, labels: tuple[str, ...] | None) -> Words:
-    rows = list(read_conll(file))
-    if not rows:
-        raise ValueError(f"{file} has no sentences")
-    found = {tag for row in rows for tag in row.tags}
-    labels = tuple(sorted(found, key=lambda tag: (tag != "O", tag))) if labels is None else labels
-    if unknown := sorted(found - set(labels)):
-        raise ValueError(f"{file} has the tag {unknown[0]!r}, which the training file has not: {', '.join(labels)}")
-    words = [list(row.words) for row in rows]
-    windows = tokenizer.encode_windows(words, max_length=max_length, is_split_into_words=True)
-    return Words(windows, [[labels.index(tag) for tag in row.tags] for row in rows], labels)
-
-
-def build(config: Config, learnt: Texts | Words) -> Classifier:
+def build(config: Config, learnt: Data) -> Classifier:
     """A new classifier on the encoder of `--model`, with the first layer of its head where it has one."""
     torch.manual_seed(config.seed)
     kind = HEADS.get(class_of(locate(config.model)) or "")
@@ -281,31 +205,6 @@ def build(config: Config, learnt: Texts | Words) -> Classifier:
         return TokenClassifier(encoder, labels=learnt.labels, head=head)
     problem = "single_label_classification" if learnt.labels else "regression"
     return SequenceClassifier(encoder, labels=learnt.labels or 1, problem_type=problem, head=head)
-
-
-def batch_loss(model: Classifier, learnt: Texts | Words, rows: np.ndarray) -> BatchLoss:
-    """The mean over the labels of a batch."""
-    batch, rows_Q, labels = learnt.batch(rows)
-    device = model.device
-    if rows_Q is None:
-        loss = model(batch.to(device), labels=labels.to(device)).loss
-    else:
-        loss = model(batch.to(device), rows=rows_Q.to(device), labels=labels.to(device)).loss
-    return BatchLoss(loss, batch.num_tokens, {}, count=len(labels))
-
-
-def evaluate(model: Classifier, data: Texts | Words) -> dict[str, float]:
-    """The metrics of a file, and "score", their mean."""
-    order = np.argsort(data.lengths, kind="stable")
-    cuts = np.flatnonzero(np.diff(np.cumsum(data.lengths[order]) // EVALUATED)) + 1
-    logits: dict[int, Tensor] = {}
-    for rows in np.split(order, cuts):
-        batch = data.batch(rows)[0]
-        x = model(batch.to(model.device)).float().cpu()
-        parts = x.split(batch.lengths) if isinstance(data, Words) else x.unbind()
-        logits |= zip(rows.tolist(), parts, strict=True)
-    scores = data.scores([logits[row] for row in range(len(order))])
-    return {"score": sum(scores.values()) / len(scores), **scores}
 
 
 def inputs(config: Config) -> str:
