@@ -77,6 +77,7 @@ class Config:
 def main(config: Config) -> MaskedLM:
     """Run what is left of the recipe and return the model."""
     check_values(config)
+    plan = stages(config)
     torch.set_num_threads(config.threads)
     with ranks(config.device) as group:
         output = group.on_first(lambda: claim_folder(config.output, "mlm", fixed(config)))
@@ -85,7 +86,7 @@ def main(config: Config) -> MaskedLM:
         model = build(config, tokenizer).to(group.device)
         prepare(model, group, compile=config.compile)
         optimizer = StableAdamW(parameter_groups(model, learning_rate=1.0, weight_decay=1.0), betas=(0.9, 0.98), eps=1e-6)
-        for number, stage in enumerate(stages(config), start=1):
+        for number, stage in enumerate(plan, start=1):
             print(f"stage {number}: {stage}", flush=True)
             begin(model, optimizer, stage)
             train(config, model, optimizer, tokenizer, output / f"stage-{number}", number, stage, group)
@@ -104,20 +105,21 @@ def stages(config: Config) -> list[Stage]:
     for stage in published:
         length = min(stage.sequence_length, config.longest or stage.sequence_length)
         batch_tokens = config.batch_tokens or stage.batch_size * stage.sequence_length
-        smaller = stage.scaled(
-            stage.tokens * (config.tokens or total) // total, sequence_length=length, batch_size=max(1, batch_tokens // length)
-        )
+        size = {"sequence_length": length, "batch_size": max(1, batch_tokens // length)}
+        tokens = stage.tokens * (config.tokens or total) // total
+        same = (tokens, *size.values()) == (stage.tokens, stage.sequence_length, stage.batch_size)
+        smaller = stage if same else stage.scaled(tokens, **size)
         made.append(replace(smaller, learning_rate=stage.learning_rate * (config.learning_rate or first) / first))
     return made
 
 
 def write_inputs(config: Config, output: Path) -> None:
     """The tokenizer and the token ids of the texts, which the next start finds in `output`."""
-    if not (output / "tokenizer.json").exists():
+    if not (output / "special_tokens_map.json").exists():  # the last of its files
         if config.tokenizer:
             tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         else:
-            tokenizer = train_cased_tokenizer(read_texts(config.texts, skip_empty=True), vocab_size=config.vocab_size)
+            tokenizer = train_cased_tokenizer(read_texts(config.texts), vocab_size=config.vocab_size)
         tokenizer.save_pretrained(output)
     write_shards(config.texts, Tokenizer.from_pretrained(output), output / "shards", processes=max(1, config.workers))
 
@@ -162,6 +164,7 @@ def train(
     group: Ranks,
 ) -> None:
     """One stage, from its last checkpoint to its last step."""
+    output.mkdir(exist_ok=True)
     corpus = Shards(output.parent / "shards", tokenizer)
     packing = best_fit(corpus.pieces(stage.sequence_length).lengths, stage.sequence_length)
     rows = rows_of_batch(config, stage, group)
