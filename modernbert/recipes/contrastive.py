@@ -29,8 +29,9 @@ from modernbert.train.batching import epochs, topic_vectors
 from modernbert.train.folder import run_folder
 from modernbert.train.loop import BatchLoss, check_finite, fit
 from modernbert.train.losses import info_nce, kl_distill
-from modernbert.train.optim import adamw, warmup_and_decay
+from modernbert.train.optim import adamw
 from modernbert.train.options import check_values, fixed, option, parse, run
+from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
 from modernbert.train.vocabulary import train_tokenizer
 
@@ -109,7 +110,12 @@ def main(config: Config) -> ColBERT:
         output=output,
         settings=fixed(config) | inputs(config),
         steps=config.steps,
-        schedule=partial(warmup_and_decay, steps=config.steps, warmup=config.warmup, decay=config.decay),
+        schedule=partial(
+            warmup_stable_decay,
+            total=config.steps,
+            warmup=config.warmup * config.steps,
+            decay=config.decay * config.steps,
+        ),
         accumulate=config.accumulate,
         save_minutes=config.save_minutes,
     )

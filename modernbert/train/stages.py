@@ -135,24 +135,56 @@ class Stage:
 
 
 BILLION = 10**9
-_PHASE_1 = Stage(1_719 * BILLION, 1024, 4608, 8e-4, 1e-5, global_rope_theta=1e4, local_rope_theta=1e4)
-_BASE = replace(_PHASE_1, warmup_tokens=3 * BILLION, first_batch_size=768, batch_warmup_tokens=50 * BILLION)
-_BASE_8K = Stage(250 * BILLION, 8192, 576, 3e-4, 1e-5, global_rope_theta=160e3, local_rope_theta=1e4)
-# After 900 billion tokens its loss had stopped falling: it went on from there with a tenth of the learning rate.
-_LARGE = replace(
-    _PHASE_1,
-    tokens=900 * BILLION,
-    batch_size=4928,
-    learning_rate=5e-4,
-    warmup_tokens=2 * BILLION,
-    first_batch_size=448,
-    batch_warmup_tokens=10 * BILLION,
-)
-_LARGE_LATER = replace(
-    _PHASE_1, tokens=800 * BILLION, batch_size=4928, learning_rate=5e-5, weight_decay=1e-6, first_batch_size=None
-)
-_LARGE_8K = replace(_BASE_8K, batch_size=616, learning_rate=5e-5, weight_decay=1e-6)
-_LAST = {"tokens": 50 * BILLION, "decay_tokens": 50 * BILLION, "final": 0.001}
+
+def _short(
+    billions: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    warmup: int = 0,
+    first_batch_size: int | None = None,
+    batch_warmup: int = 0,
+) -> Stage:
+    """A row at 1,024 tokens: all layers with theta 10,000."""
+    return Stage(
+        tokens=billions * BILLION,
+        sequence_length=1024,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        global_rope_theta=1e4,
+        local_rope_theta=1e4,
+        warmup_tokens=warmup * BILLION,
+        first_batch_size=first_batch_size,
+        batch_warmup_tokens=batch_warmup * BILLION,
+    )
+
+
+def _long(
+    tokens: int,
+    sequence_length: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    local: float,
+    final: float | None = None,
+    mask_rate: float = 0.3,
+) -> Stage:
+    """A row after the extension: global layers with theta 160,000. `final`: 1-sqrt to it over the whole stage."""
+    return Stage(
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        global_rope_theta=160e3,
+        local_rope_theta=local,
+        mask_rate=mask_rate,
+        decay_tokens=0 if final is None else tokens,
+        final=0.0 if final is None else final,
+    )
 
 
 def _ettin(
@@ -161,61 +193,54 @@ def _ettin(
     warmup: int,
     first_batch_size: int,
     batch_warmup: int,
-    tail: int = 250 * BILLION,
-    local_theta: float = 160e3,
+    *,
+    tails: tuple[int, int] = (250 * BILLION, 50 * BILLION),
+    local: float = 160e3,
 ) -> tuple[Stage, ...]:
-    first = Stage(
-        1_700 * BILLION,
-        1024,
-        4608,
-        learning_rate,
-        weight_decay,
-        global_rope_theta=1e4,
-        local_rope_theta=1e4,
-        warmup_tokens=warmup * BILLION,
-        first_batch_size=first_batch_size,
-        batch_warmup_tokens=batch_warmup * BILLION,
+    return (
+        _short(
+            1700,
+            4608,
+            learning_rate,
+            weight_decay,
+            warmup=warmup,
+            first_batch_size=first_batch_size,
+            batch_warmup=batch_warmup,
+        ),
+        _long(tails[0], 7999, 4608, learning_rate, weight_decay, local=local, final=0.5),
+        _long(tails[1], 7999, 4608, learning_rate / 2, weight_decay, local=160e3, final=0.04, mask_rate=0.15),
     )
-    middle = Stage(
-        tail,
-        7999,
-        4608,
-        learning_rate,
-        weight_decay,
-        global_rope_theta=160e3,
-        local_rope_theta=local_theta,
-        decay_tokens=tail,
-        final=0.5,
-    )
-    last = replace(
-        middle,
-        tokens=-(-tail // 5),
-        learning_rate=learning_rate / 2,
-        local_rope_theta=160e3,
-        mask_rate=0.15,
-        decay_tokens=-(-tail // 5),
-        final=0.04,
-    )
-    return first, middle, last
 
 
 STAGES = MappingProxyType(
     {
-        "modernbert-base": (_BASE, _BASE_8K, replace(_BASE_8K, **_LAST)),
-        "modernbert-large": (_LARGE, _LARGE_LATER, _LARGE_8K, replace(_LARGE_8K, batch_size=624, **_LAST)),
-        "ettin-17m": _ettin(3e-3, 3e-4, 4, 576, 125, local_theta=1e4),
+        "modernbert-base": (
+            _short(1719, 4608, 8e-4, 1e-5, warmup=3, first_batch_size=768, batch_warmup=50),
+            _long(250 * BILLION, 8192, 576, 3e-4, 1e-5, local=1e4),
+            _long(50 * BILLION, 8192, 576, 3e-4, 1e-5, local=1e4, final=0.001),
+        ),
+        "modernbert-large": (
+            # Its loss had stopped falling after 900 billion tokens. It went on from there at a tenth of the rate.
+            _short(900, 4928, 5e-4, 1e-5, warmup=2, first_batch_size=448, batch_warmup=10),
+            _short(800, 4928, 5e-5, 1e-6),
+            _long(250 * BILLION, 8192, 616, 5e-5, 1e-6, local=1e4),
+            _long(50 * BILLION, 8192, 624, 5e-5, 1e-6, local=1e4, final=0.001),
+        ),
+        "ettin-17m": _ettin(3e-3, 3e-4, 4, 576, 125, local=1e4),
         "ettin-32m": _ettin(3e-3, 3e-4, 4, 512, 100),
         "ettin-68m": _ettin(3e-3, 3e-4, 3, 384, 75),
         "ettin-150m": _ettin(8e-4, 1e-5, 3, 288, 50),
         "ettin-400m": _ettin(5e-4, 1e-5, 2, 192, 10),
-        "ettin-1b": _ettin(5e-4, 5e-5, 2, 96, 3, tail=83_333_000_000),
+        "ettin-1b": _ettin(5e-4, 5e-5, 2, 96, 3, tails=(83_333_000_000, 16_666_666_667)),
     }
 )
 """The published stages by the name of a preset.
 
-All of them: `StableAdamW` with betas 0.9 and 0.98, eps 1e-6, fully decoupled weight decay on matrices only (not on norms and
-biases), dropout 0.1 of the output of attention, held-out loss at 15 % masking. ModernBERT: arXiv 2412.13663, table 3, and
-the YAML files of the branch `pretraining_documentation` (AnswerDotAI/ModernBERT). The paper prints the batch sizes of 8,192
-tokens of one GPU: 72, 77 and 78 of 8. Ettin: arXiv 2507.11412 and `pretraining/configs/standard`
-(JHU-CLSP/ettin-encoder-vs-decoder), whose first batch size is that of one micro-batch on each of 4 GPUs.
+All of them have `StableAdamW` with betas 0.9 and 0.98, eps 1e-6 and fully decoupled weight decay, which norms and biases
+are without; dropout 0.1 of the output of attention; and a held-out loss at 15 % masking.
+
+ModernBERT: arXiv 2412.13663, table 3, and the YAML files of the branch `pretraining_documentation` of
+AnswerDotAI/ModernBERT. The paper prints the long batch sizes of one GPU of 8: 72, 77 and 78.
+Ettin: arXiv 2507.11412 and `pretraining/configs/standard` of JHU-CLSP/ettin-encoder-vs-decoder. The first batch size is
+that of one micro-batch on each of 4 GPUs.
 """
