@@ -179,7 +179,7 @@ def _sum_over_shards(sums: dict[Tensor, Tensor], parameters: Iterable[nn.Paramet
     for (mesh, dims), sharded in meshes.items():
         # Also those without a gradient, so that the ranks always agree on the length.
         none = torch.zeros((), device=_local(sharded[0]).device)
-        total = torch.stack([sums.get(parameter, none).float() for parameter in sharded])
+        total = torch.stack([sums.get(parameter, none) for parameter in sharded])
         for dim in dims:
             dist.all_reduce(total, group=mesh.get_group(dim))
         sums.update(zip(sharded, total.unbind(), strict=True))
