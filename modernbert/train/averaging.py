@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import plain_names
-from .optim import HALF
+from .optim import HALF, local
 
 
 def average(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -69,21 +69,25 @@ class EMA:
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}, but must be from 0 to below 1")
-        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        self.decay = decay
-        self._weights = plain_names(trained)
-        self._averages = {name: _wide(weight.detach()).clone() for name, weight in self._weights.items()}
+        self.decay, self._model = decay, model
+        self._averages = {name: _wide(weight).clone() for name, weight in self._weights().items()}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """By plain name; looked up each time, because sharding or resizing a model replaces its parameters."""
+        trained = {name: each.detach() for name, each in self._model.named_parameters() if each.requires_grad}
+        return plain_names(trained)
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights of now: once after each step of the optimizer."""
-        averages = list(self._averages.values())
-        torch._foreach_lerp_(averages, [_wide(weight.detach()) for weight in self._weights.values()], 1 - self.decay)
+        weights = self._weights()
+        averages = [local(average) for average in self._averages.values()]
+        torch._foreach_lerp_(averages, [_wide(local(weights[name])) for name in self._averages], 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model has the averages while this is open, and after it again its weights, bit for bit."""
-        kept = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        kept = {name: weight.clone() for name, weight in self._weights().items()}
         self._write(self._averages)
         try:
             yield
@@ -92,7 +96,7 @@ class EMA:
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self._weights.items():
+        for name, weight in self._weights().items():
             weight.copy_(values[name])
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -5,16 +5,16 @@ A new `Encoder` has the Megatron initialisation of ModernBERT (`Encoder.reset_pa
 
 from __future__ import annotations
 
-import re
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import is_sharded
 from ..config import EncoderConfig
+from ..encoder import Encoder
 from ..pretrained import Pretrained
-
-LAYER = re.compile(r"(?<![^.])layers\.(\d+)\.")
+from .groups import PLACE
 
 
 def tile_from(model: Pretrained, smaller: Pretrained) -> None:
@@ -41,19 +41,28 @@ def tile_from(model: Pretrained, smaller: Pretrained) -> None:
     new, old = model.state_dict(), smaller.state_dict()
     if is_sharded(new) or is_sharded(old):
         raise ValueError("a model is sharded over ranks: tile before sharding")
-    sources = {name: LAYER.sub(lambda match: f"layers.{_source(int(match[1]), big, small)}.", name) for name in new}
-    missing = [name for name, source in sources.items() if source not in old and not source.endswith("attn_norm.weight")]
-    if missing:
-        raise ValueError(f"the smaller model has no {', '.join(missing)}: give both models the same head and biases")
+    sources = {name: _source(name, big, small) for name in new}
+    # The first layer of an encoder has no norm before its attention.
+    unlike = [name for name in {*sources.values()} ^ old.keys() if "layers.0.attn_norm." not in name]
+    if unlike:
+        raise ValueError(f"the models differ in {', '.join(sorted(unlike))}: both must have one head and the same biases")
     with torch.no_grad():
         for name, source in sources.items():
             if source in old:
                 new[name].copy_(_tiled(name, old[source], new[name].shape, big.head_dim))
 
 
-def _source(layer: int, big: EncoderConfig, small: EncoderConfig) -> int:
-    """The layer of the smaller model. FlexBERT rounds so too, and fails where the last one rounds up to one too many."""
-    return min(round(layer * small.num_hidden_layers / big.num_hidden_layers), small.num_hidden_layers - 1)
+def _source(name: str, big: EncoderConfig, small: EncoderConfig) -> str:
+    """The name of the tensor of the smaller model: a layer at the same relative depth.
+
+    FlexBERT rounds so too, and fails where that gives one layer too many.
+    """
+    place = PLACE.match(name)
+    if place is None or place["layer"] is None:
+        return name
+    depth = round(int(place["layer"]) * small.num_hidden_layers / big.num_hidden_layers)
+    start, end = place.span("layer")
+    return f"{name[:start]}{min(depth, small.num_hidden_layers - 1)}{name[end:]}"
 
 
 def _tiled(name: str, old: Tensor, shape: torch.Size, head_dim: int) -> Tensor:
@@ -87,7 +96,7 @@ def set_context(model: Pretrained, *, length: int, global_rope_theta: float, loc
     Raises:
         ValueError: a length or a theta that no encoder can have; nothing is changed.
     """
-    encoder = model.base_model
+    encoder = cast("Encoder", model.base_model)
     config = encoder.config.changed(
         {
             "max_position_embeddings": length,

@@ -124,12 +124,12 @@ class StableAdamW(torch.optim.Optimizer):
             key = parameter.device, parameter.dtype, state["step"]
             part = parts.setdefault(key, _Part(group, state["step"], [], [], [], [], [], []))
             part.parameters.append(parameter)
-            part.weights.append(_local(parameter))
-            part.grads.append(_local(parameter.grad).to(state["exp_avg"].dtype))
-            part.averages.append(_local(state["exp_avg"]))
-            part.squares.append(_local(state["exp_avg_sq"]))
+            part.weights.append(local(parameter))
+            part.grads.append(local(parameter.grad).to(state["exp_avg"].dtype))
+            part.averages.append(local(state["exp_avg"]))
+            part.squares.append(local(state["exp_avg_sq"]))
             if "rounded" in state:
-                part.rounded.append(_local(state["rounded"]))
+                part.rounded.append(local(state["rounded"]))
         return list(parts.values())
 
 
@@ -146,7 +146,7 @@ class _Part(NamedTuple):
     rounded: list[Tensor]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
 
 
@@ -178,7 +178,7 @@ def _sum_over_shards(sums: dict[Tensor, Tensor], parameters: Iterable[nn.Paramet
             meshes.setdefault((parameter.device_mesh, dims), []).append(parameter)  # pyright: ignore
     for (mesh, dims), sharded in meshes.items():
         # Also those without a gradient, so that the ranks always agree on the length.
-        none = torch.zeros((), device=_local(sharded[0]).device)
+        none = torch.zeros((), device=local(sharded[0]).device)
         total = torch.stack([sums.get(parameter, none) for parameter in sharded])
         for dim in dims:
             dist.all_reduce(total, group=mesh.get_group(dim))
