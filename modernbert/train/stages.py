@@ -47,9 +47,10 @@ class Stage:
     batch_warmup_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "sequence_length", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
+        for name in ("tokens", "sequence_length", "batch_size", "first_batch_size", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}, but must be above 0")
         if not 0 < self.mask_rate < 1:
             raise ValueError(f"mask_rate is {self.mask_rate}, but must be above 0 and below 1")
         if self.decay not in DECAYS:
