@@ -15,21 +15,20 @@ from .optim import HALF, local
 def average(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several state dicts, in float64, then rounded to the dtype of the first.
 
-    For checkpoints of one run: ModernBERT-base is the mean of the three best ones of its decay and the last one. Its large
-    model is a single one, because the mean was not better, so compare them on held-out loss. Checkpoints of different runs
-    have no useful mean.
+    For checkpoints of one run. ModernBERT-base is the mean of the three best ones of its decay and of the last one; its
+    large model is a single one, because the mean was not better. So compare them on held-out loss.
 
     Args:
         states: one or more, read one after another: a generator holds one at a time. Their names may have what wrappers
             such as `torch.compile` add; those of the mean are plain. Sharded tensors give a sharded mean.
 
     Raises:
-        ValueError: no state, or states that differ in a name, a shape, or a tensor that is not of floating-point numbers.
+        ValueError: no state, or states that differ in a name, a shape, or a tensor that does not hold floats.
     """
     sums: dict[str, Tensor] = {}
     first: dict[str, Tensor] = {}
     count = 0
-    for count, given in enumerate(states, start=1):  # noqa: B007
+    for count, given in enumerate(states, start=1):
         state = plain_names(given)
         first = first or state
         if unlike := state.keys() ^ first.keys():
@@ -48,8 +47,8 @@ def average(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class EMA:
     """The exponential moving average of a model's trainable parameters: `average += (1 - decay) · (weight - average)`.
 
-    For runs at a constant learning rate, whose last weights are noisy; it costs one copy of the weights. After a decay of
-    the learning rate there is little left to gain: for ModernBERT it "never helped".
+    For runs at a constant learning rate, whose last weights are noisy, at the cost of one copy of the weights. After a
+    decay of the learning rate there is little left to gain: "EMA never helped" ModernBERT.
 
         ema = EMA(model, decay=0.999)
         for batch in batches:
@@ -59,8 +58,8 @@ class EMA:
         with ema.applied():
             model.save_pretrained(folder)
 
-    Averages are kept in float32 or wider, where the weights are, sharded like them. `state_dict` has the names of the plain
-    model, so that a run can be resumed with or without `torch.compile`.
+    Averages are in float32 or wider, on the device of the weights, and sharded like them. `state_dict` has the names of
+    the plain model, so that a run can be resumed with or without `torch.compile`.
 
     Args:
         decay: from 0 to below 1. About `1 / (1 - decay)` steps are averaged.
@@ -114,7 +113,9 @@ class EMA:
             raise ValueError(f"the averages are of another model, which differs in {', '.join(sorted(unlike)[:5])}")
         for name, average in self._averages.items():
             if given[name].shape != average.shape:
-                raise ValueError(f"{name} has shape {[*given[name].shape]} in the averages, {[*average.shape]} in the model")
+                raise ValueError(
+                    f"{name} has shape {[*given[name].shape]} in the averages, {[*average.shape]} in the model"
+                )
         with torch.no_grad():
             for name, average in self._averages.items():
                 average.copy_(given[name])

@@ -20,13 +20,14 @@ from .groups import PLACE
 def tile_from(model: Pretrained, smaller: Pretrained) -> None:
     """Fill the weights of `model` with those of a trained smaller one, which converges faster than a random start.
 
-    As ModernBERT-large was made from ModernBERT-base (arXiv 2412.13663, 2.2.2). The smaller tensor is in the middle, and
-    its rows and columns are repeated around it ("center tiling with wraparound"). Q, K, V and the halves of `Wi` are tiled
-    one by one, and attention by whole heads. Layer `i` gets the one at the same relative depth (Gopher). A norm that the
-    smaller model lacks, because its first layer has none for attention, stays as it is.
+    ModernBERT-large began so, from ModernBERT-base ("center tiling", arXiv 2412.13663, 2.2.2). The smaller tensor is in
+    the middle, and its rows and columns are repeated around it. Q, K, V and the two halves of `Wi` are tiled one by one,
+    and attention by whole heads. A layer gets the one at the same relative depth (Gopher, arXiv 2112.11446). The norm
+    before attention, which the first layer of the smaller model lacks, stays as it is.
 
     Args:
-        model, smaller: of one class, an `Encoder` or a head with one. `model` is changed in place, before it is sharded.
+        model: changed in place. Not yet sharded.
+        smaller: of the same class, an `Encoder` or a head with one.
 
     Raises:
         ValueError: a `model` that is smaller in something, or one with another vocabulary, head width or biases.
@@ -37,7 +38,9 @@ def tile_from(model: Pretrained, smaller: Pretrained) -> None:
             raise ValueError(f"{name} is {getattr(big, name)}, but {getattr(small, name)} in the smaller model")
     for name in ("vocab_size", "head_dim"):
         if getattr(small, name) != getattr(big, name):
-            raise ValueError(f"{name} is {getattr(big, name)}, but must be {getattr(small, name)} as in the smaller model")
+            raise ValueError(
+                f"{name} is {getattr(big, name)}, but must be {getattr(small, name)} as in the smaller model"
+            )
     new, old = model.state_dict(), smaller.state_dict()
     if is_sharded(new) or is_sharded(old):
         raise ValueError("a model is sharded over ranks: tile before sharding")
@@ -45,7 +48,9 @@ def tile_from(model: Pretrained, smaller: Pretrained) -> None:
     # The first layer of an encoder has no norm before its attention.
     unlike = [name for name in {*sources.values()} ^ old.keys() if "layers.0.attn_norm." not in name]
     if unlike:
-        raise ValueError(f"the models differ in {', '.join(sorted(unlike))}: both must have one head and the same biases")
+        raise ValueError(
+            f"the models differ in {', '.join(sorted(unlike))}: both must have one head and the same biases"
+        )
     with torch.no_grad():
         for name, source in sources.items():
             if source in old:
@@ -90,8 +95,8 @@ def _centered(old: int, new: int) -> Tensor:
 def set_context(model: Pretrained, *, length: int, global_rope_theta: float, local_rope_theta: float) -> None:
     """Set the positions of an encoder, or of a head with one, to those of another stage, in place.
 
-    The config and the angles of all layers change; weights do not. Call it before training goes on, and before `model` is
-    compiled: rotary positions with another theta are other inputs to the same weights.
+    The config and the angles of all layers change, weights do not. For the extension of the context: global layers get
+    another theta, and the training that follows fits the weights to it.
 
     Raises:
         ValueError: a length or a theta that no encoder can have; nothing is changed.

@@ -21,9 +21,9 @@ HALF = (torch.bfloat16, torch.float16)
 class StableAdamW(torch.optim.Optimizer):
     """AdamW whose learning rate shrinks for a tensor in a step that its second moments did not expect.
 
-    From arXiv 2304.13013, in the form of torch-optimi, which trained ModernBERT and Ettin. It stands in for the clipping
-    of gradients, by tensor: with `RMS = sqrt(mean(g² / max(v, eps²)))`, a tensor's learning rate is `lr / max(1, RMS)`.
-    The betas of a step are debiased, in place of the moments.
+    From arXiv 2304.13013, in the form of torch-optimi, which trained ModernBERT and Ettin. It replaces the clipping of
+    gradients: a tensor with `RMS = sqrt(mean(g² / max(v, eps²)))` has the learning rate `lr / max(1, RMS)`. In place of
+    the moments, the betas of a step are debiased.
 
     It computes the same numbers in each run. It never waits for a GPU: rates are tensors, and the number of steps is a
     Python number. So a step is not for a CUDA graph. The RMS of a parameter that is sharded (FSDP2, tensor parallelism)
@@ -216,10 +216,10 @@ def _update_weights(part: _Part, sums: list[Tensor]) -> None:
 class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on some matrices and `torch.optim.AdamW` on all other parameters, as one optimizer.
 
-    Muon makes each update orthogonal (https://kellerjordan.github.io/posts/muon), here scaled so that it takes AdamW's
-    learning rate and weight decay (arXiv 2502.16982), and keeps half of AdamW's state. On retrievers it was less sensitive
-    to the learning rate than AdamW, and not better (qcznlp/embedding-optimizer-study). Weights that Adam has pretrained
-    may get worse with it (arXiv 2605.10468). Its products are in bfloat16.
+    Muon makes each update orthogonal (https://kellerjordan.github.io/posts/muon), here scaled so that the learning rate
+    and weight decay of AdamW fit (arXiv 2502.16982), and keeps half of its state. On retrievers it was less sensitive to
+    the learning rate than AdamW, and not better (qcznlp/embedding-optimizer-study, where its products in bfloat16 also
+    crashed on one kind of GPU). Weights that Adam has pretrained may get worse with it (arXiv 2605.10468).
 
     Args:
         groups: such as those of `groups.parameter_groups`.

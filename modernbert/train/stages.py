@@ -1,4 +1,4 @@
-"""A table of the stages in which ModernBERT and Ettin were pretrained, and what changes from step to step in a stage."""
+"""A table of the stages of ModernBERT's and Ettin's pretraining, and what changes from step to step within one."""
 
 from __future__ import annotations
 
@@ -137,6 +137,7 @@ class Stage:
 
 BILLION = 10**9
 
+
 def _short(
     billions: int,
     batch_size: int,
@@ -237,8 +238,8 @@ STAGES = MappingProxyType(
 )
 """The published stages by the name of a preset.
 
-All of them have `StableAdamW` with betas 0.9 and 0.98, eps 1e-6 and fully decoupled weight decay, which norms and biases
-are without; dropout 0.1 of the output of attention; and a held-out loss at 15 % masking.
+All of them have `StableAdamW` with betas 0.9 and 0.98, eps 1e-6 and fully decoupled weight decay, except for norms and
+biases; dropout 0.1 of the output of attention; and a held-out loss at 15 % masking.
 
 ModernBERT: arXiv 2412.13663, table 3, and the YAML files of the branch `pretraining_documentation` of
 AnswerDotAI/ModernBERT. The paper prints the long batch sizes of one GPU of 8: 72, 77 and 78.

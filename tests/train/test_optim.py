@@ -43,7 +43,9 @@ def formula(
     return w
 
 
-def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, list[Tensor]]:
+def problem(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
     """A weight and gradients of all sizes: some zero, and some so large that the RMS is far above 1."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator)
@@ -55,7 +57,9 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: f
 RATES = [1e-2 * min(1.0, (t + 1) / 10) for t in range(STEPS)]
 
 
-def train(optimizer: torch.optim.Optimizer, weights: list[Tensor], grads: list[list[Tensor]], rates: list[float]) -> None:
+def train(
+    optimizer: torch.optim.Optimizer, weights: list[Tensor], grads: list[list[Tensor]], rates: list[float]
+) -> None:
     for t, rate in enumerate(rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -225,7 +229,14 @@ def test_a_closure_is_called_with_gradients():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": -1.0}, {"eps": 0.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1.0}, {"max_lr": -1.0}],
+    [
+        {"lr": -1.0},
+        {"eps": 0.0},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"weight_decay": -1.0},
+        {"max_lr": -1.0},
+    ],
     ids=str,
 )
 def test_settings_out_of_range_are_named(settings):
@@ -265,9 +276,7 @@ def muon_adamw(model: nn.Sequential) -> MuonAdamW:
 def test_muon_with_adamw_is_the_two_of_pytorch():
     one, two = small(), small()
     optimizer = muon_adamw(one)
-    muon = torch.optim.Muon(
-        [two[1].weight, two[2].weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon([two[1].weight, two[2].weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     rest = torch.optim.AdamW(
         [
             {"params": [two[0].weight], "lr": 0.01, "weight_decay": 0.1},

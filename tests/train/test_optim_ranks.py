@@ -41,7 +41,10 @@ def make() -> Model:
 
 
 def stable(model: Model) -> StableAdamW:
-    groups = [{"params": [model.bias, model.row, model.late], "weight_decay": 0.0}, {"params": [model.table, model.matrix]}]
+    groups = [
+        {"params": [model.bias, model.row, model.late], "weight_decay": 0.0},
+        {"params": [model.table, model.matrix]},
+    ]
     return StableAdamW(groups, lr=0.05, weight_decay=0.1, decouple_lr=True)
 
 
