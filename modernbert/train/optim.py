@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 HALF = (torch.bfloat16, torch.float16)
+ELEMENTS = 2**26
+"""Elements that one call updates, if a parameter is not larger: they bound what a step allocates, 0.5 GB."""
 
 
 class StableAdamW(torch.optim.Optimizer):
@@ -106,7 +108,8 @@ class StableAdamW(torch.optim.Optimizer):
 
     def _parts(self, group: dict[str, Any]) -> list[_Part]:
         """The parameters of a group that have a gradient, by device, dtype and number of steps."""
-        parts: dict[tuple[torch.device, torch.dtype, int], _Part] = {}
+        parts: list[_Part] = []
+        last: dict[tuple[torch.device, torch.dtype, int], _Part] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -122,15 +125,18 @@ class StableAdamW(torch.optim.Optimizer):
                     state["rounded"] = torch.zeros_like(parameter)
             state["step"] += 1
             key = parameter.device, parameter.dtype, state["step"]
-            part = parts.setdefault(key, _Part(group, state["step"], [], [], [], [], [], []))
+            part, weight = last.get(key), local(parameter)
+            if part is None or part.elements() + weight.numel() > ELEMENTS:
+                part = last[key] = _Part(group, state["step"], [], [], [], [], [], [])
+                parts.append(part)
             part.parameters.append(parameter)
-            part.weights.append(local(parameter))
-            part.grads.append(local(parameter.grad).to(state["exp_avg"].dtype))
+            part.weights.append(weight)
+            part.grads.append(local(parameter.grad))
             part.averages.append(local(state["exp_avg"]))
             part.squares.append(local(state["exp_avg_sq"]))
             if "rounded" in state:
                 part.rounded.append(local(state["rounded"]))
-        return list(parts.values())
+        return parts
 
 
 class _Part(NamedTuple):
@@ -145,6 +151,9 @@ class _Part(NamedTuple):
     squares: list[Tensor]
     rounded: list[Tensor]
 
+    def elements(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
@@ -158,12 +167,13 @@ def debiased(beta: float, step: int) -> float:
 def _update_moments(part: _Part) -> dict[Tensor, Tensor]:
     """The sum of `g² / max(v, eps²)` over the local shard of each parameter, with the new `v`."""
     beta1, beta2 = (debiased(beta, part.step) for beta in part.group["betas"])
-    torch._foreach_lerp_(part.averages, part.grads, 1 - beta1)
+    grads = [grad.to(average.dtype) for grad, average in zip(part.grads, part.averages, strict=True)]
+    torch._foreach_lerp_(part.averages, grads, 1 - beta1)
     torch._foreach_mul_(part.squares, beta2)
-    torch._foreach_addcmul_(part.squares, part.grads, part.grads, value=1 - beta2)
+    torch._foreach_addcmul_(part.squares, grads, grads, value=1 - beta2)
     roots = torch._foreach_sqrt(part.squares)
     torch._foreach_clamp_min_(roots, part.group["eps"])
-    sums = torch._foreach_norm(torch._foreach_div(part.grads, roots))
+    sums = torch._foreach_norm(torch._foreach_div(grads, roots))
     torch._foreach_mul_(sums, sums)
     return dict(zip(part.parameters, sums, strict=True))
 
@@ -216,10 +226,10 @@ def _update_weights(part: _Part, sums: list[Tensor]) -> None:
 class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on some matrices and `torch.optim.AdamW` on all other parameters, as one optimizer.
 
-    Muon makes each update orthogonal (https://kellerjordan.github.io/posts/muon), here scaled so that the learning rate
-    and weight decay of AdamW fit (arXiv 2502.16982), and keeps half of its state. On retrievers it was less sensitive to
-    the learning rate than AdamW, and not better (qcznlp/embedding-optimizer-study, where its products in bfloat16 also
-    crashed on one kind of GPU). Weights that Adam has pretrained may get worse with it (arXiv 2605.10468).
+    Muon makes each update orthogonal (https://kellerjordan.github.io/posts/muon), scaled so that the learning rate and
+    weight decay of AdamW fit (arXiv 2502.16982), and keeps half of its state. On retrievers it was less sensitive to
+    the learning rate than AdamW, and not better; its products in bfloat16 crashed on one kind of GPU
+    (qcznlp/embedding-optimizer-study). Weights that Adam has pretrained may get worse with it (arXiv 2605.10468).
 
     Args:
         groups: such as those of `groups.parameter_groups`.
