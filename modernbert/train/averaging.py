@@ -72,9 +72,12 @@ class EMA:
         self._averages = {name: _wide(weight).clone() for name, weight in self._weights().items()}
 
     def _weights(self) -> dict[str, Tensor]:
-        """By plain name; looked up each time, because sharding or resizing a model replaces its parameters."""
-        trained = {name: each.detach() for name, each in self._model.named_parameters() if each.requires_grad}
-        return plain_names(trained)
+        """By plain name. Looked up each time, because sharding or resizing a model replaces its parameters.
+
+        A state dict has the shards of FSDP2, which after a forward pass may have put whole tensors into the modules.
+        """
+        state = plain_names(self._model.state_dict(keep_vars=True))
+        return {name: each.detach() for name, each in state.items() if each.requires_grad}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -22,8 +22,8 @@ def tile_from(model: Pretrained, smaller: Pretrained) -> None:
 
     ModernBERT-large began so, from ModernBERT-base ("center tiling", arXiv 2412.13663, 2.2.2). The smaller tensor is in
     the middle, and its rows and columns are repeated around it. Q, K and V are tiled one by one and by whole heads,
-    the halves of `Wi` one by one. A layer gets the one at the same relative depth (Gopher, arXiv 2112.11446). The norm before
-    attention, which the first layer of the smaller model lacks, stays as it is.
+    the halves of `Wi` one by one. A layer gets the one at the same relative depth (Gopher, arXiv 2112.11446). The norm
+    before attention, which the first layer of the smaller model lacks, stays as it is.
 
     Args:
         model: changed in place. Not yet sharded.

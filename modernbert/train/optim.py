@@ -277,6 +277,18 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
+def load_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take the state of a saved optimizer, but not its settings.
+
+    For the next stage of a training, which goes on with the moments of the last one at its own learning rate and weight
+    decay. A resumed run calls `load_state_dict`, for both.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state_dict)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 def adamw(model: nn.Module, table: Tensor, *, learning_rate: float, table_rate: float) -> torch.optim.AdamW:
     """AdamW for a model whose embedding table has a learning rate of its own."""
     others = [parameter for parameter in model.parameters() if parameter is not table]

@@ -13,7 +13,7 @@ import torch
 from accuracy import assert_accurate
 from torch import Tensor, nn
 
-from modernbert.train.optim import MuonAdamW, StableAdamW, adamw
+from modernbert.train.optim import MuonAdamW, StableAdamW, adamw, load_moments
 
 SHAPES = [(7,), (5, 3), (64, 33), (1,), (2, 3, 4), (0, 4), ()]
 STEPS = 60
@@ -175,6 +175,21 @@ def test_loaded_state_is_not_shared():
     optimizer.step()
     assert saved["state"][0]["exp_avg"].tolist() == [1.0] * 3
     assert not torch.equal(saved["state"][0]["exp_avg_sq"], optimizer.state[weight]["exp_avg_sq"] + 1)
+
+
+def test_the_next_stage_takes_moments_and_not_settings():
+    problems = [problem(shape) for shape in SHAPES]
+    grads = [each for _, each in problems]
+    weights = [nn.Parameter(weight.clone()) for weight, _ in problems]
+    before = StableAdamW(weights, lr=1e-2, weight_decay=0.5, decouple_lr=True)
+    train(before, weights, grads, RATES[:9])
+    later = StableAdamW(weights, lr=3e-3, weight_decay=0.1, decouple_lr=True)
+    load_moments(later, copy.deepcopy(before.state_dict()))
+    (group,) = later.param_groups
+    assert [group[name] for name in ("lr", "max_lr", "weight_decay")] == [3e-3, 3e-3, 0.1]
+    for weight in weights:
+        assert later.state[weight]["step"] == 9
+        assert torch.equal(later.state[weight]["exp_avg_sq"], before.state[weight]["exp_avg_sq"])
 
 
 def test_a_parameter_without_gradient_is_left_and_begins_when_it_has_one():

@@ -105,6 +105,8 @@ def work(rank: int, folder: str) -> None:
         # A run that is stopped and goes on, with PyTorch's own state dicts of sharded optimizers.
         saved = copy.deepcopy([model.state_dict(), get_optimizer_state_dict(model, optimizer), ema.state_dict()])
         train(model, optimizer, range(STEPS // 2, STEPS), ema)
+        with ema.applied(), torch.no_grad():
+            model(torch.arange(3), True)  # after it, the modules have whole tensors in place of shards
         found[way] = whole(model.state_dict())
         found[f"{way}, averages"] = whole(ema.state_dict())
         found[f"{way}, mean"] = whole(average([saved[0], model.state_dict()]))
