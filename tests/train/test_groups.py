@@ -12,7 +12,8 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertMode
 
 from modernbert import Encoder
 from modernbert.train.groups import hidden_matrices, parameter_groups
-from modernbert.train.optim import MuonAdamW, StableAdamW
+from modernbert.train.muon import MuonAdamW
+from modernbert.train.optim import StableAdamW
 
 
 class Head(nn.Module):

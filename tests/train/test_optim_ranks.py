@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from modernbert.train.averaging import EMA, average
-from modernbert.train.optim import MuonAdamW, StableAdamW
+from modernbert.train.muon import MuonAdamW
+from modernbert.train.optim import StableAdamW
 
 RANKS, STEPS = 2, 8
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
