@@ -107,8 +107,8 @@ class BinSampler:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank is {self.rank}, but must be from 0 to less than world_size, {self.world_size}")
 
-    def __call__(self, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """The batches of this rank after the `first` ones: the number of each among those of all ranks, its pieces."""
+    def __call__(self, first: int = 0) -> Iterator[np.ndarray]:
+        """The batches of this rank after the `first` ones, without an end: int arrays of pieces."""
         number, epoch = first * self.world_size + self.rank, -1
         bins, order = self.bins, np.zeros(0, np.int64)
         while True:
@@ -119,5 +119,5 @@ class BinSampler:
                     rng = np.random.default_rng((self.seed, epoch))
                     bins, order = self.bins.shuffled(rng), rng.permutation(len(self.bins))
                 pieces.append(bins[order[at % len(bins)]])
-            yield number, np.concatenate(pieces)
+            yield np.concatenate(pieces)
             number += self.world_size

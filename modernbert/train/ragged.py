@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..packing import Packed
 from ..texts import Text
@@ -42,7 +43,9 @@ class RaggedIds:
 
     def packed(self, indices: Iterable[int]) -> Packed:
         """The texts as a batch, whose ids are those that the model reads."""
-        return pack_arrays([self[i] for i in indices])
+        rows = [self[i] for i in indices]
+        ids = np.concatenate([np.zeros(0, np.int64), *rows], dtype=np.int64)
+        return packed_row(torch.from_numpy(ids), np.fromiter(map(len, rows), np.int64, len(rows)))
 
 
 class RaggedBuilder:
@@ -77,16 +80,14 @@ def chunks(rows: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
         yield chunk
 
 
-def pack_arrays(sequences: Sequence[np.ndarray]) -> Packed:
-    """As `pack` of lists of ids, without a look at each id: the arrays are trusted to hold ids."""
-    lengths = tuple(map(len, sequences))
-    ends = np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1)
-    input_ids = np.concatenate([np.zeros(0, np.int64), *sequences], dtype=np.int64)
-    positions = np.arange(len(input_ids)) - np.repeat(ends[:-1].astype(np.int64), lengths)
+def packed_row(input_ids: Tensor, lengths: np.ndarray) -> Packed:
+    """As `pack` of lists of ids, without a look at each id: `[T]` int64 ids of sequences of these lengths, int64 [B]."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(len(input_ids)) - np.repeat(ends[:-1], lengths)
     return Packed(
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=input_ids,
         positions=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(ends),
-        lengths=lengths,
-        max_seqlen=max(lengths, default=0),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        lengths=tuple(lengths.tolist()),
+        max_seqlen=int(lengths.max(initial=0)),
     )
