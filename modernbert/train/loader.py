@@ -8,15 +8,19 @@ from itertools import count
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .bins import BinSampler
 from .masking import Masked, Masking
 from .sampling import Sampler
-from .shards import Pieces
+from .corpus import Pieces
 
 K = TypeVar("K")
 B = TypeVar("B")
+
+MASKS = 1
+"""In a seed: other random numbers than those with which a sampler shuffles."""
 
 
 def prefetch(keys: Iterable[K], make: Callable[[K], B], *, workers: int = 0) -> Iterator[B]:
@@ -29,7 +33,9 @@ def prefetch(keys: Iterable[K], make: Callable[[K], B], *, workers: int = 0) -> 
     if workers == 0:
         return map(make, keys)
     # A sampler gives the keys, and without a batch size each is an index of the data set.
-    return iter(DataLoader(_Made(make), batch_size=None, sampler=keys, num_workers=workers, collate_fn=_same))
+    options = {"batch_size": None, "sampler": keys, "num_workers": workers, "collate_fn": _same}
+    # With a generator of its own, it takes nothing from PyTorch's random state, which a resumed run restores.
+    return iter(DataLoader(_Made(make), generator=torch.Generator(), **options))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,4 +74,4 @@ class MaskedBatches:
     def make(self, key: tuple[int, np.ndarray]) -> Masked:
         """The batch of these pieces with this number."""
         number, pieces = key
-        return self.masking(self.pieces.packed(pieces), (self.seed, number))
+        return self.masking(self.pieces.packed(pieces), (self.seed, number, MASKS))
