@@ -22,6 +22,13 @@ SIGNAL = re.compile(
 )
 NEGATIVE = re.compile(r"negatives?|negative_\d+")
 
+
+class EmptyText(ValueError):
+    """A text is empty, or white space."""
+
+
+EMPTY = {False: (), True: (EmptyText,)}  # `skip_empty` as what `parse_rows` skips
+
 Label: TypeAlias = int | float | tuple[int, ...]
 """A class, a number to regress, or the classes of a text that may have several."""
 
@@ -75,24 +82,31 @@ def read_pairs(
     Raises:
         ValueError: as `read_rows`; a row that is not a pair, with its place.
     """
-    rows = parse_rows(source, lambda row: _pair(row, empty=skip_empty), names)
-    kept = (pair for pair in rows if pair.source not in exclude_sources)
-    return (pair for pair in kept if pair.query.strip() and pair.positive.strip()) if skip_empty else kept
+    why = "because the positives of other pairs are the negatives here, and all pairs count alike"
+    return _from_others(exclude_sources, parse_rows(source, lambda row: _pair(row, why), names, skip=EMPTY[skip_empty]))
 
 
 def read_triples(
-    source: Source, *, exclude_sources: Collection[str] = (), names: Mapping[str, str] | None = None
+    source: Source,
+    *,
+    exclude_sources: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    skip_empty: bool = False,
 ) -> Iterator[Pair]:
     """Pairs with negatives: a list "negatives", or the fields "negative", "negative_1", "negative_2" and so on.
 
     Raises:
         ValueError: as `read_pairs`; a row without a negative.
     """
-    return (pair for pair in parse_rows(source, _triple, names) if pair.source not in exclude_sources)
+    return _from_others(exclude_sources, parse_rows(source, _triple, names, skip=EMPTY[skip_empty]))
 
 
 def read_scored(
-    source: Source, *, exclude_sources: Collection[str] = (), names: Mapping[str, str] | None = None
+    source: Source,
+    *,
+    exclude_sources: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    skip_empty: bool = False,
 ) -> Iterator[Pair]:
     """Rows with "query", "documents" (two or more) and a teacher's "scores" of these documents.
 
@@ -101,7 +115,7 @@ def read_scored(
     Raises:
         ValueError: as `read_pairs`; as many scores as documents are wanted, and each a finite number.
     """
-    return (pair for pair in parse_rows(source, _scored, names) if pair.source not in exclude_sources)
+    return _from_others(exclude_sources, parse_rows(source, _scored, names, skip=EMPTY[skip_empty]))
 
 
 def read_texts(source: Source, *, names: Mapping[str, str] | None = None, skip_empty: bool = False) -> Iterator[str]:
@@ -110,8 +124,7 @@ def read_texts(source: Source, *, names: Mapping[str, str] | None = None, skip_e
     Args:
         skip_empty: leave out rows with an empty text. They are errors otherwise.
     """
-    texts = parse_rows(source, lambda row: _text(row.fields, "text", empty=skip_empty), names)
-    return filter(str.strip, texts) if skip_empty else texts
+    return parse_rows(source, lambda row: _text(row.fields, "text"), names, skip=EMPTY[skip_empty])
 
 
 def read_labelled(
@@ -158,16 +171,17 @@ def decoded(where: str, line: bytes) -> str:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _pair(row: Row, *, empty: bool = False) -> Pair:
+def _from_others(excluded: Collection[str], pairs: Iterator[Pair]) -> Iterator[Pair]:
+    return (pair for pair in pairs if pair.source not in excluded)
+
+
+def _pair(row: Row, why: str = "because all pairs count alike here") -> Pair:
     fields = row.fields
     if not {"query", "positive"} <= fields.keys():
         raise ValueError(f'a pair needs "query" and "positive", got keys {sorted(fields)}')
     if ignored := [name for name in fields.keys() - set(Pair._fields[:4]) if SIGNAL.fullmatch(name)]:
-        raise ValueError(
-            f'"{min(ignored)}" would be ignored, because the positives of other pairs are the negatives here, and all '
-            "pairs count alike: remove the field"
-        )
-    return _with_source(row, _text(fields, "query", empty=empty), _text(fields, "positive", empty=empty))
+        raise ValueError(f'"{min(ignored)}" would be ignored, {why}: remove the field')
+    return _with_source(row, _text(fields, "query"), _text(fields, "positive"))
 
 
 def _triple(row: Row) -> Pair:
@@ -216,7 +230,7 @@ def label_of(value: object, labels: Sequence[str]) -> Label:
     """A label as a row has it to a class, the classes, or a finite number. ValueError: it is none of them."""
     if isinstance(value, list):
         return tuple(_class(each, labels) for each in value)
-    if isinstance(value, float):
+    if isinstance(value, float) and not labels:
         return _number("label", value)
     return _class(value, labels)
 
@@ -243,13 +257,13 @@ def _texts(fields: Mapping[str, object], name: str) -> list[str]:
     return [_text({f"{name}[{place}]": value}, f"{name}[{place}]") for place, value in enumerate(values)]
 
 
-def _text(fields: Mapping[str, object], name: str, *, empty: bool = False) -> str:
+def _text(fields: Mapping[str, object], name: str) -> str:
     if name not in fields:
         raise ValueError(f'"{name}" is missing, got keys {sorted(fields)}')
     value = fields[name]
     if not isinstance(value, str):
         raise ValueError(f'"{name}" must be a string, got {value!r:.60}')
     value.encode()  # half a surrogate pair raises here, and not hours later in a tokenizer
-    if not empty and not value.strip():
-        raise ValueError(f'"{name}" is empty')
+    if not value.strip():
+        raise EmptyText(f'"{name}" is empty')
     return value

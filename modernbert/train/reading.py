@@ -30,11 +30,19 @@ class Row(NamedTuple):
     where: str
 
 
-def parse_rows(source: Source, parse: Callable[[Row], T], names: Mapping[str, str] | None = None) -> Iterator[T]:
-    """What `parse` makes of each row; its ValueError gets the place of the row."""
+def parse_rows(
+    source: Source,
+    parse: Callable[[Row], T],
+    names: Mapping[str, str] | None = None,
+    *,
+    skip: tuple[type[ValueError], ...] = (),
+) -> Iterator[T]:
+    """What `parse` makes of each row; its ValueError gets the place of the row. Rows with an error of `skip` are left out."""
     for row in read_rows(source, names):
         try:
             parsed = parse(row)
+        except skip:
+            continue
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
         yield parsed
