@@ -21,7 +21,7 @@ from .examples import Pair as Pair
 from .examples import read_pairs as read_pairs
 from .examples import read_texts
 from .options import check_same
-from .ragged import RaggedBuilder, chunks
+from .ragged import CHUNK, RaggedBuilder, chunks
 from .ragged import RaggedIds as RaggedIds
 from .reading import digest as digest
 from .reading import files as pair_files
@@ -141,7 +141,7 @@ class TokenizedPairs:
         c, built = model.config, [RaggedBuilder() for _ in range(3)]
         sources: dict[str, int] = {}
         numbers: dict[str, list[np.ndarray]] = {}
-        for chunk in chunks(pairs):
+        for chunk in chunks(pairs, CHUNK):
             texts = [pair.query for pair in chunk], [pair.positive for pair in chunk]
             negatives = [text for pair in chunk for text in pair.negatives]
             counts = np.array([len(pair.negatives) for pair in chunk])

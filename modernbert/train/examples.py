@@ -179,9 +179,13 @@ def _pair(row: Row, why: str = "because all pairs count alike here") -> Pair:
     fields = row.fields
     if not {"query", "positive"} <= fields.keys():
         raise ValueError(f'a pair needs "query" and "positive", got keys {sorted(fields)}')
-    if ignored := [name for name in fields.keys() - set(Pair._fields[:4]) if SIGNAL.fullmatch(name)]:
-        raise ValueError(f'"{min(ignored)}" would be ignored, {why}: remove the field')
+    _refuse_unread(fields, {"query", "positive"}, why)
     return _with_source(row, _text(fields, "query"), _text(fields, "positive"))
+
+
+def _refuse_unread(fields: Mapping[str, object], read: set[str], why: str) -> None:
+    if ignored := [name for name in fields.keys() - read if SIGNAL.fullmatch(name)]:
+        raise ValueError(f'"{min(ignored)}" would be ignored, {why}: remove the field')
 
 
 def _triple(row: Row) -> Pair:
@@ -201,10 +205,10 @@ def _scored(row: Row) -> Pair:
     if not isinstance(scores, list) or len(scores) != len(documents):
         got = f"{len(scores)} of them" if isinstance(scores, list) else f"{scores!r:.60}"
         raise ValueError(f'"scores" must be a list of {len(documents)} numbers, one for each document, got {got}')
-    for place, score in enumerate(scores):
-        _number(f"scores[{place}]", score)
+    numbers = tuple(_number(f"scores[{place}]", score) for place, score in enumerate(scores))
+    _refuse_unread(row.fields, {"query", "documents", "scores"}, "because only the documents and their scores count here")
     pair = _with_source(row, _text(row.fields, "query"), documents[0])
-    return pair._replace(negatives=tuple(documents[1:]), scores=tuple(map(float, scores)))
+    return pair._replace(negatives=tuple(documents[1:]), scores=numbers)
 
 
 def _with_source(row: Row, query: str, positive: str) -> Pair:

@@ -68,12 +68,12 @@ class RaggedBuilder:
 def tokenize_texts(texts: Iterable[Text], tokenizer: Tokenizer, *, max_length: int) -> RaggedIds:
     """Texts and pairs of texts as ids with special tokens, cut to `max_length` tokens."""
     built = RaggedBuilder()
-    for chunk in chunks(texts):
+    for chunk in chunks(texts, CHUNK):
         built.add([each.ids for each in tokenizer.encode_batch(chunk, max_length=max_length, offsets=False)])
     return built.build()
 
 
-def chunks(rows: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
+def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     """`size` rows at a time."""
     rows = iter(rows)
     while chunk := list(islice(rows, size)):

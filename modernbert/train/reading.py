@@ -61,9 +61,11 @@ def read_rows(source: Source, names: Mapping[str, str] | None = None) -> Iterato
     for row in _rows(source):
         if not isinstance(row.fields, Mapping):
             raise ValueError(f"{row.where}: a row must be an object with named fields, got {row.fields!r:.60}")
-        renamed = {name: row.fields[there] for name, there in (names or {}).items() if there in row.fields}
-        others = {name: value for name, value in row.fields.items() if name not in (names or {}).values()}
-        yield row._replace(fields=others | renamed)
+        if names:
+            renamed = {name: row.fields[there] for name, there in names.items() if there in row.fields}
+            others = {name: value for name, value in row.fields.items() if name not in names.values()}
+            row = row._replace(fields=others | renamed)
+        yield row
 
 
 def _rows(source: Source) -> Iterator[Row]:
@@ -178,8 +180,8 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in ParquetFile(file).iter_batches(256):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Row(fields, _stem(path), f"{path}: row {number}")
-        except (ArrowException, OSError) as error:  # an OSError: a page that does not decompress
+                    yield Row(_present(fields), _stem(path), f"{path}: row {number}")
+        except (ArrowException, OSError, ValueError) as error:  # a page that does not decompress, or is not UTF-8
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -198,7 +200,14 @@ def _mappings(rows: Iterable[Mapping[str, object]], where: str, file: str) -> It
     if isinstance(rows, Mapping):
         raise ValueError(f"{where} holds several splits: give one of {', '.join(map(repr, rows))}")
     for number, fields in enumerate(rows, start=1):
-        yield Row(fields, file, f"{where}: row {number}")  # pyright: ignore[reportArgumentType]
+        yield Row(_present(fields), file, f"{where}: row {number}")
+
+
+def _present(fields: Mapping[str, object]) -> dict[str, object]:
+    """A table has a value in every column: null is a field that the row lacks."""
+    if not isinstance(fields, Mapping):
+        return fields
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _stem(path: Path) -> str:

@@ -141,6 +141,16 @@ def test_long_lines_and_a_last_line_without_an_end(tmp_path):
         assert got == [(f"{tmp_path / name}:{i}", x) for i, x in enumerate([b"x" * 1_000_000, b"", b"y"], 1)]
 
 
+def test_null_in_a_table_is_a_field_that_the_row_lacks(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"query": "a", "group": "g"}, {"query": "b", "group": None}]
+    write(tmp_path / "a.parquet", rows)
+    for source in (tmp_path, datasets.Dataset.from_list(rows), rows):
+        assert [row.fields for row in read_rows(source)] == [rows[0], {"query": "b"}]
+    write(tmp_path / "a.jsonl", rows)  # of JSON it is a value
+    assert [row.fields for row in read_rows(tmp_path / "a.jsonl")] == rows
+
+
 def test_mappings_that_are_not_dicts_are_rows():
     class Lazy(Mapping):
         def __getitem__(self, key):

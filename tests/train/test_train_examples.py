@@ -79,6 +79,7 @@ BAD = {
     "a score in words": (read_scored, SCORED | {"scores": [1, "2", 3]}, r'"scores\[1\]" must be a finite number'),
     "a score that is true": (read_scored, SCORED | {"scores": [True, 2, 3]}, r'"scores\[0\]" must be a finite number'),
     "one document": (read_scored, SCORED | {"documents": ["a"], "scores": [1]}, '"documents" has 1 texts'),
+    "an unread label": (read_scored, SCORED | {"negatives": ["n"]}, '"negatives" would be ignored'),
     "an empty document": (read_scored, SCORED | {"documents": ["a", "", "c"]}, r'"documents\[1\]" is empty'),
     "documents that are a text": (read_scored, SCORED | {"documents": "a b"}, '"documents" must be a list'),
     "no query": (read_scored, {"documents": ["a", "b"], "scores": [1, 2]}, '"query" is missing'),
