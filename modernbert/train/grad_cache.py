@@ -6,12 +6,13 @@ each chunk again, with a graph, and carries the gradient of its vectors on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..late_interaction import Ragged, check_count, token_blocks
@@ -59,48 +60,41 @@ def grad_cache(
     if not columns or not all(columns):
         raise ValueError("columns must each have at least one chunk")
     chunks = [chunk for column in columns for chunk in column]
-    states, parts = [], []
-    with torch.no_grad():
-        for chunk in chunks:
-            states.append(_State())
-            with states[-1].autocast():
-                parts.append(encode(chunk))
-    matrices = [part.values if isinstance(part, Ragged) else part for part in parts]
-    sizes = [len(matrix) for matrix in matrices]
-    values = torch.cat(matrices).requires_grad_(torch.is_grad_enabled())
+    moments, parts = [], []
+    for chunk in chunks:
+        moments.append(_Moment())
+        with torch.no_grad(), moments[-1].autocast():
+            parts.append(encode(chunk))
+    # One leaf for all chunks, so that one hook sees all gradients, and knows the last chunk.
+    values = torch.cat([_rows(part) for part in parts]).requires_grad_(torch.is_grad_enabled())
+    sizes = [len(_rows(part)) for part in parts]
 
     def encode_again(grad: Tensor) -> None:
-        for index, (chunk, state, part) in enumerate(zip(chunks, states, grad.split(sizes), strict=True)):
+        for index, (chunk, moment, grad_part) in enumerate(zip(chunks, moments, grad.split(sizes), strict=True)):
             with no_sync() if index + 1 < len(chunks) else nullcontext():
-                with state.random(), state.autocast(), torch.enable_grad():
-                    again = encode(chunk)
-                again = again.values if isinstance(again, Ragged) else again
-                if again.requires_grad:  # not of a column whose encoder is frozen
-                    again.backward(part)
+                with moment.again(), torch.enable_grad():
+                    rows = _rows(encode(chunk))
+                if rows.requires_grad:  # those of a frozen encoder do not
+                    rows.backward(grad_part)
 
     if values.requires_grad:
         values.register_hook(encode_again)
-    return loss(*_columns(values, parts, [len(column) for column in columns]))
+    taken = iter(parts)
+    parts_of = [[next(taken) for _ in column] for column in columns]
+    joined = values.split([sum(len(_rows(part)) for part in parts) for parts in parts_of])
+    return loss(*map(_texts, joined, parts_of))
 
 
-def _columns(values: Tensor, parts: Sequence[Ragged | Tensor], counts: Sequence[int]) -> list[Ragged | Tensor]:
-    """The joined vectors, split into columns of `counts` chunks each."""
-    ends = list(accumulate(counts, initial=0))
-    groups = [parts[first:last] for first, last in zip(ends, ends[1:], strict=False)]
-    sizes = [sum(len(part.values) if isinstance(part, Ragged) else len(part) for part in group) for group in groups]
-    columns: list[Ragged | Tensor] = []
-    for column, group in zip(values.split(sizes), groups, strict=True):
-        lengths = [part.offsets.diff() for part in group if isinstance(part, Ragged)]
-        if lengths:
-            offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *lengths]).cumsum(0)
-            columns.append(Ragged(column, offsets))
-        else:
-            columns.append(column)
-    return columns
+def _rows(vectors: Ragged | Tensor) -> Tensor:
+    return vectors.values if isinstance(vectors, Ragged) else vectors
 
 
-class _State:
-    """What a forward pass depends on beside its arguments: random states and autocast."""
+def _texts(rows: Tensor, parts: Sequence[Ragged | Tensor]) -> Ragged | Tensor:
+    """The joined rows of chunks, divided into texts if those of the chunks are."""
+    lengths = [part.offsets.diff() for part in parts if isinstance(part, Ragged)]
+    return Ragged(rows, F.pad(torch.cat(lengths).cumsum(0), (1, 0))) if lengths else rows
+class _Moment:
+    """What a forward pass depends on besides its arguments and the weights: random states and autocast."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
@@ -108,18 +102,19 @@ class _State:
         kinds = ("cpu", "cuda") if self.cuda else ("cpu",)
         self.kinds = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
-    def autocast(self) -> ExitStack:
-        """Without a cache: weights that were cast without a graph would get no gradient."""
-        stack = ExitStack()
-        for kind, dtype, enabled in self.kinds:
-            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-        return stack
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Autocast of then. Without its cache, as weights that were cast without a graph would get no gradient."""
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self.kinds:
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+            yield
 
-    def random(self) -> ExitStack:
-        """The random states of then; those of now come back at the end."""
-        stack = ExitStack()
-        stack.enter_context(torch.random.fork_rng(devices=range(len(self.cuda))))
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        return stack
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The random numbers and the autocast of then. The random states of now come back at the end."""
+        with torch.random.fork_rng(devices=range(len(self.cuda))), self.autocast():
+            torch.set_rng_state(self.cpu)
+            if self.cuda:
+                torch.cuda.set_rng_state_all(self.cuda)
+            yield

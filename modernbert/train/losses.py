@@ -14,10 +14,13 @@ its queries, so that `BatchLoss.count` is their number; for `cosent` it is 1.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from modernbert_kernels.reference import Reduction
 
 from ..late_interaction import Ragged, maxsim
 
@@ -60,24 +63,28 @@ def info_nce(
         )
     positive_B = torch.arange(len(scores_BB), device=scores_BB.device)
     same_BB = None if groups_B is None else groups_B[:, None] == groups_B
-    options = {"temperature": temperature, "margin": margin}
-    scores_BN = scores_BB if negatives_BN is None else torch.cat([scores_BB, negatives_BN], dim=1)
-    loss = softmax_loss(scores_BN, positive_B, same_BB, **options).mean()
-    if not both_directions:
-        return loss
-    return (loss + softmax_loss(scores_BB.T, positive_B, same_BB, **options).mean()) / 2
+    loss_of = partial(softmax_loss, positive_B=positive_B, same_BM=same_BB, temperature=temperature, margin=margin)
+    loss = loss_of(scores_BB if negatives_BN is None else torch.cat([scores_BB, negatives_BN], dim=1))
+    return (loss + loss_of(scores_BB.T)) / 2 if both_directions else loss
 
 
 def softmax_loss(
-    scores_BN: Tensor, positive_B: Tensor, same_BM: Tensor | None, *, temperature: float, margin: float | None
+    scores_BN: Tensor,
+    positive_B: Tensor,
+    same_BM: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    margin: float | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
-    """`[B]`, minus the log of the share that the positive has in the softmax of each row.
+    """Minus the log of the share that the positive has in the softmax of each row: what `info_nce` is made of.
 
     Args:
         scores_BN: float, all candidates of each row.
         positive_B: int64, the column of each row's positive.
-        same_BM: bool or None, of the first M columns those that are not negatives of the row.
+        same_BM: bool or None, those of the first M columns that are not negatives of the row.
         temperature, margin: as in `info_nce`.
+        reduction: "mean" or "sum" over rows, or "none", `[B]`.
     """
     check_temperature("temperature", temperature)
     scores_BN = scores_BN.to(torch.promote_types(scores_BN.dtype, torch.float32))
@@ -87,7 +94,8 @@ def softmax_loss(
     if margin is not None:
         excluded_BN |= scores_BN.detach() > scores_BN.detach().gather(1, positive_B[:, None]) + margin
     excluded_BN.scatter_(1, positive_B[:, None], False)
-    return F.cross_entropy((scores_BN / temperature).masked_fill(excluded_BN, -math.inf), positive_B, reduction="none")
+    logits_BN = (scores_BN / temperature).masked_fill(excluded_BN, -math.inf)
+    return F.cross_entropy(logits_BN, positive_B, reduction=reduction)
 
 
 def kl_distill(
