@@ -22,12 +22,23 @@ C = TypeVar("C")
 P = TypeVar("P", Packed, Tokens)
 
 
-def token_chunks(batch: P, max_tokens: int) -> list[P]:
-    """Consecutive texts of at most `max_tokens` tokens together; a longer text is a chunk of its own."""
+def token_chunks(batch: P, max_tokens: int, *, at_least: int = 1) -> list[P]:
+    """Consecutive texts of at most `max_tokens` tokens together; a longer text is a chunk of its own.
+
+    Args:
+        at_least: a number of chunks that empty ones fill up. All ranks of a model sharded by `fully_shard` need as many
+            chunks, as each gathers weights: `max(ranks.gather(len(token_chunks(batch, max_tokens))))`.
+
+    Raises:
+        ValueError: a `max_tokens` or `at_least` that is not a whole number from 1.
+    """
     check_count("max_tokens", max_tokens)
+    check_count("at_least", at_least)
     lengths = batch.batch.lengths if isinstance(batch, Tokens) else batch.lengths
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
-    return [batch.select(range(first, last)) for first, last in token_blocks(offsets, max_tokens)]
+    spans = list(token_blocks(offsets, max_tokens))
+    spans += [(0, 0)] * (at_least - len(spans))
+    return [batch.select(range(first, last)) for first, last in spans]
 
 
 def grad_cache(
@@ -93,6 +104,8 @@ def _texts(rows: Tensor, parts: Sequence[Ragged | Tensor]) -> Ragged | Tensor:
     """The joined rows of chunks, divided into texts if those of the chunks are."""
     lengths = [part.offsets.diff() for part in parts if isinstance(part, Ragged)]
     return Ragged(rows, F.pad(torch.cat(lengths).cumsum(0), (1, 0))) if lengths else rows
+
+
 class _Moment:
     """What a forward pass depends on besides its arguments and the weights: random states and autocast."""
 
