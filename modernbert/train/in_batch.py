@@ -15,7 +15,7 @@ from .losses import check_temperature, softmax_loss
 
 Gather = Callable[[Tensor], Tensor]
 Score = Callable[[Ragged, Ragged], Tensor]
-Span = tuple[int, int]
+Spans = Iterable[tuple[int, int]]
 
 ELEMENTS = 1 << 26
 """Query tokens times documents of a block. The positions of their maxima take 128 MB on a GPU, less than its kernel may
@@ -76,7 +76,7 @@ def in_batch_info_nce(
     groups_N = None if groups_N is None else groups_N.to(device)
     groups_B = None if groups_N is None else groups_N[:count]
 
-    def total(rows: Ragged, columns: _Side, score: Score, spans: Iterable[Span]) -> Tensor:
+    def total(rows: Ragged, columns: _Side, score: Score, spans: Spans) -> Tensor:
         """The loss of each text in `rows` over all columns, summed."""
 
         def block_loss(rows_QE: Tensor, columns_NE: Tensor, start: int, stop: int) -> Tensor:
@@ -132,7 +132,7 @@ def _of_all_ranks(vectors: Ragged, groups: Tensor | None, gather: Gather | None,
 BlockLoss = Callable[[Tensor, Tensor, int, int], Tensor]
 
 
-def _sum_of_blocks(rows: Ragged, columns: Ragged, spans: Iterable[Span], block_loss: BlockLoss) -> Tensor:
+def _sum_of_blocks(rows: Ragged, columns: Ragged, spans: Spans, block_loss: BlockLoss) -> Tensor:
     """The sum of `block_loss(values of the block's rows, values of all columns, start, stop)` over blocks of texts."""
     blocks = [(start, stop, int(rows.offsets[start]), int(rows.offsets[stop])) for start, stop in spans]
     if torch.is_grad_enabled() and (rows.values.requires_grad or columns.values.requires_grad):

@@ -62,6 +62,7 @@ def info_nce(
             f"negatives_BN must have one row for each of {len(scores_BB)} queries, got {tuple(negatives_BN.shape)}"
         )
     positive_B = torch.arange(len(scores_BB), device=scores_BB.device)
+    groups_B = None if groups_B is None else groups_B.to(scores_BB.device)
     same_BB = None if groups_B is None else groups_B[:, None] == groups_B
     loss_of = partial(softmax_loss, positive_B=positive_B, same_BM=same_BB, temperature=temperature, margin=margin)
     loss = loss_of(scores_BB if negatives_BN is None else torch.cat([scores_BB, negatives_BN], dim=1))
@@ -117,7 +118,7 @@ def kl_distill(
         ValueError: shapes that are not the same matrix, a score of the teacher that is not finite, or a temperature
             that is not a positive number.
     """
-    teacher_BB = _checked_teacher(scores_BB, teacher_BB)
+    scores_BB, teacher_BB = _checked("scores_BB", scores_BB, "teacher_BB", teacher_BB)
     check_temperature("temperature", temperature)
     check_temperature("teacher_temperature", teacher_temperature)
     student_BB = (scores_BB / temperature).log_softmax(dim=1)
@@ -137,25 +138,27 @@ def margin_mse(scores_BN: Tensor, teacher_BN: Tensor) -> Tensor:
     Raises:
         ValueError: as in `kl_distill`, and scores of fewer than two documents.
     """
-    teacher_BN = _checked_teacher(scores_BN, teacher_BN, names=("scores_BN", "teacher_BN"))
+    scores_BN, teacher_BN = _checked("scores_BN", scores_BN, "teacher_BN", teacher_BN)
     if scores_BN.shape[1] < 2:
         raise ValueError(f"scores_BN must have a positive and a negative of each query, got {tuple(scores_BN.shape)}")
-    margin_BN, wanted_BN = scores_BN[:, :1] - scores_BN[:, 1:], teacher_BN[:, :1] - teacher_BN[:, 1:]
-    return F.mse_loss(margin_BN, wanted_BN.to(margin_BN.dtype))
+    return F.mse_loss(scores_BN[:, :1] - scores_BN[:, 1:], teacher_BN[:, :1] - teacher_BN[:, 1:])
 
 
-def _checked_teacher(scores: Tensor, teacher: Tensor, names: tuple[str, str] = ("scores_BB", "teacher_BB")) -> Tensor:
-    """The teacher's scores on the device of the student's, without a graph. Numbers on a GPU are trusted, as a look at
-    them would wait for it."""
+def _checked(name: str, scores: Tensor, teacher_name: str, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or better on the device of the scores, the teacher without a graph."""
     if scores.dim() != 2 or scores.shape != teacher.shape:
-        shapes = f"{names[0]} has shape {tuple(scores.shape)}, {names[1]} {tuple(teacher.shape)}"
+        shapes = f"{name} has shape {tuple(scores.shape)}, {teacher_name} {tuple(teacher.shape)}"
         raise ValueError(f"{shapes}: both must be the same queries by the same documents")
-    check_finite_rows(names[1], teacher)
-    return teacher.detach().to(scores.device)
+    check_finite_rows(teacher_name, teacher)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.to(dtype), teacher.detach().to(scores.device, dtype)
 
 
 def check_finite_rows(name: str, values: Tensor) -> None:
-    """Raise ValueError with the first row of a tensor on the CPU that has NaN or an infinity."""
+    """Raise ValueError with the first row that has NaN or an infinity.
+
+    Numbers on a GPU are trusted, as a look at them would wait for it.
+    """
     if values.is_cpu and not bool((finite := values.isfinite()).all()):
         row = int((~finite).nonzero()[0, 0])
         raise ValueError(f"{name} is not finite in row {row}: leave out this text or query, or score it again")
@@ -215,6 +218,7 @@ def cosent(scores_B: Tensor, labels_B: Tensor, *, temperature: float = 0.05) -> 
         raise ValueError(f"{shapes}: both must have one number for each pair")
     check_temperature("temperature", temperature)
     check_finite_rows("labels_B", labels_B)
+    labels_B = labels_B.int() if labels_B.dtype is torch.bool else labels_B  # searchsorted takes no bool
     labels_B, order_B = labels_B.to(scores_B.device).sort()
     scores_B = scores_B.to(torch.promote_types(scores_B.dtype, torch.float32))[order_B] / temperature
     # Sums over all pairs of higher labels, without the matrix of pairs.

@@ -79,9 +79,12 @@ def test_info_nce(negatives: int, both: bool) -> None:
     compare(by_blocks, columns(theirs), *leaves)
 
 
-@pytest.mark.parametrize("labels", [torch.rand(B), torch.tensor([0, 1, 2, 1, 0, 2, 2]), torch.tensor([0, 1] * 3 + [1])])
+@pytest.mark.parametrize(
+    "labels",
+    [torch.rand(B), torch.tensor([0, 1, 2, 1, 0, 2, 2]), torch.tensor([False, True] * 3 + [True])],
+    ids=["all differ", "ties", "two classes"],
+)
 def test_cosent_and_angle(labels: Tensor) -> None:
-    """With labels that differ, with ties, and with two classes."""
     leaves = vectors(B, E), vectors(B, E)
     ours = lambda x, y: cosent(F.cosine_similarity(x, y), labels, temperature=0.05)  # noqa: E731
     compare(ours, columns(dense.CoSENTLoss(Vectors()), labels), *leaves)  # pyright: ignore[reportArgumentType]
