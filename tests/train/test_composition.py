@@ -26,7 +26,6 @@ from torch import Tensor, nn
 import modernbert_kernels as ops
 from modernbert import Encoder, Ragged, pack
 from modernbert.train.losses import info_nce, kl_distill, n_way_scores
-from modernbert.train.token_losses import masked_lm
 
 TEXTS = random_ids([9, 1, 40, 23, 2, 33], 100)
 """Some longer than the window of 8 on each side, some shorter; the global layers see all of each."""
@@ -73,11 +72,11 @@ def masked_lm_losses(model: Model, items: list[int]) -> Losses:
     h_QD = model.encoder(batch.to(x_TD.device), rows=rows, inputs_embeds=x_TD)
     table_VD, labels_Q = model.encoder.embeddings.tok_embeddings.weight, batch.input_ids.to(x_TD.device)[rows]
     owner_Q = torch.tensor(owner, device=x_TD.device)[rows]
-    each = [owner_Q == index for index in range(len(texts))]
-    losses = [masked_lm(h_QD[own], table_VD, None, labels_Q[own]) * own.sum() for own in each]
-    whole = masked_lm(h_QD, table_VD, None, labels_Q) * len(rows)
-    torch.testing.assert_close(torch.stack(losses).sum(), whole)
-    return torch.stack(losses), [x_TD], [owner]
+    loss_Q = ops.linear_cross_entropy(h_QD, table_VD, None, labels_Q, reduction="none")
+    losses = torch.zeros(len(items), dtype=loss_Q.dtype, device=loss_Q.device).index_add(0, owner_Q, loss_Q)
+    whole = ops.linear_cross_entropy(h_QD, table_VD, None, labels_Q)  # as training computes it
+    torch.testing.assert_close(losses.sum() / len(rows), whole)
+    return losses, [x_TD], [owner]
 
 
 def late_interaction_losses(model: Model, items: list[int], loss: Callable[[Tensor, list[int]], Tensor]) -> Losses:
