@@ -1,7 +1,8 @@
 """GradCache (arXiv 2101.06983): large contrastive batches in the memory of one chunk.
 
-The batch is encoded chunk by chunk without a graph, the loss is computed over all vectors, and its backward pass encodes
-each chunk again, with a graph, and carries the gradient of its vectors on.
+The batch is encoded chunk by chunk without a graph, and the loss is computed over all vectors. Its backward pass
+encodes each chunk again, with a graph, and takes the gradient of its vectors on to the weights. The price is one more
+forward pass.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def grad_cache(
 ) -> Tensor:
     """`loss(*vectors)` with the gradients of one large batch, in the memory of one chunk.
 
-    Use the result as any loss: its backward pass encodes every chunk again, with the random numbers and under the
-    autocast of the first time. Gradients equal those without chunks up to rounding, whatever the result is multiplied by.
+    The result is used as any loss: `backward()` encodes every chunk again, with the random numbers and the autocast of
+    the first time. Gradients equal those without chunks up to rounding, whatever the result is multiplied by.
 
         queries, documents = token_chunks(queries, 65_536), token_chunks(documents, 65_536)
         loss = grad_cache(encode, [queries, documents], partial(in_batch_info_nce, temperature=0.02))

@@ -1,7 +1,7 @@
 """Losses over scores, and which to use when.
 
-- `info_nce`: pairs, with or without mined negatives. `in_batch.in_batch_info_nce` is the same loss over the vectors of a
-  batch whose score matrix does not fit, or of several ranks; within `grad_cache` it is cached InfoNCE.
+- `info_nce`: pairs, with or without mined negatives. `in_batch.in_batch_info_nce` is the same loss over the vectors of
+  a batch whose score matrix does not fit, or of several ranks. Within `grad_cache` it is cached InfoNCE.
 - `kl_distill`: n documents of each query with the scores of a better ranker, such as a cross-encoder. The last stage of
   mxbai-edge, answerai-colbert-small and GTE-ModernColBERT.
 - `margin_mse`: the same data, if the teacher's scores are on the scale of the student's.
@@ -9,8 +9,8 @@
 - `vector_losses` has those that need the vectors: distillation of a teacher's vectors, and Matryoshka.
 - Classes of tokens and of texts belong to the heads: `MaskedLM.loss`, `SequenceClassifier`, `TokenClassifier`.
 
-Scores come from `late_interaction.maxsim`, which pads nothing, or from a product of vectors. A loss is a mean over queries,
-so that `BatchLoss.count` is their number. `cosent` compares the pairs of a batch, so its count is 1.
+Scores come from `late_interaction.maxsim`, which pads nothing, or from a product of vectors. A loss is a mean over
+queries, so that `BatchLoss.count` is their number. `cosent` compares the pairs of a batch, so its count is 1.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Losses over the vectors of texts: which to use when.
+"""Losses over the vectors of texts, and which to use when.
 
-- `DistillationHead`: the vectors of a teacher for any texts, with no pairs at all (third stage of mxbai-edge).
-- `angle_similarity`: AnglE, `cosent(angle_similarity(x_BE, y_BE), labels_B)`, for pairs with graded labels where cosines
-  saturate.
+- `DistillationHead`: the vectors of a teacher for single texts, without any pairs (third stage of mxbai-edge).
+- `angle_similarity`: `cosent(angle_similarity(x_BE, y_BE), labels_B)` is AnglE, for pairs with graded labels, where the
+  gradient of cosines near 1 vanishes.
 - `matryoshka`: any loss over vectors, so that the first columns of a vector serve alone.
-
-A head with a loss of its own is trained with the model: give both to the optimizer, and save the model alone.
 """
 
 from __future__ import annotations
@@ -40,7 +38,8 @@ def angle_similarity(x_BE: Tensor, y_BE: Tensor) -> Tensor:
 class DistillationHead(nn.Module):
     """L2 distance to a teacher's vectors through two layers that are thrown away afterwards (SiLU between them).
 
-    `loss = head(vectors_BD, teacher_BE)`. The middle is as wide as the teacher; mxbai-edge does not publish its own.
+    `loss = head(vectors_BD, teacher_BE)`. Train it together with the model, and save the model alone. The middle is as
+    wide as the teacher's vectors; that of mxbai-edge is not published.
     """
 
     def __init__(self, width: int, teacher_width: int) -> None:

@@ -190,7 +190,8 @@ def test_a_frozen_encoder_of_one_side() -> None:
     def encode(named: tuple[str, Packed]) -> Tensor:
         return (model if named[0] == "query" else frozen)(named[1])  # pyright: ignore[reportReturnType]
 
-    columns = [[(name, chunk) for chunk in column] for name, column in zip(("query", "document"), chunks(), strict=True)]
+    queries, documents = chunks()
+    columns = [[("query", chunk) for chunk in queries], [("document", chunk) for chunk in documents]]
     results = []
     for run in (grad_cache, without_cache):
         model.zero_grad()
