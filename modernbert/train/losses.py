@@ -42,7 +42,8 @@ def info_nce(
         scores_BB: float, queries by documents.
         groups_B: int. Another pair's document is not a negative of a query whose group it shares. None: all differ.
         negatives_BN: float, scores of the queries with further documents, none of them a positive: the n mined
-            negatives of each query, `[B, n]`, or those of all queries, `[B, B * n]`. A score of -inf leaves one out.
+            negatives of each query, `[B, n]` as `n_way_scores` gives, or those of all queries, `[B, B * n]`. A score of
+            -inf leaves one out.
         temperature: scores are divided by it. 1.0 for scores that are divided already.
         both_directions: the mean of this loss and that of each document over the queries of the batch.
         margin: a negative that scores more than this above the positive is left out, as it is likely a positive

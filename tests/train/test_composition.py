@@ -52,8 +52,12 @@ class Model(nn.Module):
         ids = torch.tensor([token for text in texts for token in text], device=self.projection.weight.device)
         return self.encoder.embeddings.tok_embeddings(ids)
 
-    def vectors(self, texts: list[list[int]], embeddings_TD: Tensor) -> Ragged:
+    def vectors(self, texts: list[list[int]], embeddings_TD: Tensor, *, expanded: bool = False) -> Ragged:
+        """With `expanded`, the last third of a text are query-only rows, as the [MASK] of query expansion."""
         batch = pack(texts)
+        if expanded:
+            keys = [len(text) - len(text) // 3 for text in texts]
+            batch = replace(batch, key_lengths=torch.tensor(keys, dtype=torch.int32))
         x_TD = self.encoder(batch.to(embeddings_TD.device), inputs_embeds=embeddings_TD)
         return Ragged(ops.project_normalize(x_TD, self.projection.weight), batch.cu_seqlens.long())
 
@@ -84,7 +88,7 @@ def late_interaction_losses(model: Model, items: list[int], loss: Callable[[Tens
     queries = [PAIRS[item][0] for item in items]
     documents = [document for item in items for document in PAIRS[item][1]]
     q_TD, d_TD = model.embeddings(queries), model.embeddings(documents)
-    scores_Bn = n_way_scores(model.vectors(queries, q_TD), model.vectors(documents, d_TD))
+    scores_Bn = n_way_scores(model.vectors(queries, q_TD, expanded=True), model.vectors(documents, d_TD))
     owners = [[i for i, text in enumerate(queries) for _ in text]]
     owners += [[i // WAYS for i, text in enumerate(documents) for _ in text]]
     return loss(scores_Bn, items), [q_TD, d_TD], owners

@@ -283,34 +283,37 @@ def test_wrong_arguments_are_named() -> None:
 
 
 class Saved:
-    """Bytes that autograd keeps for the backward pass, and the most that it has kept."""
+    """Bytes that autograd keeps for the backward pass besides the weights, and the most that it has kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        self.uses: dict[int, int] = {}
         self.now = self.most = 0
 
-    def add(self, size: int) -> None:
-        self.now += size
+    def keep(self, storage: int, size: int) -> None:
+        self.uses[storage] = self.uses.get(storage, 0) + 1
+        self.now += size if self.uses[storage] == 1 else 0
         self.most = max(self.most, self.now)
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        class Kept:
-            def __init__(self, tensor: Tensor) -> None:
-                self.tensor = tensor
+    def free(self, storage: int, size: int) -> None:
+        self.uses[storage] -= 1
+        self.now -= 0 if self.uses[storage] else size
 
-        def pack_hook(tensor: Tensor) -> Kept | Tensor:
-            if isinstance(tensor, nn.Parameter):
+    @contextmanager
+    def counted(self) -> Iterator[Saved]:
+        def pack_hook(tensor: Tensor) -> Callable[[], Tensor]:
+            def kept() -> Tensor:
                 return tensor
-            kept = Kept(tensor)
-            self.add(tensor.nbytes)
-            weakref.finalize(kept, self.add, -tensor.nbytes)
+
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.weights:
+                found = storage.data_ptr(), storage.nbytes()
+                self.keep(*found)
+                weakref.finalize(kept, self.free, *found)
             return kept
 
-        def unpack_hook(kept: Kept | Tensor) -> Tensor:
-            return kept if isinstance(kept, Tensor) else kept.tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack_hook, unpack_hook):
-            yield
+        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda kept: kept()):
+            yield self
 
 
 def test_the_graph_of_one_chunk_is_kept_at_a_time() -> None:
@@ -320,14 +323,13 @@ def test_the_graph_of_one_chunk_is_kept_at_a_time() -> None:
     assert len(columns[1]) == 16
     most = []
     for run in (grad_cache, without_cache):
-        saved = Saved()
-        with saved.counted():
-            run(make(True), columns, partial(LOSS, elements=1)).backward()
+        model = make(True)
+        with Saved(model).counted() as saved:
+            run(model, columns, partial(LOSS, elements=1)).backward()
         most.append(saved.most)
         assert saved.now == 0
-    one = Saved()
-    with one.counted():
-        kept = make(True)(columns[0][0])
+    with Saved(model).counted() as one:
+        kept = model(columns[0][0])
     assert kept is not None
     assert most[0] < 1.5 * one.most
     assert most[1] > 6 * most[0]
@@ -341,9 +343,8 @@ def test_16384_pairs_of_the_17m_fit_into_80_gb() -> None:
     """
     torch.manual_seed(0)
     config = replace(EncoderConfig.preset("ettin-17m"), vocab_size=100)
-    encoder, saved = Encoder(config).bfloat16(), Saved()
-    length, pairs = 256, 16_384
-    with saved.counted():
+    encoder, length, pairs = Encoder(config).bfloat16(), 256, 16_384
+    with Saved(encoder).counted() as saved:
         kept = encoder(pack(random_ids([length], 100)))
     assert kept.dtype is torch.bfloat16
     bytes_per_token = saved.most / length
