@@ -71,12 +71,13 @@ def read_modules(folder: Path, known: Sequence[str]) -> list[Module]:
     return modules
 
 
-def read_dense(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dense:
+def read_dense(folder: Path, device: torch.device | str, dtype: torch.dtype, activation: str = "Identity") -> Dense:
+    """The layer of a folder; `activation` is that of a file that names none."""
     where, config = folder / "config.json", checkpoint.read_json(folder, "config.json")
-    activation = get(where, config, TEXT, "activation_function", "torch.nn.modules.linear.Identity")
-    package, _, name = activation.rpartition(".")
+    named = get(where, config, TEXT, "activation_function", f"torch.nn.{activation}")
+    package, _, name = named.rpartition(".")
     if not package.startswith("torch.nn") or name not in ACTIVATIONS.split():
-        raise ValueError(f"{where}: activation_function {activation!r:.80} is not one of {ACTIVATIONS}")
+        raise ValueError(f"{where}: activation_function {named!r:.80} is not one of {ACTIVATIONS}")
     with torch.device("meta"):
         layer = Dense(
             get(where, config, SIZE, "in_features"),
