@@ -65,7 +65,7 @@ class SequenceClassifier(Pretrained):
 
     @classmethod
     def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
-        return prediction.read(cls, "SequenceClassifier", folder, config, device, dtype)
+        return prediction.read(cls, "SequenceClassifier", folder, config, device=device, dtype=dtype)
 
     def _content(self, state: Mapping[str, Tensor] | None) -> Content:
         return prediction.content(self, "SequenceClassifier", self.config, state)

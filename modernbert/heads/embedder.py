@@ -139,9 +139,7 @@ class Embedder(Pretrained):
         devices: Sequence[str] | None = None,
     ) -> Tensor:
         """`encode` with the prompt "query"."""
-        return self.encode(
-            texts, prompt_name="query", batch_tokens=batch_tokens, progress=progress, devices=devices
-        )
+        return self.encode(texts, prompt_name="query", batch_tokens=batch_tokens, progress=progress, devices=devices)
 
     def encode_documents(
         self,
@@ -152,9 +150,7 @@ class Embedder(Pretrained):
         devices: Sequence[str] | None = None,
     ) -> Tensor:
         """`encode` with the prompt "document"."""
-        return self.encode(
-            texts, prompt_name="document", batch_tokens=batch_tokens, progress=progress, devices=devices
-        )
+        return self.encode(texts, prompt_name="document", batch_tokens=batch_tokens, progress=progress, devices=devices)
 
     def tokenize(
         self, texts: Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None, spans: bool = False
@@ -180,8 +176,7 @@ class Embedder(Pretrained):
         return self.tokenizer.encode_beginnings(prepared, max_length=self.max_length, offsets=False)
 
     @property
-    def max_length
-(self) -> int:
+    def max_length(self) -> int:
         """Tokens of a text that are read, with special tokens."""
         if self.config.max_length is not None:
             return self.config.max_length

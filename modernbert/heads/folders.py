@@ -31,7 +31,8 @@ def class_of(folder: Path) -> str | None:
     of_weights = None if named is None else ARCHITECTURES.get(named, named)
     if named == "HF_ColBERT" or not checkpoint.has_file(folder / "modules.json"):
         return of_weights
-    written = checkpoint.read_json(folder, SETTINGS).get("model_type") if checkpoint.has_file(folder / SETTINGS) else None
+    settings = checkpoint.read_json(folder, SETTINGS) if checkpoint.has_file(folder / SETTINGS) else {}
+    written = settings.get("model_type")
     if written == "CrossEncoder":
         return of_weights
     if written is not None:

@@ -61,15 +61,14 @@ class MaskedLM(Pretrained):
 
     @classmethod
     def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
-        return prediction.read(cls, "MaskedLM", folder, config, device, dtype)
+        return prediction.read(cls, "MaskedLM", folder, config, device=device, dtype=dtype)
 
     def _content(self, state: Mapping[str, Tensor] | None) -> Content:
         content = prediction.content(self, "MaskedLM", self.config, state)
         tensors = dict(content.state)
-        if self.config.tie_word_embeddings and {TABLE, DECODER} <= tensors.keys():
-            # As transformers: one of the names is enough. Two that differ are refused when the new folder is loaded.
-            if torch.equal(tensors[TABLE], tensors[DECODER]):
-                del tensors[DECODER]
+        both = self.config.tie_word_embeddings and {TABLE, DECODER} <= tensors.keys()
+        if both and torch.equal(tensors[TABLE], tensors[DECODER]):
+            del tensors[DECODER]  # as transformers; if they differ, loading the new folder refuses it
         return content._replace(state=tensors)
 
     @property

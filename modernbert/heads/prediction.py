@@ -69,7 +69,13 @@ def beside(encoder: Pretrained, make: Callable[[], M]) -> M:
 
 
 def read(
-    make: Callable[[Encoder], P], name: str, folder: Path, config: EncoderConfig, device: torch.device, dtype: torch.dtype
+    make: Callable[[Encoder], P],
+    name: str,
+    folder: Path,
+    config: EncoderConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> P:
     """The model that `make` puts around an encoder, with the weights of a folder of Hugging Face, strictly.
 

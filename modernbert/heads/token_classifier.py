@@ -61,7 +61,7 @@ class TokenClassifier(Pretrained):
 
     @classmethod
     def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
-        return prediction.read(cls, "TokenClassifier", folder, config, device, dtype)
+        return prediction.read(cls, "TokenClassifier", folder, config, device=device, dtype=dtype)
 
     def _content(self, state: Mapping[str, Tensor] | None) -> Content:
         return prediction.content(self, "TokenClassifier", self.config, state)
@@ -120,7 +120,9 @@ class TokenClassifier(Pretrained):
         if isinstance(batch, Packed):
             prediction.check_alone(attention_mask, input_ids)
             logits_QC = self._logits(batch, rows)
-            return logits_QC if labels is None else HeadOutput(self._loss(logits_QC, labels, num_items_in_batch), logits_QC)
+            if labels is None:
+                return logits_QC
+            return HeadOutput(self._loss(logits_QC, labels, num_items_in_batch), logits_QC)
         ids_BS = prediction.given_ids(batch, input_ids, rows)
         packed = pack_padded(ids_BS, attention_mask, None, self.config)
         logits_TC = self._logits(packed, None)
