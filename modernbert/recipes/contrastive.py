@@ -12,6 +12,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ from modernbert.packing import Tokens
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
 from modernbert.train.batching import epochs, topic_vectors
+from modernbert.train.checkpoints import check_finite
 from modernbert.train.folder import run_folder
-from modernbert.train.loop import BatchLoss, check_finite, fit
+from modernbert.train.loop import BatchLoss, fit
 from modernbert.train.losses import info_nce, kl_distill
 from modernbert.train.optim import adamw, warmup_and_decay
 from modernbert.train.options import check_values, fixed, option, parse, run
@@ -104,7 +106,7 @@ def main(config: Config) -> ColBERT:
     fit(
         model,
         adamw(model, table, learning_rate=config.learning_rate, table_rate=config.embedding_learning_rate),
-        batches,
+        lambda first: islice(batches, first, None),
         partial(batch_loss, config, model, pairs, teacher),
         output=output,
         settings=fixed(config) | inputs(config),

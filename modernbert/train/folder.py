@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from ..files import output_folder
-from .loop import read_checkpoint
+from .checkpoints import read_checkpoint
 
 TOKENS, CHECKPOINT = "tokens.npz", "checkpoint.pt"
 OTHERS = ("log.jsonl", "model", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")

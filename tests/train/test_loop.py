@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from modernbert.train.loop import BatchLoss, check_finite, fit
+from modernbert.train.checkpoints import check_finite
+from modernbert.train.loop import BatchLoss, fit
 
 
 class Recipe:
@@ -37,7 +38,7 @@ class Recipe:
         fit(
             self.model,
             self.optimizer,
-            self.batches(),
+            lambda first: itertools.islice(self.batches(), first, None),
             loss or self.loss,
             output=self.output,
             settings=settings,
