@@ -18,7 +18,8 @@ from .options import check_same
 
 LAST, BEST = "checkpoint.pt", "best.pt"
 WEIGHTS = {"settings", "step", "model"}
-"""What a file of weights has, at least."""
+CHECKPOINT = WEIGHTS | {"optimizer", "random"}
+"""What a file has at least: one with weights, and one from which a run goes on."""
 SHOWN = 8
 """Differences that an error lists."""
 
@@ -120,7 +121,7 @@ def load_weights(file: Path, model: nn.Module) -> int:
     return state["step"]
 
 
-def read_checkpoint(file: Path, wanted: set[str] = WEIGHTS | {"optimizer", "random"}) -> dict[str, Any]:
+def read_checkpoint(file: Path, wanted: set[str] = CHECKPOINT) -> dict[str, Any]:
     """The content of a checkpoint, mapped. ValueError: damaged, or without what is `wanted`."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

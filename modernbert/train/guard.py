@@ -55,7 +55,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         numbers = value.dtype.kind in "biuf"
         return torch.from_numpy(np.array(value)) if numbers else plain(value.tolist())
-    if value is None or isinstance(value, bool | int | float | str | bytes):
+    if type(value) in (type(None), bool, int, float, str, bytes):  # not their subclasses, such as enums
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
