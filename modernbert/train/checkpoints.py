@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..files import replacing
-from .distributed import ALONE, Ranks
+from .distributed import ALONE, Ranks, is_sharded
 from .options import check_same
 
 LAST, BEST = "checkpoint.pt", "best.pt"
@@ -22,6 +23,16 @@ CHECKPOINT = WEIGHTS | {"optimizer", "random"}
 """What a file has at least: one with weights, and one from which a run goes on."""
 SHOWN = 8
 """Differences that an error lists."""
+
+
+class Stateful(Protocol):
+    """Something else of a run with a state, such as an `averaging.EMA`."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> object: ...
+
+
+NOTHING: Mapping[str, Stateful] = MappingProxyType({})
 
 
 class Progress(NamedTuple):
@@ -38,6 +49,7 @@ def save_checkpoint(
     settings: Mapping[str, object],
     progress: Progress,
     ranks: Ranks = ALONE,
+    stateful: Mapping[str, Stateful] = NOTHING,
 ) -> None:
     """Atomic: a run that is killed here goes on from the checkpoint before. All ranks call it.
 
@@ -53,6 +65,7 @@ def save_checkpoint(
         "model": _whole(model.state_dict(), ranks),
         "optimizer": _whole(optimizer.state_dict(), ranks),
         "optimizer_class": type(optimizer).__name__,
+        "stateful": {name: _whole(each.state_dict(), ranks) for name, each in stateful.items()},
         "random": random[0],
         "random_of_others": random[1:],
     }
@@ -80,13 +93,20 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, object],
     ranks: Ranks = ALONE,
+    stateful: Mapping[str, Stateful] = NOTHING,
 ) -> Progress:
-    """Restore the model, the optimizer and the random state, or nothing. Without a checkpoint, step 0.
+    """Restore the model, the optimizer, the random state and the rest, or nothing. Without a checkpoint, step 0.
+
+    What a run that was killed has left half written is removed.
 
     Raises:
         ValueError: the file is damaged, or of other settings, another model or another optimizer, with what differs.
         FileNotFoundError: only some ranks see it.
     """
+    if ranks.is_first:
+        for name in (LAST, BEST):
+            for unfinished in file.parent.glob(f".{name}.????????"):  # as `replacing` calls them
+                unfinished.unlink(missing_ok=True)
     there = ranks.gather(file.exists())
     if not any(there):
         return Progress()
@@ -97,8 +117,14 @@ def load_checkpoint(
     check_same(file, state["settings"], settings)
     _check_weights(file, state["model"], model)
     _check_optimizer(file, state, optimizer)
+    kept = state.get("stateful", {})
+    if kept.keys() != stateful.keys():
+        raise ValueError(f"{file} keeps the state of {sorted(kept)}, and this run has {sorted(stateful)}")
     _load_weights(model, state["model"])
     optimizer.load_state_dict(_like_parameters(state["optimizer"], optimizer))
+    for name, each in stateful.items():
+        here = each.state_dict()
+        each.load_state_dict({key: _in_parts(x, here.get(key)) for key, x in kept[name].items()})
     every = [state["random"], *state.get("random_of_others", ())]
     same = len(every) == ranks.world_size
     if same:
@@ -107,6 +133,12 @@ def load_checkpoint(
         note = "" if same else f". It was saved by {len(every)} ranks, so random numbers begin anew"
         print(f"resumed at step {state['step']:,}{note}", flush=True)
     return Progress(state["step"], state.get("best"))
+
+
+def check_settings(file: Path, settings: Mapping[str, object]) -> None:
+    """Raise a ValueError that names what differs if `file` is there and of other settings."""
+    if file.exists():
+        check_same(file, read_checkpoint(file, WEIGHTS)["settings"], settings)
 
 
 def load_weights(file: Path, model: nn.Module) -> int:
@@ -182,19 +214,19 @@ def _whole(value: Any, ranks: Ranks) -> Any:
         return {key: _whole(each, ranks) for key, each in value.items()}
     if isinstance(value, list):
         return [_whole(each, ranks) for each in value]
-    if hasattr(value, "full_tensor"):
-        gathered = value.detach().full_tensor()
+    if isinstance(value, Tensor) and is_sharded(value):
+        gathered = value.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
         return gathered.cpu() if ranks.is_first else None
     return value
 
 
 def _local(x: Tensor) -> Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
+    return x.to_local() if is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _in_parts(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, distributed as `like` is."""
-    if not hasattr(like, "device_mesh") or whole.shape != like.shape:
+def _in_parts(whole: Any, like: object) -> Any:
+    """A whole tensor, which every rank has, distributed as `like` is. Anything else as it is."""
+    if not (isinstance(whole, Tensor) and isinstance(like, Tensor) and is_sharded(like) and whole.shape == like.shape):
         return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -213,8 +245,7 @@ def _like_parameters(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     names = [each for group in state["param_groups"] for each in group["params"]]
     of = dict(zip(names, parameters, strict=True))
     found = {
-        name: {key: _in_parts(x, of[name]) if isinstance(x, Tensor) else x for key, x in each.items()}
-        for name, each in state["state"].items()
+        name: {key: _in_parts(x, of[name]) for key, x in each.items()} for name, each in state["state"].items()
     }
     return {**state, "state": found}
 

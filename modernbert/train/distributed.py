@@ -143,8 +143,9 @@ class Reports:
                 return
             self.store.set(str(self.rank), "")
             found = self._others(time.monotonic() + PATIENCE)
-        except (dist.DistError, RuntimeError):  # the store was on a machine that is lost
-            raise ConnectionError(f"rank {self.rank} of {self.world_size}: the first machine is lost") from error
+        except (dist.DistError, RuntimeError):
+            words = "rank 0, which kept the store of the run, is lost"
+            raise ConnectionError(f"{words}. This is rank {self.rank} of {self.world_size}") from error
         failed = [f"rank {rank} has failed: {report}" for rank, report in found.items() if report]
         silent = [rank for rank in range(self.world_size) if rank != self.rank and rank not in found]
         dead = [f"rank {rank} has died, or does not answer" for rank in silent]
@@ -166,12 +167,12 @@ def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is in parts on several ranks: a `DTensor`, whose import takes long."""
+    return hasattr(x, "full_tensor")
+
+
 # Gradients
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` has distributed it, so that its backward pass adds gradients up over ranks."""
-    return hasattr(module, "set_requires_gradient_sync")
 
 
 @contextmanager
@@ -181,14 +182,14 @@ def no_sync(module: nn.Module) -> Iterator[None]:
     It saves messages: with it or without it, the gradients of a step are the same. Only for a model of `fully_shard`;
     `sum_gradients` is called once a step anyway.
     """
-    sharded = cast("Any", module) if is_sharded(module) else None
-    if sharded is not None:
-        sharded.set_requires_gradient_sync(False)
+    sharded: list[Any] = [each for each in module.modules() if hasattr(each, "set_requires_gradient_sync")]
+    for each in sharded:
+        each.set_requires_gradient_sync(False, recurse=False)
     try:
         yield
     finally:
-        if sharded is not None:
-            sharded.set_requires_gradient_sync(True)
+        for each in sharded:
+            each.set_requires_gradient_sync(True, recurse=False)
 
 
 @torch.no_grad()
@@ -196,8 +197,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     """Replace each gradient by its sum over all ranks, in few messages.
 
     A parameter that only some ranks have used counts as zero on the others; one that none has used keeps no gradient.
+    Those of `fully_shard` are left out: the backward pass has summed them.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad and not is_sharded(parameter)]
     if ranks.is_alone or not trained:
         return
     has = [float(parameter.grad is not None) for parameter in trained]

@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .batch_loss import BatchLoss
 from .distributed import Ranks
 
 
-def save_bad_batches(folder: Path, step: int, batches: Sequence[object], losses: Tensor, ranks: Ranks) -> str:
+def save_bad_batches(
+    folder: Path, step: int, batches: Sequence[object], parts: Sequence[BatchLoss], ranks: Ranks
+) -> str:
     """Write the batches of a step to a new file, and say where they are. All ranks call it.
 
     The file is a list that `torch.load(file, weights_only=True)` reads: for each batch its rank, its place in the
     step, its loss and its content. If the loss of some batches is not finite, only these are written.
-
-    Args:
-        losses: one of each batch of this rank.
     """
     rows = [
-        {"rank": ranks.rank, "place": place, "loss": loss, "batch": plain(batch)}
-        for place, (batch, loss) in enumerate(zip(batches, losses.tolist(), strict=True))
+        {"rank": ranks.rank, "place": place, "loss": part.loss.item(), "batch": plain(batch)}
+        for place, (batch, part) in enumerate(zip(batches, parts, strict=True))
     ]
     every = [row for found in ranks.gather(rows) for row in found]
     bad = [row for row in every if not np.isfinite(row["loss"])] or every

@@ -18,8 +18,18 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .batch_loss import BatchLoss as BatchLoss
 from .batch_loss import totals
-from .checkpoints import BEST, LAST, Progress, load_checkpoint, save_checkpoint, save_weights
-from .distributed import ALONE, Ranks, is_sharded, no_sync, sum_gradients
+from .checkpoints import (
+    BEST,
+    LAST,
+    NOTHING,
+    Progress,
+    Stateful,
+    check_settings,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from .distributed import ALONE, Ranks, no_sync, sum_gradients
 from .flops import Utilisation, peak
 from .guard import save_bad_batches
 from .log import LOG, Log, Tracker
@@ -49,6 +59,7 @@ def fit(
     save_minutes: float = 5.0,
     flops_per_token: float | None = None,
     trackers: Sequence[Tracker] = (),
+    stateful: Mapping[str, Stateful] = NOTHING,
 ) -> None:
     """Train from the checkpoint in `output`, if there is one, to the last step. All ranks call it.
 
@@ -72,6 +83,8 @@ def fit(
         save_minutes: minutes between two checkpoints; there is always one after the last step.
         flops_per_token: see `flops.flops_per_token`. With it the log has MFU.
         trackers: take the rows of the log too, such as `log.TensorBoard`.
+        stateful: what else a checkpoint keeps, by name. `{"ema": ema}` with
+            `optimizer.register_step_post_hook(lambda *_: ema.update())` makes an average of the weights resume too.
 
     Raises:
         FloatingPointError: a loss, a gradient or a weight is not finite. The step is not taken, nothing is overwritten,
@@ -83,7 +96,8 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
     batches_at = accumulate if callable(accumulate) else lambda step: accumulate
-    first, best = load_checkpoint(output / LAST, model, optimizer, settings, ranks)
+    check_settings(output / BEST, settings)
+    first, best = load_checkpoint(output / LAST, model, optimizer, settings, ranks, stateful)
     if first > steps:
         raise ValueError(f"{output} has a checkpoint of step {first:,}: ask for as many steps or more, or a new output")
     coming = iter(batches(sum(map(batches_at, range(first)))))
@@ -110,17 +124,17 @@ def fit(
             with nullcontext() if place + 1 == number else no_sync(model):
                 (part.loss if is_single else part.loss * part.count).backward()
             parts.append(part.detached())
-        due = torch.full((1,), float(ranks.is_first and time.monotonic() - saved > 60 * save_minutes), device=device)
-        loss_sum, units, tokens, is_due = ranks.sum(torch.cat([totals(parts), due]))
+        is_late = ranks.is_first and time.monotonic() - saved > 60 * save_minutes
+        sums = torch.cat([totals(parts), torch.full((1,), float(is_late), device=device)])
+        loss_sum, units, tokens, is_due = ranks.sum(sums)
         if not is_single:
-            average_gradients(model, parameters, units, ranks)
+            average_gradients(parameters, units, ranks)
         norm = clip_gradients(parameters, clip)
         loss, norm, tokens, is_due = torch.stack([loss_sum / units, norm.float(), tokens, is_due]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            losses = torch.stack([part.loss for part in parts])
             raise FloatingPointError(
                 f"step {step + 1:,}: the loss is {loss}, the norm of the gradients {norm}. The step was not taken, and "
-                f"{output} keeps the last checkpoint. {save_bad_batches(output, step + 1, had, losses, ranks)}. Try a "
+                f"{output} keeps the last checkpoint. {save_bad_batches(output, step + 1, had, parts, ranks)}. Try a "
                 "lower learning rate, or look for damaged data"
             )
         optimizer.step()
@@ -130,13 +144,14 @@ def fit(
         if is_last or done % LOG_STEPS == 0:
             log.write(done, max(group["lr"] for group in optimizer.param_groups))
         if validation is not None and (is_last or done % validation.steps == 0):
-            numbers = validation.run(model, ranks)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                numbers = validation.run(model, ranks)
             if is_best := validation.is_better(numbers, best):
                 best = numbers[validation.best]
                 save_weights(output / BEST, model, settings, done, numbers, ranks)
             log.write_validation(done, numbers, is_best=is_best)
         if is_last or is_due:
-            save_checkpoint(output / LAST, model, optimizer, settings, Progress(done, best), ranks)
+            save_checkpoint(output / LAST, model, optimizer, settings, Progress(done, best), ranks, stateful)
             saved = time.monotonic()
     log.close()
 
@@ -149,10 +164,9 @@ def draw(coming: Iterator[B], ended: str) -> B:
 
 
 @torch.no_grad()
-def average_gradients(model: nn.Module, parameters: Sequence[nn.Parameter], units: Tensor, ranks: Ranks) -> None:
-    """Make the sums that are in the gradients of this rank the means over the units of all ranks."""
-    if not is_sharded(model):  # a sharded model has added them up in its backward pass
-        sum_gradients(parameters, ranks)
+def average_gradients(parameters: Sequence[nn.Parameter], units: Tensor, ranks: Ranks) -> None:
+    """Make the sums over the units of this rank, which the gradients are, means over the `units` of all ranks."""
+    sum_gradients(parameters, ranks)
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.div_(units)

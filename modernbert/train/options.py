@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 C = TypeVar("C", bound="DataclassInstance")
+
+COUNT = Kind("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 2**63, int)
+AMOUNT = Kind("a finite number, 0 or more", lambda v: type(v) in (int, float) and 0 <= v < math.inf, float)
+SHARE = Kind("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1, float)
 
 
 def option(text: str, default: Any = MISSING, *, kind: Kind[Any] | None = None, free: bool = False) -> Any:
@@ -30,30 +35,30 @@ def option(text: str, default: Any = MISSING, *, kind: Kind[Any] | None = None, 
 def parse(config: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
     """A command line to a config: one option for each field, as its type says.
 
-    A tuple takes several words, a `Literal` one of its values, and a bool none: `--name` turns it on, or `--no-name`
-    off if it is on by default. A field that may be None is None if the option is left out.
+    A tuple takes several words, a `Literal` one of its values, and a bool none: `--name` turns it on and `--no-name`
+    off. A field that may be None is None if the option is left out.
     """
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     hints = get_type_hints(config)
     for each in fields(config):
         text, default, name = each.metadata["help"].replace("%", "%%"), each.default, each.name.replace("_", "-")
-        if isinstance(default, bool):
-            action = "store_false" if default else "store_true"
-            parser.add_argument(f"--{'no-' * default}{name}", dest=each.name, action=action, help=text)
-            continue
         kind = _words(hints[each.name])
         if default is MISSING:
             kind["required"] = True
         elif default not in ("", (), None):
             text += f" (default: {default!r})"
-        parser.add_argument("--" + name, default=default, help=text, **kind)
+        # Not given to argparse at once: until Python 3.12 it adds the default of a flag to its help text.
+        parser.add_argument("--" + name, default=argparse.SUPPRESS, help=text, **kind)
+        parser.set_defaults(**{each.name: default})
     values = vars(parser.parse_args(arguments))
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _words(hint: Any) -> dict[str, Any]:
     """How argparse reads the words of a field of this type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is tuple:
         return {"nargs": "*", "type": get_args(hint)[0]}
     if get_origin(hint) is Literal:
