@@ -58,7 +58,7 @@ def test_twenty_steps_learn(toy, tmp_path, monkeypatch):
     step = contrastive.batch_loss
     monkeypatch.setattr(contrastive, "batch_loss", lambda *args: seen.append(step(*args)) or seen[-1])
     main(config(toy, tmp_path))
-    loss = [loss.item() for loss, _, _ in seen]
+    loss = [part.loss.item() for part in seen]
     assert np.mean(loss[-5:]) < 0.7 * np.mean(loss[:5])
 
 
