@@ -212,10 +212,9 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
 
 def read_chosen(negatives: int, folder: str, *, exclude_sources: tuple[str, ...], skip_empty: bool) -> Iterator[Pair]:
     """The pairs of a folder, each with at most so many of its negatives."""
-    if not negatives:
-        return read_pairs(folder, exclude_sources=exclude_sources, skip_empty=skip_empty)
-    triples = read_triples(folder, exclude_sources=exclude_sources)
-    return (pair._replace(negatives=pair.negatives[:negatives]) for pair in triples)
+    read = read_triples if negatives else read_pairs
+    pairs = read(folder, exclude_sources=exclude_sources, skip_empty=skip_empty)
+    return (pair._replace(negatives=pair.negatives[:negatives]) for pair in pairs)
 
 
 def inputs(config: Config) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
     python -m modernbert.recipes.finetune --task RTE --train FILE --dev FILE --model FOLDER --output FOLDER
 
-The settings of a task of GLUE are those of ModernBERT-base (arXiv 2412.13663, table 6); options that are 0 take them.
+The settings of a task of GLUE are those of ModernBERT-base (arXiv 2412.13663, table 6); options that are left out take them.
 `--grid` runs the whole grid of the paper and keeps the best point. A stopped run goes on when the same command is started
 again. `OUTPUT/model` is the best model on the dev file, `OUTPUT/scores.json` its scores.
 """
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from modernbert.checkpoint import locate
-from modernbert.config import FLAG, SIZE
+from modernbert.config import FLAG, POSITIVE, SIZE
 from modernbert.encoder import Encoder
 from modernbert.files import replacing
 from modernbert.heads.classifier import SequenceClassifier
@@ -84,10 +84,10 @@ class Config:
     labels: tuple[str, ...] = option("names of the classes of texts; none: labels are numbers", ())
     grid: bool = option("run the grid of the paper: 4 learning rates, 4 weight decays, 3 numbers of epochs", False, kind=FLAG)
 
-    learning_rate: float = option("highest learning rate; 0: as published", 0.0, kind=AMOUNT)
-    weight_decay: float = option("share of a weight that a step at the highest rate takes; 0: as published", 0.0, kind=AMOUNT)
-    epochs: int = option("passes over the training file; 0: as published", 0, kind=COUNT)
-    batch_size: int = option("texts of a step, over all ranks; 0: as published", 0, kind=COUNT)
+    learning_rate: float | None = option("highest learning rate; left out: as published", None, kind=POSITIVE)
+    weight_decay: float | None = option("share of a weight that a step takes; left out: as published", None, kind=AMOUNT)
+    epochs: int | None = option("passes over the training file; left out: as published", None, kind=SIZE)
+    batch_size: int | None = option("texts of a step, over all ranks; left out: as published", None, kind=SIZE)
     warmup: float = option("share of the steps in which the learning rate rises", 0.06, kind=SHARE)
     max_length: int = option("longest text or window, in tokens", 256, kind=SIZE)
     seed: int = option("seed of the new head and of the order of the texts", 17, kind=COUNT)
@@ -114,9 +114,9 @@ def main(config: Config) -> dict[str, float]:
 
 
 def with_published(config: Config) -> Config:
-    """The config with the published values in place of each 0."""
+    """The config with the published values in place of what was left out."""
     found = TASKS[config.task]._asdict()
-    return replace(config, **{name: found[name] for name in found.keys() & vars(config).keys() if not getattr(config, name)})
+    return replace(config, **{name: found[name] for name in found.keys() & vars(config).keys() if getattr(config, name) is None})
 
 
 def points(config: Config) -> list[Config]:

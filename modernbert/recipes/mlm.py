@@ -22,19 +22,20 @@ from modernbert.encoder import Attention
 from modernbert.heads.masked_lm import MaskedLM
 from modernbert.tokenizer import Tokenizer
 from modernbert.train.bins import BinSampler, best_fit
+from modernbert.train.corpus import Shards
 from modernbert.train.distributed import Ranks, ranks
 from modernbert.train.examples import read_texts
 from modernbert.train.flops import flops_per_token
 from modernbert.train.claim import claim_folder
+from modernbert.train.groups import parameter_groups
 from modernbert.train.initialize import set_context, tile_from
 from modernbert.train.loader import MaskedBatches
 from modernbert.train.loop import BatchLoss, fit
 from modernbert.train.masking import Masked, Masking
-from modernbert.train.optim import parameter_groups
+from modernbert.train.optim import StableAdamW, load_moments
 from modernbert.train.options import AMOUNT, COUNT, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare
-from modernbert.train.shards import Shards, write_shards
-from modernbert.train.stable_adamw import StableAdamW
+from modernbert.train.shards import write_shards
 from modernbert.train.stages import STAGES, Stage
 from modernbert.train.validation import Validation, mean_loss
 from modernbert.train.vocabulary import train_cased_tokenizer
@@ -52,18 +53,17 @@ class Config:
     start: str = option("checkpoint to start from; a smaller one is tiled, as for ModernBERT-large", "")
     tokenizer: str = option("folder or hub id; '' trains one on the texts", "answerdotai/ModernBERT-base")
     vocab_size: int = option("tokens of a tokenizer that is trained", 50_368, kind=SIZE)
-    hidden_size: int = option("width; 0: that of the preset", 0, kind=COUNT)
-    intermediate_size: int = option("width of the MLP; 0: that of the preset", 0, kind=COUNT)
-    num_hidden_layers: int = option("layers; 0: as many as the preset", 0, kind=COUNT)
-    num_attention_heads: int = option("attention heads; 0: as many as the preset", 0, kind=COUNT)
+    hidden_size: int | None = option("width; left out: the preset's", None, kind=SIZE)
+    intermediate_size: int | None = option("width of the MLP; left out: the preset's", None, kind=SIZE)
+    num_hidden_layers: int | None = option("layers; left out: the preset's", None, kind=SIZE)
+    num_attention_heads: int | None = option("attention heads; left out: the preset's", None, kind=SIZE)
     dropout: float = option("dropout of the output of attention", 0.1, kind=RATE)
 
-    tokens: int = option("tokens of all stages together; 0: as published", 0, kind=COUNT)
-    batch_tokens: int = option("tokens of a step after its warm-up, over all ranks; 0: as published", 0, kind=COUNT)
-    longest: int = option("longest sequence of any stage; 0: as published", 0, kind=COUNT)
-    learning_rate: float = option("highest rate of the first stage; 0: as published", 0.0, kind=AMOUNT)
+    tokens: int | None = option("tokens of all stages together; left out: as published", None, kind=SIZE)
+    batch_tokens: int | None = option("tokens of a step after its warm-up, over all ranks; left out: as published", None, kind=SIZE)
+    longest: int | None = option("longest sequence of any stage; left out: as published", None, kind=SIZE)
+    learning_rate: float | None = option("highest rate of the first stage; left out: as published", None, kind=POSITIVE)
     rank_tokens: int = option("tokens of a batch of one rank; a step accumulates batches", 98_304, kind=SIZE)
-    clip: float = option("largest norm of the gradients", 1.0, kind=POSITIVE)
     seed: int = option("seed of the weights, of the masks and of the order of the texts", 17, kind=COUNT)
 
     device: str = option("where to train, such as cuda", "cpu", free=True)
@@ -85,11 +85,13 @@ def main(config: Config) -> MaskedLM:
         tokenizer = Tokenizer.from_pretrained(output)
         model = build(config, tokenizer).to(group.device)
         prepare(model, group, compile=config.compile)
-        optimizer = StableAdamW(parameter_groups(model, learning_rate=1.0, weight_decay=1.0), betas=(0.9, 0.98), eps=1e-6)
+        moments = None
         for number, stage in enumerate(plan, start=1):
-            print(f"stage {number}: {stage}", flush=True)
-            begin(model, optimizer, stage)
+            optimizer = begin(model, stage)
+            if moments is not None:
+                load_moments(optimizer, moments)
             train(config, model, optimizer, tokenizer, output / f"stage-{number}", number, stage, group)
+            moments = optimizer.state_dict()
         model.eval()
         group.on_first(lambda: save(model, tokenizer, output / "model"))
     return model
@@ -140,17 +142,16 @@ def build(config: Config, tokenizer: Tokenizer) -> MaskedLM:
     return model
 
 
-def begin(model: MaskedLM, optimizer: torch.optim.Optimizer, stage: Stage) -> None:
-    """Set what a stage changes: the rotary positions, the learning rate and the weight decay."""
+def begin(model: MaskedLM, stage: Stage) -> StableAdamW:
+    """Set the rotary positions of a stage; its optimizer."""
     set_context(
         model,
         length=stage.sequence_length,
         global_rope_theta=stage.global_rope_theta,
         local_rope_theta=stage.local_rope_theta,
     )
-    for group in optimizer.param_groups:
-        group["lr"] = stage.learning_rate
-        group["weight_decay"] = stage.weight_decay if group["weight_decay"] else 0.0
+    groups = parameter_groups(model, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
+    return StableAdamW(groups, betas=(0.9, 0.98), eps=1e-6, decouple_lr=True)
 
 
 def train(
@@ -182,7 +183,7 @@ def train(
         steps=stage.steps,
         schedule=stage.factor,
         accumulate=lambda step: stage.batch_size_at(step) // (rows * group.world_size),
-        clip=config.clip,
+        clip=None,  # StableAdamW bounds the step of each tensor
         autocast=True,
         validation=held_out(config, model, tokenizer, output, stage, group),
         ranks=group,

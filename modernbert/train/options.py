@@ -22,10 +22,6 @@ COUNT = Kind("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 
 AMOUNT = Kind("a finite number, 0 or more", lambda v: type(v) in (int, float) and 0 <= v < math.inf, float)
 SHARE = Kind("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1, float)
 
-COUNT = Kind("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 2**63, int)
-AMOUNT = Kind("a finite number, 0 or more", lambda v: type(v) in (int, float) and 0 <= v < math.inf, float)
-SHARE = Kind("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1, float)
-
 
 def option(text: str, default: Any = MISSING, *, kind: Kind[Any] | None = None, free: bool = False) -> Any:
     """A field of a config: its help text, its default if it has one, and whether a resumed run may change it.
@@ -80,10 +76,11 @@ def run(main: Callable[[C], object], config: C) -> None:
 
 
 def check_values(config: DataclassInstance) -> None:
-    """Raise a ValueError that names the first option with a value that is not of its kind."""
+    """Raise a ValueError that names the first option with a value that is not of its kind. None is one if it is the default."""
     for each in fields(config):
-        if kind := each.metadata["kind"]:
-            kind.check("--" + each.name.replace("_", "-"), getattr(config, each.name))
+        kind, value = each.metadata["kind"], getattr(config, each.name)
+        if kind and not (value is None and each.default is None):
+            kind.check("--" + each.name.replace("_", "-"), value)
 
 
 def fixed(config: DataclassInstance) -> dict[str, object]:

@@ -229,8 +229,7 @@ def test_a_folder_of_another_program_is_refused_untouched(config, tmp_path):
 WRONG = {
     "model": ("modernbert-tiny", "--model is 'modernbert-tiny', but must be one of modernbert-base"),
     "dropout": (1.0, "--dropout is 1.0, but must be"),
-    "clip": (0.0, "--clip is 0.0, but must be"),
-    "tokens": (-1, "--tokens is -1, but must be"),
+    "tokens": (0, "--tokens is 0, but must be"),
     "learning_rate": (float("nan"), "--learning-rate is nan, but must be"),
 }
 
