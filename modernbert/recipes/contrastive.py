@@ -100,8 +100,6 @@ def main(config: Config) -> ColBERT:
     check_values(config)
     if not config.teacher and (config.teacher_model or config.teacher_pairs):
         raise ValueError("--teacher-model and --teacher-pairs are about the folder --teacher, which is not given")
-    if config.teacher and config.chunk_tokens:
-        raise ValueError("--teacher needs the scores of a whole batch, which --chunk-tokens never holds: choose one")
     torch.set_num_threads(config.threads)
     with ranks(config.device) as group:
         output = group.on_first(lambda: run_folder(config.output))
@@ -121,15 +119,20 @@ def train(config: Config, output: Path, group: Ranks) -> ColBERT:
     model, pairs, teacher = prepare(config, output)
     share(model, group)
     table = model.encoder.embeddings.tok_embeddings.weight
-    alone = group.is_alone and not config.chunk_tokens
+    strata = pairs.sources * 2 + (taught := (pairs.teacher_index >= 0).all(1))
+    whole = group.is_alone and not config.chunk_tokens
+    if taught.any() and not whole:
+        raise ValueError(
+            f"{taught.sum():,} pairs have a teacher's vectors, and its loss needs all scores of a batch: leave out "
+            "--chunk-tokens and train on one rank, or leave out --teacher-pairs"
+        )
     fit(
         model,
         adamw(model, table, learning_rate=config.learning_rate, table_rate=config.embedding_learning_rate),
         partial(
             epochs,
             pairs.lengths,
-            # Pairs with and without a teacher's vectors never share a batch.
-            pairs.sources * 2 + (pairs.teacher_index >= 0).all(1),
+            strata,  # pairs with and without a teacher's vectors never share a batch
             topic_vectors(pairs.positives, table.detach().float().cpu().numpy()),
             max_pairs=config.batch_pairs,
             max_tokens=config.batch_tokens,
@@ -137,7 +140,7 @@ def train(config: Config, output: Path, group: Ranks) -> ColBERT:
             rank=group.rank,
             world_size=group.world_size,
         ),
-        partial(batch_loss, config, model, pairs, teacher) if alone else partial(large_loss, config, model, pairs, group),
+        partial(batch_loss, config, model, pairs, teacher) if whole else partial(large_loss, config, model, pairs, group),
         output=output,
         settings=fixed(config) | inputs(config),
         steps=config.steps,
@@ -223,6 +226,8 @@ def inputs(config: Config) -> dict[str, object]:
     teacher = [Path(config.teacher, name) for name in ("keys.npy", "vectors.npy")] if config.teacher else []
     found: dict[str, object] = {name: getattr(config, name) for name in names}
     found["hash of pairs and teacher"] = data.digest([*data.pair_files(config.pairs), *teacher])
+    if config.hard_negatives:
+        found["hard_negatives"] = config.hard_negatives
     if config.decontaminate_against:
         found["hash of corpora"] = data.digest(map(data.corpus_file, config.decontaminate_against))
     return found
