@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ ARGUMENTS = {
     "search": ("how do I add a head?", str(ROOT / "CONTRIBUTING.md")),
     "finetune": ("tuned",),
     "export": ("encoder.pt2",),
+    "pretrain": ("texts.jsonl", "texts.jsonl", "2", "1"),
 }
 
 
@@ -58,3 +60,11 @@ def test_finetune(run, tmp_path):
 def test_export(run):
     (difference,) = re.findall(r"largest difference (\S+)", run("export"))
     assert float(difference) < 1e-5
+
+
+def test_pretrain(run, tmp_path):
+    pytest.importorskip("accelerate")  # of transformers' Trainer
+    words = " ".join(f"word{i % 97}" for i in range(900))
+    (tmp_path / "texts.jsonl").write_text(f"{json.dumps({'text': words})}\n" * 30)
+    ours, theirs = (float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", run("pretrain")))
+    assert abs(ours - theirs) < 1e-3
