@@ -2,8 +2,8 @@
 
 python examples/pretrain.py TEXTS HELD_OUT [STEPS] [SEEDS]
 
-TEXTS and HELD_OUT are files of rows with a "text". Prints for each seed the held-out loss and the tokens per second of both.
-The model has 6 million parameters; both train it with AdamW, the same schedule and the same tokens in each step.
+TEXTS and HELD_OUT are files of rows with a "text". For each seed, the held-out loss and the tokens per second of both are
+printed. The model has 6 million parameters. Both train it with AdamW, the same schedule and the same tokens in each step.
 """
 
 import sys
@@ -97,7 +97,9 @@ def batches_of(folder: Path, tokenizer: Tokenizer, share: float, seed: int, coun
     pieces = Shards(folder, tokenizer).pieces(LONGEST)
     bins = best_fit(pieces.lengths, LONGEST)
     masking = Masking.hugging_face(share, tokenizer)
-    return list(islice(MaskedBatches(pieces, BinSampler(bins, ROWS, seed=seed), masking, seed)(0), count or len(bins) // ROWS))
+    return list(
+        islice(MaskedBatches(pieces, BinSampler(bins, ROWS, seed=seed), masking, seed)(0), count or len(bins) // ROWS)
+    )
 
 
 def main(texts: str, held: str, steps: int = 300, seeds: int = 2) -> None:
@@ -120,7 +122,10 @@ def main(texts: str, held: str, steps: int = 300, seeds: int = 2) -> None:
                 started = time.perf_counter()
                 train(model, batches, schedule, where)
                 speed = sum(batch.batch.num_tokens for batch in batches) / (time.perf_counter() - started)
-                print(f"seed {seed}  {name:6}  held-out loss {held_out(model, test):.4f}  {speed:,.0f} tokens/s", flush=True)
+                print(
+                    f"seed {seed}  {name:6}  held-out loss {held_out(model, test):.4f}  {speed:,.0f} tokens/s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER --device cuda
 
 The defaults are those of the model that ships in `modernbert/assets/default`. When a run was stopped, the same command
-goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the result. With `--chunk-tokens` a batch of any
-size fits in memory (GradCache).
+goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the result. With `--chunk-tokens` a batch of
+any size fits in memory (GradCache).
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def train(config: Config, output: Path, group: Ranks) -> ColBERT:
             rank=group.rank,
             world_size=group.world_size,
         ),
-        partial(batch_loss, config, model, pairs, teacher) if whole else partial(large_loss, config, model, pairs, group),
+        partial(batch_loss, config, model, pairs, teacher)
+        if whole
+        else partial(large_loss, config, model, pairs, group),
         output=output,
         settings=fixed(config) | inputs(config),
         steps=config.steps,

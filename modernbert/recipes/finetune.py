@@ -2,9 +2,9 @@
 
     python -m modernbert.recipes.finetune --task RTE --train FILE --dev FILE --model FOLDER --output FOLDER
 
-The settings of a task of GLUE are those of ModernBERT-base (arXiv 2412.13663, table 6); options that are left out take them.
-`--grid` runs the whole grid of the paper and keeps the best point. A stopped run goes on when the same command is started
-again. `OUTPUT/model` is the best model on the dev file, `OUTPUT/scores.json` its scores.
+The settings of a task of GLUE are those of ModernBERT-base (arXiv 2412.13663, table 6), where options are left out.
+`--grid` runs the whole grid of the paper and finds the best point. A stopped run goes on when the same command is
+started again. `OUTPUT/model` is the best model on the dev file, `OUTPUT/scores.json` its scores.
 """
 
 from __future__ import annotations
@@ -82,10 +82,14 @@ class Config:
     model: str = option("folder or hub id of the checkpoint to start from", free=True)
     output: str = option("folder of the run and its result", free=True)
     labels: tuple[str, ...] = option("names of the classes of texts; none: labels are numbers", ())
-    grid: bool = option("run the grid of the paper: 4 learning rates, 4 weight decays, 3 numbers of epochs", False, kind=FLAG)
+    grid: bool = option(
+        "run the grid of the paper: 4 learning rates, 4 weight decays, 3 numbers of epochs", False, kind=FLAG
+    )
 
     learning_rate: float | None = option("highest learning rate; left out: as published", None, kind=POSITIVE)
-    weight_decay: float | None = option("share of a weight that a step takes; left out: as published", None, kind=AMOUNT)
+    weight_decay: float | None = option(
+        "share of a weight that a step takes; left out: as published", None, kind=AMOUNT
+    )
     epochs: int | None = option("passes over the training file; left out: as published", None, kind=SIZE)
     batch_size: int | None = option("texts of a step, over all ranks; left out: as published", None, kind=SIZE)
     warmup: float = option("share of the steps in which the learning rate rises", 0.06, kind=SHARE)
@@ -116,7 +120,9 @@ def main(config: Config) -> dict[str, float]:
 def with_published(config: Config) -> Config:
     """The config with the published values in place of what was left out."""
     found = TASKS[config.task]._asdict()
-    return replace(config, **{name: found[name] for name in found.keys() & vars(config).keys() if getattr(config, name) is None})
+    return replace(
+        config, **{name: found[name] for name in found.keys() & vars(config).keys() if getattr(config, name) is None}
+    )
 
 
 def points(config: Config) -> list[Config]:

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m modernbert.recipes.mlm --texts FOLDER --output FOLDER --device cuda
 
 The defaults are the run of ModernBERT-base, and `--model` names another row of `train/stages.py`. `--tokens`,
-`--batch-tokens` and `--longest` make a run smaller: warm-ups and decays keep their shares. When a run was stopped, the same
-command goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the result, `OUTPUT/stage-1` the first stage.
+`--batch-tokens` and `--longest` make a run smaller: warm-ups and decays keep their shares. When a run was stopped, the
+same command goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the result.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from modernbert.config import FLAG, POSITIVE, RATE, SIZE, EncoderConfig
+from modernbert.config import FLAG, POSITIVE, RATE, SIZE, EncoderConfig, Kind
 from modernbert.encoder import Attention
 from modernbert.heads.masked_lm import MaskedLM
 from modernbert.tokenizer import Tokenizer
 from modernbert.train.bins import BinSampler, best_fit
+from modernbert.train.claim import claim_folder
 from modernbert.train.corpus import Shards
 from modernbert.train.distributed import Ranks, ranks
 from modernbert.train.examples import read_texts
 from modernbert.train.flops import flops_per_token
-from modernbert.train.claim import claim_folder
 from modernbert.train.groups import parameter_groups
 from modernbert.train.initialize import set_context, tile_from
 from modernbert.train.loader import MaskedBatches
@@ -42,6 +42,7 @@ from modernbert.train.vocabulary import train_cased_tokenizer
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 EVALUATED = 0.15  # share of masked tokens in the held-out loss, whatever that of training
+TOKENS = Kind("a whole number, 1 or more", lambda v: type(v) is int and v >= 1, int)
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,20 @@ class Config:
     num_attention_heads: int | None = option("attention heads; left out: the preset's", None, kind=SIZE)
     dropout: float = option("dropout of the output of attention", 0.1, kind=RATE)
 
-    tokens: int | None = option("tokens of all stages together; left out: as published", None, kind=SIZE)
-    batch_tokens: int | None = option("tokens of a step after its warm-up, over all ranks; left out: as published", None, kind=SIZE)
+    tokens: int | None = option("tokens of all stages together; left out: as published", None, kind=TOKENS)
+    batch_tokens: int | None = option(
+        "tokens of a step after its warm-up, over all ranks; left out: as published", None, kind=TOKENS
+    )
     longest: int | None = option("longest sequence of any stage; left out: as published", None, kind=SIZE)
     learning_rate: float | None = option("highest rate of the first stage; left out: as published", None, kind=POSITIVE)
     rank_tokens: int = option("tokens of a batch of one rank; a step accumulates batches", 98_304, kind=SIZE)
     seed: int = option("seed of the weights, of the masks and of the order of the texts", 17, kind=COUNT)
 
     device: str = option("where to train, such as cuda", "cpu", free=True)
-    threads: int = option("threads of a CPU", 2, kind=SIZE, free=True)
-    workers: int = option("processes that make batches ahead; 0: the training process makes them", 0, kind=COUNT, free=True)
+    threads: int = option("threads of a CPU", 2, kind=SIZE)
+    workers: int = option(
+        "processes that make batches ahead; 0: the training process makes them", 0, kind=COUNT, free=True
+    )
     compile: bool = option("compile the layers with torch.compile", False, kind=FLAG, free=True)
     validate_steps: int = option("steps between two measurements of the held-out loss", 4_000, kind=SIZE, free=True)
     save_minutes: float = option("minutes between two checkpoints", 5.0, kind=AMOUNT, free=True)
@@ -171,7 +176,9 @@ def train(
     rows = rows_of_batch(config, stage, group)
     sampler = BinSampler(packing, rows, seed=config.seed + number, rank=group.rank, world_size=group.world_size)
     masking = Masking.as_trained(stage.mask_rate, tokenizer)
-    batches = MaskedBatches(corpus.pieces(stage.sequence_length), sampler, masking, config.seed + number, config.workers)
+    batches = MaskedBatches(
+        corpus.pieces(stage.sequence_length), sampler, masking, config.seed + number, config.workers
+    )
     lengths = packing.lengths.astype(float)
     fit(
         model,
@@ -204,7 +211,7 @@ def rows_of_batch(config: Config, stage: Stage, group: Ranks) -> int:
 
 
 def batch_loss(model: MaskedLM, group: Ranks, batch: Masked) -> BatchLoss:
-    """The mean over the masked tokens of a batch. No logits are kept, and the last layer computes the masked rows only."""
+    """The mean over the masked tokens of a batch. The last layer computes only their rows, and no logits are kept."""
     batch = batch.to(group.device, non_blocking=True)
     loss = model.loss(batch.batch, batch.rows_Q, batch.labels_Q)
     return BatchLoss(loss, batch.batch.num_tokens, {}, count=len(batch.labels_Q))
@@ -217,7 +224,7 @@ def held_out(
     if not config.validation:
         return None
     folder = output.parent / "validation"
-    group.on_first(lambda: None if write_shards(config.validation, tokenizer, folder) else None)
+    group.on_first(lambda: len(write_shards(config.validation, tokenizer, folder)))
     pieces = Shards(folder, tokenizer).pieces(stage.sequence_length)
     packing, masking = best_fit(pieces.lengths, stage.sequence_length), Masking.as_trained(EVALUATED, tokenizer)
     mine = range(group.rank, len(packing), group.world_size)

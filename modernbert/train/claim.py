@@ -31,7 +31,9 @@ def claim_folder(output: str | os.PathLike[str], recipe: str, settings: Mapping[
     taken = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")] if folder.exists() else []
     if taken:
         more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
-        raise FileExistsError(f"{folder} holds {', '.join(taken[:3])}{more}, but no {RUN} of a run: choose a new --output")
+        raise FileExistsError(
+            f"{folder} holds {', '.join(taken[:3])}{more}, but no {RUN} of a run: choose a new --output"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / RUN) as beside:
         beside.write_text(json.dumps(request, indent=2), encoding="utf-8")

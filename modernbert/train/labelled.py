@@ -12,7 +12,7 @@ from torch import Tensor
 from ..heads.classifier import SequenceClassifier
 from ..heads.token_classifier import TokenClassifier
 from ..heads.token_labels import labels_of_words, scores_of_words
-from ..packing import Packed, pack
+from ..packing import pack
 from ..tokenizer import TextWindow, Tokenizer
 from . import metrics
 from .batch_loss import BatchLoss
@@ -117,7 +117,9 @@ class Words:
         found = {tag for row in rows for tag in row.tags}
         names = tuple(sorted(found, key=lambda tag: (tag != "O", tag))) if labels is None else tuple(labels)
         if not rows or not found <= set(names):
-            raise ValueError(f"the tag {min(found - set(names))!r} is not one of {', '.join(names)}" if rows else "no rows")
+            raise ValueError(
+                f"the tag {min(found - set(names))!r} is not one of {', '.join(names)}" if rows else "no rows"
+            )
         number = {name: index for index, name in enumerate(names)}
         words = [list(row.words) for row in rows]
         windows = tokenizer.encode_windows(words, max_length=max_length, is_split_into_words=True)

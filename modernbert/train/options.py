@@ -76,7 +76,7 @@ def run(main: Callable[[C], object], config: C) -> None:
 
 
 def check_values(config: DataclassInstance) -> None:
-    """Raise a ValueError that names the first option with a value that is not of its kind. None is one if it is the default."""
+    """Raise a ValueError that names the first option with a value that is not of its kind, nor a default of None."""
     for each in fields(config):
         kind, value = each.metadata["kind"], getattr(config, each.name)
         if kind and not (value is None and each.default is None):

@@ -27,7 +27,9 @@ HEADERS = {"RTE": "index\tsentence1\tsentence2\tlabel", "STS-B": "index\tsentenc
 def start(tmp_path_factory):
     """A checkpoint of the recipe `mlm`, as far as its files go."""
     folder = tmp_path_factory.mktemp("start")
-    tokenizer = train_cased_tokenizer([f"a {word} film in Paris by Ada London" for word in GOOD + BAD] * 9, vocab_size=300)
+    tokenizer = train_cased_tokenizer(
+        [f"a {word} film in Paris by Ada London" for word in GOOD + BAD] * 9, vocab_size=300
+    )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -51,7 +53,11 @@ def rows(task, seed, count):
         return "".join(json.dumps({"text": text, "label": ("bad", "good")[label]}) + "\n" for text, label in made)
     if task == "CoLA":
         return "".join(f"x\t{label}\t\t{text}\n" for text, label in made)
-    values = [float(label) for _, label in made] if task == "STS-B" else [("entailment", "not_entailment")[x] for _, x in made]
+    values = (
+        [float(label) for _, label in made]
+        if task == "STS-B"
+        else [("entailment", "not_entailment")[x] for _, x in made]
+    )
     lines = (f"{i}\t{text}\ta film\t{value}" for i, ((text, _), value) in enumerate(zip(made, values, strict=True)))
     return "\n".join([HEADERS[task], *lines]) + "\n"
 
@@ -105,7 +111,8 @@ def test_twenty_steps_learn(config, tmp_path, monkeypatch, task):
     found = [part.loss.item() for part in seen]
     assert len(found) == 20
     assert np.mean(found[-4:]) < 0.6 * np.mean(found[:4])
-    assert scores.keys() == {"score", *SCORES[task]} and scores["score"] > 0.9
+    assert scores.keys() == {"score", *SCORES[task]}
+    assert scores["score"] > 0.9
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == scores
     head = TokenClassifier if task == "words" else SequenceClassifier
     loaded = head.from_pretrained(tmp_path / "out" / "model")
@@ -132,7 +139,9 @@ def test_a_killed_run_resumes_to_bit_equal_weights(config, tmp_path, monkeypatch
         main(config(task))
     main(config(task))
     assert len(calls) == 9 + 12  # eight steps were kept
-    one, other = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "out"))
+    one, other = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "out")
+    )
     for name, wanted in one.items():
         assert torch.equal(wanted, other[name]), name
 
@@ -266,7 +275,8 @@ def test_an_empty_file_and_an_unknown_task_are_refused(config, tmp_path):
 
 
 def test_the_command_line_is_the_config():
-    words = "--task RTE --train t --dev d --model m --output o --epochs 2 --grid --no-autocast --labels a b".split()
+    words = ["--task", "RTE", "--train", "t", "--dev", "d", "--model", "m", "--output", "o", "--epochs", "2", "--grid"]
+    words += ["--no-autocast", "--labels", "a", "b"]
     wanted = Config(task="RTE", train="t", dev="d", model="m", output="o", epochs=2, grid=True, autocast=False,
                     labels=("a", "b"))  # fmt: skip
     assert parse(Config, None, words) == wanted
