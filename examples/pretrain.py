@@ -2,8 +2,8 @@
 
 python examples/pretrain.py TEXTS HELD_OUT [STEPS] [SEEDS]
 
-TEXTS and HELD_OUT are files of rows with a "text". For each seed, the held-out loss and the tokens per second of both are
-printed. The model has 6 million parameters. Both train it with AdamW, the same schedule and the same tokens in each step.
+TEXTS and HELD_OUT are files of rows with a "text". For each seed, the held-out loss and tokens per second of both are
+printed. The model has 6 million parameters. Both train it with AdamW, one schedule and the same tokens in each step.
 """
 
 import sys

@@ -29,6 +29,7 @@ from modernbert.packing import Tokens
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
 from modernbert.train.batching import epochs, topic_vectors
+from modernbert.train.beir import beir
 from modernbert.train.checkpoints import check_finite
 from modernbert.train.distributed import Ranks, gather_rows, ranks
 from modernbert.train.examples import Pair, read_pairs, read_triples
@@ -42,7 +43,7 @@ from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, 
 from modernbert.train.prepare import prepare as share
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
-from modernbert.train.validation import Validation, beir
+from modernbert.train.validation import Validation
 from modernbert.train.vocabulary import train_tokenizer
 
 PAIRS = Kind("a whole number, 2 or more: the others are the negatives", lambda v: type(v) is int and v >= 2, int)
