@@ -32,7 +32,7 @@ def save_bad_batches(
     bad = [row for row in every if not np.isfinite(row["loss"])] or every
 
     def write() -> str:
-        names = (f"bad-step-{step}{(again and f'-{again}') or ''}.pt" for again in count())
+        names = (f"bad-step-{step}{again and f'-{again}' or ''}.pt" for again in count())
         file = next(path for name in names if not (path := folder / name).exists())
         try:
             with file.open("xb") as opened:
