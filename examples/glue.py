@@ -1,4 +1,4 @@
-"""A task of GLUE fine-tuned by the recipe and by transformers' Trainer, from the same checkpoint with the same settings.
+"""A task of GLUE fine-tuned by the recipe and by transformers' Trainer, from one checkpoint with the same settings.
 
 python examples/glue.py TASK TRAIN DEV MODEL [SEEDS] [EPOCHS]
 
