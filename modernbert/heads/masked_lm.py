@@ -69,7 +69,7 @@ class MaskedLM(Pretrained):
         both = self.config.tie_word_embeddings and {TABLE, DECODER} <= tensors.keys()
         if both and torch.equal(tensors[TABLE], tensors[DECODER]):
             del tensors[DECODER]  # as transformers; if they differ, loading the new folder refuses it
-        return content._replace(state=tensors)
+        return Content(content.config, tensors)
 
     @property
     def config(self) -> EncoderConfig:
