@@ -16,7 +16,7 @@ import torch
 import transformers
 from accuracy import assert_accurate
 from folders import check_refused, tree
-from head_twin import CONFIGS, HEADS, SMALL, head_twins, some_labels
+from head_twin import CONFIGS, HEADS, SMALL, head_twins, some_labels, written
 from hf_twin import exact_rotary, pad, random_ids
 from torch import Tensor, nn
 from transformers.models.modernbert import modeling_modernbert
@@ -263,8 +263,7 @@ def test_a_folder_of_another_head_is_refused_by_name(task: str, other: str, tmp_
         head_twins(other)[1].save_pretrained(tmp_path)
         name, todo = HEADS[other].__name__, rf"load it with {HEADS[other].__name__}\.from_pretrained, or put a new head"
     else:
-        config = transformers.ModernBertConfig(**{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32},
-            num_hidden_layers=2, num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1)  # fmt: skip
+        config = transformers.ModernBertConfig.from_dict(written(SMALL))
         getattr(transformers, f"ModernBertFor{other}")(config).save_pretrained(tmp_path)
         name, todo = f"ModernBertFor{other}", "put a new head on its encoder"
     mine = HEADS[task].__name__

@@ -81,7 +81,7 @@ def test_scores_of_words_from_several_tokens(tokenizer: Tokenizer) -> None:
     assert scores_of_words([], []).shape == (0, 0)
     with pytest.raises(ValueError, match="how is 'last', but must be one of first, mean, max"):
         scores_of_words([window], [scores], how="last")
-    with pytest.raises(ValueError, match="window 0 has .* tokens, but scores of 2"):
+    with pytest.raises(ValueError, match=r"window 0 has .* tokens, but scores of 2"):
         scores_of_words([window], [scores[:2]])
     (window,) = tokenizer.encode_windows(["a", "", "b"], is_split_into_words=True)
     with pytest.raises(ValueError, match="word 1 has no token"):
