@@ -217,7 +217,7 @@ def _decoder(config: EncoderConfig, table: nn.Parameter | None) -> Linear:
         layer = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         prediction.draw(layer, config, prediction.output_std(config))
         return layer
-    bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.decoder_bias else None
+    bias = nn.Parameter(table.new_zeros(config.vocab_size)) if config.decoder_bias else None
     with torch.device("meta"):
         layer = Linear(config.hidden_size, config.vocab_size, bias=False)
     layer.weight, layer.bias = table, bias

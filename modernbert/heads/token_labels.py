@@ -121,7 +121,7 @@ def scores_of_words(
     words = max(found, default=-1) + 1
     if missing := sorted(set(range(words)) - found.keys()):
         raise ValueError(f"word {missing[0]} has no token: leave out empty words before tokenising")
-    return torch.stack([found[word][1] for word in range(words)]) if words else torch.zeros(0, 0)
+    return torch.stack([found[word][1] for word in range(words)]) if words else torch.zeros(0, 0, device="cpu")
 
 
 HOW: dict[str, Callable[[Tensor], Tensor]] = {

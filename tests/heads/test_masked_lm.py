@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from modernbert import Encoder, EncoderConfig, MaskedLM, pack
+from modernbert import Encoder, EncoderConfig, MaskedLM, Tokenizer, pack
+from modernbert.heads.fill_mask import fill_mask
 
 TEXTS = random_ids([3, 40, 17], 100)
 IDS, MASK = pad(TEXTS)
@@ -210,3 +211,31 @@ def test_made_from_a_preset_or_a_config() -> None:
     assert isinstance(MaskedLM(Encoder(SMALL)).model, Encoder)
     loss = MaskedLM.from_config(SMALL)(pack(TEXTS), labels=LABELS[MASK.bool()]).loss
     assert abs(loss.item() - torch.tensor(100.0).log().item()) < 0.2, "a new model knows nothing"
+
+
+# [MASK]
+
+
+def test_fill_mask_is_the_pipeline_of_transformers(modernbert_tokenizer_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, pipeline
+
+    tokenizer = Tokenizer.from_pretrained(modernbert_tokenizer_file.parent)
+    theirs, ours = head_twins("MaskedLM", replace(SMALL, vocab_size=tokenizer.vocab_size))
+    tokenizer.save_pretrained(tmp_path)
+    host = pipeline("fill-mask", model=theirs, tokenizer=AutoTokenizer.from_pretrained(tmp_path), device="cpu")
+    texts = ["The owl hunts [MASK] at night.", "[MASK] and hail", "a [MASK] of [MASK]"]
+    assert isinstance(ours, MaskedLM)
+    got = fill_mask(ours.train(), tokenizer, texts, top_k=3)
+    assert ours.training
+    for text, guesses in zip(texts, got, strict=True):
+        wanted = host(text, top_k=3)
+        wanted = [wanted] if isinstance(wanted[0], dict) else wanted
+        assert len(guesses) == len(wanted) == text.count("[MASK]")
+        for mine, yours in zip(guesses, wanted, strict=True):
+            assert [guess.id for guess in mine] == [guess["token"] for guess in yours]
+            assert [guess.text for guess in mine] == [tokenizer.decode([guess["token"]]) for guess in yours]
+            assert [guess.probability for guess in mine] == pytest.approx([guess["score"] for guess in yours], rel=1e-3)
+    with pytest.raises(ValueError, match=r"texts\[1\] has no \[MASK\]"):
+        fill_mask(ours, tokenizer, ["a [MASK]", "b"])
+    with pytest.raises(ValueError, match="top_k"):
+        fill_mask(ours, tokenizer, ["a [MASK]"], top_k=0)
