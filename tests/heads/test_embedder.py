@@ -16,7 +16,8 @@ import torch
 from accuracy import assert_accurate
 from folders import check_refused, tree
 from hf_twin import exact_rotary, make_loud
-from sentence_transformers import SentenceTransformer, models
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as models
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.models.modernbert import modeling_modernbert

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from head_twin import SMALL, head_twins
-from sentence_transformers import SentenceTransformer, models
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as models
 from typer.testing import CliRunner
 
 from modernbert import ColBERT, Embedder, Encoder, MaskedLM, SequenceClassifier, TokenClassifier, Tokenizer
