@@ -1,4 +1,4 @@
-"""The settings and the projection of an `Embedder`: folders of dense models of sentence-transformers, read and written."""
+"""The settings and the projection of an `Embedder`: folders of sentence-transformers with one vector for each text."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class MaskedLM(Pretrained):
         both = self.config.tie_word_embeddings and {TABLE, DECODER} <= tensors.keys()
         if both and torch.equal(tensors[TABLE], tensors[DECODER]):
             del tensors[DECODER]  # as transformers; if they differ, loading the new folder refuses it
-        return content._replace(state=tensors)
+        return Content(content.config, tensors)
 
     @property
     def config(self) -> EncoderConfig:
@@ -84,7 +84,7 @@ class MaskedLM(Pretrained):
         *,
         rows: Tensor | None = None,
         labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> HeadOutput: ...
     @overload
     def forward(
@@ -94,7 +94,7 @@ class MaskedLM(Pretrained):
         *,
         labels: Tensor | None = None,
         input_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> HeadOutput: ...
 
     def forward(
@@ -104,7 +104,7 @@ class MaskedLM(Pretrained):
         rows: Tensor | None = None,
         labels: Tensor | None = None,
         input_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> Tensor | HeadOutput:
         """`[T]` tokens to logits `[T, V]`; with `rows` `[Q]` to the `[Q, V]` of these, which are computed alone.
 
@@ -165,7 +165,7 @@ class MaskedLM(Pretrained):
     def _logits(self, batch: Packed, rows: Tensor | None) -> Tensor:
         return self.decoder(self.head(self.model(batch, rows=rows)))
 
-    def _scaled_loss(self, batch: Packed, labels: Tensor, rows: Tensor | None, count: Tensor | int | None) -> Tensor:
+    def _scaled_loss(self, batch: Packed, labels: Tensor, rows: Tensor | None, count: Tensor | float | None) -> Tensor:
         loss = self.loss(batch, labels, rows, reduction="mean" if count is None else "sum")
         return prediction.divided(loss, count)
 
@@ -217,7 +217,7 @@ def _decoder(config: EncoderConfig, table: nn.Parameter | None) -> Linear:
         layer = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         prediction.draw(layer, config, prediction.output_std(config))
         return layer
-    bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.decoder_bias else None
+    bias = nn.Parameter(table.new_zeros(config.vocab_size)) if config.decoder_bias else None
     with torch.device("meta"):
         layer = Linear(config.hidden_size, config.vocab_size, bias=False)
     layer.weight, layer.bias = table, bias

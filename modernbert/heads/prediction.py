@@ -140,6 +140,6 @@ def cross_entropy(logits_QC: Tensor, labels_Q: Tensor, reduction: Reduction = "m
     return loss_Q.sum() / ((labels_Q >= 0).sum().clamp(min=1) if reduction == "mean" else 1)
 
 
-def divided(loss: Tensor, count: Tensor | int | None) -> Tensor:
+def divided(loss: Tensor, count: Tensor | float | None) -> Tensor:
     """A mean loss as it is (None), or a sum over a part of `count` labels as its part of their mean."""
     return loss if count is None else loss / count

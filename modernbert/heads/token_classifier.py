@@ -79,7 +79,7 @@ class TokenClassifier(Pretrained):
         *,
         rows: Tensor | None = None,
         labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> HeadOutput: ...
     @overload
     def forward(
@@ -89,7 +89,7 @@ class TokenClassifier(Pretrained):
         *,
         labels: Tensor | None = None,
         input_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> HeadOutput: ...
 
     def forward(
@@ -99,7 +99,7 @@ class TokenClassifier(Pretrained):
         rows: Tensor | None = None,
         labels: Tensor | None = None,
         input_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> Tensor | HeadOutput:
         """`[T]` tokens to logits `[T, C]`; with `rows` `[Q]` to the `[Q, C]` of these, which are computed alone.
 
@@ -134,7 +134,7 @@ class TokenClassifier(Pretrained):
         x_QD = self.head(self.model(batch, rows=rows))
         return self.classifier(dropout(x_QD, self.config.classifier_dropout, self.training))
 
-    def _loss(self, logits_QC: Tensor, labels_Q: Tensor, count: Tensor | int | None) -> Tensor:
+    def _loss(self, logits_QC: Tensor, labels_Q: Tensor, count: Tensor | float | None) -> Tensor:
         prediction.check_labels(labels_Q, (len(logits_QC),), len(self.labels))
         loss = prediction.cross_entropy(logits_QC, labels_Q, "mean" if count is None else "sum")
         return prediction.divided(loss, count)

@@ -121,7 +121,7 @@ def scores_of_words(
     words = max(found, default=-1) + 1
     if missing := sorted(set(range(words)) - found.keys()):
         raise ValueError(f"word {missing[0]} has no token: leave out empty words before tokenising")
-    return torch.stack([found[word][1] for word in range(words)]) if words else torch.zeros(0, 0)
+    return torch.stack([found[word][1] for word in range(words)]) if words else torch.zeros(0, 0, device="cpu")
 
 
 HOW: dict[str, Callable[[Tensor], Tensor]] = {
@@ -147,7 +147,7 @@ def entities(labels: Sequence[str]) -> list[Entity]:
         if prefix not in PREFIXES or not name:
             prefix, name = "I", label  # a scheme without prefixes
         if prefix in "IE" and found and found[-1].stop == place and found[-1].name == name:
-            found[-1] = found[-1]._replace(stop=place + 1)
+            found[-1] = Entity(found[-1].start, place + 1, name)
         else:
             found.append(Entity(place, place + 1, name))
     return found
