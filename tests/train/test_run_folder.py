@@ -1,0 +1,33 @@
+"""Which folders a run may begin or go on in; more of them in `tests/recipes/test_contrastive_folders.py`."""
+
+import json
+
+import pytest
+from worker_runs import TinyRun
+
+from modernbert.train.folder import run_folder
+from modernbert.train.validation import Validation
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
+    validation = Validation(lambda: {"score": 1.0}, 1, best="score")
+    for name, steps in (("steps", 20), ("validation", 1)):
+        (tmp_path / name).mkdir()
+        TinyRun(tmp_path / name).fit(steps=steps, validation=validation)
+        (tmp_path / name / "checkpoint.pt").unlink()
+        assert run_folder(tmp_path / name) == tmp_path / name  # by its best weights
+        (tmp_path / name / "best.pt").unlink()
+        assert run_folder(tmp_path / name) == tmp_path / name  # by its log
+
+
+@pytest.mark.parametrize("content", ["", "mine", "[1]", "{}", json.dumps({"step": 3, "note": "mine"}), "\xff"])
+def test_a_log_of_another_program_is_refused(tmp_path, content):
+    (tmp_path / "log.jsonl").write_bytes(content.encode("latin-1"))
+    with pytest.raises(FileExistsError, match=r"holds log\.jsonl, but neither"):
+        run_folder(tmp_path)
+
+
+def test_weights_of_another_program_are_refused(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"holds best\.pt, but neither"):
+        run_folder(tmp_path)
