@@ -20,7 +20,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
         assert run_folder(tmp_path / name) == tmp_path / name  # by its log
 
 
-@pytest.mark.parametrize("content", ["", "mine", "[1]", "{}", json.dumps({"step": 3, "note": "mine"}), "\xff"])
+@pytest.mark.parametrize("content", ["", "{", '{"step": 20, "lo'])
+def test_a_run_that_was_killed_in_the_first_row_of_its_log_begins_again(tmp_path, content):
+    (tmp_path / "log.jsonl").write_text(content)
+    TinyRun(run_folder(tmp_path)).fit(steps=20)
+    (row,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(row)["step"] == 20
+
+
+@pytest.mark.parametrize("content", ["mine", "[1]\n", "{}\n", '{"step": 3, "note": "mine"}\n', "\xff\n"])
 def test_a_log_of_another_program_is_refused(tmp_path, content):
     (tmp_path / "log.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(FileExistsError, match=r"holds log\.jsonl, but neither"):
