@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -215,3 +216,22 @@ def test_the_best_weights_of_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"best\.pt belongs to another run: rate is 0\.1, now 0\.2"):
         TinyRun(tmp_path).fit(steps=2, settings={"rate": 0.2})
     assert (tmp_path / "best.pt").read_bytes() == before
+
+
+def test_settings_that_no_file_gives_back_are_refused_at_the_start(tmp_path):
+    run = TinyRun(tmp_path)
+    with pytest.raises(TypeError, match="settings must be numbers, texts, lists and dicts: .*PosixPath"):
+        run.fit(settings={"folder": tmp_path})
+    assert run.calls == 0
+    TinyRun(tmp_path).fit(steps=1, settings={"rates": (1, 2)})
+    TinyRun(tmp_path).fit(steps=2, settings={"rates": (1, 2)})
+
+
+def test_a_checkpoint_that_could_not_be_read_again_replaces_nothing(tmp_path):
+    """Such as with a learning rate of numpy, which PyTorch saves but does not load."""
+    TinyRun(tmp_path).fit(steps=1)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run = TinyRun(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was not written, since it could hold tensors, numbers"):
+        run.fit(steps=2, schedule=lambda step: np.float64(0.5))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
