@@ -112,7 +112,7 @@ def fit(
 
     for step in range(first, steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step)
+            group["lr"] = rate * float(schedule(step))  # a number of numpy could not be loaded again
         optimizer.zero_grad(set_to_none=True)
         had: list[B] = []
         parts: list[BatchLoss] = []
