@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..late_interaction import Ragged, maxsim
 from ..retrieval.dataset import find_dataset, parts, read_qrels, read_queries
 from ..retrieval.documents.find import read_file
 from ..retrieval.evaluate import check_measures, evaluate
 from ..truncation import TruncationWarning
+from .distributed import is_sharded
 
 TOP = 100
 """Documents of a query that are ranked, as many as recall@100 looks at."""
@@ -36,9 +37,10 @@ def beir(
     """Measures nDCG@10, MRR@10 and recall@100 on a data set in the layout of BEIR or MTEB, which is read now.
 
     Scores are exact, and documents are cut at the length of the model. `modernbert evaluate` cuts them into passages
-    instead. For a model of `fully_shard`, all ranks measure the same.
+    instead. Every rank measures all of it.
 
     Raises:
+        ValueError: when it measures a model in parts on several ranks, which cannot encode here.
         FileNotFoundError, ValueError: as `find_dataset`, `read_qrels` and `read_queries`; no query is judged.
         ModuleNotFoundError: ir-measures is not installed (extra `retrieval`).
     """
@@ -53,6 +55,9 @@ def beir(
     texts = [document.content for document in documents]
 
     def measure() -> dict[str, float]:
+        if isinstance(model, nn.Module) and any(map(is_sharded, model.parameters())):
+            # Encoding runs in inference mode, and on a CPU in threads: neither fits the messages of `fully_shard`.
+            raise ValueError("a model in parts on several ranks cannot be measured on a BEIR folder: use parallel='ddp'")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
             found = model.encode_documents(texts, batch_tokens=batch_tokens, progress=False)

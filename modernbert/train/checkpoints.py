@@ -5,6 +5,7 @@ A checkpoint is one file of whole tensors, however the model is distributed, so 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -54,7 +55,8 @@ def save_checkpoint(
     """Atomic: a run that is killed here goes on from the checkpoint before. All ranks call it.
 
     Raises:
-        FloatingPointError: a weight is not finite. OSError: no room. The old checkpoint stays in both cases.
+        FloatingPointError: a weight is not finite. OSError: no room. ValueError: a state that PyTorch would not read
+            again. The old checkpoint stays.
     """
     check_finite(model, f"step {progress.step:,}", ranks)
     random = ranks.gather(_random_state(model))
@@ -174,8 +176,14 @@ def check_finite(model: nn.Module, when: str, ranks: Ranks = ALONE) -> None:
 
 
 def _write(state: Mapping[str, object], file: Path) -> None:
-    with replacing(file) as beside, beside.open("wb") as opened:
-        torch.save(state, opened)
+    with replacing(file) as beside:
+        with beside.open("wb") as opened:
+            torch.save(state, opened)
+        try:
+            torch.load(beside, map_location="cpu", weights_only=True, mmap=True)  # reads names, not tensors
+        except pickle.UnpicklingError as error:
+            wanted = "tensors, numbers, texts, lists and dicts"
+            raise ValueError(f"{file} was not written, since it could hold {wanted} only: {error}") from error
 
 
 def _check_weights(file: Path, there: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -21,8 +21,14 @@ T = TypeVar("T")
 
 BUCKET_BYTES = 64 << 20
 """Gradients that are added up in one message."""
-PATIENCE = 10.0
-"""Seconds that a rank without connection waits for the others to tell what happened."""
+GRACE, PATIENCE = 2.0, 10.0
+"""Seconds that a rank which has lost the connection waits, at least and at most, for the reports of the others.
+
+Meanwhile `torchrun` sees the process that has died. It would blame this one if both ended at once.
+"""
+
+LOST = (dist.DistError, RuntimeError)
+"""What a store raises that cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +141,18 @@ class Reports:
         """Report the error of this rank; raise a ConnectionError if it is only the echo of another rank's.
 
         A rank that has lost the connection waits here for the reports of the others. One that reports nothing is dead.
-        Meanwhile `torchrun`, which sees the dead process, ends this one and names the right rank.
         """
-        try:
-            if not _is_lost_connection(error):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        if not _is_lost_connection(error):
+            get_error_handler().record_exception(error)  # for the summary of `torchrun`
+            with suppress(*LOST):
                 self.store.set(str(self.rank), f"{type(error).__name__}: {error}")
-                return
+            return
+        try:
             self.store.set(str(self.rank), "")
-            found = self._others(time.monotonic() + PATIENCE)
-        except (dist.DistError, RuntimeError):
+            found = self._others(time.monotonic())
+        except LOST:
             words = "rank 0, which kept the store of the run, is lost"
             raise ConnectionError(f"{words}. This is rank {self.rank} of {self.world_size}") from error
         failed = [f"rank {rank} has failed: {report}" for rank, report in found.items() if report]
@@ -152,11 +161,13 @@ class Reports:
         words = "; ".join(failed or dead) or "the connection between the ranks is lost"
         raise ConnectionError(f"{words}. This is rank {self.rank} of {self.world_size}") from error
 
-    def _others(self, deadline: float) -> dict[int, str]:
-        """The reports that come in time; all of them once one has an error of its own."""
+    def _others(self, start: float) -> dict[int, str]:
+        """The reports of the other ranks that come in time. One with an error of its own explains all others."""
         found: dict[int, str] = {}
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        while len(found) < len(others) and not any(found.values()) and time.monotonic() < deadline:
+        while (waited := time.monotonic() - start) < PATIENCE:
+            if waited > GRACE and (len(found) == len(others) or any(found.values())):
+                break
             time.sleep(0.1)
             found = {rank: self.store.get(str(rank)).decode() for rank in others if self.store.check([str(rank)])}
         return found

@@ -6,6 +6,7 @@ or by GradCache, does not count.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ PUBLISHED = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Dense bfloat16 TFLOP/s with float32 sums, of the data sheets; the first name that is part of a device's counts."""
+"""Dense bfloat16 TFLOP/s with float32 sums, of the data sheets; the first whose words are in the name of a device counts."""
 
 
 class Peak(NamedTuple):
@@ -74,7 +75,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     if device.type == "cuda" and dtype is torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, rate in PUBLISHED.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return Peak(1e12 * rate, f"published for {known}")
     return Peak(matmul_rate(device, dtype), f"measured matrix product in {str(dtype).removeprefix('torch.')}")
 

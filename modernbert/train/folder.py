@@ -12,6 +12,8 @@ from .checkpoints import BEST, CHECKPOINT, LAST, WEIGHTS, read_checkpoint
 from .log import LOG
 
 TOKENS = "tokens.npz"
+START = b'{"step": '
+"""How a row of the log begins."""
 OTHERS = ("model", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -59,7 +61,10 @@ def _is_checkpoint(file: Path, wanted: set[str]) -> bool:
 def _is_log(file: Path) -> bool:
     try:
         with file.open("rb") as lines:
-            row = json.loads(lines.readline())
+            line = lines.readline()
+        if not line.endswith(b"\n"):  # killed in its first row
+            return line[: len(START)] == START[: len(line)]
+        row = json.loads(line)
     except (ValueError, OSError):
         return False
     return isinstance(row, dict) and "step" in row and any(name.startswith(("tokens_per_s", "valid_")) for name in row)

@@ -33,6 +33,7 @@ from .distributed import ALONE, Ranks, no_sync, sum_gradients
 from .flops import Utilisation, peak
 from .guard import save_bad_batches
 from .log import LOG, Log, Tracker
+from .options import as_json
 from .validation import Validation
 
 B = TypeVar("B")
@@ -74,7 +75,7 @@ def fit(
         batches: called once, with the number of batches that this rank has had; gives those that follow, the same on
             every start. `lambda first: islice(each, first, None)` makes one of any iterable.
         output: an existing folder, which all ranks share, for `checkpoint.pt`, `best.pt` and `log.jsonl`.
-        settings: what a resumed run must share; kept in the checkpoint.
+        settings: what a resumed run must share, in kinds that JSON has; kept in the checkpoint.
         schedule: the factor of the optimizer's learning rates at a step, counted from 0.
         accumulate: batches of a step on a rank; or their number at a step, for a batch size that grows.
         clip: the largest norm of the gradients of a step; None: any.
@@ -92,6 +93,7 @@ def fit(
         ValueError: the checkpoint is damaged, has other settings, is of another model or is beyond `steps`; or the
             batches have ended.
     """
+    settings = as_json(settings)  # now, and not at the first checkpoint
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
@@ -110,7 +112,7 @@ def fit(
 
     for step in range(first, steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step)
+            group["lr"] = rate * float(schedule(step))  # a number of numpy could not be loaded again
         optimizer.zero_grad(set_to_none=True)
         had: list[B] = []
         parts: list[BatchLoss] = []

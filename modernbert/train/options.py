@@ -88,9 +88,17 @@ def fixed(config: DataclassInstance) -> dict[str, object]:
     return {each.name: getattr(config, each.name) for each in fields(config) if not each.metadata["free"]}
 
 
+def as_json(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings as a file gives them back: tuples are lists. Raises a TypeError for what JSON does not have."""
+    try:
+        return json.loads(json.dumps(dict(settings)))
+    except TypeError as error:
+        raise TypeError(f"settings must be numbers, texts, lists and dicts: {error}") from error
+
+
 def check_same(file: Path, there: Mapping[str, object], asked: Mapping[str, object]) -> None:
     """Raise a ValueError that names the settings in which those of `file` (`there`) and those of this run differ."""
-    there, asked = (json.loads(json.dumps(settings)) for settings in (there, asked))  # tuples and lists are one
+    there, asked = as_json(there), as_json(asked)
     names = sorted(name for name in {*there, *asked} if there.get(name) != asked.get(name))
     if names:
         differs = "; ".join(f"{name} is {there.get(name)!r}, now {asked.get(name)!r}" for name in names)

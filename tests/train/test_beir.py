@@ -44,6 +44,14 @@ def test_the_numbers_are_those_of_the_command(folder):
     assert measure()["nDCG@10"] > 0.5
 
 
+def test_a_model_in_parts_is_refused(folder, monkeypatch):
+    """Encoding it would hang or fail in a later step of the training."""
+    measure = beir(folder, ColBERT.default())
+    monkeypatch.setattr("modernbert.train.beir.is_sharded", lambda parameter: True)
+    with pytest.raises(ValueError, match="in parts on several ranks cannot be measured on a BEIR folder"):
+        measure()
+
+
 def test_a_folder_without_judgements_is_refused_before_the_run(folder):
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nelsewhere\td1\t1\n")
     with pytest.raises(ValueError, match="5 documents and 0 queries with judgements"):

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from worker_runs import TinyRun
 
 from modernbert.train.checkpoints import load_weights, read_checkpoint
-from modernbert.train.loop import fit
+from modernbert.train.validation import Validation
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,13 +166,73 @@ def test_a_fitted_model_has_to_share_the_settings_first(tmp_path):
     other.model = OTHER_MODELS["wider"][0]
     other.optimizer = torch.optim.AdamW(other.model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"another run: rate is 0\.1, now 0\.2"):
-        fit(
-            other.model,
-            other.optimizer,
-            lambda first: (),
-            other.loss,
-            output=tmp_path,
-            settings={"rate": 0.2},
-            steps=2,
-            schedule=lambda step: 1.0,
-        )
+        other.fit(steps=2, settings={"rate": 0.2})
+
+
+class Average:
+    """A little moving average of the weights."""
+
+    def __init__(self, run):
+        self.run, self.values = run, [parameter.detach().clone() for parameter in run.model.parameters()]
+        run.optimizer.register_step_post_hook(lambda *_: self.update())
+
+    @torch.no_grad()
+    def update(self):
+        for value, parameter in zip(self.values, self.run.model.parameters(), strict=True):
+            value.lerp_(parameter, 0.25)
+
+    def state_dict(self):
+        return dict(enumerate(self.values))
+
+    def load_state_dict(self, state):
+        self.values = list(state.values())
+
+
+def test_an_average_of_the_weights_resumes_too(tmp_path):
+    averages = {}
+    for name, stops in (("whole", [9]), ("killed", [4, 9])):
+        (tmp_path / name).mkdir()
+        for last in stops:
+            run = TinyRun(tmp_path / name)
+            averages[name] = Average(run)
+            run.fit(steps=last, stateful={"ema": averages[name]})
+    for got, wanted in zip(averages["killed"].values, averages["whole"].values, strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match=r"keeps the state of \['ema'\], and this run has \[\]"):
+        TinyRun(tmp_path / "whole").fit(steps=10)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    for name in (".checkpoint.pt.0123abcd", ".best.pt.0123abcd", ".checkpoint.pt.mine"):
+        (tmp_path / name).write_bytes(b"half")
+    TinyRun(tmp_path).fit(steps=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".checkpoint.pt.mine", "checkpoint.pt", "log.jsonl"]
+
+
+def test_the_best_weights_of_other_settings_are_refused(tmp_path):
+    TinyRun(tmp_path).fit(steps=2, validation=Validation(lambda: {"loss": 1.0}, 1))
+    (tmp_path / "checkpoint.pt").unlink()
+    before = (tmp_path / "best.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"best\.pt belongs to another run: rate is 0\.1, now 0\.2"):
+        TinyRun(tmp_path).fit(steps=2, settings={"rate": 0.2})
+    assert (tmp_path / "best.pt").read_bytes() == before
+
+
+def test_settings_that_no_file_gives_back_are_refused_at_the_start(tmp_path):
+    run = TinyRun(tmp_path)
+    with pytest.raises(TypeError, match="settings must be numbers, texts, lists and dicts: .*PosixPath"):
+        run.fit(settings={"folder": tmp_path})
+    assert run.calls == 0
+    TinyRun(tmp_path).fit(steps=1, settings={"rates": (1, 2)})
+    TinyRun(tmp_path).fit(steps=2, settings={"rates": (1, 2)})
+
+
+def test_a_checkpoint_that_could_not_be_read_again_replaces_nothing(tmp_path):
+    """PyTorch saves any object, but loads few."""
+    TinyRun(tmp_path).fit(steps=1, schedule=lambda step: np.float64(0.5))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run = TinyRun(tmp_path)
+    run.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.param_groups[0].update(folder=tmp_path))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was not written, since it could hold tensors, numbers"):
+        run.fit(steps=2)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before

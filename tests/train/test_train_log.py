@@ -88,9 +88,18 @@ def test_a_base_model_takes_its_published_flops():
 def test_the_peak_is_published_or_measured(monkeypatch):
     assert matmul_rate(torch.device("cpu"), torch.float32) > 1e8
     assert peak(torch.device("cpu"), torch.float32).source == "measured matrix product in float32"
-    for name, rate in {"NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA L40S": 362, "NVIDIA L4": 121}.items():
+    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 5.0)
+    for name, rate in {
+        "NVIDIA H200": 989e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA L40": 5.0,  # not an L4, and not in the table
+    }.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak(torch.device("cuda"), torch.bfloat16).flops == rate * 1e12
+        assert peak(torch.device("cuda"), torch.bfloat16).flops == rate
+        assert peak(torch.device("cuda"), torch.float32).flops == 5.0
 
 
 def test_the_line_and_the_row_have_mfu(tmp_path, capsys, monkeypatch):

@@ -53,8 +53,8 @@ class TinyRun:
                 raise KeyboardInterrupt
             return self.loss(batch)
 
-        options = {"steps": 40, "save_minutes": 0.0, "schedule": lambda step: 1 / (step + 1)} | changes
-        fit(self.model, self.optimizer, batches, loss, output=self.output, settings={"rate": 0.1}, **options)
+        options = {"steps": 40, "save_minutes": 0.0, "settings": {"rate": 0.1}, "schedule": lambda step: 1 / (step + 1)}
+        fit(self.model, self.optimizer, batches, loss, output=self.output, **options | changes)
         return self
 
 
@@ -171,7 +171,7 @@ def errors(folder, here: Ranks):
 
 def fails_at(folder, action):
     """Rank 1 does something at its fourth batch."""
-    distributed.PATIENCE = 3.0
+    distributed.PATIENCE = 4.0
     with ranks("cpu", timeout_minutes=1.0) as here:
 
         def batches(first):
