@@ -58,6 +58,8 @@ class EMA:
         with ema.applied():
             model.save_pretrained(folder)
 
+    Or, where the loop is not yours: `optimizer.register_step_post_hook(lambda *_: ema.update())`.
+
     Averages are in float32 or wider, on the device of the weights, and sharded like them. `state_dict` has the names of
     the plain model, so that a run can be resumed with or without `torch.compile`.
 
