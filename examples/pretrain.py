@@ -34,7 +34,7 @@ VOCABULARY, LONGEST, ROWS, RATE = 8192, 512, 8, 1e-3  # a step has 8 rows of 512
 
 
 def loss_of(model: MaskedLM, batch: Masked) -> BatchLoss:
-    loss = model.loss(batch.batch, batch.rows_Q, batch.labels_Q)
+    loss = model.loss(batch.batch, batch.labels_Q, batch.rows_Q)
     return BatchLoss(loss, batch.batch.num_tokens, {}, count=len(batch.labels_Q))
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from modernbert.config import FLAG, POSITIVE, RATE, SIZE, EncoderConfig, Kind
@@ -70,6 +71,7 @@ class Config:
     seed: int = option("seed of the weights, of the masks and of the order of the texts", 17, kind=COUNT)
 
     device: str = option("where to train, such as cuda", "cpu", free=True)
+    autocast: bool = option("compute in bfloat16", True, kind=FLAG)
     threads: int = option("threads of a CPU", 2, kind=SIZE)
     workers: int = option(
         "processes that make batches ahead; 0: the training process makes them", 0, kind=COUNT, free=True
@@ -116,7 +118,9 @@ def stages(config: Config) -> list[Stage]:
         tokens = stage.tokens * (config.tokens or total) // total
         same = (tokens, *size.values()) == (stage.tokens, stage.sequence_length, stage.batch_size)
         smaller = stage if same else stage.scaled(tokens, **size)
-        made.append(replace(smaller, learning_rate=stage.learning_rate * (config.learning_rate or first) / first))
+        if config.learning_rate is not None:
+            smaller = replace(smaller, learning_rate=stage.learning_rate * config.learning_rate / first)
+        made.append(smaller)
     return made
 
 
@@ -179,7 +183,6 @@ def train(
     batches = MaskedBatches(
         corpus.pieces(stage.sequence_length), sampler, masking, config.seed + number, config.workers
     )
-    lengths = packing.lengths.astype(float)
     fit(
         model,
         optimizer,
@@ -191,13 +194,11 @@ def train(
         schedule=stage.factor,
         accumulate=lambda step: stage.batch_size_at(step) // (rows * group.world_size),
         clip=None,  # StableAdamW bounds the step of each tensor
-        autocast=True,
+        autocast=config.autocast,
         validation=held_out(config, model, tokenizer, output, stage, group),
         ranks=group,
         save_minutes=config.save_minutes,
-        flops_per_token=flops_per_token(
-            model.base_model.config, length=(lengths**2).sum() / lengths.sum(), decoded=stage.mask_rate
-        ),
+        flops_per_token=flops(model, stage, packing.lengths) if group.device.type == "cuda" else None,
     )
 
 
@@ -210,10 +211,16 @@ def rows_of_batch(config: Config, stage: Stage, group: Ranks) -> int:
     return max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
 
 
+def flops(model: MaskedLM, stage: Stage, lengths: np.ndarray) -> float:
+    """Of a token: for the share of the device that a run uses."""
+    mean = float((lengths.astype(float) ** 2).sum() / lengths.sum())  # over tokens: long pieces count more
+    return flops_per_token(model.base_model.config, length=mean, decoded=stage.mask_rate)
+
+
 def batch_loss(model: MaskedLM, group: Ranks, batch: Masked) -> BatchLoss:
     """The mean over the masked tokens of a batch. The last layer computes only their rows, and no logits are kept."""
     batch = batch.to(group.device, non_blocking=True)
-    loss = model.loss(batch.batch, batch.rows_Q, batch.labels_Q)
+    loss = model.loss(batch.batch, batch.labels_Q, batch.rows_Q)
     return BatchLoss(loss, batch.batch.num_tokens, {}, count=len(batch.labels_Q))
 
 

@@ -42,7 +42,7 @@ def test_a_cased_tokenizer_loses_nothing_of_a_text(cased):
 
 def test_a_cased_tokenizer_has_the_special_tokens_of_modernbert(cased, tmp_path):
     assert [cased.id_to_token(i) for i in range(5)] == ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-    assert cased.vocab_size == 330
+    assert 5 + 256 < cased.vocab_size <= 330
     # As in ModernBERT, [MASK] includes the space in front of it.
     assert tokens_of(cased, "a [MASK]") == ["[CLS]", "a", "[MASK]", "[SEP]"]
     cased.save_pretrained(tmp_path)
