@@ -81,7 +81,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.window = None if config.is_global(layer) else config.window
-        self.dropout_p = config.attention_dropout
+        # Of the probabilities and of the output. Hugging Face has one number for both, ModernBERT was trained with two.
+        self.dropout_p = self.output_dropout_p = config.attention_dropout
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
@@ -96,7 +97,7 @@ class Attention(nn.Module):
             key_lengths=batch.key_lengths,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
-        return dropout(self.Wo(take_rows(out_THK.flatten(1), rows_Q)), self.dropout_p, self.training)
+        return dropout(self.Wo(take_rows(out_THK.flatten(1), rows_Q)), self.output_dropout_p, self.training)
 
 
 class MLP(nn.Module):

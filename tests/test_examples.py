@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from modernbert import ColBERT
+from modernbert import ColBERT, EncoderConfig, MaskedLM
+from modernbert.train.vocabulary import train_cased_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
@@ -18,6 +20,8 @@ ARGUMENTS = {
     "search": ("how do I add a head?", str(ROOT / "CONTRIBUTING.md")),
     "finetune": ("tuned",),
     "export": ("encoder.pt2",),
+    "glue": ("RTE", "train.tsv", "dev.tsv", "start", "1", "1"),
+    "pretrain": ("texts.jsonl", "texts.jsonl", "2", "1"),
 }
 
 
@@ -58,3 +62,25 @@ def test_finetune(run, tmp_path):
 def test_export(run):
     (difference,) = re.findall(r"largest difference (\S+)", run("export"))
     assert float(difference) < 1e-5
+
+
+def test_pretrain(run, tmp_path):
+    pytest.importorskip("accelerate")  # of transformers' Trainer
+    words = " ".join(f"word{i % 97}" for i in range(900))
+    (tmp_path / "texts.jsonl").write_text(f"{json.dumps({'text': words})}\n" * 30)
+    ours, theirs = (float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", run("pretrain")))
+    assert abs(ours - theirs) < 1e-3
+
+
+def test_glue(run, tmp_path):
+    pytest.importorskip("accelerate")
+    texts = [f"{place} is a town" for place in ("Paris", "Rome", "Oslo", "Bern")]
+    tokenizer = train_cased_tokenizer(texts, vocab_size=280)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    MaskedLM.from_config(EncoderConfig(vocab_size=280, **shape, **ids)).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    rows = [f"{i}\t{text}\t{texts[0]}\t{'not_' * (i % 2)}entailment" for i, text in enumerate(texts * 10)]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    assert len(re.findall(r"seed 0  (?:ours|theirs)\s+score [01]\.\d{4}", run("glue"))) == 2

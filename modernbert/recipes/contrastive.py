@@ -1,21 +1,24 @@
 """Train a small ColBERT from nothing: its tokenizer, then contrastive learning on query-passage pairs.
 
     python -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER
+    torchrun --nproc-per-node 8 -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER --device cuda
 
 The defaults are those of the model that ships in `modernbert/assets/default`. When a run was stopped, the same command
-goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the result.
+goes on from its last checkpoint, to the same weights. `OUTPUT/model` is the result. With `--chunk-tokens` a batch of
+any size fits in memory (GradCache).
 """
 
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from modernbert.config import POSITIVE, SIZE, THETA, EncoderConfig, Kind
 from modernbert.encoder import Encoder
@@ -26,18 +29,24 @@ from modernbert.packing import Tokens
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
 from modernbert.train.batching import epochs, topic_vectors
+from modernbert.train.beir import beir
+from modernbert.train.checkpoints import check_finite
+from modernbert.train.distributed import Ranks, gather_rows, ranks
+from modernbert.train.examples import Pair, read_pairs, read_triples
 from modernbert.train.folder import run_folder
-from modernbert.train.loop import BatchLoss, check_finite, fit
+from modernbert.train.grad_cache import grad_cache, token_chunks
+from modernbert.train.in_batch import in_batch_info_nce
+from modernbert.train.loop import BatchLoss, fit
 from modernbert.train.losses import info_nce, kl_distill
-from modernbert.train.optim import adamw, warmup_and_decay
-from modernbert.train.options import check_values, fixed, option, parse, run
+from modernbert.train.optim import adamw
+from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
+from modernbert.train.prepare import prepare as share
+from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
+from modernbert.train.validation import Validation
 from modernbert.train.vocabulary import train_tokenizer
 
-COUNT = Kind("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v < 2**63, int)
 PAIRS = Kind("a whole number, 2 or more: the others are the negatives", lambda v: type(v) is int and v >= 2, int)
-AMOUNT = Kind("a finite number, 0 or more", lambda v: type(v) in (int, float) and 0 <= v < math.inf, float)
-SHARE = Kind("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1, float)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Config:
     output: str = option("folder of the run and its result", free=True)
     exclude_sources: tuple[str, ...] = option("sources of pairs that are left out", ())
     decontaminate_against: tuple[str, ...] = option("BEIR folders; pairs sharing 8 words in a row are left out", ())
+    hard_negatives: int = option('mined negatives of each pair, from its "negatives"; 0: pairs without', 0, kind=COUNT)
     teacher: str = option("folder of a teacher's vectors, see train/teacher.py", "", free=True)
     teacher_model: str = option("sentence-transformers model that fills this folder if it is new", "", free=True)
     teacher_pairs: int = option(
@@ -67,6 +77,7 @@ class Config:
     steps: int = option("steps of the optimizer", 1500, kind=COUNT, free=True)
     batch_pairs: int = option("most pairs of a batch", 256, kind=PAIRS)
     batch_tokens: int = option("most tokens of a batch", 24_000, kind=SIZE)
+    chunk_tokens: int = option("tokens encoded at a time, by GradCache; 0: a whole batch", 0, kind=COUNT)
     accumulate: int = option("batches of a step; each scores its own pairs only", 1, kind=SIZE)
     learning_rate: float = option("highest learning rate", 2e-3, kind=POSITIVE)
     embedding_learning_rate: float = option("highest learning rate of the token embeddings", 5e-4, kind=AMOUNT)
@@ -80,6 +91,8 @@ class Config:
     seed: int = option("seed of the weights and of the order of the pairs", 0, kind=COUNT)
     device: str = option("where to train, such as cuda", "cpu", free=True)
     threads: int = option("threads of a CPU", 2, kind=SIZE)
+    validation: str = option("BEIR folder, whose nDCG@10 finds the best checkpoint", "", free=True)
+    validate_steps: int = option("steps between two measurements of it", 250, kind=SIZE, free=True)
     save_minutes: float = option("minutes between two checkpoints", 5.0, kind=AMOUNT, free=True)
 
 
@@ -89,36 +102,85 @@ def main(config: Config) -> ColBERT:
     if not config.teacher and (config.teacher_model or config.teacher_pairs):
         raise ValueError("--teacher-model and --teacher-pairs are about the folder --teacher, which is not given")
     torch.set_num_threads(config.threads)
-    output = run_folder(config.output)
+    with ranks(config.device) as group:
+        output = group.on_first(lambda: run_folder(config.output))
+        if not group.is_alone:
+            group.on_first(lambda: write_inputs(config, output))
+        model = train(config, output, group)
+        model.eval()
+        model.config = replace(model.config, query_length=config.query_length, document_length=config.document_length)
+        half = copy.deepcopy(model).half()
+        check_finite(half, "the result in float16")
+        group.on_first(lambda: half.save_pretrained(output / "model"))
+    return model
+
+
+def train(config: Config, output: Path, group: Ranks) -> ColBERT:
+    """From the last checkpoint to the last step."""
     model, pairs, teacher = prepare(config, output)
+    share(model, group)
     table = model.encoder.embeddings.tok_embeddings.weight
-    batches = epochs(
-        pairs.lengths,
-        # Pairs with and without a teacher's vectors never share a batch.
-        strata=pairs.sources * 2 + (pairs.teacher_index >= 0).all(1),
-        topics=topic_vectors(pairs.positives, table.detach().float().cpu().numpy()),
-        max_pairs=config.batch_pairs,
-        max_tokens=config.batch_tokens,
-        seed=config.seed,
-    )
+    strata = pairs.sources * 2 + (taught := (pairs.teacher_index >= 0).all(1))
+    whole = group.is_alone and not config.chunk_tokens
+    if taught.any() and not whole:
+        raise ValueError(
+            f"{taught.sum():,} pairs have a teacher's vectors, and its loss needs all scores of a batch: leave out "
+            "--chunk-tokens and train on one rank, or leave out --teacher-pairs"
+        )
     fit(
         model,
         adamw(model, table, learning_rate=config.learning_rate, table_rate=config.embedding_learning_rate),
-        batches,
-        partial(batch_loss, config, model, pairs, teacher),
+        partial(
+            epochs,
+            pairs.lengths,
+            strata,  # pairs with and without a teacher's vectors never share a batch
+            topic_vectors(pairs.positives, table.detach().float().cpu().numpy()),
+            max_pairs=config.batch_pairs,
+            max_tokens=config.batch_tokens,
+            seed=config.seed,
+            rank=group.rank,
+            world_size=group.world_size,
+        ),
+        partial(batch_loss, config, model, pairs, teacher)
+        if whole
+        else partial(large_loss, config, model, pairs, group),
         output=output,
         settings=fixed(config) | inputs(config),
         steps=config.steps,
-        schedule=partial(warmup_and_decay, steps=config.steps, warmup=config.warmup, decay=config.decay),
+        schedule=partial(
+            warmup_stable_decay,
+            total=config.steps,
+            warmup=config.warmup * config.steps,
+            decay=config.decay * config.steps,
+        ),
         accumulate=config.accumulate,
+        validation=validation(config, model),
+        ranks=group,
         save_minutes=config.save_minutes,
     )
-    model.eval()
-    model.config = replace(model.config, query_length=config.query_length, document_length=config.document_length)
-    half = copy.deepcopy(model).half()
-    check_finite(half, "the result in float16")
-    half.save_pretrained(output / "model")
     return model
+
+
+def validation(config: Config, model: ColBERT) -> Validation | None:
+    """nDCG@10 on a BEIR folder, with the lengths of the finished model."""
+    if not config.validation:
+        return None
+    finished = {"query_length": config.query_length, "document_length": config.document_length}
+    scores = beir(config.validation, model)
+
+    def measure() -> dict[str, float]:
+        trained, model.config = model.config, replace(model.config, **finished)
+        try:
+            return scores()
+        finally:
+            model.config = trained
+
+    return Validation(measure, config.validate_steps, best="nDCG@10", highest=True)
+
+
+def write_inputs(config: Config, output: Path) -> None:
+    """What the other ranks then read."""
+    prepare(config, output)
 
 
 def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs, Teacher | None]:
@@ -134,7 +196,7 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
         return build(config, Tokenizer.from_pretrained(output), teacher), tokens, teacher
     choice = {"exclude_sources": config.exclude_sources, "decontaminate_against": config.decontaminate_against}
     read = data.versions(config.pairs)
-    pairs = data.choose_pairs(config.pairs, **choice)
+    pairs = data.choose_pairs(config.pairs, **choice, read=partial(read_chosen, config.hard_negatives))
     if len(pairs) < 2:
         raise ValueError(f"{config.pairs} has one pair; the negatives of a query are the positives of other pairs")
     texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
@@ -154,12 +216,21 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
     return model, tokens, teacher
 
 
+def read_chosen(negatives: int, folder: str, *, exclude_sources: tuple[str, ...], skip_empty: bool) -> Iterator[Pair]:
+    """The pairs of a folder, each with at most so many of its negatives."""
+    read = read_triples if negatives else read_pairs
+    pairs = read(folder, exclude_sources=exclude_sources, skip_empty=skip_empty)
+    return (pair._replace(negatives=pair.negatives[:negatives]) for pair in pairs)
+
+
 def inputs(config: Config) -> dict[str, object]:
     """What the token ids depend on, and the teacher. Folders may move; a hash knows the files in them."""
     names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
     teacher = [Path(config.teacher, name) for name in ("keys.npy", "vectors.npy")] if config.teacher else []
     found: dict[str, object] = {name: getattr(config, name) for name in names}
     found["hash of pairs and teacher"] = data.digest([*data.pair_files(config.pairs), *teacher])
+    if config.hard_negatives:
+        found["hard_negatives"] = config.hard_negatives
     if config.decontaminate_against:
         found["hash of corpora"] = data.digest(map(data.corpus_file, config.decontaminate_against))
     return found
@@ -199,20 +270,50 @@ def batch_loss(
     config: Config, model: ColBERT, pairs: data.TokenizedPairs, teacher: Teacher | None, batch: np.ndarray
 ) -> BatchLoss:
     """The loss of one batch of pairs, and how often the positive came first."""
-    queries = model.query_tokens(pairs.queries.select(batch))
-    documents = model.document_tokens(pairs.positives.select(batch))
-    device = next(model.parameters()).device
+    queries, documents, groups_N = tokens_of(model, pairs, batch)
+    device, count = next(model.parameters()).device, len(batch)
     with torch.autocast(device.type, torch.bfloat16):
-        scores_BB = maxsim(vectors(model, queries), vectors(model, documents))
-    loss = info_nce(scores_BB / config.temperature, torch.as_tensor(pairs.positive_groups[batch], device=device))
+        scores_BN = maxsim(vectors(model, queries), vectors(model, documents))
+    scores_BB = scores_BN[:, :count]
+    negatives_BN = scores_BN[:, count:] if len(documents) > count else None
+    loss = info_nce(scores_BB, groups_N[:count].to(device), negatives_BN=negatives_BN, temperature=config.temperature)
     index_B2 = pairs.teacher_index[batch]
     if teacher is not None and index_B2.min() >= 0:
         teacher_BB = (teacher[index_B2[:, 0]] @ teacher[index_B2[:, 1]].T).to(device)
         kl = kl_distill(scores_BB / config.temperature, teacher_BB / config.teacher_temperature)
         loss = (1 - config.teacher_weight) * loss + config.teacher_weight * kl
-    first_B = scores_BB.argmax(1) == torch.arange(len(batch), device=device)
+    first_B = scores_BN.argmax(1) == torch.arange(count, device=device)
     size = queries.batch.num_tokens + documents.batch.num_tokens
-    return BatchLoss(loss, size, {"in_batch_accuracy": first_B.float().mean()})
+    return BatchLoss(loss, size, {"in_batch_accuracy": first_B.float().mean()}, count=count)
+
+
+def large_loss(
+    config: Config, model: ColBERT, pairs: data.TokenizedPairs, group: Ranks, batch: np.ndarray
+) -> BatchLoss:
+    """The same loss in chunks, and with the documents of all ranks as negatives. No matrix of scores is kept."""
+    queries, documents, groups_N = tokens_of(model, pairs, batch)
+    device, size = next(model.parameters()).device, queries.batch.num_tokens + documents.batch.num_tokens
+    chunks = [token_chunks(each, config.chunk_tokens or size) for each in (queries, documents)]
+
+    def score(queries: Ragged, documents: Ragged) -> Tensor:
+        gather = None if group.is_alone else partial(gather_rows, ranks=group)
+        options = {"temperature": config.temperature, "gather": gather, "rank": group.rank}
+        return in_batch_info_nce(queries, documents, groups_N.to(device), **options)
+
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = grad_cache(partial(vectors, model), chunks, score)
+    return BatchLoss(loss, size, {}, count=len(batch))
+
+
+def tokens_of(model: ColBERT, pairs: data.TokenizedPairs, batch: np.ndarray) -> tuple[Tokens, Tokens, Tensor]:
+    """The queries, their positives followed by the negatives of all of them, and the group of each document."""
+    documents, groups = pairs.positives.select(batch), pairs.positive_groups[batch]
+    if pairs.negatives is not None and pairs.negative_offsets is not None:
+        negatives = [n for i in batch for n in range(*pairs.negative_offsets[i : i + 2])]
+        documents += pairs.negatives.select(negatives)
+        groups = np.concatenate([groups, np.full(len(negatives), -1)])  # a group without a query
+    queries = model.query_tokens(pairs.queries.select(batch))
+    return queries, model.document_tokens(documents), torch.as_tensor(groups)
 
 
 def vectors(model: ColBERT, tokens: Tokens) -> Ragged:

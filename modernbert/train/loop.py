@@ -1,20 +1,40 @@
-"""The training loop of every recipe: steps, their guard, the log, checkpoints and resume."""
+"""The training loop of every recipe: `fit`, and in it one step after another.
+
+What is around a step is in files of its own: `distributed` (ranks), `checkpoints`, `validation`, `guard`, `log`.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..files import replacing
-from .options import check_same
+from .batch_loss import BatchLoss as BatchLoss
+from .batch_loss import totals
+from .checkpoints import (
+    BEST,
+    LAST,
+    NOTHING,
+    Progress,
+    Stateful,
+    check_settings,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from .distributed import ALONE, Ranks, no_sync, sum_gradients
+from .flops import Utilisation, peak
+from .guard import save_bad_batches
+from .log import LOG, Log, Tracker
+from .options import as_json
+from .validation import Validation
 
 B = TypeVar("B")
 
@@ -22,163 +42,142 @@ LOG_STEPS = 20
 """Steps of a line in the log."""
 
 
-class BatchLoss(NamedTuple):
-    """What a recipe computes of a batch: a scalar with its graph, the tokens read, and scalars for the log."""
-
-    loss: Tensor
-    tokens: int
-    metrics: dict[str, Tensor]
-
-
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[B],
+    batches: Callable[[int], Iterable[B]],
     batch_loss: Callable[[B], BatchLoss],
     *,
     output: Path,
     settings: Mapping[str, object],
     steps: int,
     schedule: Callable[[int], float],
-    accumulate: int = 1,
+    accumulate: int | Callable[[int], int] = 1,
+    clip: float | None = 1.0,
+    autocast: bool = False,
+    validation: Validation | None = None,
+    ranks: Ranks = ALONE,
     save_minutes: float = 5.0,
+    flops_per_token: float | None = None,
+    trackers: Sequence[Tracker] = (),
+    stateful: Mapping[str, Stateful] = NOTHING,
 ) -> None:
-    """Train from the checkpoint in `output`, if there is one, to the last step.
+    """Train from the checkpoint in `output`, if there is one, to the last step. All ranks call it.
 
-    A resumed run reaches the weights of an uninterrupted one, bit for bit on the same machine, if `batches` and
-    `batch_loss` are functions of the settings, of PyTorch's random state and of the weights.
+    A step is the mean over the units of all its batches on all ranks (`BatchLoss.count`). So its gradients do not
+    depend on how the units were cut into batches, but for rounding.
+
+    A resumed run reaches the weights of an uninterrupted one, bit for bit on the same machine and number of ranks, if
+    `batches` and `batch_loss` are functions of the settings, of PyTorch's random state and of the weights.
 
     Args:
-        batches: at least `steps * accumulate` of them, the same on every start. A resumed run skips those it has had.
-        output: an existing folder for `checkpoint.pt` and `log.jsonl`.
-        settings: what a resumed run must share; kept in the checkpoint.
+        model: in float32, or in bfloat16 for pure bfloat16. With several ranks, `prepare` has seen it.
+        batches: called once, with the number of batches that this rank has had; gives those that follow, the same on
+            every start. `lambda first: islice(each, first, None)` makes one of any iterable.
+        output: an existing folder, which all ranks share, for `checkpoint.pt`, `best.pt` and `log.jsonl`.
+        settings: what a resumed run must share, in kinds that JSON has; kept in the checkpoint.
         schedule: the factor of the optimizer's learning rates at a step, counted from 0.
-        accumulate: batches of a step; their gradients are averaged.
+        accumulate: batches of a step on a rank; or their number at a step, for a batch size that grows.
+        clip: the largest norm of the gradients of a step; None: any.
+        autocast: compute `batch_loss` in bfloat16 where PyTorch holds that to be safe; the weights stay in float32.
+        validation: what to measure every so many steps. `best.pt` has the weights of its best number.
+        save_minutes: minutes between two checkpoints; there is always one after the last step.
+        flops_per_token: see `flops.flops_per_token`. With it the log has MFU.
+        trackers: take the rows of the log too, such as `log.TensorBoard`.
+        stateful: what else a checkpoint keeps, by name. `{"ema": ema}` with
+            `optimizer.register_step_post_hook(lambda *_: ema.update())` makes an average of the weights resume too.
 
     Raises:
-        FloatingPointError: a loss, a gradient or a weight is not finite. The step is not taken, nothing is saved.
-        ValueError: the checkpoint is damaged, has other settings, or is beyond `steps`.
+        FloatingPointError: a loss, a gradient or a weight is not finite. The step is not taken, nothing is overwritten,
+            and the batches of the step are in a new file, `bad-step-N.pt`.
+        ValueError: the checkpoint is damaged, has other settings, is of another model or is beyond `steps`; or the
+            batches have ended.
     """
+    settings = as_json(settings)  # now, and not at the first checkpoint
     rates = [group["lr"] for group in optimizer.param_groups]
-    first = load_checkpoint(output / "checkpoint.pt", model, optimizer, settings)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+    batches_at = accumulate if callable(accumulate) else lambda step: accumulate
+    check_settings(output / BEST, settings)
+    first, best = load_checkpoint(output / LAST, model, optimizer, settings, ranks, stateful)
     if first > steps:
         raise ValueError(f"{output} has a checkpoint of step {first:,}: ask for as many steps or more, or a new output")
-    coming = islice(batches, first * accumulate, None)
-    log = Log(output / "log.jsonl", steps)
+    coming = iter(batches(sum(map(batches_at, range(first)))))
+    mfu = None
+    if flops_per_token is not None and first < steps:
+        mfu = Utilisation(flops_per_token, peak(device, torch.bfloat16 if autocast else parameters[0].dtype))
+    log = Log(output / LOG, first, steps, ranks, mfu, trackers)
     saved = time.monotonic()
     model.train()
+
     for step in range(first, steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step)
+            group["lr"] = rate * float(schedule(step))  # a number of numpy could not be loaded again
         optimizer.zero_grad(set_to_none=True)
-        parts = []
-        for _ in range(accumulate):
-            part = batch_loss(next(coming))
-            (part.loss / accumulate).backward()
-            metrics = {name: value.detach() for name, value in part.metrics.items()}
-            parts.append(BatchLoss(part.loss.detach(), part.tokens, metrics))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        loss, norm = torch.stack([torch.stack([part.loss for part in parts]).mean(), norm]).tolist()
+        had: list[B] = []
+        parts: list[BatchLoss] = []
+        number = batches_at(step)
+        # A single batch is its own mean: it is not multiplied and divided, which would round.
+        is_single = number == 1 and ranks.is_alone
+        for place in range(number):
+            had.append(draw(coming, f"the batches have ended in step {step + 1:,} of {steps:,}"))
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                part = batch_loss(had[-1])
+            with nullcontext() if place + 1 == number else no_sync(model):
+                (part.loss if is_single else part.loss * part.count).backward()
+            parts.append(part.detached())
+        is_late = ranks.is_first and time.monotonic() - saved > 60 * save_minutes
+        sums = torch.cat([totals(parts), torch.full((1,), float(is_late), device=device)])
+        loss_sum, units, tokens, is_due = ranks.sum(sums)
+        if not is_single:
+            average_gradients(parameters, units, ranks)
+        norm = clip_gradients(parameters, clip)
+        loss, norm, tokens, is_due = torch.stack([loss_sum / units, norm.float(), tokens, is_due]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {step + 1:,}: the loss is {loss}, the norm of the gradients {norm}. The step was not taken, and "
-                f"{output} keeps the last checkpoint. Try a lower learning rate, or look for damaged data"
+                f"{output} keeps the last checkpoint. {save_bad_batches(output, step + 1, had, parts, ranks)}. Try a "
+                "lower learning rate, or look for damaged data"
             )
         optimizer.step()
-        log.add(loss, parts)
-        last = step + 1 == steps
-        if last or (step + 1) % LOG_STEPS == 0:
-            log.write(step + 1, max(group["lr"] for group in optimizer.param_groups))
-        if last or time.monotonic() - saved > 60 * save_minutes:
-            save_checkpoint(output / "checkpoint.pt", model, optimizer, settings, step + 1)
+
+        done, is_last = step + 1, step + 1 == steps
+        log.add_step(parts, loss, norm, tokens)
+        if is_last or done % LOG_STEPS == 0:
+            log.write(done, max(group["lr"] for group in optimizer.param_groups))
+        if validation is not None and (is_last or done % validation.steps == 0):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                numbers = validation.run(model, ranks)
+            if is_best := validation.is_better(numbers, best):
+                best = numbers[validation.best]
+                save_weights(output / BEST, model, settings, done, numbers, ranks)
+            log.write_validation(done, numbers, is_best=is_best)
+        if is_last or is_due:
+            save_checkpoint(output / LAST, model, optimizer, settings, Progress(done, best), ranks, stateful)
             saved = time.monotonic()
+    log.close()
 
 
-def save_checkpoint(
-    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object], step: int
-) -> None:
-    """Atomic: a run that is killed here goes on from the checkpoint before."""
-    check_finite(model, f"step {step:,}")
-    device = next(model.parameters()).device
-    random = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(device)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
-    with replacing(file) as part:
-        torch.save({"settings": dict(settings), "step": step, **state}, part)
+def draw(coming: Iterator[B], ended: str) -> B:
+    """The next batch. Raises a ValueError with the words `ended` if there is none."""
+    for batch in coming:
+        return batch
+    raise ValueError(ended)
 
 
-def load_checkpoint(
-    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]
-) -> int:
-    """Restore the model, the optimizer and the random state; return the step to go on from, 0 without a checkpoint."""
-    if not file.exists():
-        return 0
-    state = read_checkpoint(file)
-    check_same(file, state["settings"], settings)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"]["cpu"])
-    device = next(model.parameters()).device
-    if device.type == "cuda" and "cuda" in state["random"]:
-        torch.cuda.set_rng_state(state["random"]["cuda"], device)
-    print(f"resumed at step {state['step']:,}", flush=True)
-    return state["step"]
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter], units: Tensor, ranks: Ranks) -> None:
+    """Make the sums over the units of this rank, which the gradients are, means over the `units` of all ranks."""
+    sum_gradients(parameters, ranks)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(units)
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """The content of a checkpoint, mapped. ValueError: damaged, or not written by `save_checkpoint`."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # as in `pickles.read`: a damaged file raises nearly any exception
-        raise ValueError(f"{file} is damaged, or not a checkpoint: {error}") from error
-    if not isinstance(state, dict) or not {"settings", "step", "model", "optimizer", "random"} <= state.keys():
-        raise ValueError(f"{file} is not the checkpoint of a recipe")
-    return state
-
-
-def check_finite(model: nn.Module, when: str) -> None:
-    """Raise a FloatingPointError that names the first parameter with a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise FloatingPointError(f"{when}: {name} is not finite, so nothing was saved. Try a lower learning rate")
-
-
-class Log:
-    """Means over the steps since the last line: a line to read on stdout, and the same as JSON in a file."""
-
-    def __init__(self, file: Path, steps: int) -> None:
-        self.file, self.steps = file, steps
-        self._clear()
-
-    def _clear(self) -> None:
-        self.losses: list[float] = []
-        self.parts: list[BatchLoss] = []
-        self.started = time.monotonic()
-
-    def add(self, loss: float, parts: list[BatchLoss]) -> None:
-        self.losses.append(loss)
-        self.parts += parts
-
-    def write(self, step: int, learning_rate: float) -> None:
-        seconds = time.monotonic() - self.started
-        metrics = {
-            name: torch.stack([part.metrics[name].float() for part in self.parts]).mean().item()
-            for name in self.parts[0].metrics
-        }
-        means = {"loss": sum(self.losses) / len(self.losses), **metrics}
-        speed = round(sum(part.tokens for part in self.parts) / seconds)
-        left = round((self.steps - step) * seconds / len(self.losses))
-        row = {"step": step, **{name: round(value, 4) for name, value in means.items()}, "tokens_per_s": speed}
-        row |= {"lr": learning_rate, "seconds_left": left, "cpu_s": round(time.process_time())}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        words = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        print(
-            f"step {step:,}/{self.steps:,}  {words}  {speed:,} tokens/s  lr {learning_rate:.2e}  {clock} left",
-            flush=True,
-        )
-        self._clear()
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) -> Tensor:
+    """The norm of all gradients together, over all ranks, which is `largest` at most afterwards."""
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = getattr(norm, "full_tensor", lambda: norm)()  # of parts over ranks
+    if largest is not None:
+        clip_grads_with_norm_(parameters, largest, norm)
+    return norm

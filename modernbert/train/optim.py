@@ -1,23 +1,242 @@
-"""Parameter groups and learning rates."""
+"""The optimizers of training beside PyTorch's own.
+
+Pretraining: `StableAdamW`, as ModernBERT and Ettin. Fine-tuning: `torch.optim.AdamW`, unless losses have spikes.
+`muon.MuonAdamW` is an option to compare with these.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, NamedTuple, overload
+
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+HALF = (torch.bfloat16, torch.float16)
+ELEMENTS = 2**26
+"""Elements that one call updates, if a parameter is not larger: they bound what a step allocates, 0.5 GB."""
 
 
-def adamw(model: nn.Module, table: torch.Tensor, *, learning_rate: float, table_rate: float) -> torch.optim.AdamW:
+class StableAdamW(torch.optim.Optimizer):
+    """AdamW whose learning rate shrinks for a tensor in a step that its second moments did not expect.
+
+    From arXiv 2304.13013, in the form of torch-optimi, which trained ModernBERT and Ettin. It replaces the clipping of
+    gradients: a tensor with `RMS = sqrt(mean(g² / max(v, eps²)))` has the learning rate `lr / max(1, RMS)`. In place of
+    the moments, the betas of a step are debiased.
+
+    It computes the same numbers in each run. It never waits for a GPU: rates are tensors, and the number of steps is a
+    Python number. So a step is not for a CUDA graph. The RMS of a parameter that is sharded (FSDP2, tensor parallelism)
+    is that of the whole tensor: all ranks call `step`, which sums one vector over each mesh. FSDP1 is not supported,
+    because it joins parameters into one.
+
+    Parameters in half precision keep moments in float32 and what rounding took from them, so that small updates and
+    weight decay are not lost.
+
+    Args:
+        params: parameters or groups, such as those of `groups.parameter_groups`.
+        lr: the learning rate, a number or a tensor.
+        betas, eps: of the moments. The defaults are ModernBERT's.
+        weight_decay: without `decouple_lr` a step takes `lr · weight_decay` of a weight, as AdamW does.
+        decouple_lr: a step takes `lr / max_lr · weight_decay`, as ModernBERT does: about 1e-5 in place of 1e-2.
+        max_lr: the highest learning rate of a schedule; None: that of the group when it is added.
+
+    Raises:
+        ValueError: a setting out of range, or a parameter that is complex.
+        RuntimeError: a sparse gradient, in `step`.
+    """
+
+    def __init__(
+        self,
+        params: Groups,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        decouple_lr: bool = False,
+        max_lr: float | None = None,
+    ) -> None:
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"decouple_lr": decouple_lr, "max_lr": max_lr})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["max_lr"] is None:
+            group["max_lr"] = float(group["lr"])
+        for name, accepted, wanted in (
+            ("lr", group["lr"] >= 0, "0 or more"),
+            ("max_lr", group["max_lr"] >= 0, "0 or more"),
+            ("eps", group["eps"] > 0, "above 0"),
+            ("weight_decay", group["weight_decay"] >= 0, "0 or more"),
+            ("betas", all(0 <= beta < 1 for beta in group["betas"]), "from 0 to below 1"),
+        ):
+            if not accepted:
+                raise ValueError(f"{name} is {group[name]}, but must be {wanted}")
+        if any(parameter.is_complex() for parameter in group["params"]):
+            raise ValueError("StableAdamW has no rule for complex parameters: train their torch.view_as_real")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # It has cast everything to the dtypes of the parameters.
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, parameter in zip(saved, own, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        parts = [part for group in self.param_groups for part in self._parts(group)]
+        squares = {}
+        for part in parts:
+            squares |= _update_moments(part)
+        _sum_over_shards(squares, chain.from_iterable(group["params"] for group in self.param_groups))
+        for part in parts:
+            _update_weights(part, [squares[parameter] for parameter in part.parameters])
+        return loss
+
+    def _parts(self, group: dict[str, Any]) -> list[_Part]:
+        """The parameters of a group that have a gradient, by device, dtype and number of steps."""
+        parts: list[_Part] = []
+        last: dict[tuple[torch.device, torch.dtype, int], _Part] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
+                raise RuntimeError("StableAdamW needs dense gradients: build the nn.Embedding with sparse=False")
+            state = self.state[parameter]
+            if not state:
+                dtype = torch.float32 if parameter.dtype in HALF else parameter.dtype
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+            if parameter.dtype in HALF and "rounded" not in state:
+                state["rounded"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            key = parameter.device, parameter.dtype, state["step"]
+            part, weight = last.get(key), local(parameter)
+            if part is None or part.elements() + weight.numel() > ELEMENTS:
+                part = last[key] = _Part(group, state["step"], [], [], [], [], [], [])
+                parts.append(part)
+            part.parameters.append(parameter)
+            part.weights.append(weight)
+            part.grads.append(local(parameter.grad))
+            part.averages.append(local(state["exp_avg"]))
+            part.squares.append(local(state["exp_avg_sq"]))
+            if parameter.dtype in HALF:
+                part.rounded.append(local(state["rounded"]))
+        return parts
+
+
+class _Part(NamedTuple):
+    """Parameters that one call of a foreach operation updates, and the local shards of what belongs to them."""
+
+    group: dict[str, Any]
+    step: int
+    parameters: list[nn.Parameter]
+    weights: list[Tensor]
+    grads: list[Tensor]
+    averages: list[Tensor]
+    squares: list[Tensor]
+    rounded: list[Tensor]
+
+    def elements(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
+
+
+def debiased(beta: float, step: int) -> float:
+    """The beta with which an average that began at 0 is, at each step from 1 on, the debiased one."""
+    return (beta**step - beta) / (beta**step - 1)
+
+
+def _update_moments(part: _Part) -> dict[Tensor, Tensor]:
+    """The sum of `g² / max(v, eps²)` over the local shard of each parameter, with the new `v`."""
+    beta1, beta2 = (debiased(beta, part.step) for beta in part.group["betas"])
+    grads = [grad.to(average.dtype) for grad, average in zip(part.grads, part.averages, strict=True)]
+    torch._foreach_lerp_(part.averages, grads, 1 - beta1)
+    torch._foreach_mul_(part.squares, beta2)
+    torch._foreach_addcmul_(part.squares, grads, grads, value=1 - beta2)
+    roots = torch._foreach_sqrt(part.squares)
+    torch._foreach_clamp_min_(roots, part.group["eps"])
+    sums = torch._foreach_norm(torch._foreach_div(grads, roots))
+    torch._foreach_mul_(sums, sums)
+    return dict(zip(part.parameters, sums, strict=True))
+
+
+def _sum_over_shards(sums: dict[Tensor, Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    """Make local sums those of whole tensors, with one all-reduce for all parameters that are sharded alike."""
+    meshes: dict[tuple[Any, tuple[int, ...]], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        placements = getattr(parameter, "placements", ())
+        dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+        if dims:
+            meshes.setdefault((parameter.device_mesh, dims), []).append(parameter)  # pyright: ignore
+    for (mesh, dims), sharded in meshes.items():
+        # Also those without a gradient, so that the ranks always agree on the length.
+        none = torch.zeros((), device=local(sharded[0]).device)
+        total = torch.stack([sums.get(parameter, none) for parameter in sharded])
+        for dim in dims:
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        sums.update(zip(sharded, total.unbind(), strict=True))
+
+
+def _update_weights(part: _Part, sums: list[Tensor]) -> None:
+    group = part.group
+    # -lr / max(1, RMS)
+    rates = torch._foreach_div(sums, [float(max(1, parameter.numel())) for parameter in part.parameters])
+    torch._foreach_sqrt_(rates)
+    torch._foreach_clamp_min_(rates, 1.0)
+    torch._foreach_reciprocal_(rates)
+    torch._foreach_mul_(rates, -group["lr"])
+
+    weights = part.weights
+    if part.rounded:
+        weights = [weight.float().add_(rest) for weight, rest in zip(weights, part.rounded, strict=True)]
+    updates = torch._foreach_sqrt(part.squares)
+    torch._foreach_add_(updates, group["eps"])
+    torch._foreach_reciprocal_(updates)
+    torch._foreach_mul_(updates, part.averages)
+    decay = group["weight_decay"]
+    if decay and group["decouple_lr"]:
+        decay = decay / group["max_lr"] if group["max_lr"] else 0.0
+    if decay:
+        torch._foreach_add_(updates, weights, alpha=decay)
+    torch._foreach_addcmul_(weights, updates, rates)
+    if part.rounded:
+        torch._foreach_copy_(part.weights, weights)
+        torch._foreach_sub_(weights, part.weights)
+        torch._foreach_copy_(part.rounded, weights)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take the state of a saved optimizer, but not its settings.
+
+    For the next stage of a training, which goes on with the moments of the last one at its own learning rate and weight
+    decay. A resumed run calls `load_state_dict`, for both.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state_dict)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def adamw(model: nn.Module, table: Tensor, *, learning_rate: float, table_rate: float) -> torch.optim.AdamW:
     """AdamW for a model whose embedding table has a learning rate of its own."""
     others = [parameter for parameter in model.parameters() if parameter is not table]
     groups = [{"params": [table], "lr": table_rate}, {"params": others, "lr": learning_rate}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
-
-
-def warmup_and_decay(step: int, *, steps: int, warmup: float, decay: float) -> float:
-    """The factor of the learning rates: a rise from nothing, a plateau, a linear decay to nothing.
-
-    `warmup` and `decay` are shares of the steps. Before the decay has begun, more steps may be asked for.
-    """
-    rise = (step + 1) / max(1, warmup * steps)
-    fall = (steps - step) / max(1, decay * steps)
-    return min(1.0, rise, fall)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..tokenizer import Tokenizer
 
@@ -22,26 +22,39 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
 
     Every word starts with the byte-level space, whatever precedes it in the text.
     """
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    spaced = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    split = pre_tokenizers.Sequence([words, spaced])
+    return Tokenizer(_train((text.lower() for text in texts), vocab_size, split), {"do_lower_case": True})
+
+
+def train_cased_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """A tokenizer of ModernBERT's kind, with a vocabulary of its own: case, punctuation and spaces are kept.
+
+    As there, [MASK] includes the space in front of it.
+    """
+    mask = AddedToken("[MASK]", lstrip=True, normalized=False)
+    return Tokenizer(_train(texts, vocab_size, pre_tokenizers.ByteLevel(add_prefix_space=False), mask))
+
+
+def _train(
+    texts: Iterable[str], vocab_size: int, split: pre_tokenizers.PreTokenizer, mask: str | AddedToken = "[MASK]"
+) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = split
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS[:-1], mask],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((text.lower() for text in texts), trainer)
+    backend.train_from_iterator(texts, trainer)
     cls, sep = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
     )
-    return Tokenizer(backend, {"do_lower_case": True})
+    return backend

@@ -1,5 +1,7 @@
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ from modernbert.recipes import contrastive
 from modernbert.recipes.contrastive import Config, main
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import data
+from modernbert.train.distributed import ALONE
 from modernbert.train.options import parse
 from modernbert.train.teacher import Teacher, text_key, token_texts
 
@@ -58,7 +61,7 @@ def test_twenty_steps_learn(toy, tmp_path, monkeypatch):
     step = contrastive.batch_loss
     monkeypatch.setattr(contrastive, "batch_loss", lambda *args: seen.append(step(*args)) or seen[-1])
     main(config(toy, tmp_path))
-    loss = [loss.item() for loss, _, _ in seen]
+    loss = [part.loss.item() for part in seen]
     assert np.mean(loss[-5:]) < 0.7 * np.mean(loss[:5])
 
 
@@ -255,3 +258,121 @@ def test_more_steps_may_be_asked_for_and_a_loss_may_be_accumulated(toy, tmp_path
     main(config(toy, tmp_path, steps=3, accumulate=2))
     assert len(calls) == 6
     assert len({tuple(batch.tolist()) for batch in calls}) == 6
+
+
+@pytest.fixture(scope="module")
+def triples(toy, tmp_path_factory):
+    """The pairs of `toy`, each with two documents about another word."""
+    folder = tmp_path_factory.mktemp("triples")
+    draw = random.Random(1)
+    rows = [json.loads(line) for line in (toy / "toy.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        others = [word for word in WORDS[:4] if word != row["group"]]
+        row["negatives"] = [f"the {draw.choice(others)} was seen by {draw.randrange(100)}" for _ in range(2)]
+    (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def gradients(settings, output, loss, *rest):
+    model, pairs, _ = contrastive.prepare(settings, output)
+    part = loss(settings, model, pairs, *rest, np.arange(12))
+    part.loss.backward()
+    return part, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_chunks_have_the_loss_and_the_gradients_of_the_whole_batch(toy, triples, tmp_path, negatives):
+    settings = config(triples if negatives else toy, tmp_path, hard_negatives=negatives)
+    tmp_path.mkdir(exist_ok=True)
+    whole, wanted = gradients(settings, tmp_path, contrastive.batch_loss, None)
+    chunked, got = gradients(replace(settings, chunk_tokens=60), tmp_path, contrastive.large_loss, ALONE)
+    assert (whole.count, whole.tokens) == (chunked.count, chunked.tokens)
+    torch.testing.assert_close(chunked.loss, whole.loss, rtol=1e-3, atol=1e-3)
+    # Both compute in bfloat16, in products of other shapes.
+    for name, grad in wanted.items():
+        torch.testing.assert_close(got[name], grad, rtol=0, atol=0.03 * grad.abs().max().item() + 1e-6, msg=name)
+
+
+def test_twenty_steps_in_chunks_learn_and_resume(toy, tmp_path, monkeypatch):
+    settings = config(toy, tmp_path / "whole", chunk_tokens=100)
+    whole = main(settings)
+    losses = [json.loads(row)["loss"] for row in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 2.0  # of log(24) at the start
+    step, calls = contrastive.large_loss, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(contrastive, "large_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(replace(settings, output=str(tmp_path / "killed")))
+    resumed = main(replace(settings, output=str(tmp_path / "killed")))
+    assert len(calls) == 9 + 12
+    for (name, wanted), got in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(wanted, got), name
+
+
+def test_hard_negatives_are_negatives_of_all_queries(triples, tmp_path):
+    settings = config(triples, tmp_path, hard_negatives=1)
+    tmp_path.mkdir(exist_ok=True)
+    model, pairs, _ = contrastive.prepare(settings, tmp_path)
+    batch = np.arange(5)
+    queries, documents, groups = contrastive.tokens_of(model, pairs, batch)
+    assert (len(queries), len(documents)) == (5, 10)  # one of the two negatives of each
+    assert groups.tolist() == [*pairs.positive_groups[batch].tolist(), *[-1] * 5]
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = [contrastive.vectors(model, tokens) for tokens in (queries, documents)]
+    scores = contrastive.maxsim(*vectors) / settings.temperature
+    same = (groups[:5, None] == groups[None]) & ~torch.eye(5, 10, dtype=torch.bool)
+    wanted = torch.nn.functional.cross_entropy(scores.masked_fill(same, -torch.inf), torch.arange(5))
+    torch.testing.assert_close(contrastive.batch_loss(settings, model, pairs, None, batch).loss, wanted)
+
+
+def test_negatives_are_refused_without_the_option(triples, tmp_path):
+    with pytest.raises(ValueError, match=r'toy\.jsonl:1: "negatives" would be ignored'):
+        main(config(triples, tmp_path))
+
+
+def test_a_beir_folder_finds_the_best_checkpoint(toy, tmp_path):
+    pytest.importorskip("ir_measures")
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {word: f"the {word} was seen by 7 people who knew it" for word in WORDS[:4]}
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": w, "text": t}) + "\n" for w, t in texts.items()))
+    queries = "".join(json.dumps({"_id": f"q{word}", "text": f"find {word[::-1]}"}) + "\n" for word in texts)
+    (folder / "queries.jsonl").write_text(queries)
+    rows = "".join(f"q{word}\t{word}\t1\n" for word in texts)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    model = main(config(toy, tmp_path / "out", validation=str(folder), validate_steps=5))
+    log = [json.loads(row) for row in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    found = [row["valid_nDCG@10"] for row in log if "valid_nDCG@10" in row]
+    assert len(found) == 4
+    assert found[-1] > 0.9
+    assert (model.config.query_length, model.config.document_length) == (48, 224)
+    assert (tmp_path / "out" / "best.pt").exists()
+
+
+def test_pairs_of_a_teacher_need_whole_batches(toy, tmp_path):
+    texts = sorted({t for p in data.read_pairs(toy) for t in (p.query, p.positive)}, key=text_key)
+    np.save(tmp_path / "keys.npy", np.array([text_key(text) for text in texts], np.uint64))
+    np.save(tmp_path / "vectors.npy", np.ones((len(texts), 4), np.float16))
+    with pytest.raises(ValueError, match="240 pairs have a teacher's vectors"):
+        main(config(toy, tmp_path / "out", teacher=str(tmp_path), chunk_tokens=100))
+
+
+def test_two_ranks_score_the_documents_of_both(toy, tmp_path):
+    """A step of two ranks is that of one rank with batches twice as large, up to rounding."""
+    one = main(config(toy, tmp_path / "one", steps=3, batch_pairs=24, batch_tokens=600, chunk_tokens=10_000))
+    settings = config(toy, tmp_path / "two", steps=3, batch_pairs=12, batch_tokens=300)
+    changed = {name: value for name, value in vars(settings).items() if value != getattr(Config, name, None)}
+    words = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
+    command = [*torchrun, sys.executable, "-m", "modernbert.recipes.contrastive", *words]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["model"]
+    for name, wanted in one.state_dict().items():
+        torch.testing.assert_close(two[name], wanted, rtol=0, atol=5e-3, msg=name)

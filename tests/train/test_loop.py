@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from modernbert.train.loop import BatchLoss, check_finite, fit
+from modernbert.train.checkpoints import check_finite
+from modernbert.train.loop import BatchLoss, fit
 
 
 class Recipe:
@@ -37,7 +38,7 @@ class Recipe:
         fit(
             self.model,
             self.optimizer,
-            self.batches(),
+            lambda first: itertools.islice(self.batches(), first, None),
             loss or self.loss,
             output=self.output,
             settings=settings,
@@ -236,3 +237,113 @@ def test_the_log_is_lines_to_read_and_json(tmp_path, capsys):
     assert len(shown) == 3
     assert shown[0].startswith(f"step 20/50  loss {rows[0]['loss']:.4f}  error {rows[0]['error']:.4f}  ")
     assert shown[-1].endswith("lr 2.00e-03  0:00:00 left")
+
+
+# Means over units, precision, clipping
+
+
+def weighted(recipe, sizes):
+    """A loss whose batches have other numbers of rows, and count them."""
+    coming = itertools.cycle(sizes)
+
+    def loss(batch):
+        x_B4, y_B1 = (part[: next_size] for next_size in [next(coming)] for part in batch)
+        error_B1 = recipe.model(x_B4) - y_B1
+        return BatchLoss(error_B1.square().mean(), len(x_B4), {}, torch.tensor(len(x_B4)))
+
+    return loss
+
+
+def test_a_step_is_the_mean_over_units_however_they_are_cut(tmp_path):
+    """Batches of 6, 1 and 3 rows weigh as many rows, not a third each."""
+    recipe, twin = (Recipe(tmp_path, dropout=0.0) for _ in range(2))
+    recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
+    recipe.fit(weighted(recipe, [6, 1, 3]), steps=1, accumulate=3, clip=None)
+    rows = [tuple(part[:size] for part in batch) for batch, size in zip(twin.batches(), [6, 1, 3], strict=False)]
+    x_B4, y_B1 = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    (twin.model(x_B4) - y_B1).square().mean().backward()
+    for got, wanted in zip(recipe.model.parameters(), twin.model.parameters(), strict=True):
+        # Sums of ten float32 terms in another order.
+        torch.testing.assert_close(got, wanted - 0.1 * wanted.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_batch_has_the_bits_of_its_own_mean(tmp_path):
+    """It is not multiplied by its count and divided again, which would round."""
+    recipe, twin = (Recipe(tmp_path, dropout=0.0) for _ in range(2))
+    recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
+    recipe.fit(weighted(recipe, [5]), steps=1, clip=None)
+    x_B4, y_B1 = (part[:5] for part in next(twin.batches()))
+    (twin.model(x_B4) - y_B1).square().mean().backward()
+    for got, wanted in zip(recipe.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(got, wanted - 0.1 * wanted.grad)
+
+
+def test_a_batch_without_units_counts_as_nothing(tmp_path):
+    recipe, twin = (Recipe(tmp_path, dropout=0.0) for _ in range(2))
+
+    def loss(batch):
+        part = recipe.loss(batch)
+        return part._replace(count=6) if recipe.calls == 1 else part._replace(loss=part.loss * 0, count=0)
+
+    recipe.fit(loss, steps=1, accumulate=2)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    x_B4, y_B1 = next(twin.batches())
+    assert rows[0]["loss"] == pytest.approx((twin.model(x_B4) - y_B1).square().mean().item(), abs=1e-4)
+
+
+def test_gradients_are_clipped_to_a_norm_or_not_at_all(tmp_path):
+    moved = {}
+    for clip in (0.01, 0.02, None):
+        recipe = Recipe(tmp_path, dropout=0.0)
+        recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
+        before = copy.deepcopy(recipe.model)
+        (tmp_path / str(clip)).mkdir()
+        recipe.output = tmp_path / str(clip)
+        recipe.fit(steps=1, clip=clip)
+        pairs = zip(recipe.model.parameters(), before.parameters(), strict=True)
+        moved[clip] = torch.cat([(new - old).flatten() for new, old in pairs]).norm().item()
+    assert moved[0.01] == pytest.approx(0.001, rel=1e-3)
+    assert moved[0.02] == pytest.approx(0.002, rel=1e-3)
+    assert moved[None] > 0.1
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32(tmp_path):
+    recipe = Recipe(tmp_path)
+    seen = []
+    recipe.model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    recipe.fit(steps=2, autocast=True)
+    assert seen == [torch.bfloat16] * 2
+    assert {parameter.dtype for parameter in recipe.model.parameters()} == {torch.float32}
+
+
+def test_pure_bfloat16_resumes_to_the_same_bits(tmp_path):
+    def run(name, *steps):
+        (tmp_path / name).mkdir()
+        for last in steps:
+            recipe = Recipe(tmp_path / name)
+            recipe.model.bfloat16()
+            recipe.optimizer = torch.optim.AdamW(recipe.model.parameters(), lr=0.1)
+
+            def loss(batch, recipe=recipe):
+                x_B4, y_B1 = batch
+                return BatchLoss((recipe.model(x_B4.bfloat16()).float() - y_B1).square().mean(), 6, {})
+
+            recipe.fit(loss, steps=last, accumulate=2)
+        return recipe
+
+    assert_equal(run("whole", 8).model, run("killed", 3, 8).model)
+
+
+def test_batches_that_end_are_told_with_the_step(tmp_path):
+    recipe = Recipe(tmp_path)
+    batches = itertools.islice(recipe.batches(), 5)
+    recipe.batches = lambda: batches
+    with pytest.raises(ValueError, match="the batches have ended in step 3 of 12"):
+        recipe.fit(accumulate=2)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_more_steps_than_the_checkpoint_are_wanted(tmp_path):
+    Recipe(tmp_path).fit(steps=3)
+    with pytest.raises(ValueError, match="has a checkpoint of step 3: ask for as many steps or more"):
+        Recipe(tmp_path).fit(steps=2)

@@ -1,10 +1,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from modernbert.train.options import check_same, fixed, option, parse
+from modernbert.train.options import check_same, fixed, option, parse, run
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,29 @@ def test_free_settings_may_change_and_others_may_not():
         check_same(Path("x.pt"), was, fixed(Config("o", ("b",), 0.1)))
     with pytest.raises(ValueError, match=r"share is None, now 0\.5"):
         check_same(Path("x.pt"), {"names": ["a"]}, fixed(Config("o", ("a",))))
+
+
+@dataclass(frozen=True)
+class Kinds:
+    compile: bool = option("off by default", False)
+    autocast: bool = option("on by default", True)
+    rates: tuple[float, ...] = option("some numbers", (1e-3,))
+    clip: float | None = option("a number, if any", None)
+    parallel: Literal["ddp", "fsdp"] = option("one of two", "ddp")
+
+
+def test_each_type_of_field_has_its_words(capsys):
+    assert parse(Kinds, None, []) == Kinds(False, True, (1e-3,), None, "ddp")
+    words = "--compile --no-autocast --rates 1 2e-3 --clip 0.5 --parallel fsdp".split()
+    assert parse(Kinds, None, words) == Kinds(True, False, (1.0, 2e-3), 0.5, "fsdp")
+    for wrong in (["--parallel", "dp"], ["--clip", "much"], ["--compile", "no"]):
+        with pytest.raises(SystemExit):
+            parse(Kinds, None, wrong)
+
+
+def test_a_missing_extra_is_one_sentence():
+    def main(config):
+        raise ModuleNotFoundError("needs an extra: pip install 'modernbert[wandb]'")
+
+    with pytest.raises(SystemExit, match=r"^error: needs an extra: pip install"):
+        run(main, Kinds())

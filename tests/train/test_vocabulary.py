@@ -1,6 +1,7 @@
 import pytest
 
-from modernbert.train.vocabulary import train_tokenizer
+from modernbert.tokenizer import Tokenizer
+from modernbert.train.vocabulary import train_cased_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +27,23 @@ def test_tokenizer_offsets_name_the_text(tokenizer):
     words = [text[start:end] for start, end in encoding.offsets]
     assert words[1:3] == ["Read", "File"]
     assert words[-2] == "5678"
+
+
+@pytest.fixture(scope="module")
+def cased():
+    return train_cased_tokenizer(["Read a file, then Read_File(path): naïve 5678. "] * 50, vocab_size=330)
+
+
+def test_a_cased_tokenizer_loses_nothing_of_a_text(cased):
+    for text in ("Read a File,  then\tre-read it!", "naïve Été 5678\n"):
+        ids = cased.encode_batch([text])[0].ids
+        assert cased.decode(ids) == f"[CLS]{text}[SEP]"
+
+
+def test_a_cased_tokenizer_has_the_special_tokens_of_modernbert(cased, tmp_path):
+    assert [cased.id_to_token(i) for i in range(5)] == ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    assert 5 + 256 < cased.vocab_size <= 330
+    # As in ModernBERT, [MASK] includes the space in front of it.
+    assert tokens_of(cased, "a [MASK]") == ["[CLS]", "a", "[MASK]", "[SEP]"]
+    cased.save_pretrained(tmp_path)
+    assert tokens_of(Tokenizer.from_pretrained(tmp_path), "a [MASK]") == ["[CLS]", "a", "[MASK]", "[SEP]"]

@@ -1,0 +1,40 @@
+"""The folder of a run that is known by its settings, which are written before anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..files import output_folder, replacing
+from ..json_files import has_file, read_json
+from .options import check_same
+
+RUN = "run.json"
+
+
+def claim_folder(output: str | os.PathLike[str], recipe: str, settings: Mapping[str, object]) -> Path:
+    """The folder `output` of a run of `recipe` with these settings: a new one, or one in which it goes on.
+
+    Raises:
+        NotADirectoryError, ValueError: as `output_folder`.
+        ValueError: the folder is of a run with other settings, which are named.
+        FileExistsError: the folder holds files, and is not that of a run.
+    """
+    folder = output_folder(output)
+    request = {"recipe": recipe, **settings}
+    if has_file(folder / RUN):
+        check_same(folder / RUN, read_json(folder, RUN), request)
+        return folder
+    # Hidden files are left by a run that was killed while it wrote its settings, and by file managers.
+    taken = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")] if folder.exists() else []
+    if taken:
+        more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+        raise FileExistsError(
+            f"{folder} holds {', '.join(taken[:3])}{more}, but no {RUN} of a run: choose a new --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / RUN) as beside:
+        beside.write_text(json.dumps(request, indent=2), encoding="utf-8")
+    return folder
