@@ -225,7 +225,9 @@ def test_shards_of_another_request_are_refused(tokenizer, corpus, tmp_path, chan
     before = content(tmp_path / "out")
     if change == "source":
         write_texts(corpus, TEXTS[::-1])
-    options = {"characters": 3000} | {"characters": {"characters": 4000}, "names": {"names": {"text": "body"}}}.get(change, {})
+    options = {"characters": 3000} | {"characters": {"characters": 4000}, "names": {"names": {"text": "body"}}}.get(
+        change, {}
+    )
     with pytest.raises(ValueError, match=f"out has other shards: {change} is"):
         write_shards(corpus, tokenizer, tmp_path / "out", **options)
     assert content(tmp_path / "out") == before
@@ -272,7 +274,9 @@ def test_damaged_shards_are_named(tokenizer, corpus, tmp_path, which, damage):
     else:
         other = which(tmp_path / "out", 2).read_bytes()
         file.write_bytes({"cut": whole[:-10], "noise": b"\xff" * 99, "other": other}[damage])
-    with pytest.raises(ValueError, match=rf"{re.escape(file.name)} (is missing or damaged|holds); |{re.escape(file.name)}"):
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(file.name)} (is missing or damaged|holds); |{re.escape(file.name)}"
+    ):
         Shards(tmp_path / "out", tokenizer)
 
 
