@@ -37,7 +37,7 @@ def parse_rows(
     *,
     skip: tuple[type[ValueError], ...] = (),
 ) -> Iterator[T]:
-    """What `parse` makes of each row. Its ValueError gets the place of the row; with an error of `skip`, a row is left out."""
+    """What `parse` makes of each row. Its ValueError gets the place of the row; one of `skip` leaves the row out."""
     for row in read_rows(source, names):
         try:
             parsed = parse(row)
