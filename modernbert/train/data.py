@@ -24,11 +24,11 @@ from .options import check_same
 from .ragged import CHUNK, RaggedBuilder, chunks
 from .ragged import RaggedIds as RaggedIds
 from .reading import digest as digest
-from .reading import files as pair_files
 from .reading import versions as versions
 from .teacher import Teacher, text_key
 
 FILE = "file."  # in front of the names of files in an .npz file
+
 
 @dataclass(frozen=True)
 class ChosenPairs:
@@ -196,7 +196,9 @@ class TokenizedPairs:
         """float32, the teacher's scores of `documents(batch)`. ValueError: the pairs have none."""
         if self.scores is None or self.negative_offsets is None:
             raise ValueError("these pairs have no scores of a teacher; read them with read_scored")
-        parts = [self.scores[first + i : last + i + 1] for i in batch for first, last in [self.negative_offsets[i : i + 2]]]
+        parts = [
+            self.scores[first + i : last + i + 1] for i in batch for first, last in [self.negative_offsets[i : i + 2]]
+        ]
         return np.concatenate([np.zeros(0, np.float32), *parts])
 
     def save(self, file: Path, inputs: dict[str, object], files: Mapping[str, bytes] | None = None) -> None:

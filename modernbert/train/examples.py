@@ -206,7 +206,9 @@ def _scored(row: Row) -> Pair:
         got = f"{len(scores)} of them" if isinstance(scores, list) else f"{scores!r:.60}"
         raise ValueError(f'"scores" must be a list of {len(documents)} numbers, one for each document, got {got}')
     numbers = tuple(_number(f"scores[{place}]", score) for place, score in enumerate(scores))
-    _refuse_unread(row.fields, {"query", "documents", "scores"}, "because only the documents and their scores count here")
+    _refuse_unread(
+        row.fields, {"query", "documents", "scores"}, "because only the documents and their scores count here"
+    )
     pair = _with_source(row, _text(row.fields, "query"), documents[0])
     return pair._replace(negatives=tuple(documents[1:]), scores=numbers)
 

@@ -133,10 +133,14 @@ def test_sources_can_be_excluded(read, row):
 
 
 TABLES = {
-    "CoLA": ("gj04\t1\t\tThe \"sailors\" rode.\nclc95\t0\t*\t\"In quotes.\n", ['The "sailors" rode.', '"In quotes.'], [1, 0]),
+    "CoLA": (
+        'gj04\t1\t\tThe "sailors" rode.\nclc95\t0\t*\t"In quotes.\n',
+        ['The "sailors" rode.', '"In quotes.'],
+        [1, 0],
+    ),
     "SST-2": ("sentence\tlabel\nhide new secretions \t0\r\n", ["hide new secretions"], [0]),
     "MRPC": (
-        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t2\t3\tHe said \" so\t\" So .\r\n",
+        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t2\t3\tHe said " so\t" So .\r\n',
         [('He said " so', '" So .')],
         [1],
     ),
