@@ -86,7 +86,7 @@ class EMA:
         """Take in the weights of now: once after each step of the optimizer."""
         weights = self._weights()
         averages = [local(average) for average in self._averages.values()]
-        torch._foreach_lerp_(averages, [_wide(local(weights[name])) for name in self._averages], 1 - self.decay)
+        torch._foreach_lerp_(averages, [_wide(local(weights[name])) for name in self._averages], 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

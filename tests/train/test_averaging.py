@@ -109,7 +109,7 @@ def test_it_is_that_of_pytorch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_it_is_its_formula(dtype):
     model = small(dtype)
-    truth = {name: each.detach().double() for name, each in model.named_parameters()}
+    truth = {name: each.detach().double().clone() for name, each in model.named_parameters()}
     ema = EMA(model, decay=0.99)
     for seen in run(model, ema, range(50)):
         truth = {name: 0.99 * value + 0.01 * seen[name].double() for name, value in truth.items()}

@@ -100,6 +100,18 @@ def test_a_surprise_is_damped_for_its_tensor_only():
     assert 0 < moved < 0.1
 
 
+def test_the_rms_of_a_large_table_is_exact():
+    """A sum of millions of numbers in float32, one after another, is off by percents, and with it the learning rate."""
+    table = nn.Parameter(torch.zeros(2**23))
+    optimizer = StableAdamW([table], lr=1.0, betas=(0.0, 0.98))
+    for size in (0.3, 30.0):
+        table.data.zero_()
+        table.grad = torch.full_like(table, size)
+        optimizer.step()
+    # All numbers are alike, so that the update is the RMS times their sign, divided by it.
+    assert table.detach()[[0, -1]].tolist() == pytest.approx([-1.0, -1.0], rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_follows_float64(dtype):
     """The weight with what its rounding lost is the float64 one, though each step is smaller than a rounding step."""
