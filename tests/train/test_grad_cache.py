@@ -355,4 +355,3 @@ def test_16384_pairs_of_the_17m_fit_into_80_gb() -> None:
     weights = 17e6 * 16 / 1e9  # float32, with gradients and the two moments of AdamW
     assert without > 80
     assert chunk + vectors + block + weights < 20
-
