@@ -135,18 +135,18 @@ def test_matryoshka(weights: list[float] | None) -> None:
 
 
 # Late interaction: they pad, and sum similarities up in float32 whatever the vectors are. We do neither.
-FLOAT32 = 1e-6  # some ten rounding steps, for sums of up to nine similarities
+FLOAT32 = 1e-5  # of logits of up to 12, whose rounding step is 1e-6
 
 
 def padded(leaf: Tensor, lengths: list[int]) -> dict[str, Tensor]:
-    """`[tokens, E]` as their padded features. NaN in padding would show."""
-    rows = nn.utils.rnn.pad_sequence(list(leaf.split(lengths)), batch_first=True)
+    """`[tokens, E]` as their padded features."""
+    rows = nn.utils.rnn.pad_sequence(list(F.normalize(leaf, dim=1).split(lengths)), batch_first=True)
     mask = torch.arange(rows.shape[1]) < torch.tensor(lengths)[:, None]
     return {"token_embeddings": rows, "attention_mask": mask.long()}
 
 
 def ragged(leaf: Tensor, lengths: list[int]) -> Ragged:
-    return Ragged.from_list(list(leaf.split(lengths)))
+    return Ragged.from_list(list(F.normalize(leaf, dim=1).split(lengths)))
 
 
 QUERIES, DOCUMENTS = [3, 1, 6], [4, 9, 1, 2, 5, 5, 7, 1, 3]
