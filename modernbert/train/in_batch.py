@@ -154,7 +154,9 @@ class _SumOfBlocks(torch.autograd.Function):
             leaves = rows_QE[first:last].detach().requires_grad_(), columns_NE.detach().requires_grad_()
             with torch.enable_grad():
                 loss = block_loss(*leaves, start, stop)
-            grad_rows_QE[first:last], grad_block_NE = torch.autograd.grad(loss, leaves)
+            # As in any backward pass, whose products autocast would round.
+            with torch.autocast(rows_QE.device.type, enabled=False):
+                grad_rows_QE[first:last], grad_block_NE = torch.autograd.grad(loss, leaves)
             grad_columns_NE += grad_block_NE
             total += loss.detach()
         ctx.save_for_backward(grad_rows_QE, grad_columns_NE)

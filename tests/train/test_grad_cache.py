@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from cached_model import DOCUMENTS, DROPOUT, QUERIES, Model, assert_same, chunks
 from hf_twin import random_ids
 from torch import Tensor, nn
 
-from modernbert import ColBERT, Encoder, EncoderConfig, Ragged, Tokenizer, pack
+from modernbert import ColBERT, Encoder, Ragged, Tokenizer, pack
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.packing import Packed, Tokens
 from modernbert.train.grad_cache import grad_cache, token_chunks
@@ -203,7 +202,7 @@ def test_a_frozen_encoder_of_one_side() -> None:
 
 def test_gradients_add_up_over_steps_as_any_gradient() -> None:
     model = make(False)
-    once = step(grad_cache, model)
+    once = {name: value.clone() for name, value in step(grad_cache, model).items()}
     (2 * grad_cache(model, chunks(), LOSS)).backward()
     assert_same(gradients(model), {name: 3 * once[name] for name in gradients(model)}, 1e-12)
 
@@ -342,8 +341,7 @@ def test_16384_pairs_of_the_17m_fit_into_80_gb() -> None:
     a block in `in_batch_info_nce`, which is less than 2 GB with the vectors and their gradients.
     """
     torch.manual_seed(0)
-    config = replace(EncoderConfig.preset("ettin-17m"), vocab_size=100)
-    encoder, length, pairs = Encoder(config).bfloat16(), 256, 16_384
+    encoder, length, pairs = Encoder.from_config("ettin-17m").bfloat16(), 256, 16_384
     with Saved(encoder).counted() as saved:
         kept = encoder(pack(random_ids([length], 100)))
     assert kept.dtype is torch.bfloat16
@@ -353,6 +351,6 @@ def test_16384_pairs_of_the_17m_fit_into_80_gb() -> None:
     vectors = pairs * (32 + 180) * width * (2 + 2 + 4) / 1e9  # with their gradients in both dtypes
     block = (2 * ELEMENTS + 4 * 4 * ELEMENTS / 32 + 2 * pairs * 180 * width) / 1e9  # maxima, scores, a gradient
     weights = 17e6 * 16 / 1e9  # float32, with gradients and the two moments of AdamW
+    print(without, chunk, vectors, block, weights)
     assert without > 80
     assert chunk + vectors + block + weights < 20
-

@@ -85,8 +85,8 @@ def test_no_block_is_larger_than_asked_for(elements: int, monkeypatch: pytest.Mo
     results(in_batch_info_nce, torch.float64, elements=elements, both_directions=True)
     for queries, documents in seen:
         assert sum(queries) * len(documents) <= elements or 1 in (len(queries), len(documents))
-    assert sum((queries for queries, documents in seen if documents == DOCUMENTS), []) == QUERIES
-    assert sum((documents for _, documents in seen if documents != DOCUMENTS), []) == DOCUMENTS[:B]
+    assert [n for queries, documents in seen if documents == DOCUMENTS for n in queries] == QUERIES
+    assert [n for _, documents in seen if documents != DOCUMENTS for n in documents] == DOCUMENTS[:B]
 
 
 def test_without_a_graph_nothing_is_kept() -> None:
