@@ -12,10 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
 from modernbert.packing import pack
@@ -23,6 +19,13 @@ from modernbert.train import distributed, loop
 from modernbert.train.distributed import Ranks, gather_counts, gather_rows, ranks
 from modernbert.train.loop import BatchLoss, fit
 from modernbert.train.prepare import prepare
+
+WORKER, ROOT = __file__, Path(__file__).parents[2]
+
+
+def environment(**more):
+    """Of a process that runs this file."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | more
 
 
 class TinyRun:
@@ -154,7 +157,9 @@ def rows(folder, here: Ranks):
         gathered = gather_rows(mine, here, counts)
         loss = (mine @ gathered.T).exp().sum() * (here.rank + 1)
         loss.backward()
-        torch.save({"counts": counts, "gathered": gathered.detach(), "grad": mine.grad}, folder / f"{name}-{here.rank}.pt")
+        torch.save(
+            {"counts": counts, "gathered": gathered.detach(), "grad": mine.grad}, folder / f"{name}-{here.rank}.pt"
+        )
 
 
 def errors(folder, here: Ranks):
