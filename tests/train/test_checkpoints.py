@@ -111,7 +111,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
         (lambda model: torch.optim.SGD(model.parameters(), lr=0.1), r"AdamW .*, now SGD"),
         (
             lambda model: torch.optim.AdamW([{"params": [each]} for each in model.parameters()], lr=0.1),
-            r"groups of \[4\] parameters, now AdamW with \[1, 1, 1, 1\]",
+            r"AdamW with groups of \[4\] parameters, now AdamW with \[1, 1, 1, 1\]",
         ),
     ):
         other = TinyRun(tmp_path)
