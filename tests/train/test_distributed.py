@@ -178,13 +178,13 @@ def test_without_torchrun_the_other_rank_names_the_dead_one(tmp_path):
     assert processes[0].returncode == 1
 
 
-def test_a_batch_that_is_not_finite_is_saved_with_its_rank(tmp_path):
-    torchrun("poisoned", tmp_path)
-    words = [(tmp_path / f"poisoned-{rank}").read_text() for rank in range(2)]
+def test_a_batch_that_is_not_finite_is_saved_with_its_rank(two):
+    words = [(two / f"poisoned-{rank}").read_text() for rank in range(2)]
     assert words[0] == words[1]
     assert "step 1: the loss is nan" in words[0]
-    assert str(tmp_path / "bad-step-1.pt") in words[0]
-    (found,) = torch.load(tmp_path / "bad-step-1.pt", weights_only=True)
+    file = two / "poisoned" / "bad-step-1.pt"
+    assert str(file) in words[0]
+    (found,) = torch.load(file, weights_only=True)
     assert (found["rank"], found["batch"]) == (1, texts(1))
 
 
