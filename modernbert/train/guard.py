@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def save_bad_batches(
     bad = [row for row in every if not np.isfinite(row["loss"])] or every
 
     def write() -> str:
-        names = (f"bad-step-{step}{again and f'-{again}' or ''}.pt" for again in count())
+        names = chain([f"bad-step-{step}.pt"], (f"bad-step-{step}-{again}.pt" for again in count(1)))
         file = next(path for name in names if not (path := folder / name).exists())
         try:
             with file.open("xb") as opened:
