@@ -168,9 +168,6 @@ def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: 
     return max(each, key=lambda one: one.found / (one.allowed or 1.0))
 
 
-# Measuring.
-
-
 def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
     """A result for each task and pass. A CPU takes --quick only, with a few tasks: those figures are not results."""
     machine = clock.this_machine()
@@ -250,9 +247,6 @@ def shares(task: Task, one: Measured, backward: bool, rates: Rates) -> dict[str,
 
 def bytes_of_outputs(task: Task) -> int:
     return sum(x.nbytes for x in call_of(Way("", task.op), *copied(task, False), False)())
-
-
-# The ways.
 
 
 def plain(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -343,9 +337,6 @@ def maxsims(queries: int, documents: int) -> Iterator[Way]:
             return (flash.flash_maxsim_batched_train if wanted else flash.flash_maxsim_batched)(q, d)
 
         yield Way("flash-maxsim, padded", padded(trained), "in float16")
-
-
-# The tasks. An op is one more row of `elementwise`, or one more function.
 
 
 def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:

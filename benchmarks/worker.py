@@ -61,6 +61,7 @@ class Job:
         checked: indices of the texts whose hidden states are compared with the reference.
         batch: texts of a batch where a protocol fixes it; None leaves the choice to the implementation.
         from_host: the ids are on the host, and their copy to the device is timed.
+        head_flops: operations beside those of the encoder.
         options: further arguments for particular builders.
     """
 
@@ -69,6 +70,7 @@ class Job:
     batch: int | None = None
     from_host: bool = False
     backward: bool = False
+    head_flops: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -212,9 +214,6 @@ def attempt(work: Call) -> tuple[bool, Any]:
     except Exception as error:
         release()
         return False, f"fails: {type(error).__name__}: {str(error)[:300]}"
-
-
-# The requests. All take the state of the process first.
 
 
 def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, Any]:
