@@ -6,6 +6,7 @@ A model is one more name in a tuple of models, a peer one more row of `peers.PEE
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -22,12 +23,11 @@ def of_texts(
     """A table of texts, by default in tokens per second, in the dtype of the run, next to transformers one by one.
 
     Args:
-        more: of the `Job` and of the `Table`.
+        more: of the `Job` and of the `Table`. By default the longest and the shortest text are compared.
     """
-    of_job = {
-        name: more.pop(name) for name in ("batch", "from_host", "backward", "head_flops", "options") if name in more
-    }
-    job = Job(tuple(lengths), more.pop("checked", None) or here.checked(lengths), **of_job)
+    ends = {lengths.index(max(lengths)), lengths.index(min(lengths))}
+    of_job = {one.name: more.pop(one.name) for one in fields(Job) if one.name in more}
+    job = Job(tuple(lengths), **{"checked": tuple(sorted(ends))} | of_job)
     known = {"dtype": here.dtype, "job": job, "peers": peers, "reference": REFERENCE}
     return Table(workload, what, model, **known | more)
 

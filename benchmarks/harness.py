@@ -374,10 +374,8 @@ class Workers:
         known |= {"dtype": self.setup.dtype, "model": table.model, "figure": table.figure}
         known["pass"] = "forward + backward" if table.job.backward else "forward"
         known["lengths"] = {"sequences": len(lengths), "tokens": sum(lengths), "longest": max(lengths, default=0)}
-        rows, dtype = [], self.setup.torch_dtype
-        rates = None
-        if table.model_pass and done:
-            rates = clock.rates(torch.device(self.here.device), dtype, quick=self.here.quick)
+        rows, dtype, device = [], self.setup.torch_dtype, torch.device(self.here.device)
+        rates = clock.rates(device, dtype, quick=self.here.quick) if table.model_pass and done else None
         for one in done:
             of_pass = shares(EncoderConfig.preset(table.model), table.job, one.median, rates, dtype) if rates else {}
             rows.append(one.row(done, table.in_unit, **known | of_pass))

@@ -161,11 +161,6 @@ def save_seeded(config: EncoderConfig, folder: Path) -> None:
     encoder.save_pretrained(folder)
 
 
-def projection(width: int, to: int) -> Tensor:
-    """A seeded matrix `[to, width]`."""
-    return torch.randn(to, width, generator=torch.Generator().manual_seed(2)) / math.sqrt(width)
-
-
 def save_from(checkpoint: str, name: str, make: Callable[[Encoder], Any]) -> None:
     """Make, once, a folder in that of a checkpoint, with a seeded model around its encoder."""
     if not (folder := Path(checkpoint) / name).exists():
@@ -179,8 +174,7 @@ def save_colbert(checkpoint: str, *, width: int = 128) -> None:
 
     def make(encoder: Encoder) -> ColBERT:
         template, head = default(), Dense(encoder.config.hidden_size, width)
-        with torch.no_grad():
-            head.linear.weight.copy_(projection(encoder.config.hidden_size, width))
+        nn.init.normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5)
         return ColBERT(encoder, template.tokenizer, [head], replace(template.config, document_length=512))
 
     save_from(checkpoint, f"colbert-{width}", make)

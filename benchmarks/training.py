@@ -196,9 +196,10 @@ def on_masked(here: Run, workload: str) -> Iterator[Table]:
 
     tokenizer, count = inputs.default().tokenizer, STEPS * (256 if here.is_gpu else 2 if here.quick else 8)
     texts = [one["text"] for one in inputs.examples(here.texts, count)]
+    texts = [torch.tensor(one.ids) for one in tokenizer.encode_beginnings(texts, max_length=LONGEST)]
     examples, draw, trainer = [], torch.Generator().manual_seed(0), "transformers Trainer"
-    for one in tokenizer.encode_beginnings(texts, max_length=LONGEST):
-        ids, hidden = torch.tensor(one.ids), torch.rand(len(one.ids), generator=draw) < MASKED
+    for ids in [inputs.ids(at, 512) for at in range(count)] if workload == "masked-lm-512" else texts:
+        hidden = torch.rand(len(ids), generator=draw) < MASKED
         examples.append((ids.masked_fill(hidden, tokenizer.mask_token_id), ids.masked_fill(~hidden, -100)))
     found = {OURS: Peer(masked_lm), trainer: Peer(transformers, package="accelerate")}
     found[f"{trainer}, sparse"] = found[trainer]._replace(options={"sparse": True})
@@ -248,6 +249,7 @@ def with_step_time(workers: Workers, table: Table) -> Result:
 PYLATE = {"PyLate": Peer(pylate, package="pylate")}
 WORKLOADS: dict[str, tuple[Callable[[Run, str], Iterator[Table]], str]] = {
     "masked-lm": (on_masked, "steps of masked language modelling, 30 percent of the tokens of real texts"),
+    "masked-lm-512": (on_masked, "the same of texts of 512 tokens"),
     "dense": (partial(on_pairs, folder="dense"), "steps of contrastive learning on real pairs, one vector a text"),
     "late-interaction": (partial(on_pairs, folder="colbert-128"), "the same, one vector a token, scored by MaxSim"),
 }
