@@ -118,7 +118,8 @@ def trained(settings: str, setup: Setup, model: Any, home: Any, name: str, size:
     known = {"output_dir": f"{setup.folder}/trainer", "per_device_train_batch_size": size, "num_train_epochs": 1}
     known |= {"learning_rate": RATE, "weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
     known |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    options["args"] = getattr(home, f"{name}TrainingArguments")(**known, use_cpu=not setup.is_gpu, **options["args"])
+    known |= {"use_cpu": not setup.is_gpu, "dataloader_pin_memory": setup.is_gpu}
+    options["args"] = getattr(home, f"{name}TrainingArguments")(**known, **options["args"])
     trainer, losses = getattr(home, f"{name}Trainer")(model=model, **options), []
     step = trainer.training_step
 
@@ -229,7 +230,7 @@ def of_steps(
     here: Run, workload: str, model: str, lengths: Sequence[int], examples: Step, found: dict[str, Peer], **more: Any
 ) -> Iterator[Table]:
     """Tokens a second with the time of a step, and peak memory."""
-    what = f"{model}, {here.dtype}, {workload}: {STEPS} steps of {len(examples) // STEPS}"
+    what = f"{model}, {here.dtype}, {workload}: {STEPS} steps of {len(examples) // STEPS} examples"
     what += f", {sum(lengths):,} tokens in texts of {min(lengths)} to {max(lengths)}"
     shortest = sorted(examples, key=lambda one: sum(map(len, one)))[:STEPS]
     known = {"backward": True, "options": {"examples": examples, "warm": {"examples": shortest}}, "rounds": 3}
