@@ -151,11 +151,13 @@ def save_seeded(config: EncoderConfig, folder: Path) -> None:
     The weights are larger than those of an initialisation, so that attention is not uniform and errors show. The speed
     is that of the trained model.
     """
-    encoder, generator = Encoder.from_config(config), torch.Generator().manual_seed(0)
-    for name, weight in encoder.named_parameters():
-        if "norm" in name and weight.dim() == 1:
-            weight.uniform_(0.7, 1.3, generator=generator)
-        elif weight.dim() == 2:
+    with torch.device("meta"):
+        encoder, generator = Encoder(config), torch.Generator("cpu").manual_seed(0)
+    for name, weight in encoder.to_empty(device="cpu").named_parameters():
+        if weight.dim() == 1:
+            low, high = (0.7, 1.3) if "norm.weight" in name else (0.0, 0.0)
+            weight.uniform_(low, high, generator=generator)
+        else:
             spread = 1.0 if "tok_embeddings" in name else 1.2 / math.sqrt(weight.shape[1])
             weight.normal_(0, spread, generator=generator)
     encoder.save_pretrained(folder)

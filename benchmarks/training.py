@@ -24,11 +24,9 @@ from benchmarks.rows import rounded
 from benchmarks.worker import OURS, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT, EncoderConfig, pack
 
-STEPS, RATE, MASKED, LONGEST = 2, 1e-4, 0.3, 512
-"""Steps of a call; learning rate; share of masked tokens; tokens at which a text is cut."""
-
-TEMPERATURES = {"dense": 0.05, "colbert-128": 1.0}
-"""Of the scores of pairs, by the folder of the model: one vector a text, or one a token."""
+STEPS, RATE, MASKED, LONGEST, TEMPERATURES = 2, 1e-4, 0.3, 512, {"dense": 0.05, "colbert-128": 1.0}
+"""Steps of a call; learning rate; share of masked tokens; tokens at which a text is cut; temperature of the scores of
+pairs, by the folder of the model: one vector a text, or one a token."""
 
 Step = Sequence[Any]
 """The examples of a step: token ids and labels, or a query and its positive."""
