@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from modernbert.config import EncoderConfig
     from modernbert.encoder import Encoder
+    from modernbert.heads.classifier import SequenceClassifier
     from modernbert.heads.colbert import ColBERT
+    from modernbert.heads.embedder import Embedder
+    from modernbert.heads.masked_lm import MaskedLM
+    from modernbert.heads.token_classifier import TokenClassifier
     from modernbert.inference.session import Session
     from modernbert.late_interaction import Ragged, maxsim
     from modernbert.packing import Packed, Tokens, pack, unpack
@@ -19,11 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ColBERT",
+    "Embedder",
     "Encoder",
     "EncoderConfig",
+    "MaskedLM",
     "Packed",
     "Ragged",
+    "SequenceClassifier",
     "Session",
+    "TokenClassifier",
     "Tokenizer",
     "Tokens",
     "maxsim",
@@ -33,11 +41,15 @@ __all__ = [
 
 _HOME = {
     "ColBERT": "modernbert.heads.colbert",
+    "Embedder": "modernbert.heads.embedder",
     "Encoder": "modernbert.encoder",
     "EncoderConfig": "modernbert.config",
+    "MaskedLM": "modernbert.heads.masked_lm",
     "Packed": "modernbert.packing",
     "Ragged": "modernbert.late_interaction",
+    "SequenceClassifier": "modernbert.heads.classifier",
     "Session": "modernbert.inference.session",
+    "TokenClassifier": "modernbert.heads.token_classifier",
     "Tokenizer": "modernbert.tokenizer",
     "Tokens": "modernbert.packing",
     "maxsim": "modernbert.late_interaction",

@@ -237,14 +237,14 @@ RESTATED = {
     "rope_theta": "global_rope_theta",  # an alias in transformers 4
 }
 # These do not change the encoder, so they are kept, and are ignored otherwise. The settings of the task of a head:
-TASK = "id2label label2id num_labels problem_type finetuning_task task_specific_params"
+TASK = "id2label label2id num_labels problem_type finetuning_task task_specific_params sparse_prediction"
 # All others: bookkeeping, switches of Hugging Face's code, and in the last line keys of decoders and BERT that no
 # version of ModernBERT reads.
 NOISE = (
     TASK,
     "architectures _name_or_path name_or_path transformers_version transformers.js_config dtype",
     "torch_dtype attn_implementation _attn_implementation _attn_implementation_autoset reference_compile",
-    "deterministic_flash_attn gradient_checkpointing sparse_prediction sparse_pred_ignore_index use_cache",
+    "deterministic_flash_attn gradient_checkpointing sparse_pred_ignore_index use_cache",
     "repad_logits_with_grad chunk_size_feed_forward return_dict output_attentions output_hidden_states",
     "tie_last_hidden_states",
     "is_decoder is_encoder_decoder pruned_heads layer_norm_eps position_embedding_type hidden_act",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from numbers import Integral
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,46 @@ class Tokens:
     def ragged(self, x_TE: Tensor) -> Ragged:
         """The scored rows of the model's output for all of `batch`. Differentiable."""
         return Ragged(x_TE[self.keep.to(x_TE.device)], self.offsets)
+
+
+@pytree("truncated")
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Tokenised texts of which each becomes one vector, in the place of the `Tokens` of late interaction.
+
+    Attributes:
+        batch: what the encoder sees, on any device.
+        truncated: per text, the tokens of it that were cut off, as far as they were looked at.
+    """
+
+    batch: Packed
+    truncated: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def rows(self) -> None:
+        """None: the model chooses what it reads."""
+        return None
+
+    @property
+    def offsets(self) -> Tensor:
+        """`[B + 1]` int64: text i has the row i of the result."""
+        return torch.arange(len(self) + 1, device="cpu")
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Texts:
+        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Texts:
+        return replace(self, batch=self.batch.pin_memory())
+
+    def select(self, indices: Sequence[int]) -> Texts:
+        """The texts named by `indices`, in that order."""
+        return Texts(self.batch.select(indices), tuple(self.truncated[i] for i in indices if self.truncated))
+
+
+Tokenized: TypeAlias = Tokens | Texts
 
 
 def pack(

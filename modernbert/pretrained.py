@@ -30,10 +30,15 @@ class Backbone(Protocol):
 
 
 class Pretrained(nn.Module):
-    """The base of `Encoder` and of every model that has one as `encoder`.
+    """The base of `Encoder` and of every model that has one.
 
     A model adds how it is read from a folder, `_read`, and what it writes, `_content`.
+
+    Attributes:
+        base_model_prefix: the name of the attribute that is the encoder, as transformers calls it.
     """
+
+    base_model_prefix = "model"
 
     @classmethod
     def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
@@ -164,7 +169,7 @@ class Pretrained(nn.Module):
     @property
     def base_model(self) -> Backbone:
         """The encoder: `self`, or what it has, without wrappers such as that of `torch.compile`."""
-        return cast("Backbone", checkpoint.unwrapped(getattr(self, "encoder", self)))
+        return cast("Backbone", checkpoint.unwrapped(getattr(self, self.base_model_prefix, self)))
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from .packing import Tokens
+    from .packing import Tokenized
 
 
 class TruncationWarning(UserWarning):
@@ -35,7 +35,7 @@ class Cut(NamedTuple):
         warnings.warn(f"{what}: split or shorten it", TruncationWarning, stacklevel=3)
 
 
-def find_cut(tokens: Tokens, before: int = 0) -> Cut | None:
+def find_cut(tokens: Tokenized, before: int = 0) -> Cut | None:
     """What was cut of `tokens`, which follow `before` texts that were read whole."""
     cut = [index for index, count in enumerate(tokens.truncated) if count]
     if not cut:
@@ -44,13 +44,13 @@ def find_cut(tokens: Tokens, before: int = 0) -> Cut | None:
     return Cut(before + cut[0], read + tokens.truncated[cut[0]], read, len(cut), before + len(tokens))
 
 
-def warn_if_cut(tokens: Tokens, name: Callable[[int], str]) -> None:
+def warn_if_cut(tokens: Tokenized, name: Callable[[int], str]) -> None:
     """One TruncationWarning if a text of `tokens` was cut; `name` gives that of a text by its index."""
     if cut := find_cut(tokens):
         cut.warn(name(cut.index))
 
 
-def watched(parts: Iterable[Tokens], on_cut: Callable[[Cut], None]) -> Iterator[Tokens]:
+def watched(parts: Iterable[Tokenized], on_cut: Callable[[Cut], None]) -> Iterator[Tokenized]:
     """The parts of one call; `on_cut` is called once, for the first text that was cut."""
     seen, found = 0, False
     for tokens in parts:

@@ -30,8 +30,9 @@ PRETRAINED = {  # members of every model that `from_pretrained` loads
     "save_pretrained": ("(self, folder, *, state_dict=None, max_shard_size=None, is_main_process=True, **options)"),
     "set_input_embeddings": "(self, value)",
 }
+MODELS = ("ColBERT", "Embedder", "Encoder", "MaskedLM", "SequenceClassifier", "TokenClassifier")
 FROZEN = {
-    **{f"modernbert.{model}.{name}": row for model in ("ColBERT", "Encoder") for name, row in PRETRAINED.items()},
+    **{f"modernbert.{model}.{name}": row for model in MODELS for name, row in PRETRAINED.items()},
     "modernbert.ColBERT": "(encoder, tokenizer, dense, config)",
     "modernbert.ColBERT.default": "()",
     "modernbert.ColBERT.document_ids": "(self, texts)",
@@ -47,6 +48,17 @@ FROZEN = {
     "modernbert.ColBERT.query_tokens": "(self, ids, spans=())",
     "modernbert.ColBERT.tokenize_documents": "(self, texts, *, truncate=True, spans=True)",
     "modernbert.ColBERT.tokenize_queries": "(self, texts, *, spans=True)",
+    "modernbert.Embedder": "(encoder, tokenizer, dense=(), config=None)",
+    "modernbert.Embedder.document_ids": "(self, texts)",
+    "modernbert.Embedder.encode": (
+        "(self, texts, *, prompt_name=None, prompt=None, batch_tokens=None, progress=None, devices=None)"
+    ),
+    "modernbert.Embedder.encode_documents": "(self, texts, *, batch_tokens=None, progress=None, devices=None)",
+    "modernbert.Embedder.encode_queries": "(self, texts, *, batch_tokens=None, progress=None, devices=None)",
+    "modernbert.Embedder.forward": "(self, batch, *, rows=None)",
+    "modernbert.Embedder.max_length": "property",
+    "modernbert.Embedder.query_ids": "(self, texts)",
+    "modernbert.Embedder.tokenize": "(self, texts, *, prompt_name=None, prompt=None, spans=False)",
     "modernbert.Encoder": "(config)",
     "modernbert.Encoder.forward": (
         "(self, batch=None, attention_mask=None, rows=None, inputs_embeds=None, input_ids=None, return_dict=None)"
@@ -77,6 +89,14 @@ FROZEN = {
     "modernbert.EncoderConfig.to_hf": "(self)",
     "modernbert.EncoderConfig.to_json_string": "(self)",
     "modernbert.EncoderConfig.window": "property",
+    "modernbert.MaskedLM": "(encoder, *, head=None)",
+    "modernbert.MaskedLM.config": "property",
+    "modernbert.MaskedLM.forward": (
+        "(self, batch=None, attention_mask=None, rows=None, labels=None, input_ids=None, num_items_in_batch=None)"
+    ),
+    "modernbert.MaskedLM.from_config": "(config)",
+    "modernbert.MaskedLM.get_output_embeddings": "(self)",
+    "modernbert.MaskedLM.loss": "(self, batch, labels, rows=None, *, reduction='mean')",
     "modernbert.Packed": (
         "(input_ids, positions, cu_seqlens, lengths, max_seqlen, key_lengths=None, "
         "padded_rows=None, padded_length=None, recorded_rows=None)"
@@ -90,6 +110,11 @@ FROZEN = {
     "modernbert.Ragged.from_list": "(matrices)",
     "modernbert.Ragged.pin_memory": "(self)",
     "modernbert.Ragged.to": "(self, device, *, non_blocking=False)",
+    "modernbert.SequenceClassifier": "(encoder, *, labels=None, problem_type=None, head=None)",
+    "modernbert.SequenceClassifier.config": "property",
+    "modernbert.SequenceClassifier.forward": (
+        "(self, batch=None, attention_mask=None, rows=None, labels=None, input_ids=None)"
+    ),
     "modernbert.Session": "(model, *, engine=None)",
     "modernbert.Session.__call__": "(self, batch, *, rows=None)",
     "modernbert.Session.budget": "(self, total)",
@@ -98,6 +123,11 @@ FROZEN = {
     "modernbert.Session.encode_documents": "(self, texts, *, batch_tokens=None, progress=None, pool_factor=1)",
     "modernbert.Session.encode_queries": "(self, texts, *, batch_tokens=None, progress=None)",
     "modernbert.Session.encode_tokens": "(self, tokens, *, batch_tokens=None, advance=None)",
+    "modernbert.TokenClassifier": "(encoder, *, labels=None, head=None)",
+    "modernbert.TokenClassifier.config": "property",
+    "modernbert.TokenClassifier.forward": (
+        "(self, batch=None, attention_mask=None, rows=None, labels=None, input_ids=None, num_items_in_batch=None)"
+    ),
     "modernbert.Tokenizer": "(backend, config=None)",
     "modernbert.Tokenizer.__call__": "(self, texts, *, max_length=None, is_split_into_words=False)",
     "modernbert.Tokenizer.add_tokens": "(self, tokens)",
@@ -183,5 +213,5 @@ def test_nothing_public_changes_unseen():
 
 def test_names_are_listed_and_nothing_else_answers():
     assert set(modernbert.__all__) <= set(dir(modernbert))
-    with pytest.raises(AttributeError, match="no attribute 'Encodre'; it has ColBERT, Encoder"):
+    with pytest.raises(AttributeError, match="no attribute 'Encodre'; it has ColBERT, Embedder"):
         modernbert.Encodre  # noqa: B018

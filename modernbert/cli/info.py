@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..config import EncoderConfig
     from ..heads.colbert import ColBERT
     from ..heads.dense import Dense
+    from ..heads.embedder import Embedder
 
 DEFAULT = Path(__file__).parents[1] / "assets" / "default"
 
@@ -28,11 +29,10 @@ def info(
         str | None, typer.Argument(help="Folder, hub id or preset.", show_default="the built-in model")
     ] = None,
 ) -> None:
-    """Show a checkpoint: its sizes, the settings of each layer, and how a ColBERT model reads text."""
+    """Show a checkpoint: its sizes, the settings of each layer, and its head with how it reads text."""
     from ..checkpoint import locate, read_json, read_state_dict
     from ..config import PRESETS, EncoderConfig
     from ..encoder import Encoder
-    from ..heads.colbert import ColBERT
 
     console = Console(highlight=False)
     if checkpoint in PRESETS and not Path(checkpoint).is_dir():
@@ -45,8 +45,8 @@ def info(
     folder = locate(checkpoint or DEFAULT)
     config = EncoderConfig.from_hf(read_json(folder, "config.json"))
     _print_encoder(console, str(folder), config, read_state_dict(folder))
-    if (folder / "modules.json").is_file():
-        print_facts(console, _colbert_facts(ColBERT.from_pretrained(folder)))
+    if facts := _head_facts(folder, config):
+        print_facts(console, facts)
 
 
 def _print_encoder(console: Console, name: str, config: EncoderConfig, state: dict[str, Tensor]) -> None:
@@ -65,6 +65,44 @@ def _print_encoder(console: Console, name: str, config: EncoderConfig, state: di
         reach = "global" if config.is_global(layer) else f"local, {config.window} each side"
         layers.add_row(str(layer), reach, f"{config.rope_theta(layer):,.0f}", config.hidden_activation)
     console.print(layers)
+
+
+def _head_facts(folder: Path, config: EncoderConfig) -> dict[str, str]:
+    """What there is to say about the head of a folder; nothing of an encoder alone."""
+    from ..heads.folders import class_of
+
+    kind = class_of(folder)
+    if kind == "ColBERT":
+        from ..heads.colbert import ColBERT
+
+        return _colbert_facts(ColBERT.from_pretrained(folder))
+    if kind == "Embedder":
+        from ..heads.embedder import Embedder
+
+        return _embedder_facts(Embedder.from_pretrained(folder))
+    if kind in (None, "Encoder"):
+        return {}
+    facts = {"head": kind}
+    if kind in ("SequenceClassifier", "TokenClassifier"):
+        from ..heads.labels import label_names
+
+        facts["labels"] = ", ".join(label_names(config))
+    if kind == "SequenceClassifier":
+        facts["pooling"] = config.classifier_pooling
+    return facts
+
+
+def _embedder_facts(embedder: Embedder) -> dict[str, str]:
+    config = embedder.config
+    prompts = (f"{name} {prompt!r}" for name, prompt in config.prompts.items() if prompt)
+    return {
+        "head": "Embedder",
+        "pooling": " + ".join(config.poolings),
+        "projection": ", then ".join(_dense(cast("Dense", layer)) for layer in embedder.projection) or "none",
+        "vector": f"{embedder.dim} numbers" + ", of length one" * config.normalize,
+        "prompts": ", ".join(prompts) or "none",
+        "read": f"at most {embedder.max_length:,} tokens of a text",
+    }
 
 
 def _colbert_facts(colbert: ColBERT) -> dict[str, str]:

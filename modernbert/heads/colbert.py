@@ -46,6 +46,8 @@ class ColBERT(Pretrained):
         encoder, tokenizer, config: the parts. dense: the layers of the head. dim: width E of the vectors.
     """
 
+    base_model_prefix = "encoder"
+
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig) -> None:
         super().__init__()
         self.encoder, self.tokenizer, self.config = encoder, tokenizer, config

@@ -8,37 +8,27 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checkpoint import Content, state_of, unwrapped
-from ..config import FLAG, NAME, OBJECT, SIZE, SIZE_OR_NULL, TEXT, WORDS, EncoderConfig, Kind
+from ..checkpoint import Content
+from ..config import FLAG, NAME, OBJECT, SIZE, SIZE_OR_NULL, TEXT, WORDS, EncoderConfig
 from ..settings import Settings
 from ..tokenizer import Tokenizer
+from . import module_files
 from .dense import Dense
+from .folders import check_class
+from .module_files import SETTINGS, TRANSFORMER, File, get, read_if_there
 
-T = TypeVar("T")
-
-SETTINGS = "config_sentence_transformers.json"
-TRANSFORMER = "sentence_bert_config.json"
 METADATA = "artifact.metadata"
 
 # Modules by the last part of their type; all others have no meaning for late interaction.
 READ = ("Transformer", "Dense", "MultiVectorMask")
-MOST_MODULES = 32
 SKIPPED = ("Normalize", "Pooling")  # normalising is part of our forward pass; PyLate drops both as well
-
-# The classes of torch.nn that have no parameters and act on each number alone.
-ACTIVATIONS = (
-    "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU SiLU Sigmoid "
-    "Softplus Softsign Tanh Tanhshrink"
-)
 
 
 @dataclass(unsafe_hash=True)
@@ -77,44 +67,29 @@ def read(
         config, dense = _stanford(folder), [_stanford_head(folder, device, dtype)]
     else:
         modules = _folders_of_modules(folder)
-        where, written = folder / SETTINGS, _read_if_there(folder, SETTINGS)
+        where, written = folder / SETTINGS, read_if_there(folder, SETTINGS)
         native = written.get("model_type") == "MultiVectorEncoder"
         config = _native(folder, written, modules, tokenizer) if native else _pylate(where, written)
-        dense = [_dense(path, device, dtype) for path in modules["Dense"]]
+        dense = [module_files.read_dense(path, device, dtype) for path in modules["Dense"]]
 
-    width = encoder.hidden_size
-    for layer in dense:
-        if layer.linear.in_features != width:
-            raise ValueError(f"{folder}: a Dense takes {layer.linear.in_features} features, but is given {width}")
-        width = layer.linear.out_features
-    # The special tokens around a text have ids of their own in tokenizer.json, which may be outside its vocabulary.
-    largest = max([tokenizer.vocab_size - 1, *tokenizer.encode_batch([""])[0].ids])
-    if largest >= encoder.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has id {largest}, but the encoder only {encoder.vocab_size} tokens")
+    module_files.check_widths(folder, dense, encoder.hidden_size)
+    module_files.check_vocabulary(folder, tokenizer, encoder)
     if config.do_query_expansion and config.query_length > encoder.max_position_embeddings:
         limit = f"max_position_embeddings {encoder.max_position_embeddings}"
         raise ValueError(f"{folder}: queries are expanded to {config.query_length} tokens, beyond {limit}")
     return config, dense
 
 
-def _get(where: Path, content: Mapping[str, Any], kind: Kind[T], name: str, default: object = None) -> T:
-    return kind.check(f"{where}: {name}", content.get(name, default))
-
-
-def _read_if_there(folder: Path, name: str) -> dict[str, Any]:
-    return checkpoint.read_json(folder, name) if checkpoint.has_file(folder / name) else {}
-
-
 def _stanford(folder: Path) -> ColBERTConfig:
     """artifact.metadata as PyLate reads it: always with expansion and the whole skiplist, else its own defaults."""
-    where, written = folder / METADATA, _read_if_there(folder, METADATA)
+    where, written = folder / METADATA, read_if_there(folder, METADATA)
     return ColBERTConfig(
-        query_prefix=_get(where, written, TEXT, "query_token_id", "[unused0]"),
-        document_prefix=_get(where, written, TEXT, "doc_token_id", "[unused1]"),
-        query_length=_get(where, written, SIZE, "query_maxlen", 32),
-        document_length=_get(where, written, SIZE, "doc_maxlen", 180),
+        query_prefix=get(where, written, TEXT, "query_token_id", "[unused0]"),
+        document_prefix=get(where, written, TEXT, "doc_token_id", "[unused1]"),
+        query_length=get(where, written, SIZE, "query_maxlen", 32),
+        document_length=get(where, written, SIZE, "doc_maxlen", 180),
         do_query_expansion=True,
-        attend_to_expansion_tokens=_get(where, written, FLAG, "attend_to_mask_tokens", False),
+        attend_to_expansion_tokens=get(where, written, FLAG, "attend_to_mask_tokens", False),
     )
 
 
@@ -138,24 +113,11 @@ def _folders_of_modules(folder: Path) -> dict[str, list[Path]]:
             "ColBERT.from_encoder(Encoder.from_pretrained(...), Tokenizer.from_pretrained(...))"
         )
     modules: dict[str, list[Path]] = {}
-    entries = checkpoint.read_json(folder, where.name, list)
-    if len(entries) > MOST_MODULES:
-        raise ValueError(f"{where} lists {len(entries):,} modules; at most {MOST_MODULES} are read")
-    for place, entry in enumerate(entries):
-        module = OBJECT.check(f"{where}: a module", entry)
-        name, path = _get(where, module, TEXT, "type"), _get(where, module, TEXT, "path")
-        kind = name.rsplit(".", 1)[-1]
-        if kind not in (*READ, *SKIPPED):
-            raise ValueError(f"{where}: module {name!r} is not supported; known: {READ + SKIPPED}")
-        if ".." in Path(path).parts or Path(path).is_absolute():
-            raise ValueError(f"{where} points to {path!r}, outside the folder")
-        if (kind == "Transformer", folder / path == folder) != (place == 0, place == 0):
-            raise ValueError(f"{where}: module {place} is {kind} in {path!r}; only the first is a Transformer, in ''")
+    for kind, path in module_files.read_modules(folder, READ + SKIPPED):
         if kind == "Dense" and "Normalize" in modules:
             raise ValueError(f"{where}: a Dense after a Normalize is not supported; vectors are normalised at the end")
-        if folder / path in chain(*modules.values()):
-            raise ValueError(f"{where} lists {path!r} twice")
-        modules.setdefault(kind, []).append(folder / path)
+        modules.setdefault(kind, []).append(path)
+    check_class(folder, "ColBERT")  # a dense model may have a Dense too
     if not modules.get("Dense"):
         raise ValueError(f"{where} lists no Dense module: this is not a late-interaction checkpoint")
     return modules
@@ -163,22 +125,22 @@ def _folders_of_modules(folder: Path) -> dict[str, list[Path]]:
 
 def _pylate(where: Path, written: Mapping[str, Any]) -> ColBERTConfig:
     """PyLate: prefixes are tokens, and a default prompt (rare) is put in front of queries and documents alike."""
-    prompts, name = _get(where, written, OBJECT, "prompts"), _get(where, written, NAME, "default_prompt_name")
+    prompts, name = get(where, written, OBJECT, "prompts"), get(where, written, NAME, "default_prompt_name")
     if name and name not in prompts:
         raise ValueError(f"{where}: default_prompt_name is {name!r}, but prompts has only {list(prompts)}")
-    prompt = _get(where, prompts, TEXT, name or "", "")
-    expansion = _get(where, written, FLAG, "do_query_expansion", True)
+    prompt = get(where, prompts, TEXT, name or "", "")
+    expansion = get(where, written, FLAG, "do_query_expansion", True)
     words = written.get("skiplist_words")
     return ColBERTConfig(
-        query_prefix=_get(where, written, TEXT, "query_prefix", "[Q] "),
-        document_prefix=_get(where, written, TEXT, "document_prefix", "[D] "),
+        query_prefix=get(where, written, TEXT, "query_prefix", "[Q] "),
+        document_prefix=get(where, written, TEXT, "document_prefix", "[D] "),
         query_prompt=prompt,
         document_prompt=prompt,
-        query_length=_get(where, written, SIZE, "query_length", 32),
-        document_length=_get(where, written, SIZE, "document_length", 180),
+        query_length=get(where, written, SIZE, "query_length", 32),
+        document_length=get(where, written, SIZE, "document_length", 180),
         do_query_expansion=expansion,
-        attend_to_expansion_tokens=expansion and _get(where, written, FLAG, "attend_to_expansion_tokens", False),
-        skiplist_words=tuple(string.punctuation) if words is None else _get(where, written, WORDS, "skiplist_words"),
+        attend_to_expansion_tokens=expansion and get(where, written, FLAG, "attend_to_expansion_tokens", False),
+        skiplist_words=tuple(string.punctuation) if words is None else get(where, written, WORDS, "skiplist_words"),
     )
 
 
@@ -187,17 +149,17 @@ def _native(
 ) -> ColBERTConfig:
     """sentence-transformers: prefixes are text (one token if it was added to the vocabulary), blanks are kept."""
     where, transformer = folder / TRANSFORMER, checkpoint.read_json(folder, TRANSFORMER)
-    expansion = _get(where, transformer, OBJECT, "query_expansion")
+    expansion = get(where, transformer, OBJECT, "query_expansion")
     if expansion and (expansion.get("strategy") != "fixed" or expansion.get("token") not in (None, "[MASK]")):
         raise ValueError(f"{where}: query_expansion {expansion} is not supported; only 'fixed' with [MASK]")
     mask = checkpoint.read_json(modules["MultiVectorMask"][0], "config.json") if "MultiVectorMask" in modules else {}
     if mask.get("keep_only_token_ids") is not None or mask.get("skiplist_tasks", ["document"]) != ["document"]:
         raise ValueError(f"{folder}: MultiVectorMask {mask} is not supported; only a skiplist on documents")
     words, limit = mask.get("skiplist_words"), tokenizer.max_length or 8192
-    query_length = _get(where, transformer, SIZE_OR_NULL, "query_length") or limit
+    query_length = get(where, transformer, SIZE_OR_NULL, "query_length") or limit
     query_length = expansion.get("length") if expansion else query_length
-    prompts = _get(folder / SETTINGS, written, OBJECT, "prompts")
-    query, document = (_get(folder / SETTINGS, prompts, NAME, role) or "" for role in ("query", "document"))
+    prompts = get(folder / SETTINGS, written, OBJECT, "prompts")
+    query, document = (get(folder / SETTINGS, prompts, NAME, role) or "" for role in ("query", "document"))
     tokens = tokenizer.added_tokens  # any other word could merge with the text after it, so it is a prompt
     return ColBERTConfig(
         query_prefix=query if query in tokens else "",
@@ -205,31 +167,13 @@ def _native(
         query_prompt="" if query in tokens else query,
         document_prompt="" if document in tokens else document,
         query_length=SIZE.check(f"{where}: query_length", query_length),
-        document_length=_get(where, transformer, SIZE_OR_NULL, "document_length") or limit,
+        document_length=get(where, transformer, SIZE_OR_NULL, "document_length") or limit,
         do_query_expansion=bool(expansion),
-        attend_to_expansion_tokens=_get(where, expansion, FLAG, "attend", False),
+        attend_to_expansion_tokens=get(where, expansion, FLAG, "attend", False),
         skiplist_words=() if words is None else WORDS.check(f"{folder}: skiplist_words", words),
         skip_unknown=False,
         strip=False,
     )
-
-
-def _dense(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Dense:
-    where, config = folder / "config.json", checkpoint.read_json(folder, "config.json")
-    activation = _get(where, config, TEXT, "activation_function", "torch.nn.modules.linear.Identity")
-    package, _, name = activation.rpartition(".")
-    if not package.startswith("torch.nn") or name not in ACTIVATIONS.split():
-        raise ValueError(f"{where}: activation_function {activation!r:.80} is not one of {ACTIVATIONS}")
-    with torch.device("meta"):
-        layer = Dense(
-            _get(where, config, SIZE, "in_features"),
-            _get(where, config, SIZE, "out_features"),
-            bias=_get(where, config, FLAG, "bias", True),
-            activation=name,
-            residual=_get(where, config, FLAG, "use_residual", False),
-        )
-    checkpoint.load_weights(layer, folder, device=device, dtype=dtype, prefix="", ignore=())
-    return layer
 
 
 def content(
@@ -258,22 +202,13 @@ def content(
     skiplist = [
         word for word in config.skiplist_words if config.skip_unknown or tokenizer.token_to_id(word) is not None
     ]
-    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-    files: dict[str, bytes | dict[str, Any] | list[Any]] = dict(tokenizer.files())
-    parts = {"encoder.": encoder} | {f"dense.{index}.": layer for index, layer in enumerate(dense)}
-    if unknown := [name for name in state or () if not name.startswith(tuple(parts))]:
-        raise ValueError(
-            f"state_dict has {', '.join(unknown[:10])}: the names of a ColBERT begin with {', '.join(parts)}"
-        )
-    of_encoder, *of_dense = (state_of(part, _below(prefix, state)) for prefix, part in parts.items())
-    for index, (layer, tensors) in enumerate(zip(map(unwrapped, dense), of_dense, strict=True), 1):
-        if not isinstance(layer, Dense):
-            raise TypeError(f"layer {index} of the head is a {type(layer).__name__}; PyLate folders hold Dense layers")
-        name = f"{index}_Dense"
-        modules.append({"idx": index, "name": str(index), "path": name, "type": "pylate.models.Dense.Dense"})
-        files[f"{name}/config.json"] = _dense_config(layer)
-        whole = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        files[f"{name}/model.safetensors"] = to_safetensors(whole)
+    modules = [module_files.transformer_entry()]
+    files: dict[str, File] = dict(tokenizer.files())
+    layers = {f"dense.{index}.": layer for index, layer in enumerate(dense)}
+    parts = module_files.parts_of("a ColBERT", encoder, layers, state)
+    for index, (layer, tensors) in enumerate(zip(dense, parts.layers, strict=True), 1):
+        modules.append(module_files.entry(index, f"{index}_Dense", "pylate.models.Dense.Dense"))
+        files |= module_files.dense_files(f"{index}_Dense", index, layer, tensors)
     files["modules.json"] = modules
     files[TRANSFORMER] = {"max_seq_length": config.document_length - 1, "do_lower_case": tokenizer.do_lower_case}
     files[SETTINGS] = {
@@ -290,20 +225,4 @@ def content(
         "skiplist_words": skiplist,
         "do_query_expansion": config.do_query_expansion,
     }
-    return Content(backbone.to_hf(), of_encoder, files)
-
-
-def _below(prefix: str, state: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    found = {name.removeprefix(prefix): tensor for name, tensor in (state or {}).items() if name.startswith(prefix)}
-    return None if state is None else found
-
-
-def _dense_config(layer: Dense) -> dict[str, Any]:
-    activation = type(layer.activation)
-    return {
-        "in_features": layer.linear.in_features,
-        "out_features": layer.linear.out_features,
-        "bias": layer.linear.bias is not None,
-        "activation_function": f"{activation.__module__}.{activation.__qualname__}",
-        "use_residual": layer.residual is not None,
-    }
+    return Content(backbone.to_hf(), parts.encoder, files)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..late_interaction import Ragged, check_count
-from ..packing import Tokens
+from ..packing import Tokenized
 from ..progress import progress_bar
 from ..truncation import Cut
 from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts, joined, warn_of
@@ -27,7 +27,7 @@ class _Worker(NamedTuple):
     """What a process encodes with: a model on its device, and how its texts become tokens."""
 
     caller: Modules
-    tokenize: Callable[..., Tokens]
+    tokenize: Callable[..., Tokenized]
     dim: int
 
 
@@ -36,7 +36,7 @@ _worker: Callable[[], _Worker] | None = None  # of a worker process, which serve
 
 def encode_in_processes(
     model: nn.Module,
-    tokenize: Callable[..., Tokens],
+    tokenize: Callable[..., Tokenized],
     texts: list[str],
     *,
     dim: int,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..encoder import Norm
 from ..late_interaction import Ragged, check_count
-from ..packing import Packed, Tokens
+from ..packing import Packed, Tokenized, Tokens
 from ..progress import progress_bar
 from ..texts import check_unicode
 from ..truncation import Cut, watched
@@ -91,7 +91,7 @@ def placement(model: nn.Module) -> tuple[torch.device, int]:
 
 def encode_texts(
     caller: Caller,
-    tokenize: Callable[..., Tokens],
+    tokenize: Callable[..., Tokenized],
     texts: Iterable[str],
     *,
     dim: int,
@@ -102,7 +102,7 @@ def encode_texts(
     """Texts to float32 rows on the CPU, `[n_i, dim]` for each, in the order given.
 
     Args:
-        tokenize: `tokenize_queries` or `tokenize_documents` of the model.
+        tokenize: `tokenize_queries` or `tokenize_documents` of the model; `Texts` get one row for each text.
         on_cut: called once, for the first text that is longer than the model reads; None: a TruncationWarning.
 
     Raises:
@@ -117,7 +117,7 @@ def encode_texts(
 
 
 def stream_texts(
-    caller: Caller, tokenize: Callable[..., Tokens], texts: Iterable[str], *, batch_tokens: int | None = None
+    caller: Caller, tokenize: Callable[..., Tokenized], texts: Iterable[str], *, batch_tokens: int | None = None
 ) -> Iterator[Tensor]:
     """As `encode_texts`, but takes texts as it needs them, and gives the rows of each as soon as they are there.
 
@@ -199,7 +199,7 @@ def one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 def _texts_to_rows(
     caller: Caller,
-    tokenize: Callable[..., Tokens],
+    tokenize: Callable[..., Tokenized],
     texts: Iterable[str],
     batch_tokens: int | None,
     advance: Callable[[int], None] | None,
@@ -214,7 +214,7 @@ def _texts_to_rows(
 
 
 def _encode(
-    caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None, advance: Callable[[int], None] | None
+    caller: Caller, parts: Iterable[Tokenized], batch_tokens: int | None, advance: Callable[[int], None] | None
 ) -> Iterator[Tensor]:
     """The matrix of each text of all `parts`, in order; those that come too early wait."""
     check_process()
@@ -240,7 +240,7 @@ class _Batch(NamedTuple):
     """Tokens that are encoded in one call, and the texts that they are of."""
 
     indices: list[int]
-    tokens: Tokens
+    tokens: Tokenized
 
     def matrices(self, x_QE: Tensor) -> list[_Matrix]:
         """A copy of the rows of each text.
@@ -258,7 +258,7 @@ class _Batch(NamedTuple):
         return list(zip(self.indices, rows, strict=True))
 
 
-def _batches(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[list[_Batch]]:
+def _batches(caller: Caller, parts: Iterable[Tokenized], batch_tokens: int | None) -> Iterator[list[_Batch]]:
     """For each part its batches, longest texts first."""
     first = 0
     for tokens in parts:
@@ -267,7 +267,7 @@ def _batches(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) 
         first += len(tokens.batch)
 
 
-def _called(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[list[_Matrix]]:
+def _called(caller: Caller, parts: Iterable[Tokenized], batch_tokens: int | None) -> Iterator[list[_Matrix]]:
     """Batch after batch on a CPU, by a caller a core."""
 
     def call(batch: _Batch) -> list[_Matrix]:
@@ -279,7 +279,7 @@ def _called(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -
 
 
 @torch.inference_mode()
-def _overlapped(caller: Caller, parts: Iterable[Tokens], batch_tokens: int | None) -> Iterator[list[_Matrix]]:
+def _overlapped(caller: Caller, parts: Iterable[Tokenized], batch_tokens: int | None) -> Iterator[list[_Matrix]]:
     """A GPU is given a batch before the one before it is back."""
     underway: deque[tuple[_Batch, Tensor, torch.cuda.Event]] = deque()
 

@@ -85,7 +85,7 @@ class Graphs:
         return None
 
     def replay(self, bucket: Bucket, batch: Packed, rows: Tensor | None) -> Tensor:
-        """The model's rows for the batch, `[T, ...]`, or those of `rows` `[Q]`, on the GPU."""
+        """The model's rows for the batch, `[T, ...]` or one a text, or those of `rows` `[Q]`, on the GPU."""
         with self._lock:
             graph = self._graphs.get(bucket)
             if graph is None:
@@ -99,7 +99,8 @@ class Graphs:
             graph.replay()
             # A copy in either case: the next replay overwrites the output.
             if rows is None:
-                return graph.output[: batch.num_tokens].clone()
+                one_a_text = len(graph.output) == bucket.places  # of a head that pools
+                return graph.output[: len(batch) if one_a_text else batch.num_tokens].clone()
             return graph.output.index_select(0, rows.to(self._device, non_blocking=True))
 
     @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it

@@ -203,7 +203,8 @@ class Session(Generic[M]):
 
     def _text_model(self) -> TextModel:
         if not isinstance(self.model, TextModel):
-            raise TypeError(f"{type(self.model).__name__} encodes no texts: make a Session of a head such as ColBERT")
+            kind = type(self.model).__name__
+            raise TypeError(f"a Session of {kind} encodes no texts: make one of a head such as ColBERT")
         return self.model
 
 
