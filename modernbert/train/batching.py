@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 
 import numpy as np
 
-from .data import RaggedIds
+from .ragged import RaggedIds
+from .sampling import endless
 
 
 def epochs(
-    lengths: np.ndarray, strata: np.ndarray, topics: np.ndarray, *, max_pairs: int, max_tokens: int, seed: int
+    lengths: np.ndarray,
+    strata: np.ndarray,
+    topics: np.ndarray,
+    *,
+    max_pairs: int,
+    max_tokens: int,
+    seed: int,
+    first: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[np.ndarray]:
-    """The batches of `plan_batches`, epoch after epoch without an end, each epoch with a seed of its own."""
-    for epoch in count(1):
-        yield from plan_batches(lengths, strata, topics, max_pairs=max_pairs, max_tokens=max_tokens, seed=seed + epoch)
+    """The batches of `plan_batches`, epoch after epoch without an end, each epoch with a seed of its own.
+
+    Args:
+        max_pairs, max_tokens: what a rank gets of a batch on average.
+        first, rank, world_size: as in `endless`.
+    """
+
+    def plan(epoch: int) -> list[np.ndarray]:
+        limits = {"max_pairs": max_pairs * world_size, "max_tokens": max_tokens * world_size}
+        return plan_batches(lengths, strata, topics, **limits, seed=seed + epoch)
+
+    return endless(plan, lengths, first, rank=rank, world_size=world_size)
 
 
 def plan_batches(

@@ -1,10 +1,7 @@
-"""Query-passage pairs: from files to token ids."""
+"""Query-passage pairs: from files to token ids, which are arrays of numbers, so that millions take little memory."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import json
 import os
 import random
@@ -13,149 +10,75 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..files import replacing
 from ..heads.colbert import ColBERT
 from ..packing import Tokens
+from .examples import Pair as Pair
+from .examples import read_pairs as read_pairs
+from .examples import read_texts
 from .options import check_same
-from .teacher import Teacher
+from .ragged import CHUNK, RaggedBuilder, chunks
+from .ragged import RaggedIds as RaggedIds
+from .reading import digest as digest
+from .reading import files as pair_files
+from .reading import versions as versions
+from .teacher import Teacher, text_key
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FILE = "file."  # in front of the names of files in an .npz file
-FIELDS = {"query", "positive", "source", "group"}
-# Fields from which other trainers learn. All others (a title, an id) may be there and are not read.
-SIGNAL = re.compile(
-    r"(?i)(.*[_-]|hard)?(neg|negative|pos|positives|documents|passages|score|label|logit|margin|weight|similarity|relevance|"
-    r"rating|instruction|prompt)s?([_-]?\d+)?([_-].*)?"
-)
 
+@dataclass(frozen=True)
+class ChosenPairs:
+    """The pairs of `choose_pairs`. Each iteration reads their files again, so that they are never all in memory."""
 
-class Pair(NamedTuple):
-    query: str
-    positive: str
-    source: str
-    group: str | int
+    read: Callable[[], Iterator[Pair]]
+    count: int
 
+    def __iter__(self) -> Iterator[Pair]:
+        return self.read()
 
-def read_pairs(folder: str | os.PathLike, *, exclude_sources: Collection[str] = ()) -> Iterator[Pair]:
-    """The pairs of a folder's files (`ENDINGS`) in name order, except those of excluded sources.
-
-    A line is a JSON object with "query" and "positive" and, optionally, "source" (default: the file's name)
-    and "group" (default: the positive itself). Pairs of one group never serve as each other's negatives. Other fields
-    are ignored, but not those that would change the training if they were read, such as "negatives".
-
-    Raises:
-        ValueError: no such file, a damaged file, or a line that is not a pair, with its file and number.
-    """
-    for path in pair_files(folder):
-        for number, line in enumerate(_lines(path), start=1):
-            try:
-                pair = _pair(json.loads(line), path.name.split(".")[0])
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-            if pair.source not in exclude_sources:
-                yield pair
-
-
-def pair_files(folder: str | os.PathLike) -> list[Path]:
-    files = sorted(path for path in Path(folder).iterdir() if path.name.endswith(ENDINGS))
-    if not files:
-        names = ", ".join(f"*{ending}" for ending in ENDINGS)
-        raise ValueError(f"no {names} in {folder}: --pairs wants a folder of such files")
-    return files
-
-
-def versions(folder: str | os.PathLike) -> list[tuple[str, int, int]]:
-    """The name, size and time of each file of pairs: something differs after a file was changed."""
-    return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in pair_files(folder)]
-
-
-def _pair(row: object, source: str) -> Pair:
-    if not isinstance(row, dict) or not {"query", "positive"} <= row.keys():
-        got = f"keys {sorted(row)}" if isinstance(row, dict) else f"{row!r:.60}"
-        raise ValueError(f'a pair needs "query" and "positive", got {got}')
-    if ignored := [name for name in row.keys() - FIELDS if SIGNAL.fullmatch(name)]:
-        raise ValueError(
-            f'"{min(ignored)}" would be ignored, because the positives of other pairs are the negatives here, and all '
-            "pairs count alike: remove the field"
-        )
-    pair = Pair(row["query"], row["positive"], row.get("source", source), row.get("group", row["positive"]))
-    for name, value in zip(Pair._fields, pair, strict=True):
-        if not isinstance(value, str) and not (name == "group" and type(value) is int):
-            raise ValueError(f'"{name}" must be a string, got {value!r:.60}')
-        str(value).encode()  # half a surrogate pair raises here, and not hours later in a tokenizer
-    return pair
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed. Raises a ValueError for a compressed one that is damaged or ends too early."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            yield from _split(_zstandard(file)) if path.suffix == ".zst" else file
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _zstandard(file: io.BufferedIOBase) -> Iterator[bytes]:
-    """The content of all frames. The library's own reader takes a file that was cut for a whole one."""
-    import zstandard
-
-    frame = None
-    while block := file.read(1 << 14):
-        while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield frame.decompress(block)
-            except zstandard.ZstdError as error:
-                raise EOFError(error) from error
-            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("it ends in the middle of a frame")
-
-
-def _split(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def digest(paths: Iterable[Path]) -> str:
-    """A hash of the names and the content of files."""
-    total = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        total.update(path.name.encode())
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                total.update(block)
-    return total.hexdigest()
+    def __len__(self) -> int:
+        return self.count
 
 
 def choose_pairs(
-    folder: str | os.PathLike, *, exclude_sources: Collection[str], decontaminate_against: Iterable[str]
-) -> list[Pair]:
-    """`read_pairs` without empty texts and without overlap with the corpora of BEIR folders."""
-    pairs = read_pairs(folder, exclude_sources=exclude_sources)
-    if decontaminate_against:
-        pairs = without_overlap(pairs, (text for corpus in decontaminate_against for text in read_corpus(corpus)))
-    chosen = [pair for pair in pairs if pair.query.strip() and pair.positive.strip()]
-    if not chosen:
+    folder: str | os.PathLike[str],
+    *,
+    exclude_sources: Collection[str],
+    decontaminate_against: Collection[str],
+    read: Callable[..., Iterator[Pair]] = read_pairs,
+) -> ChosenPairs:
+    """The pairs of a folder without empty texts and without overlap with the corpora of BEIR folders.
+
+    Args:
+        read: the reader of `examples.py` for the kind of pairs.
+    """
+    seen = _all_ngrams(text for corpus in decontaminate_against for text in read_corpus(corpus))
+
+    def chosen() -> Iterator[Pair]:
+        return _disjoint(read(folder, exclude_sources=exclude_sources, skip_empty=True), seen)
+
+    count = sum(1 for _ in chosen())
+    if not count:
         raise ValueError(f"no pair of {folder} is left: all are empty, excluded or overlap")
-    print(f"{len(chosen):,} pairs", flush=True)
-    return chosen
+    print(f"{count:,} pairs", flush=True)
+    return ChosenPairs(chosen, count)
 
 
 def without_overlap(pairs: Iterable[Pair], held_out: Iterable[str], *, n: int = 8) -> Iterator[Pair]:
     """The pairs whose positive shares no sequence of `n` words with any of the held-out texts."""
-    seen = {gram for text in held_out for gram in _word_ngrams(text, n)}
-    return (pair for pair in pairs if seen.isdisjoint(_word_ngrams(pair.positive, n)))
+    return _disjoint(pairs, _all_ngrams(held_out, n), n)
+
+
+def _disjoint(pairs: Iterable[Pair], seen: set[str], n: int = 8) -> Iterator[Pair]:
+    return (pair for pair in pairs if not seen or seen.isdisjoint(_word_ngrams(pair.positive, n)))
+
+
+def _all_ngrams(texts: Iterable[str], n: int = 8) -> set[str]:
+    return {gram for text in texts for gram in _word_ngrams(text, n)}
 
 
 def _word_ngrams(text: str, n: int) -> Iterator[str]:
@@ -163,43 +86,25 @@ def _word_ngrams(text: str, n: int) -> Iterator[str]:
     return (" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def corpus_file(folder: str | os.PathLike) -> Path:
+def corpus_file(folder: str | os.PathLike[str]) -> Path:
     return Path(folder) / "corpus.jsonl.gz"
 
 
-def read_corpus(folder: str | os.PathLike) -> Iterator[str]:
+def read_corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
     """The texts of a BEIR folder's `corpus.jsonl.gz`."""
-    with gzip.open(corpus_file(folder), "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)["text"]
+    return read_texts(corpus_file(folder), skip_empty=True)
 
 
-def first_per_source(pairs: Iterable[Pair], limit: int, *, seed: int = 0) -> list[Pair]:
-    """At most `limit` pairs of every source, drawn at random by the seed."""
-    by_source: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        by_source.setdefault(pair.source, []).append(pair)
+def first_per_source(pairs: Collection[Pair], limit: int, *, seed: int = 0) -> list[Pair]:
+    """At most `limit` pairs of every source, drawn at random by the seed. The pairs are read twice."""
+    rows: dict[str, list[int]] = {}
+    for row, pair in enumerate(pairs):
+        rows.setdefault(pair.source, []).append(row)
     draw = random.Random(seed)
-    return [pair for source in by_source.values() for pair in draw.sample(source, min(limit, len(source)))]
-
-
-@dataclass(frozen=True, eq=False)
-class RaggedIds:
-    """The token ids of many texts: `values` uint16 or int32 [n], of text i from `offsets[i]` to `offsets[i + 1]`."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    def select(self, indices: Iterable[int]) -> list[list[int]]:
-        """Lists of ids, as `ColBERT.query_tokens` takes them."""
-        return [self[i].tolist() for i in indices]
+    wanted = [row for found in rows.values() for row in draw.sample(found, min(limit, len(found)))]
+    chosen = dict.fromkeys(wanted)
+    found = {row: pair for row, pair in enumerate(pairs) if row in chosen}
+    return [found[row] for row in wanted]
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,9 +113,12 @@ class TokenizedPairs:
 
     Attributes:
         queries, positives: ids without special tokens.
-        lengths: int [N], the tokens that a pair takes of a batch, special tokens included.
+        lengths: int [N], the tokens that a pair takes of a batch, negatives and special tokens included.
         sources, positive_groups: int [N].
         teacher_index: int [N, 2], the rows of query and positive in the teacher's vectors, or -1.
+        negatives: ids of the negatives of all pairs; None: no pair has any.
+        negative_offsets: int [N + 1]: pair i has the negatives from `negative_offsets[i]` to `negative_offsets[i + 1]`.
+        scores: float32, of each pair the teacher's score of the positive and of the negatives; None: no teacher's.
     """
 
     queries: RaggedIds
@@ -219,30 +127,84 @@ class TokenizedPairs:
     sources: np.ndarray
     positive_groups: np.ndarray
     teacher_index: np.ndarray
+    negatives: RaggedIds | None = None
+    negative_offsets: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     @classmethod
-    def from_pairs(cls, pairs: Sequence[Pair], model: ColBERT, teacher: Teacher | None) -> TokenizedPairs:
-        """Tokenise as `model` does, to the lengths of its config."""
-        texts = [pair.query for pair in pairs], [pair.positive for pair in pairs]
-        c, sources, groups = model.config, {}, {}
-        queries, query_lengths = _tokenize(texts[0], model.query_ids, model.query_tokens, c.query_length)
-        positives, lengths = _tokenize(texts[1], model.document_ids, model.document_tokens, c.document_length)
+    def from_pairs(cls, pairs: Iterable[Pair], model: ColBERT, teacher: Teacher | None) -> TokenizedPairs:
+        """Tokenise as `model` does, to the lengths of its config.
+
+        Raises:
+            ValueError: some pairs have a teacher's scores and others have none.
+        """
+        c, built = model.config, [RaggedBuilder() for _ in range(3)]
+        sources: dict[str, int] = {}
+        numbers: dict[str, list[np.ndarray]] = {}
+        for chunk in chunks(pairs, CHUNK):
+            texts = [pair.query for pair in chunk], [pair.positive for pair in chunk]
+            negatives = [text for pair in chunk for text in pair.negatives]
+            counts = np.array([len(pair.negatives) for pair in chunk])
+            lengths = _tokenize(texts[0], model.query_ids, model.query_tokens, c.query_length, built[0])
+            lengths += _tokenize(texts[1], model.document_ids, model.document_tokens, c.document_length, built[1])
+            more = _tokenize(negatives, model.document_ids, model.document_tokens, c.document_length, built[2])
+            of = np.repeat(np.arange(len(chunk)), counts)
+            known = [teacher.index(side) if teacher else np.full(len(chunk), -1) for side in texts]
+            for name, found in {
+                "lengths": lengths + np.bincount(of, more, len(chunk)).astype(lengths.dtype),
+                "sources": np.array([sources.setdefault(pair.source, len(sources)) for pair in chunk]),
+                "groups": np.array([text_key(repr((pair.source, pair.group))) for pair in chunk], np.uint64),
+                "teacher_index": np.stack(known, axis=1),
+                "counts": counts,
+                "scored": np.array([len(pair.scores) for pair in chunk]),
+                "scores": np.array([score for pair in chunk for score in pair.scores], np.float32),
+            }.items():
+                numbers.setdefault(name, []).append(found)
+        if not numbers:
+            raise ValueError("there are no pairs")
+        arrays = {name: np.concatenate(parts) for name, parts in numbers.items()}
+        counts, scored = arrays["counts"], arrays["scored"]
+        if scored.any() and not (scored == counts + 1).all():
+            row = int((scored != counts + 1).argmax())
+            raise ValueError(f"pair {row} has {scored[row]} scores for {counts[row] + 1} documents, others have all")
         return cls(
-            queries=queries,
-            positives=positives,
-            lengths=query_lengths + lengths,
-            sources=np.array([sources.setdefault(pair.source, len(sources)) for pair in pairs]),
-            positive_groups=np.array([groups.setdefault((pair.source, pair.group), len(groups)) for pair in pairs]),
-            teacher_index=np.stack(
-                [teacher.index(side) if teacher else np.full(len(pairs), -1) for side in texts], axis=1
-            ),
+            queries=built[0].build(),
+            positives=built[1].build(),
+            lengths=arrays["lengths"],
+            sources=arrays["sources"],
+            positive_groups=_in_order(arrays["groups"]),
+            teacher_index=arrays["teacher_index"],
+            negatives=built[2].build() if counts.any() else None,
+            negative_offsets=np.concatenate([[0], np.cumsum(counts)]) if counts.any() else None,
+            scores=arrays["scores"] if scored.any() else None,
         )
+
+    def documents(self, batch: Iterable[int]) -> tuple[list[list[int]], np.ndarray]:
+        """The ids of the documents of each pair, the positive before its negatives; and int [B + 1]: pair i of the
+        batch has the documents from `offsets[i]` to `offsets[i + 1]`.
+        """
+        found: list[list[int]] = []
+        offsets = [0]
+        for i in batch:
+            found.append(self.positives[i].tolist())
+            if self.negatives is not None and self.negative_offsets is not None:
+                found += self.negatives.select(range(*self.negative_offsets[i : i + 2]))
+            offsets.append(len(found))
+        return found, np.array(offsets)
+
+    def teacher_scores(self, batch: Iterable[int]) -> np.ndarray:
+        """float32, the teacher's scores of `documents(batch)`. ValueError: the pairs have none."""
+        if self.scores is None or self.negative_offsets is None:
+            raise ValueError("these pairs have no scores of a teacher; read them with read_scored")
+        parts = [self.scores[first + i : last + i + 1] for i in batch for first, last in [self.negative_offsets[i : i + 2]]]
+        return np.concatenate([np.zeros(0, np.float32), *parts])
 
     def save(self, file: Path, inputs: dict[str, object], files: Mapping[str, bytes] | None = None) -> None:
         """Write an .npz file that remembers what the pairs were made of, with the `files` of the tokenizer."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        for side in ("queries", "positives"):
-            arrays |= {f"{side}.{name}": value for name, value in vars(getattr(self, side)).items()}
+        for side, ids in vars(self).items():
+            if isinstance(ids, RaggedIds):
+                arrays |= {f"{side}.{name}": value for name, value in vars(ids).items()}
         with replacing(file) as beside, beside.open("wb") as part:
             arrays |= {FILE + name: np.frombuffer(content, np.uint8) for name, content in (files or {}).items()}
             np.savez(part, allow_pickle=False, inputs=np.array(json.dumps(inputs)), **arrays)
@@ -252,10 +214,12 @@ class TokenizedPairs:
         """Read what `save` has written. ValueError: it was made of something else than `inputs`, or is damaged."""
         arrays = _arrays(file)
         check_same(file, json.loads(str(arrays.pop("inputs", "{}"))), inputs)
-        queries, positives = (
-            RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"]) for side in ("queries", "positives")
-        )
-        return cls(queries, positives, **{name: array for name, array in arrays.items() if "." not in name})
+        sides = {
+            side: RaggedIds(arrays[f"{side}.values"], arrays[f"{side}.offsets"])
+            for side in ("queries", "positives", "negatives")
+            if f"{side}.values" in arrays
+        }
+        return cls(**sides, **{name: array for name, array in arrays.items() if "." not in name})
 
 
 def tokenizer_files(file: Path) -> dict[str, bytes]:
@@ -277,16 +241,16 @@ def _tokenize(
     ids_of: Callable[[Sequence[str]], list[list[int]]],
     tokens_of: Callable[[Sequence[Sequence[int]]], Tokens],
     longest: int,
-) -> tuple[RaggedIds, np.ndarray]:
-    """The ids of texts, and the tokens that the model reads of each."""
-    parts: list[np.ndarray] = [np.zeros(0, np.int32)]
-    lengths, read = [0], []
-    for start in range(0, len(texts), 4096):
-        # Tokens of ordinary text are far shorter than 32 characters; the cut saves most of the work.
-        ids = ids_of([text[: 32 * longest] for text in texts[start : start + 4096]])
-        parts.append(np.fromiter(chain.from_iterable(ids), np.int32))
-        lengths += map(len, ids)
-        read += tokens_of(ids).batch.lengths
-    values = np.concatenate(parts)
-    small = values.max(initial=0) < 1 << 16
-    return RaggedIds(values.astype(np.uint16) if small else values, np.cumsum(lengths)), np.array(read)
+    built: RaggedBuilder,
+) -> np.ndarray:
+    """Add the ids of texts to `built`; the tokens that the model reads of each."""
+    # Tokens of ordinary text are far shorter than 32 characters; the cut saves most of the work.
+    ids = ids_of([text[: 32 * longest] for text in texts])
+    built.add(ids)
+    return np.array(tokens_of(ids).batch.lengths, np.int64)
+
+
+def _in_order(keys: np.ndarray) -> np.ndarray:
+    """Equal keys to equal numbers, counted from 0 in the order of their first place."""
+    _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]

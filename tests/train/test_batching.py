@@ -60,3 +60,18 @@ def test_epochs_are_plans_one_after_another():
     again = epochs(lengths, strata, topics.normal(size=(1000, 4)), max_pairs=8, max_tokens=100, seed=5)
     for got, wanted in zip(islice(again, len(first) + len(second)), first + second, strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_ranks_share_the_batches_of_topics_and_resume_at_the_exact_batch():
+    rng = np.random.default_rng(1)
+    about = rng.integers(1, 40, 1000), rng.integers(0, 3, 1000), rng.normal(size=(1000, 4))
+    limits = {"max_pairs": 8, "max_tokens": 100, "seed": 5}
+    wide = list(islice(epochs(*about, max_pairs=16, max_tokens=200, seed=5), 400))
+    ranks = [list(islice(epochs(*about, **limits, rank=rank, world_size=2), 400)) for rank in range(2)]
+    wide = [batch for batch in wide if len(batch) > 1]
+    for got, wanted in zip(zip(*ranks, strict=True), wide, strict=False):
+        np.testing.assert_array_equal(np.concatenate(got), wanted)
+    for first in (1, 250):
+        tail = islice(epochs(*about, **limits, first=first, rank=1, world_size=2), 400 - first)
+        for got, wanted in zip(tail, ranks[1][first:], strict=True):
+            np.testing.assert_array_equal(got, wanted)

@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 
@@ -8,6 +9,7 @@ import torch
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
+from modernbert.train import data
 from modernbert.train.data import (
     Pair,
     TokenizedPairs,
@@ -17,6 +19,7 @@ from modernbert.train.data import (
     read_pairs,
     without_overlap,
 )
+from modernbert.train.examples import read_triples
 from modernbert.train.teacher import Teacher, text_key
 from modernbert.train.vocabulary import train_tokenizer
 
@@ -222,3 +225,77 @@ def test_tokenized_pairs_come_back_from_their_file(model, tmp_path):
     np.savez(tmp_path / "tokens.npz", sources=pairs.sources)  # of a version that did not remember
     with pytest.raises(ValueError, match="lengths is None, now"):
         TokenizedPairs.load(tmp_path / "tokens.npz", {"lengths": (1, 3)})
+
+
+def test_chosen_pairs_are_read_again_and_not_kept(tmp_path):
+    write_lines(tmp_path / "x.jsonl", [{"query": f"q{i}", "positive": f"p{i}", "source": "ab"[i % 2]} for i in range(9)])
+    chosen = choose_pairs(tmp_path, exclude_sources=("b",), decontaminate_against=())
+    assert len(chosen) == len(list(chosen)) == len(list(chosen)) == 5
+    assert first_per_source(chosen, 2, seed=1) == first_per_source(list(chosen), 2, seed=1)
+    negatives = [{"query": "q", "positive": "p", "negatives": ["n"]}, {"query": "q", "positive": "p", "negatives": [""]}]
+    write_lines(tmp_path / "x.jsonl", negatives)
+    chosen = choose_pairs(tmp_path, exclude_sources=(), decontaminate_against=(), read=read_triples)
+    assert list(chosen) == [Pair("q", "p", "x", "p", ("n",))]
+
+
+def test_pairs_that_are_tokenised_are_never_all_in_memory(model, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 50)
+    alive = []
+
+    def pairs():
+        for i in range(1000):
+            yield Pair(f"how to {i}", "read the file", "s", i)
+            if i % 100 == 99:
+                alive.append(sum(type(each) is Pair for each in gc.get_objects()))
+
+    assert len(TokenizedPairs.from_pairs(pairs(), model, None).lengths) == 1000
+    assert max(alive) <= 120
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4096])
+def test_negatives_and_scores_of_pairs(model, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    pairs = [
+        Pair("how to", "read the file", "a", 1, ("word",), (0.5, 0.25)),
+        Pair("file", "how", "a", 2, ("word file read", "python in"), (3.0, -1.0, 2.0)),
+        Pair("read", "python", "b", 3, (), (9.0,)),
+    ]
+    made = TokenizedPairs.from_pairs(pairs, model, None)
+    made.save(tmp_path / "tokens.npz", {})
+    for tokens in (made, TokenizedPairs.load(tmp_path / "tokens.npz", {})):
+        documents, offsets = tokens.documents([1, 0, 2])
+        texts = ["how", "word file read", "python in", "read the file", "word", "python"]
+        assert documents == model.document_ids(texts)
+        assert offsets.tolist() == [0, 3, 5, 6]
+        assert tokens.teacher_scores([1, 0, 2]).tolist() == [3, -1, 2, 0.5, 0.25, 9]
+        assert tokens.teacher_scores([]).tolist() == []
+        queries = model.tokenize_queries([pair.query for pair in pairs]).batch.lengths
+        sizes = model.tokenize_documents(texts).batch.lengths
+        wanted = [sizes[3] + sizes[4], sum(sizes[:3]), sizes[5]]
+        assert tokens.lengths.tolist() == [q + d for q, d in zip(queries, wanted, strict=True)]
+
+
+def test_pairs_without_negatives_have_one_document(model):
+    tokens = TokenizedPairs.from_pairs(PAIRS, model, None)
+    documents, offsets = tokens.documents([2, 0])
+    assert documents == tokens.positives.select([2, 0])
+    assert offsets.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="no scores of a teacher"):
+        tokens.teacher_scores([0])
+
+
+@pytest.mark.parametrize("scores", [(), (1.0,), (1.0, 2.0, 3.0)])
+def test_scores_of_some_pairs_only_are_refused(model, scores):
+    pairs = [Pair("how", "file", "a", 1, ("word",), (1.0, 2.0)), Pair("how", "file", "a", 2, ("word",), scores)]
+    with pytest.raises(ValueError, match=rf"pair 1 has {len(scores)} scores for 2 documents"):
+        TokenizedPairs.from_pairs(pairs, model, None)
+
+
+def test_no_pairs_are_refused(model):
+    with pytest.raises(ValueError, match="there are no pairs"):
+        TokenizedPairs.from_pairs([], model, None)
+
+
+def test_groups_are_numbered_in_order_and_a_number_is_not_its_name(model):
+    pairs = [Pair("q", "p", source, group) for source, group in (("b", "3"), ("a", 3), ("b", 3), ("b", "3"), ("a", "3"))]
+    assert TokenizedPairs.from_pairs(pairs, model, None).positive_groups.tolist() == [0, 1, 2, 0, 3]
