@@ -214,6 +214,7 @@ class Run:
         scratch: a folder for checkpoints and stores.
         against: another checkout of this project. Only ours and its plain modules take part then.
         texts, pairs: files of JSON lines for training, see `inputs`.
+        packages: a folder of packages that only those peers import that are not in this environment.
     """
 
     suite: str
@@ -225,6 +226,7 @@ class Run:
     against: Path | None = None
     texts: Path | None = None
     pairs: Path | None = None
+    packages: Path | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -253,8 +255,16 @@ class Run:
         """Those of a table that this machine can run; with another checkout only ours."""
         found = dict(table.peers)
         if self.against:
-            before = found[OURS]._replace(checkout=str(self.against))
+            before = found[OURS]._replace(paths=(str(self.against), str(self.against / "kernels")))
             found = {name: found[name] for name in (*ENGINES, SESSION, OURS) if name in found} | {BEFORE: before}
+        for name, peer in found.items():
+            if (
+                self.packages
+                and peer.package
+                and not find_spec(peer.package)
+                and (self.packages / peer.package).exists()
+            ):
+                found[name] = peer._replace(package=None, paths=(str(self.packages),))
         setup = self.setup(table.model, table.dtype)
         installed = {name for name, peer in found.items() if peer.package is None or find_spec(peer.package)}
         return {name: peer for name, peer in found.items() if name in installed and peer.applies(setup)}

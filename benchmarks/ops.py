@@ -273,14 +273,6 @@ def liger(file: str, function: str, call: Callable[..., Any], settings: str = ""
     return (Way("liger", partial(call, run), settings),)
 
 
-def liger_norm(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
-    return run(x, weight, torch.zeros_like(weight), eps)  # it needs a bias
-
-
-def liger_loss(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, targets: Tensor) -> Tensor:
-    return run(x, weight, targets, bias)[0]
-
-
 def plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """What people write: logits of all tokens, in float32 for the softmax."""
     return F.cross_entropy(F.linear(x, weight, bias).float(), targets)
@@ -350,7 +342,8 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
     def task(what: str, op: ops.Op[..., Any], *args: Any, **known: Any) -> Task:
         return Task(f"{what}, bfloat16, {tokens:,} tokens", op, args, compile=device.type == "cuda", **known)
 
-    norm = liger("layer_norm", "LigerLayerNormFunction", liger_norm)
+    # Its norm needs a bias.
+    norm = liger("layer_norm", "LigerLayerNormFunction", lambda run, x, w, _, eps: run(x, w, torch.zeros_like(w), eps))
     yield task("layer_norm 768", ops.layer_norm, x, *norms[768], more=norm)
     yield task("add_layer_norm 256", ops.add_layer_norm, of_256, of_256, *norms[256])
     yield task("add_layer_norm 768", ops.add_layer_norm, x, x, *norms[768])
@@ -399,7 +392,8 @@ def cross_entropy(device: torch.device, tokens: int) -> Iterator[Task]:
     targets = (at * 7919 % classes).masked_fill(at % 10 >= 3, -100)
     for width in (256, 768):
         x, weight = (randn(n, width, dtype=torch.bfloat16, device=device, scale=width**-0.5) for n in (tokens, classes))
-        fused = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", liger_loss)
+        loss = lambda run, x, weight, bias, targets: run(x, weight, targets, bias)[0]  # noqa: E731
+        fused = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", loss)
         more = (Way("F.cross_entropy", plain_loss, "over F.linear of all tokens"), *fused)
         product = 2 * int((targets >= 0).sum()) * weight.numel()
         what, args = f"linear_cross_entropy {width} to {classes}, {tokens:,} tokens", (x, weight, None, targets)

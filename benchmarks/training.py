@@ -6,7 +6,8 @@ float32 is refused. Padding and packing are timed, and of pairs tokenising too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from benchmarks import harness, inputs
 from benchmarks.encoder import models, of_texts
@@ -37,12 +39,11 @@ def steps_of(job: Job) -> list[Step]:
     return [examples[len(examples) * at // STEPS : len(examples) * (at + 1) // STEPS] for at in range(STEPS)]
 
 
-def from_the_start(settings: str, model: nn.Module, train: Callable[[], Tensor]) -> Variant:
-    """A call trains the model further; the answer is the losses from its first weights."""
-    start = {name: x.clone() for name, x in model.state_dict().items()}
+def from_the_start(settings: str, model: nn.Module, train: Callable[[], Tensor], first: Mapping[str, Any]) -> Variant:
+    """A call trains the model further; the answer is the losses from its `first` weights."""
 
     def answer() -> Tensor:
-        model.load_state_dict(start)
+        model.load_state_dict(first)
         return train().float().cpu()
 
     return Variant(settings, train, answer)
@@ -61,7 +62,8 @@ def packed(model: nn.Module, loss_of: Callable[[Step], Tensor]) -> Build:
             optimizer.zero_grad()
         return torch.stack(losses)
 
-    return lambda job: [from_the_start("packed", model, partial(train, steps_of(job)))]
+    first = deepcopy(model.state_dict())
+    return lambda job: [from_the_start("packed", model, partial(train, steps_of(job)), first)]
 
 
 def load(setup: Setup, folder: str) -> Any:
@@ -77,10 +79,7 @@ def masked_lm(setup: Setup) -> Build:
 
     def loss_of(step: Step) -> Tensor:
         ids, labels = zip(*step, strict=True)
-        labels_T = torch.cat(labels)
-        rows = (labels_T >= 0).nonzero().squeeze(1)
-        batch, rows, labels_Q = (x.to(setup.device) for x in (pack(ids), rows, labels_T[rows]))
-        return model.loss(batch, rows, labels_Q)
+        return model.loss(pack(ids).to(setup.device), torch.cat(labels).to(setup.device))
 
     return packed(model, loss_of)
 
@@ -111,14 +110,15 @@ def trained(settings: str, setup: Setup, model: Any, home: Any, name: str, size:
 
     Args:
         home: its package. size: texts or pairs of a forward pass. options: of the trainer; those in `args` are of
-            its `{name}TrainingArguments`.
+            its `{name}TrainingArguments`, and `first` are the weights to start from.
     """
     known = {"output_dir": f"{setup.folder}/trainer", "per_device_train_batch_size": size, "num_train_epochs": 1}
     known |= {"learning_rate": RATE, "weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
     known |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     known |= {"use_cpu": not setup.is_gpu, "dataloader_pin_memory": setup.is_gpu}
     options["args"] = getattr(home, f"{name}TrainingArguments")(**known, **options["args"])
-    trainer, losses = getattr(home, f"{name}Trainer")(model=model, **options), []
+    first, losses = options.pop("first"), []
+    trainer = getattr(home, f"{name}Trainer")(model=model, **options)
     step = trainer.training_step
 
     def recorded(*args: Any, **kwargs: Any) -> Tensor:
@@ -132,7 +132,7 @@ def trained(settings: str, setup: Setup, model: Any, home: Any, name: str, size:
         return torch.stack(losses).view(STEPS, -1).sum(1)
 
     trainer.training_step = recorded
-    return from_the_start(settings, model, train)
+    return from_the_start(settings, model, train, first)
 
 
 def transformers(setup: Setup, *, sparse: bool = False) -> Build:
@@ -140,6 +140,7 @@ def transformers(setup: Setup, *, sparse: bool = False) -> Build:
     home, folder = import_module("transformers"), f"{setup.folder}/masked-lm"
     known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype, "sparse_prediction": sparse}
     model = home.ModernBertForMaskedLM.from_pretrained(folder, **known).to(setup.device)
+    first = deepcopy(model.state_dict())
 
     def collate(rows: Step) -> dict[str, Tensor]:
         ids, labels = zip(*rows, strict=True)
@@ -151,7 +152,7 @@ def transformers(setup: Setup, *, sparse: bool = False) -> Build:
         for size in dict.fromkeys((count, max(1, count // 4))):
             args = {"gradient_accumulation_steps": count // size, "train_sampling_strategy": "sequential"}
             rows = [*chain(*(sorted(step, key=lambda row: size < count and len(row[0])) for step in steps_of(job)))]
-            known = {"args": args, "train_dataset": rows, "data_collator": collate}
+            known = {"args": args, "train_dataset": rows, "data_collator": collate, "first": first}
             yield trained(f"{size} texts at once", setup, model, home, "", size, **known)
 
     return variants
@@ -176,15 +177,16 @@ def pylate(setup: Setup, *, folder: str) -> Build:
 def of_pairs(setup: Setup, model: Any, loss: nn.Module, name: str, **options: Any) -> Build:
     """The trainer of sentence-transformers, on pairs in their order."""
     home, datasets = import_module("sentence_transformers"), import_module("datasets")
-    sampler = import_module("sentence_transformers.base.sampler").DefaultBatchSampler
+    asked, found, first = model.prompts.get("query"), model.prompts.get("document"), deepcopy(model.state_dict())
 
-    def in_order(dataset: Any, **known: Any) -> Any:
-        return sampler(torch.utils.data.SequentialSampler(dataset), **known)
+    def in_order(dataset: Any, *, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
     def variants(job: Job) -> Iterator[Variant]:
         queries, documents = map(list, zip(*job.options["examples"], strict=True))
         rows = datasets.Dataset.from_dict({"query": queries, "positive": documents})
-        known = options | {"args": {"batch_sampler": in_order}, "train_dataset": rows, "loss": loss}
+        args = {"batch_sampler": in_order, "prompts": {"query": asked, "positive": found}}
+        known = options | {"args": args, "train_dataset": rows, "loss": loss, "first": first}
         yield trained(f"version {home.__version__}", setup, model, home, name, len(rows) // STEPS, **known)
 
     return variants
@@ -207,8 +209,8 @@ def on_masked(here: Run, workload: str) -> Iterator[Table]:
         width, classes = (config := EncoderConfig.preset(model)).hidden_size, config.vocab_size
         # The dense layer and the decoder, of the masked tokens, in both passes.
         flops = 6 * sum(int((labels >= 0).sum()) for _, labels in examples) * width * (width + classes)
-        known = {"reference": found[trainer], "head_flops": flops}
-        yield from of_steps(here, workload, model, [len(ids) for ids, _ in examples], examples, found, **known)
+        lengths, known = [len(ids) for ids, _ in examples], {"reference": found[trainer], "head_flops": flops}
+        yield from of_steps(here, workload, model, lengths, examples, found, **known)
 
 
 def on_pairs(here: Run, workload: str, *, folder: str) -> Iterator[Table]:

@@ -111,7 +111,7 @@ class Peer(NamedTuple):
         applies: whether it runs in such a setup at all. package: must be installed.
         slow: compiles for minutes, and is left out where time is short.
         exact: is refused where it differs from the reference; others are not, and their rows have the error.
-        checkout: the project's folder that `modernbert` is imported from, by default this one.
+        paths: folders from which modules are imported first: another checkout, or packages that are not here.
     """
 
     builder: Callable[..., Build]
@@ -120,7 +120,7 @@ class Peer(NamedTuple):
     package: str | None = None
     slow: bool = False
     exact: bool = True
-    checkout: str | None = None
+    paths: tuple[str, ...] = ()
 
 
 class Worker:
@@ -130,8 +130,7 @@ class Worker:
         self.connection, theirs = Pipe()
         self.log = Path(tempfile.mkstemp(dir=scratch, suffix=".log")[1])
         # `benchmarks` is always that of this checkout; `modernbert` may be another's.
-        checkout = Path(peer.checkout) if peer.checkout else ROOT
-        paths = [str(checkout), str(checkout / "kernels"), *(path for path in sys.path if path)]
+        paths = [*peer.paths, str(ROOT), str(ROOT / "kernels"), *(path for path in sys.path if path)]
         code = f"import sys; sys.path[:] = {paths!r}; import benchmarks; benchmarks.__path__ = [{str(HERE)!r}]; "
         code += f"from benchmarks.worker import serve; serve({theirs.fileno()})"
         # What another process compiled is not found again. Thread pools of tokenizers read RAYON_NUM_THREADS.
