@@ -46,6 +46,10 @@ def main() -> None:
         command.add_argument("--only", nargs="+", choices=suite.workloads, metavar="WORKLOAD", help="see --list")
         if name == "cpu":
             command.add_argument("--against", type=Path, help="another checkout, in turns with this one")
+        if name == "training":
+            command.add_argument("--texts", type=Path, help="JSON lines with a text, in place of the demo corpus")
+            command.add_argument("--pairs", type=Path, help="JSON lines with a query and a positive")
+            command.add_argument("--packages", type=Path, help="where `pip install --target` has put PyLate")
         if name == "retrieval":
             command.add_argument("--work", type=Path, help="keep the stores in this folder, and use what it has")
     command = commands.add_parser("all", help="every suite but `retrieval`, and a report with plots")
@@ -93,9 +97,10 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
     minutes = math.inf if arguments.minutes is None else arguments.minutes
     known = {"quick": arguments.quick, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     known |= {"minutes": arguments.minutes, "until": time.monotonic() + 60 * minutes}
-    against, kept = getattr(arguments, "against", None), getattr(arguments, "work", None)
+    paths = ("against", "texts", "pairs", "packages", "work")
+    given = {name: path.resolve() for name in paths if (path := getattr(arguments, name, None))}
     with tempfile.TemporaryDirectory() as scratch:
-        here = Run(name, (kept or Path(scratch)).resolve(), against=against and against.resolve(), **known)
+        here = Run(name, given.pop("work", Path(scratch).resolve()), **known, **given)
         for result in SUITES[name].measure(here, arguments.only or list(SUITES[name].workloads)):
             for group in report.tables_of(result.rows):
                 titles, lines = report.lines_of(group)

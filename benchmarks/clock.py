@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -179,6 +179,7 @@ class Rates(NamedTuple):
     matmul: float
 
 
+@cache
 def rates(device: torch.device, dtype: torch.dtype, *, quick: bool) -> Rates:
     """A copy and a product of square matrices, of random data: zeros are multiplied faster."""
     is_gpu = device.type == "cuda"

@@ -6,17 +6,15 @@ of another one, which its own process imports.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 
-import torch
-
-from benchmarks import harness, inputs
+from benchmarks import inputs
 from benchmarks.encoder import of_texts
-from benchmarks.harness import MS, PEAK, Result, Run, Suite, Table
+from benchmarks.harness import MS, PEAK, Run, Suite, Table
 from benchmarks.late_interaction import maxsim_table, text_table
 from benchmarks.peers import ONNX_RUNTIME, OPENVINO, SDPA, SDPA_COMPILED, those
-from benchmarks.retrieval import THREADS, search_of_ours
+from benchmarks.retrieval import on_cpu, search_of_ours
 from benchmarks.worker import ENGINES, OURS, SESSION
 
 
@@ -88,18 +86,12 @@ TABLES: dict[str, tuple[Callable[[Run, str], Table], str]] = {
 """A workload is a function that makes its table, and a line for --list."""
 
 
-def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
-    torch.set_num_threads(THREADS)
-    here = replace(here, device="cpu")
-    yield from harness.measure(here, (TABLES[name][0](here, name) for name in names))
-
-
 SUITES = {
     "cpu": Suite(
         "encoding, MaxSim and search on two threads of a CPU, next to what people use today",
         {name: line for name, (_, line) in TABLES.items()},
         "transformers (and under torch.compile), sentence-transformers, ONNX Runtime, OpenVINO, maxsim-cpu",
-        measure,
+        partial(on_cpu, lambda here, names: (TABLES[name][0](here, name) for name in names)),
         on="needs no GPU; about half an hour",
         weight=10,
     )

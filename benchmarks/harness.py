@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import clock, worker
-from benchmarks.clock import Rates, Reading, Refused
+from benchmarks.clock import Reading, Refused
 from benchmarks.inputs import save_seeded
 from benchmarks.rows import Row, rounded, row
 from benchmarks.work import shares
@@ -213,6 +213,8 @@ class Run:
     Attributes:
         scratch: a folder for checkpoints and stores.
         against: another checkout of this project. Only ours and its plain modules take part then.
+        texts, pairs: files of JSON lines for training, see `inputs`.
+        packages: a folder of packages that only those peers import that are not in this environment.
     """
 
     suite: str
@@ -222,16 +224,13 @@ class Run:
     minutes: float | None = None
     until: float = math.inf
     against: Path | None = None
-    known_rates: dict[str, Rates] = field(default_factory=dict)
+    texts: Path | None = None
+    pairs: Path | None = None
+    packages: Path | None = None
 
     @property
     def is_gpu(self) -> bool:
         return self.device == "cuda"
-
-    @property
-    def tries(self) -> bool:
-        """A try-out on a CPU, whose figures are not results: everything is small."""
-        return self.quick and not self.is_gpu
 
     @property
     def dtype(self) -> str:
@@ -252,22 +251,20 @@ class Run:
             save_seeded(EncoderConfig.preset(model), folder)
         return Setup(str(folder), dtype, self.device, torch.get_num_threads(), self.quick)
 
-    def rates(self, dtype: str) -> Rates:
-        """What this machine reaches in this dtype, measured once in a run."""
-        if dtype not in self.known_rates:
-            self.known_rates[dtype] = clock.rates(torch.device(self.device), getattr(torch, dtype), quick=self.quick)
-        return self.known_rates[dtype]
-
-    def checked(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        """Which texts are compared: the longest and the shortest."""
-        return tuple(sorted({lengths.index(max(lengths)), lengths.index(min(lengths))}))
-
     def peers(self, table: Table) -> dict[str, Peer]:
         """Those of a table that this machine can run; with another checkout only ours."""
         found = dict(table.peers)
         if self.against:
-            before = found[OURS]._replace(checkout=str(self.against))
+            before = found[OURS]._replace(paths=(str(self.against), str(self.against / "kernels")))
             found = {name: found[name] for name in (*ENGINES, SESSION, OURS) if name in found} | {BEFORE: before}
+        for name, peer in found.items():
+            if (
+                self.packages
+                and peer.package
+                and not find_spec(peer.package)
+                and (self.packages / peer.package).exists()
+            ):
+                found[name] = peer._replace(package=None, paths=(str(self.packages),))
         setup = self.setup(table.model, table.dtype)
         installed = {name for name, peer in found.items() if peer.package is None or find_spec(peer.package)}
         return {name: peer for name, peer in found.items() if name in installed and peer.applies(setup)}
@@ -310,8 +307,6 @@ class Workers:
 
     def start(self) -> dict[str, str]:
         """Let all load the model at the same time; why some take no part."""
-        for dtype in self.dtypes:
-            self.judge(dtype)
         for name in self.peers:
             self.worker(name)
         return self.left_out
@@ -389,15 +384,12 @@ class Workers:
         known |= {"dtype": self.setup.dtype, "model": table.model, "figure": table.figure}
         known["pass"] = "forward + backward" if table.job.backward else "forward"
         known["lengths"] = {"sequences": len(lengths), "tokens": sum(lengths), "longest": max(lengths, default=0)}
-        rows, dtype = [], self.setup.torch_dtype
-        rates = self.here.rates(self.setup.dtype) if table.model_pass and done else None
+        rows, dtype, device = [], self.setup.torch_dtype, torch.device(self.here.device)
+        rates = clock.rates(device, dtype, quick=self.here.quick) if table.model_pass and done else None
         for one in done:
             of_pass = shares(EncoderConfig.preset(table.model), table.job, one.median, rates, dtype) if rates else {}
             rows.append(one.row(done, table.in_unit, **known | of_pass))
         return Result(table.workload, rows, {f"{table.what}: {name}": reason for name, reason in refused.items()})
-
-
-# What is measured of a table.
 
 
 def speed(workers: Workers, table: Table, *, count: int | None = None) -> Result:
@@ -432,16 +424,15 @@ def peak_memory(workers: Workers, table: Table) -> Result:
     here, taken, refused = workers.here, {}, {}
     if not here.is_gpu and not worker.CLEAR.exists():
         return workers.result(table, [], {"every implementation": "only Linux resets the peak memory of a process"})
-    warm = Job((16, 8), (0,), batch=2, backward=table.job.backward)
-    for _ in range(1 if here.quick else 3):
+    warm = Job((16, 8), (0,), batch=2, backward=table.job.backward, options=table.job.options.get("warm", {}))
+    with workers_of(here, table) as judges:  # whose memory the others need
+        try:
+            exact, plain = judges.expected(table.job)
+        except Refused as reason:
+            return workers.result(table, [], {"every implementation": str(reason)})
+    for _ in range(1 if here.quick else min(3, table.rounds)):
         with workers_of(here, table) as fresh:
             refused |= fresh.start()
-            try:
-                exact, plain = fresh.expected(table.job)
-            except Refused as reason:
-                return workers.result(table, [], {"every implementation": str(reason)})
-            for dtype in fresh.dtypes:
-                fresh.judge(dtype).close()  # others need its memory
             told, failed = fresh.turns(fresh.peers, worker.peak, 1, job=table.job, warm=warm)
             refused |= failed
             for name, (found,) in told.items():

@@ -7,14 +7,13 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modernbert import ColBERT, Encoder, EncoderConfig
@@ -60,11 +59,6 @@ def ids(index: int, length: int) -> Tensor:
     return torch.randint(100, 16_000, (length,), generator=torch.Generator().manual_seed(index))
 
 
-def cotangent(index: int, length: int, width: int) -> Tensor:
-    """The gradient of the hidden states of the text at `index`: `[length, width]` float32, the same in every dtype."""
-    return torch.randn(length, width, generator=torch.Generator().manual_seed(index)).bfloat16().float()
-
-
 def padded(texts: Sequence[Tensor], *, masked: bool = False) -> dict[str, Tensor]:
     """Input ids and attention mask `[B, S]` of these texts' ids, right-padded; a mask where one is needed or asked."""
     ids_BS = nn.utils.rnn.pad_sequence([*texts], batch_first=True)
@@ -80,12 +74,10 @@ def groups(lengths: Sequence[int], size: int, *, by_length: bool = False) -> lis
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-# Texts of the demo corpus, for the tokenizer of the default model.
+HELD_OUT = 8
+"""Every so many paragraphs of the demo corpus one is kept for queries, so that no passage contains a query."""
 
 ASSETS = Path(__file__).parents[1] / "modernbert" / "assets"
-
-HELD_OUT = 8
-"""Every so many paragraphs of the corpus one is kept for queries, so that no passage contains a query."""
 
 
 @cache
@@ -98,6 +90,14 @@ def records() -> list[dict[str, str]]:
     """The paragraphs of the demo corpus, with `title` and `text`."""
     with gzip.open(ASSETS / "demo" / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def examples(source: Path | None, count: int) -> list[dict[str, str]]:
+    """So many rows of files for training, drawn by a seed; or paragraphs whose first ten words are a query."""
+    from modernbert.train.reading import read_rows  # not in every checkout that a worker may import
+
+    known = [{"query": " ".join(one["text"].split()[:10]), "positive": one["text"], **one} for one in records()]
+    return random.Random(0).sample([row.fields for row in read_rows(source)] if source else known, count)
 
 
 def paragraphs(count: int) -> list[str]:
@@ -144,51 +144,47 @@ def of_lengths(lengths: Sequence[int]) -> list[str]:
     return [" ".join(draw.choices(single, k=length - tokens[0])) for length in lengths]
 
 
-# Checkpoints.
-
-
+@torch.no_grad()
 def save_seeded(config: EncoderConfig, folder: Path) -> None:
-    """Write config.json and model.safetensors (float32) of a config, seeded, for transformers and for us.
+    """Write a seeded checkpoint, for transformers and for us.
 
     The weights are larger than those of an initialisation, so that attention is not uniform and errors show. The speed
     is that of the trained model.
     """
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in Encoder(config).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, shape in shapes.items():
-        weight = torch.empty(shape)
-        if name.endswith("bias"):
-            weight.zero_()
-        elif "norm" in name:
-            weight.uniform_(0.7, 1.3, generator=generator)
+        encoder, generator = Encoder(config), torch.Generator("cpu").manual_seed(0)
+    for name, weight in encoder.to_empty(device="cpu").named_parameters():
+        if weight.dim() == 1:
+            low, high = (0.7, 1.3) if "norm.weight" in name else (0.0, 0.0)
+            weight.uniform_(low, high, generator=generator)
         else:
-            spread = 1.0 if "tok_embeddings" in name else 1.2 / math.sqrt(shape[1])
+            spread = 1.0 if "tok_embeddings" in name else 1.2 / math.sqrt(weight.shape[1])
             weight.normal_(0, spread, generator=generator)
-        weights[name] = weight
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    encoder.save_pretrained(folder)
 
 
-def projection(width: int, to: int) -> Tensor:
-    """A seeded matrix `[to, width]`."""
-    return torch.randn(to, width, generator=torch.Generator().manual_seed(2)) / math.sqrt(width)
+def save_from(checkpoint: str, name: str, make: Callable[[Encoder], Any]) -> None:
+    """Make, once, a folder in that of a checkpoint, with a seeded model around its encoder."""
+    if not (folder := Path(checkpoint) / name).exists():
+        torch.manual_seed(0)
+        make(Encoder.from_pretrained(checkpoint)).save_pretrained(folder)
 
 
-def save_colbert(checkpoint: str, *, width: int) -> Path:
-    """A folder for PyLate, sentence-transformers and us, made once: a checkpoint, a projection to `width` and the
-    default model's tokenizer. Documents are cut to 512 tokens.
-    """
+def save_colbert(checkpoint: str, *, width: int = 128) -> None:
+    """For PyLate, sentence-transformers and us: a projection, and the default model's tokenizer; at most 512 tokens."""
     from modernbert.heads.dense import Dense  # not in every checkout that a worker may import
 
-    folder = Path(checkpoint) / f"colbert-{width}"
-    if not folder.exists():
-        encoder, template = Encoder.from_pretrained(checkpoint), default()
-        head = Dense(encoder.config.hidden_size, width)
-        with torch.no_grad():
-            head.linear.weight.copy_(projection(encoder.config.hidden_size, width))
-        config = replace(template.config, document_length=512)
-        ColBERT(encoder, template.tokenizer, [head], config).save_pretrained(folder)
-    return folder
+    def make(encoder: Encoder) -> ColBERT:
+        template, head = default(), Dense(encoder.config.hidden_size, width)
+        nn.init.normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5)
+        return ColBERT(encoder, template.tokenizer, [head], replace(template.config, document_length=512))
+
+    save_from(checkpoint, f"colbert-{width}", make)
+
+
+def save_embedder(checkpoint: str) -> None:
+    """The same for one vector a text, the mean."""
+    from modernbert.heads.embedder import Embedder, EmbedderConfig
+
+    config = EmbedderConfig(pooling="mean", max_length=512)
+    save_from(checkpoint, "dense", lambda encoder: Embedder(encoder, default().tokenizer, config=config))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,7 @@ from benchmarks.harness import Run, Suite, Table
 from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT
 
-MAXSIM_CPU, EINSUM, TUNED, COMPILED = (
-    "maxsim-cpu",
-    "padded einsum, as PyLate",
-    "padded, tuned by hand",
-    "padded einsum, compiled",
-)
-
-
-# Text to vectors of width 128, tokenising timed.
+EINSUM, TUNED, COMPILED = "padded einsum, as PyLate", "padded, tuned by hand", "padded einsum, compiled"
 
 
 def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Build:
@@ -39,17 +32,23 @@ def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Buil
     return lambda job: [text_variant(job, encode, "encode_documents")]
 
 
-def sentence_transformers(setup: Setup) -> Build:
+def load_sentence_transformers(setup: Setup, folder: str = "colbert-128", name: str = "MultiVectorEncoder") -> Any:
     known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype}
-    make = import_module("sentence_transformers").MultiVectorEncoder  # from 6.2 on
-    model = make(f"{setup.folder}/colbert-128", device=setup.device, model_kwargs=known).to(setup.torch_dtype).eval()
-    return partial(batched, setup, model.encode_document)
+    make = getattr(import_module("sentence_transformers"), name)  # from 6.2 on
+    return make(f"{setup.folder}/{folder}", device=setup.device, model_kwargs=known).to(setup.torch_dtype).eval()
+
+
+def load_pylate(setup: Setup) -> Any:
+    model = import_module("pylate.models").ColBERT(f"{setup.folder}/colbert-128", device=setup.device)
+    return model.to(setup.torch_dtype).eval()
+
+
+def sentence_transformers(setup: Setup) -> Build:
+    return partial(batched, setup, load_sentence_transformers(setup).encode_document)
 
 
 def pylate(setup: Setup) -> Build:
-    model = import_module("pylate.models").ColBERT(f"{setup.folder}/colbert-128", device=setup.device)
-    model = model.to(setup.torch_dtype).eval()
-    return partial(batched, setup, partial(model.encode, is_query=False, convert_to_tensor=True))
+    return partial(batched, setup, partial(load_pylate(setup).encode, is_query=False, convert_to_tensor=True))
 
 
 def batched(setup: Setup, encode: Callable[..., Any], job: Job) -> Iterator[Variant]:
@@ -103,8 +102,6 @@ def text_table(
     what = f"ettin-17m, {what} to vectors of width 128, tokenising timed"
     return of_texts(here, workload, "ettin-17m", what, lengths, TEXT, **known | more)
 
-
-# MaxSim.
 
 Score = Callable[[], Tensor]
 
@@ -160,31 +157,20 @@ def matmul(queries_BSE: Tensor, documents_NTE: Tensor, hidden_NT: Tensor) -> Ten
 
 
 def in_chunks(
-    score: Callable[[Tensor, Tensor, Tensor], Tensor], queries: list[Tensor], documents: list[Tensor], *sizes: int
+    queries: list[Tensor], documents: list[Tensor], *, scores: Any = (einsum,), sizes: Any = (), compiled: bool = False
 ) -> Iterator[tuple[str, Score]]:
-    """`score` of padded vectors, some documents at a time; padding is not timed."""
+    """Scores of padded vectors, some documents at a time; padding is not timed."""
     padded_BSE, padded_NTE = (nn.utils.rnn.pad_sequence(side, batch_first=True) for side in (queries, documents))
     lengths_N = torch.tensor([len(document) for document in documents], device=padded_NTE.device)
     hidden_NT = torch.arange(padded_NTE.shape[1], device=padded_NTE.device) >= lengths_N[:, None]
-    for size in sizes or dict.fromkeys((len(documents), max(1, len(documents) // 8))):
-        pieces = list(zip(padded_NTE.split(size), hidden_NT.split(size), strict=True))
-        yield (
-            f"{score.__name__}, {size} documents at a time, padding not timed",
-            lambda pieces=pieces: torch.cat([score(padded_BSE, *piece) for piece in pieces], dim=1),
-        )
 
+    def score(call: Callable[..., Tensor], size: int) -> Tensor:
+        pieces = zip(padded_NTE.split(size), hidden_NT.split(size), strict=True)
+        return torch.cat([call(padded_BSE, *piece) for piece in pieces], dim=1)
 
-def plain_einsum(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple[str, Score]]:
-    yield from in_chunks(einsum, queries, documents)
-
-
-def tuned(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple[str, Score]]:
-    for score in (einsum, matmul):
-        yield from in_chunks(score, queries, documents, 200, 50, 10)
-
-
-def compiled_einsum(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple[str, Score]]:
-    yield from in_chunks(torch.compile(einsum, dynamic=False), queries, documents)
+    for plain, size in product(scores, sizes or dict.fromkeys((len(documents), max(1, len(documents) // 8)))):
+        call: Any = torch.compile(plain, dynamic=False) if compiled else plain
+        yield f"{plain.__name__}, {size} documents at a time, padding not timed", partial(score, call, size)
 
 
 def maxsim_cpu(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple[str, Score]]:
@@ -201,9 +187,9 @@ def maxsim_cpu(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple
 
 SCORES = {
     OURS: Peer(maxsim, {"score": ragged}),
-    EINSUM: Peer(maxsim, {"score": plain_einsum}),
-    TUNED: Peer(maxsim, {"score": tuned}, peers.on_cpu),
-    COMPILED: Peer(maxsim, {"score": compiled_einsum}, peers.can_compile, slow=True),
+    EINSUM: Peer(maxsim, {"score": in_chunks}),
+    TUNED: Peer(maxsim, {"score": partial(in_chunks, scores=(einsum, matmul), sizes=(200, 50, 10))}, peers.on_cpu),
+    COMPILED: Peer(maxsim, {"score": partial(in_chunks, compiled=True)}, peers.can_compile, slow=True),
     "maxsim-cpu": Peer(maxsim, {"score": maxsim_cpu}, peers.on_cpu, "maxsim_cpu"),
 }
 DOCUMENTS = inputs.Lengths(181, 64, 300, shortest=16)
@@ -217,9 +203,6 @@ def maxsim_table(here: Run, workload: str, queries: int, count: int, **more: Any
     known |= {"options": {"queries": queries}, "checked": (0,)}
     what = f"MaxSim, {words} ({sum(documents):,} tokens), width {width}"
     return of_texts(here, workload, "ettin-17m", what, (32,) * queries + documents, found, **known | more)
-
-
-# The suite.
 
 
 def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:

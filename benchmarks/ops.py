@@ -168,9 +168,6 @@ def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: 
     return max(each, key=lambda one: one.found / (one.allowed or 1.0))
 
 
-# Measuring.
-
-
 def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
     """A result for each task and pass. A CPU takes --quick only, with a few tasks: those figures are not results."""
     machine = clock.this_machine()
@@ -252,9 +249,6 @@ def bytes_of_outputs(task: Task) -> int:
     return sum(x.nbytes for x in call_of(Way("", task.op), *copied(task, False), False)())
 
 
-# The ways.
-
-
 def plain(call: Callable[..., Any]) -> Callable[..., Any]:
     """`call` with the reference of every op that it calls."""
 
@@ -277,14 +271,6 @@ def liger(file: str, function: str, call: Callable[..., Any], settings: str = ""
         return ()
     run = getattr(import_module(f"liger_kernel.ops.{file}"), function).apply
     return (Way("liger", partial(call, run), settings),)
-
-
-def liger_norm(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, eps: float) -> Tensor:
-    return run(x, weight, torch.zeros_like(weight), eps)  # it needs a bias
-
-
-def liger_loss(run: Callable[..., Any], x: Tensor, weight: Tensor, bias: None, targets: Tensor) -> Tensor:
-    return run(x, weight, targets, bias)[0]
 
 
 def plain_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -345,9 +331,6 @@ def maxsims(queries: int, documents: int) -> Iterator[Way]:
         yield Way("flash-maxsim, padded", padded(trained), "in float16")
 
 
-# The tasks. An op is one more row of `elementwise`, or one more function.
-
-
 def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
     """Bound by memory: the bytes that a fusion saves are the time that it saves."""
     make = partial(randn, dtype=torch.bfloat16, device=device)
@@ -359,7 +342,8 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
     def task(what: str, op: ops.Op[..., Any], *args: Any, **known: Any) -> Task:
         return Task(f"{what}, bfloat16, {tokens:,} tokens", op, args, compile=device.type == "cuda", **known)
 
-    norm = liger("layer_norm", "LigerLayerNormFunction", liger_norm)
+    # Its norm needs a bias.
+    norm = liger("layer_norm", "LigerLayerNormFunction", lambda run, x, w, _, eps: run(x, w, torch.zeros_like(w), eps))
     yield task("layer_norm 768", ops.layer_norm, x, *norms[768], more=norm)
     yield task("add_layer_norm 256", ops.add_layer_norm, of_256, of_256, *norms[256])
     yield task("add_layer_norm 768", ops.add_layer_norm, x, x, *norms[768])
@@ -408,7 +392,8 @@ def cross_entropy(device: torch.device, tokens: int) -> Iterator[Task]:
     targets = (at * 7919 % classes).masked_fill(at % 10 >= 3, -100)
     for width in (256, 768):
         x, weight = (randn(n, width, dtype=torch.bfloat16, device=device, scale=width**-0.5) for n in (tokens, classes))
-        fused = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", liger_loss)
+        loss = lambda run, x, weight, bias, targets: run(x, weight, targets, bias)[0]  # noqa: E731
+        fused = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", loss)
         more = (Way("F.cross_entropy", plain_loss, "over F.linear of all tokens"), *fused)
         product = 2 * int((targets >= 0).sum()) * weight.numel()
         what, args = f"linear_cross_entropy {width} to {classes}, {tokens:,} tokens", (x, weight, None, targets)

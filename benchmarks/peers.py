@@ -7,6 +7,7 @@ fastest is taken. Padded batches are ready before the clock starts; our packing 
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -24,20 +25,14 @@ from modernbert import Encoder, pack
 Inputs = dict[str, Any]
 Forward = Callable[[Any], Tensor]
 
-GRADIENT = "layers.0.attn.Wo.weight"
-"""The gradient that is compared after a backward pass: it depends on all layers, and has one name everywhere."""
-
 
 def of_batches(
     settings: str,
     job: Job,
-    setup: Setup,
     batches: Sequence[Sequence[int]],
     make: Callable[[Sequence[int]], Any],
     forward: Forward,
     *,
-    model: Any = None,
-    padded: bool = True,
     together: Callable[[list[Any]], list[Tensor]] | None = None,
 ) -> Variant:
     """A variant that calls `forward` on each batch. What is timed and what is compared are the same calls.
@@ -45,40 +40,19 @@ def of_batches(
     Args:
         batches: indices of the texts that run together. make: what `forward` takes of a batch.
         forward: to hidden states, `[T, D]` of all texts in a row, or right-padded `[B, S, D]`.
-        model: holds the parameters, under the names of the checkpoint; for a backward pass.
-        padded: whether hidden states are padded, and so their gradients are.
         together: all batches at once, in place of `forward`.
     """
     made = [make(indices) for indices in batches]
-    width = model.config.hidden_size if job.backward else 0
-    cotangents = [cotangent(job, setup, indices, width, padded=padded) for indices in batches]
-
-    def step(at: int) -> Tensor:
-        gradient = cotangents[at]
-        if gradient is None:
-            with torch.inference_mode():
-                return forward(made[at])
-        hidden = forward(made[at])
-        torch.autograd.backward(hidden, gradient)
-        return hidden.detach()
+    step = torch.inference_mode()(forward)
+    outputs: Callable[[list[Any]], Iterable[Tensor]] = together or partial(map, step)
 
     def run() -> None:
-        if together is not None:
-            together(made)
-            return
-        if job.backward:
-            model.zero_grad(set_to_none=True)
-        for at in range(len(made)):
-            step(at)
+        deque(outputs(made), maxlen=0)  # keeps none
 
     def answer() -> Tensor:
-        if job.backward:
-            run()
-            return gradient_of(model)
         wanted = [at for at, indices in enumerate(batches) if set(job.checked) & set(indices)]
-        outputs = map(step, wanted) if together is None else together([made[at] for at in wanted])
         found: dict[int, Tensor] = {}
-        for at, hidden in zip(wanted, outputs, strict=True):
+        for at, hidden in zip(wanted, outputs([made[at] for at in wanted]), strict=True):
             lengths = [job.lengths[index] for index in batches[at]]
             each = hidden.split(lengths) if hidden.dim() == 2 else [x[:n] for x, n in zip(hidden, lengths, strict=True)]
             found |= {index: of_text.float().cpu() for index, of_text in zip(batches[at], each, strict=True)}
@@ -86,30 +60,12 @@ def of_batches(
 
     largest = max(range(len(made)), key=lambda at: sum(job.lengths[index] for index in batches[at]))
     # Beside many batches one is enough to warm up.
-    return Variant(settings, run, answer, partial(step, largest) if len(made) > 4 and not job.backward else None)
-
-
-def gradient_of(model: nn.Module) -> Tensor:
-    weight = next(weight for name, weight in model.named_parameters() if name.endswith(GRADIENT))
-    assert weight.grad is not None
-    return weight.grad.float().cpu()
+    return Variant(settings, run, answer, partial(step, made[largest]) if len(made) > 4 else None)
 
 
 def ids_of(job: Job, indices: Iterable[int]) -> list[Tensor]:
     """The token ids of these texts."""
     return [inputs.ids(index, job.lengths[index]) for index in indices]
-
-
-def cotangent(job: Job, setup: Setup, indices: Sequence[int], width: int, *, padded: bool) -> Tensor | None:
-    """The gradients of the hidden states of these texts, in a row or right-padded; None without a backward pass."""
-    if not job.backward:
-        return None
-    pieces = [inputs.cotangent(index, job.lengths[index], width) for index in indices]
-    whole = nn.utils.rnn.pad_sequence(pieces, batch_first=True) if padded else torch.cat(pieces)
-    return whole.to(setup.device, setup.torch_dtype)
-
-
-# Ours.
 
 
 def load_ours(setup: Setup) -> Encoder:
@@ -141,12 +97,9 @@ def packed(setup: Setup, *, session: bool = False, engine: str | None = None) ->
             return called(batch.to(device) if setup.is_gpu else batch)
 
         settings, batches = name + "; packing is timed" * from_ids, groups(job.lengths, job.batch or len(job.lengths))
-        yield of_batches(settings, job, setup, batches, make, forward, model=model, padded=False)
+        yield of_batches(settings, job, batches, make, forward)
 
     return variants
-
-
-# transformers, and what is built on it.
 
 
 def load_theirs(setup: Setup, attention: str) -> Any:
@@ -170,12 +123,11 @@ def forward_of(model: Any) -> Forward:
 
 
 def alone(setup: Setup) -> Build:
-    """The reference: sdpa, every text alone, so that nothing is padded. Forward only the checked texts run."""
+    """The reference: sdpa, every checked text alone, so that nothing is padded."""
     model = load_theirs(setup, "sdpa")
 
     def variants(job: Job) -> Iterator[Variant]:
-        wanted = [[index] for index in (range(len(job.lengths)) if job.backward else job.checked)]
-        yield in_padded("every text alone", job, setup, wanted, model, forward_of(model))
+        yield in_padded("every text alone", job, setup, [[index] for index in job.checked], forward_of(model))
 
     return variants
 
@@ -184,7 +136,7 @@ def transformers(setup: Setup, *, attention: str) -> Build:
     """Padded batches of several sizes, in order and sorted by length; with FlashAttention all texts in one row."""
     model = load_theirs(setup, attention)
     make = flattened if attention == "flash" else batchings
-    return lambda job: make(attention, job, setup, model, forward_of(model))
+    return lambda job: make(attention, job, setup, forward_of(model))
 
 
 def compiled(setup: Setup, *, attention: str) -> Build:
@@ -199,12 +151,12 @@ def compiled(setup: Setup, *, attention: str) -> Build:
         torch._dynamo.reset()
         if not setup.is_gpu:
             forward = forward_of(torch.compile(model, dynamic=False, options={"freezing": True}))
-            yield from batchings("sdpa, torch.compile, freezing", job, setup, model, forward)
+            yield from batchings("sdpa, torch.compile, freezing", job, setup, forward)
             return
         mode, dynamic = ("reduce-overhead", None) if job.from_host else ("default", varies(job))
         settings = f"{attention}, torch.compile, {mode}"
         make = flattened if attention == "flash" else partial(batchings, most=1)  # each size takes a minute
-        yield from make(settings, job, setup, model, forward_of(torch.compile(model, mode=mode, dynamic=dynamic)))
+        yield from make(settings, job, setup, forward_of(torch.compile(model, mode=mode, dynamic=dynamic)))
 
     return variants
 
@@ -213,12 +165,10 @@ def packed_encoders(setup: Setup) -> Build:
     """The package's kernels in a model of transformers, with CUDA graphs where it uses them (short batches)."""
     model = load_theirs(setup, "sdpa")
     import_module("packed_encoders").pack(model, cuda_graph=True)
-    return lambda job: batchings("packed_encoders.pack, cuda_graph=True", job, setup, model, forward_of(model))
+    return lambda job: batchings("packed_encoders.pack, cuda_graph=True", job, setup, forward_of(model))
 
 
-def batchings(
-    settings: str, job: Job, setup: Setup, model: Any, forward: Forward, *, most: int | None = None
-) -> Iterator[Variant]:
+def batchings(settings: str, job: Job, setup: Setup, forward: Forward, *, most: int | None = None) -> Iterator[Variant]:
     """Padded variants: length-sorted batches of several sizes, then in order; or the protocol's size and its halves."""
     count = len(job.lengths)
     if job.batch is not None:
@@ -232,25 +182,23 @@ def batchings(
         sizes = by_length + [(size, False) for size in offered]
     for size, sort in sizes[:most]:
         words = f"{settings}, batches of {size}{', length-sorted' if sort else ''}"
-        yield in_padded(words, job, setup, groups(job.lengths, size, by_length=sort), model, forward)
+        yield in_padded(words, job, setup, groups(job.lengths, size, by_length=sort), forward)
 
 
 def varies(job: Job) -> bool:
     return len(set(job.lengths)) > 1
 
 
-def in_padded(
-    settings: str, job: Job, setup: Setup, batches: Sequence[Sequence[int]], model: Any, forward: Forward
-) -> Variant:
+def in_padded(settings: str, job: Job, setup: Setup, batches: Sequence[Sequence[int]], forward: Forward) -> Variant:
     """Right-padded batches, ready on the device or on the host."""
 
     def make(indices: Sequence[int]) -> Inputs:
         return onto(inputs.padded(ids_of(job, indices)), "cpu" if job.from_host else setup.device)
 
-    return of_batches(settings, job, setup, batches, make, forward, model=model)
+    return of_batches(settings, job, batches, make, forward)
 
 
-def flattened(settings: str, job: Job, setup: Setup, model: Any, forward: Forward) -> Iterator[Variant]:
+def flattened(settings: str, job: Job, setup: Setup, forward: Forward) -> Iterator[Variant]:
     """All texts of a batch in one row, with positions that restart, as sentence-transformers makes them."""
 
     def make(indices: Sequence[int]) -> Inputs:
@@ -267,7 +215,7 @@ def flattened(settings: str, job: Job, setup: Setup, model: Any, forward: Forwar
         return onto(given, "cpu" if job.from_host else setup.device)
 
     batches = groups(job.lengths, job.batch or len(job.lengths))
-    yield of_batches(f"{settings}, flattened", job, setup, batches, make, forward, model=model, padded=False)
+    yield of_batches(f"{settings}, flattened", job, batches, make, forward)
 
 
 def onto(given: Mapping[str, Any], device: torch.device | str) -> Inputs:
@@ -322,9 +270,6 @@ def register_flash(kernel: Callable[..., Tensor] = flash_of_torch) -> str:
     return FLASH_NAME
 
 
-# Compiled graphs on a CPU.
-
-
 def onnx_runtime(setup: Setup) -> Build:
     """With threads that spin between runs or sleep, as neither is always faster."""
 
@@ -351,11 +296,7 @@ def openvino(setup: Setup) -> Build:
 
 
 def fed(
-    settings: str,
-    job: Job,
-    setup: Setup,
-    run: Forward,
-    together: Callable[[list[Any]], list[Tensor]] | None = None,
+    settings: str, job: Job, setup: Setup, run: Forward, together: Callable[[list[Any]], list[Tensor]] | None = None
 ) -> Iterator[Variant]:
     """A compiled graph on each text alone, and on length-sorted batches of 4 where lengths vary."""
 
@@ -364,10 +305,7 @@ def fed(
 
     for size in (1, 4) if varies(job) and not setup.quick else (1,):
         batches = groups(job.lengths, size, by_length=True)
-        yield of_batches(f"{settings}, batches of {size}", job, setup, batches, make, run, together=together)
-
-
-# Which implementation takes part where. A new peer is a builder above and a row here.
+        yield of_batches(f"{settings}, batches of {size}", job, batches, make, run, together=together)
 
 
 def on_cpu(setup: Setup) -> bool:

@@ -40,9 +40,6 @@ NO_GPU = (
 )
 
 
-# Reading rows.
-
-
 def refused(one: Row) -> bool:
     return one["kind"] == "refused"
 
@@ -109,9 +106,6 @@ def footer(here: Sequence[Row], note: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items() if version)
     commit = f"commit {one['commit'][:10]}{' with uncommitted changes' if one['dirty'] else ''}"
     return f"{', '.join(machine(one))}. {one['dtype']}, {one['date'][:10]}, {commit}, {versions}. {note}".strip()
-
-
-# Tables.
 
 
 def table(titles: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
@@ -203,8 +197,6 @@ def summary_lines(here: Sequence[Row]) -> Iterator[list[str]]:
         yield [": ".join(filter(None, named(mine))), f"{label}**{first}**", words, command]
 
 
-# Plots: (file, title, a function that draws on new axes).
-
 Plot = tuple[str, str, Callable[[Any], None]]
 
 
@@ -255,9 +247,6 @@ def drawn(found: Iterable[Plot], folder: Path) -> list[Path]:
             figure.savefig(folder / name, metadata={"Date": None})
             files.append(folder / name)
     return files
-
-
-# Writing.
 
 
 def committed() -> list[Row]:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,6 @@ from modernbert.retrieval import Store, index
 THREADS = 2
 TOKENS, QUERIES, TOP = 100, 100, 10
 EXACT, PREFILTER, RECALL = "exact", "pre-filter", "recall@10 of exact search"
-
-
-# Builders. The folder of a setup has `N/corpus.jsonl`, and the stores of these passages once they are made.
 
 
 def corpus(folder: str, passages: int) -> Path:
@@ -120,9 +117,6 @@ def indexing(setup: Setup, *, bare: bool = False) -> Build:
     return variants
 
 
-# Tables.
-
-
 def table(
     here: Run, workload: str, what: str, passages: int, peers: Mapping[str, Peer], reference: Peer, **more: Any
 ) -> Table:
@@ -174,12 +168,9 @@ def recall(state: State, passages: int) -> float:
 
 def search_of_ours(here: Run, workload: str) -> Table:
     """Exact search with the default model, for comparing checkouts: each makes its own store."""
-    passages = 64 if here.quick else 10_000
-    what = f"exact search of {passages:,} passages: p50 of {QUERIES} queries of 30 tokens"
+    made = search_table(here, workload, 64 if here.quick else 10_000)
     timed = partial(harness.speed, count=5 if here.quick else QUERIES)
-    peers = {OURS: Peer(searching, {"passages": passages, "prefilter": False})}
-    reference = Peer(brute_force, {"passages": passages})
-    return table(here, workload, what, passages, peers, reference, rounds=9, **MS | {"measure": timed})
+    return replace(made, peers={OURS: made.peers[EXACT]}, measure=timed, rounds=9)
 
 
 def index_table(here: Run, workload: str, passages: int, **more: Any) -> Table:
@@ -190,26 +181,23 @@ def index_table(here: Run, workload: str, passages: int, **more: Any) -> Table:
     return table(here, workload, what, passages, peers, bare, **usual | {"rounds": 3} | more)
 
 
-def memory_table(here: Run, workload: str, passages: int) -> Table:
-    """Peak memory of one `index`."""
-    return replace(index_table(here, workload, passages, **PEAK), peers={"index": Peer(indexing)})
-
-
 def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:
     sizes = (64, 128) if here.quick else (10_000, 100_000)
     for name in names:
         if name == "index-5000":
             yield index_table(here, name, 64 if here.quick else 5_000)
         elif name == "index-memory":
-            yield from (memory_table(here, name, passages) for passages in sizes)
+            of_index = (index_table(here, name, passages, **PEAK) for passages in sizes)
+            yield from (replace(one, peers={"index": Peer(indexing)}) for one in of_index)
         else:
             yield search_table(here, name, sizes[name == "search-100k"])
 
 
-def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
+def on_cpu(make: Callable[[Run, Sequence[str]], Iterable[Table]], here: Run, names: Sequence[str]) -> Iterator[Result]:
+    """The `measure` of a suite for a CPU, on two threads."""
     torch.set_num_threads(THREADS)
     here = replace(here, device="cpu")
-    yield from harness.measure(here, tables(here, names))
+    yield from harness.measure(here, make(here, names))
 
 
 SUITES = {
@@ -222,7 +210,7 @@ SUITES = {
             "index-memory": "peak memory of indexing 10,000 and 100,000 passages: the larger corpus may not take more",
         },
         "the bare encoder, exact search",
-        measure,
+        partial(on_cpu, tables),
         on="needs no GPU; about half an hour",
     )
 }

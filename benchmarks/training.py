@@ -1,123 +1,266 @@
-"""Suite `training`: forward and backward of the encoder, and with late interaction."""
+"""Suite `training`: whole steps (forward, backward, clipping, AdamW) next to the trainers that people use.
+
+All make the same steps from the same weights on the same texts, and what has other losses than the library's trainer in
+float32 is refused. Padding and packing are timed, and of pairs tokenising too.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, SequentialSampler
 
-import modernbert_kernels as ops
-from benchmarks import harness, inputs, peers
-from benchmarks.encoder import of_texts
-from benchmarks.harness import Run, Suite, Table
-from benchmarks.peers import COMPILED, EAGER, FLASH, SDPA, those
-from benchmarks.worker import OURS, Build, Job, Setup, Variant
-from modernbert import pack
+from benchmarks import harness, inputs
+from benchmarks.encoder import models, of_texts
+from benchmarks.harness import PEAK, Result, Run, Suite, Table, Workers
+from benchmarks.late_interaction import load_pylate, load_sentence_transformers
+from benchmarks.rows import rounded
+from benchmarks.worker import OURS, Build, Job, Peer, Setup, Variant
+from modernbert import ColBERT, EncoderConfig, pack
 
-WIDTH = 128
+STEPS, RATE, MASKED, LONGEST, TEMPERATURES = 2, 1e-4, 0.3, 512, {"dense": 0.05, "colbert-128": 1.0}
+"""Steps of a call; learning rate; share of masked tokens; tokens at which a text is cut; temperature of the scores of
+pairs, by the folder of the model: one vector a text, or one a token."""
+
+Step = Sequence[Any]
+"""The examples of a step: token ids and labels, or a query and its positive."""
 
 
-def contrastive(setup: Setup, *, attention: str | None = None) -> Build:
-    """A step of ColBERT on pairs: every query against all documents of the batch, by MaxSim and cross entropy.
+def steps_of(job: Job) -> list[Step]:
+    examples: Step = job.options["examples"]
+    return [examples[len(examples) * at // STEPS : len(examples) * (at + 1) // STEPS] for at in range(STEPS)]
 
-    The first half of the texts are queries, the second their documents. Ours stays packed; transformers pads, and
-    scores by an einsum and a mask as PyLate does.
+
+def from_the_start(settings: str, model: nn.Module, train: Callable[[], Tensor], first: Mapping[str, Any]) -> Variant:
+    """A call trains the model further; the answer is the losses from its `first` weights."""
+
+    def answer() -> Tensor:
+        model.load_state_dict(first)
+        return train().float().cpu()
+
+    return Variant(settings, train, answer)
+
+
+def packed(model: nn.Module, loss_of: Callable[[Step], Tensor]) -> Build:
+    def train(steps: Sequence[Step]) -> Tensor:
+        losses, parameters = [], [*model.train().parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+        for step in steps:
+            loss = loss_of(step)
+            loss.backward()
+            losses.append(loss.detach())
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack(losses)
+
+    first = deepcopy(model.state_dict())
+    return lambda job: [from_the_start("packed", model, partial(train, steps_of(job)), first)]
+
+
+def load(setup: Setup, folder: str) -> Any:
+    from modernbert import Embedder, MaskedLM
+
+    kind: Any = {"masked-lm": MaskedLM, "dense": Embedder}.get(folder, ColBERT)
+    return kind.from_pretrained(f"{setup.folder}/{folder}", dtype=setup.torch_dtype, device=setup.device)
+
+
+def masked_lm(setup: Setup) -> Build:
+    """The loss is computed of the masked tokens alone."""
+    model = load(setup, "masked-lm")
+
+    def loss_of(step: Step) -> Tensor:
+        ids, labels = zip(*step, strict=True)
+        return model.loss(pack(ids).to(setup.device), torch.cat(labels).to(setup.device))
+
+    return packed(model, loss_of)
+
+
+def pairs(setup: Setup, *, folder: str) -> Build:
+    """Every query against every document of its step."""
+    from modernbert.train.in_batch import in_batch_info_nce
+
+    model = load(setup, folder)
+
+    def loss_of(step: Step) -> Tensor:
+        queries, documents = (model(side.to(setup.device)) for side in sides(model, step))
+        return in_batch_info_nce(queries, documents, temperature=TEMPERATURES[folder])
+
+    return packed(model, loss_of)
+
+
+def sides(model: Any, step: Step) -> list[Any]:
+    """Queries and documents, as the model takes them."""
+    queries, documents = map(list, zip(*step, strict=True))
+    if isinstance(model, ColBERT):
+        return [model.tokenize_queries(queries, spans=False), model.tokenize_documents(documents, spans=False)]
+    return [model.tokenize(queries), model.tokenize(documents)]
+
+
+def trained(settings: str, setup: Setup, model: Any, home: Any, name: str, size: int, **options: Any) -> Variant:
+    """`train()` of a class `{name}Trainer`, with a new optimizer each time; nothing is written, logged or shown.
+
+    Args:
+        home: its package. size: texts or pairs of a forward pass. options: of the trainer; those in `args` are of
+            its `{name}TrainingArguments`, and `first` are the weights to start from.
     """
-    model: Any = peers.load_theirs(setup, attention) if attention else peers.load_ours(setup)
-    weight_ED = inputs.projection(model.config.hidden_size, WIDTH).to(setup.device, setup.torch_dtype).requires_grad_()
-    forward = peers.forward_of(model) if attention else model
+    known = {"output_dir": f"{setup.folder}/trainer", "per_device_train_batch_size": size, "num_train_epochs": 1}
+    known |= {"learning_rate": RATE, "weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+    known |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    known |= {"use_cpu": not setup.is_gpu, "dataloader_pin_memory": setup.is_gpu}
+    options["args"] = getattr(home, f"{name}TrainingArguments")(**known, **options["args"])
+    first, losses = options.pop("first"), []
+    trainer = getattr(home, f"{name}Trainer")(model=model, **options)
+    step = trainer.training_step
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        losses.append(step(*args, **kwargs))
+        return losses[-1]
+
+    def train() -> Tensor:
+        losses.clear()
+        trainer.optimizer = None
+        trainer.train()
+        return torch.stack(losses).view(STEPS, -1).sum(1)
+
+    trainer.training_step = recorded
+    return from_the_start(settings, model, train, first)
+
+
+def transformers(setup: Setup, *, sparse: bool = False) -> Build:
+    """The texts of a step at once as they come, or sorted by length in four forward passes."""
+    home, folder = import_module("transformers"), f"{setup.folder}/masked-lm"
+    known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype, "sparse_prediction": sparse}
+    model = home.ModernBertForMaskedLM.from_pretrained(folder, **known).to(setup.device)
+    first = deepcopy(model.state_dict())
+
+    def collate(rows: Step) -> dict[str, Tensor]:
+        ids, labels = zip(*rows, strict=True)
+        labels_BS = nn.utils.rnn.pad_sequence([*labels], batch_first=True, padding_value=-100)
+        return inputs.padded(ids, masked=True) | {"labels": labels_BS}
 
     def variants(job: Job) -> Iterator[Variant]:
-        pairs = len(job.lengths) // 2
-        sides = [peers.ids_of(job, range(pairs)), peers.ids_of(job, range(pairs, 2 * pairs))]
-        wanted_B, score = (
-            torch.arange(pairs, device=setup.device),
-            (padded_scores if attention else packed_scores)(sides),
-        )
-
-        def run() -> Tensor:
-            model.zero_grad(set_to_none=True)
-            weight_ED.grad = None
-            loss = F.cross_entropy(score(forward, weight_ED), wanted_B)
-            loss.backward()
-            return loss.detach()
-
-        def answer() -> Tensor:
-            """A gradient times the loss, so that both must be right."""
-            loss = run()
-            return peers.gradient_of(model) * loss.float().cpu()
-
-        yield Variant(f"{attention}, padded, einsum" if attention else "packed", run, answer)
+        count = len(steps_of(job)[0])
+        for size in dict.fromkeys((count, max(1, count // 4))):
+            args = {"gradient_accumulation_steps": count // size, "train_sampling_strategy": "sequential"}
+            rows = [*chain(*(sorted(step, key=lambda row: size < count and len(row[0])) for step in steps_of(job)))]
+            known = {"args": args, "train_dataset": rows, "data_collator": collate, "first": first}
+            yield trained(f"{size} texts at once", setup, model, home, "", size, **known)
 
     return variants
 
 
-Score = Callable[[Callable[[Any], Tensor], Tensor], Tensor]
-"""From a model and the projection to `[B, B]` scores, float32."""
+def sentence_transformers(setup: Setup, *, folder: str) -> Build:
+    name, loss = "SentenceTransformer", "MultipleNegativesRankingLoss"
+    if folder != "dense":
+        name, loss = "MultiVectorEncoder", f"MultiVector{loss}"
+    model = load_sentence_transformers(setup, folder, name)
+    losses = import_module(f"{type(model).__module__.rpartition('.')[0]}.losses")
+    return of_pairs(setup, model, getattr(losses, loss)(model, scale=1 / TEMPERATURES[folder]), name)
 
 
-def packed_scores(sides: Sequence[Sequence[Tensor]]) -> Score:
-    batches = [pack([ids.tolist() for ids in side]) for side in sides]
-
-    def score(model: Callable[[Any], Tensor], weight_ED: Tensor) -> Tensor:
-        queries, documents = (batch.to(weight_ED.device) for batch in batches)
-        queries_QE, documents_NE = (ops.project_normalize(model(batch), weight_ED) for batch in (queries, documents))
-        return ops.maxsim(queries_QE, queries.cu_seqlens, documents_NE, documents.cu_seqlens)
-
-    return score
+def pylate(setup: Setup, *, folder: str) -> Build:
+    model = load_pylate(setup)
+    loss = import_module("pylate.losses").Contrastive(model, temperature=TEMPERATURES[folder])
+    collator = import_module("pylate.utils").ColBERTCollator(model.tokenize)
+    return of_pairs(setup, model, loss, "SentenceTransformer", data_collator=collator)
 
 
-def padded_scores(sides: Sequence[Sequence[Tensor]]) -> Score:
-    given = [inputs.padded(side, masked=True) for side in sides]
+def of_pairs(setup: Setup, model: Any, loss: nn.Module, name: str, **options: Any) -> Build:
+    """The trainer of sentence-transformers, on pairs in their order."""
+    home, datasets = import_module("sentence_transformers"), import_module("datasets")
+    asked, found, first = model.prompts.get("query"), model.prompts.get("document"), deepcopy(model.state_dict())
 
-    def score(forward: Callable[[Any], Tensor], weight_ED: Tensor) -> Tensor:
-        queries, documents = (peers.onto(one, weight_ED.device) for one in given)
-        queries_BSE, documents_BSE = (
-            F.normalize(F.linear(forward(one), weight_ED), dim=-1) for one in (queries, documents)
-        )
-        scores_BBST = torch.einsum("ash,bth->abst", queries_BSE, documents_BSE).float()
-        best_BBS = scores_BBST.masked_fill(documents["attention_mask"][None, :, None] == 0, -math.inf).amax(-1)
-        return (best_BBS * queries["attention_mask"][:, None]).sum(-1)
+    def in_order(dataset: Any, *, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
-    return score
+    def variants(job: Job) -> Iterator[Variant]:
+        queries, documents = map(list, zip(*job.options["examples"], strict=True))
+        rows = datasets.Dataset.from_dict({"query": queries, "positive": documents})
+        args = {"batch_sampler": in_order, "prompts": {"query": asked, "positive": found}}
+        known = options | {"args": args, "train_dataset": rows, "loss": loss, "first": first}
+        yield trained(f"version {home.__version__}", setup, model, home, name, len(rows) // STEPS, **known)
+
+    return variants
 
 
-def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:
-    length, pairs = 64 if here.tries else 512, 64 if here.is_gpu else 3 if here.quick else 8
-    count = 16_384 // length if here.is_gpu else 2 if here.quick else 8
-    each = f"{count} texts of {length} tokens"
-    # Queries first, then documents of varied lengths, cut as ColBERT cuts them.
-    documents = [min(180, one) // (4 if here.tries else 1) for one in inputs.SETS["variable-short"].first(pairs)]
-    for model in ("modernbert-base", "ettin-17m") if here.is_gpu else ("ettin-17m",):
-        for workload in names:
-            lengths: tuple[int, ...] = (length,) * count
-            known: dict[str, Any] = {"backward": True}
-            if workload == "encoder":
-                more = () if here.quick else (EAGER, *(COMPILED if here.is_gpu else ()))
-                found, what = those(OURS, SDPA, FLASH, *more), f"{here.dtype}, {each}, forward and backward"
-            else:
-                found = {name: one._replace(builder=contrastive) for name, one in those(OURS, SDPA, FLASH).items()}
-                lengths = (*(32,) * pairs, *documents)
-                words = f"{pairs} queries of 32 tokens, as many documents of at most {max(documents)}"
-                what = f"{here.dtype}, {words}, contrastive loss"
-                # Heads and losses are not part of the roofline.
-                known |= {"reference": found[SDPA], "model_pass": False}
-            yield of_texts(here, workload, model, f"{model}, {what}", lengths, found, **known)
+def on_masked(here: Run, workload: str) -> Iterator[Table]:
+    from modernbert import MaskedLM
 
+    tokenizer, count = inputs.default().tokenizer, STEPS * (256 if here.is_gpu else 2 if here.quick else 8)
+    texts = [one["text"] for one in inputs.examples(here.texts, count)]
+    texts = [torch.tensor(one.ids) for one in tokenizer.encode_beginnings(texts, max_length=LONGEST)]
+    examples, draw, trainer = [], torch.Generator().manual_seed(0), "transformers Trainer"
+    for ids in [inputs.ids(at, 512) for at in range(count)] if workload == "masked-lm-512" else texts:
+        hidden = torch.rand(len(ids), generator=draw) < MASKED
+        examples.append((ids.masked_fill(hidden, tokenizer.mask_token_id), ids.masked_fill(~hidden, -100)))
+    found = {OURS: Peer(masked_lm), trainer: Peer(transformers, package="accelerate")}
+    found[f"{trainer}, sparse"] = found[trainer]._replace(options={"sparse": True})
+    for model in models(here, "modernbert-base", "ettin-17m"):
+        inputs.save_from(here.setup(model, here.dtype).folder, "masked-lm", MaskedLM)
+        width, classes = (config := EncoderConfig.preset(model)).hidden_size, config.vocab_size
+        # The dense layer and the decoder, of the masked tokens, in both passes.
+        flops = 6 * sum(int((labels >= 0).sum()) for _, labels in examples) * width * (width + classes)
+        lengths, known = [len(ids) for ids, _ in examples], {"reference": found[trainer], "head_flops": flops}
+        yield from of_steps(here, workload, model, lengths, examples, found, **known)
+
+
+def on_pairs(here: Run, workload: str, *, folder: str) -> Iterator[Table]:
+    found = {OURS: Peer(pairs), "sentence-transformers": Peer(sentence_transformers, package="datasets")}
+    save, found = (inputs.save_embedder, found) if folder == "dense" else (inputs.save_colbert, found | PYLATE)
+    found = {name: peer._replace(options={"folder": folder}) for name, peer in found.items()}
+    rows = inputs.examples(here.pairs, STEPS * (512 if here.is_gpu else 2 if here.quick else 16))
+    examples = [(one["query"], one["positive"]) for one in rows]
+    for model in models(here, "modernbert-base", "ettin-17m"):
+        save((setup := replace(here.setup(model, here.dtype), device="cpu")).folder)
+        lengths = [length for side in sides(load(setup, folder), examples) for length in side.batch.lengths]
+        known = {"reference": found["sentence-transformers"], "model_pass": False}
+        yield from of_steps(here, workload, model, lengths, examples, found, **known)
+
+
+def of_steps(
+    here: Run, workload: str, model: str, lengths: Sequence[int], examples: Step, found: dict[str, Peer], **more: Any
+) -> Iterator[Table]:
+    """Tokens a second with the time of a step, and peak memory."""
+    what = f"{model}, {here.dtype}, {workload}: {STEPS} steps of {len(examples) // STEPS} examples"
+    what += f", {sum(lengths):,} tokens in texts of {min(lengths)} to {max(lengths)}"
+    shortest = sorted(examples, key=lambda one: sum(map(len, one)))[:STEPS]
+    known = {"backward": True, "options": {"examples": examples, "warm": {"examples": shortest}}, "rounds": 3}
+    table = of_texts(here, workload, model, what, lengths, found, **known | more)
+    yield replace(table, measure=with_step_time)
+    yield replace(table, **PEAK | {"rounds": 2})
+
+
+def with_step_time(workers: Workers, table: Table) -> Result:
+    result, tokens = harness.speed(workers, table), 1e3 * sum(table.job.lengths) / STEPS
+    for one in [*result.rows]:
+        times = {name: rounded(tokens / one[of]) for name, of in (("median", "median"), ("min", "max"), ("max", "min"))}
+        result.rows.append(one | times | {"figure": "step", "unit": "ms"})
+    return result
+
+
+PYLATE = {"PyLate": Peer(pylate, package="pylate")}
+WORKLOADS: dict[str, tuple[Callable[[Run, str], Iterator[Table]], str]] = {
+    "masked-lm": (on_masked, "steps of masked language modelling, 30 percent of the tokens of real texts"),
+    "masked-lm-512": (on_masked, "the same of texts of 512 tokens"),
+    "dense": (partial(on_pairs, folder="dense"), "steps of contrastive learning on real pairs, one vector a text"),
+    "late-interaction": (partial(on_pairs, folder="colbert-128"), "the same, one vector a token, scored by MaxSim"),
+}
 
 SUITES = {
     "training": Suite(
-        "forward and backward of the encoder, and with late interaction",
-        {
-            "encoder": "tokens per second, texts of 512 tokens, weights and activations in one dtype",
-            "contrastive": "forward and backward of pairs: every query against every document by MaxSim",
-        },
-        "transformers (eager, sdpa, FlashAttention, under torch.compile)",
-        harness.of_tables(tables),
+        "steps of training: tokens a second, time, peak memory",
+        {name: line for name, (_, line) in WORKLOADS.items()},
+        "the Trainer of transformers, sentence-transformers, PyLate",
+        harness.of_tables(lambda here, names: (table for name in names for table in WORKLOADS[name][0](here, name))),
         weight=12,
     )
 }

@@ -4,7 +4,7 @@ Operations are those of the matrix products, two for a multiplication and an add
 of tokens that see each other, so padding and hidden pairs do not count. Bytes are what each kernel of our encoder must
 read and write once, weights included; everything is fused that `modernbert/encoder.py` fuses.
 
-Heads, losses and optimizers do not count.
+Losses and optimizers do not count, heads where a job has their operations.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def least_seconds(
 
 def shares(config: EncoderConfig, job: Job, seconds: float, rates: Rates, dtype: torch.dtype) -> Row:
     """Operations per second of a pass, and their share of what this machine reached in this run."""
-    done = flops(config, job.lengths, backward=job.backward) / seconds
+    done = (flops(config, job.lengths, backward=job.backward) + job.head_flops) / seconds
     least = least_seconds(config, job.lengths, dtype.itemsize, rates.matmul, rates.copy)
     return {
         "rates": {"copy_gb_per_s": rounded(rates.copy, 1e-9), "matmul_tflop_per_s": rounded(rates.matmul, 1e-12)},

@@ -61,6 +61,7 @@ class Job:
         checked: indices of the texts whose hidden states are compared with the reference.
         batch: texts of a batch where a protocol fixes it; None leaves the choice to the implementation.
         from_host: the ids are on the host, and their copy to the device is timed.
+        head_flops: operations beside those of the encoder.
         options: further arguments for particular builders.
     """
 
@@ -69,6 +70,7 @@ class Job:
     batch: int | None = None
     from_host: bool = False
     backward: bool = False
+    head_flops: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -109,7 +111,7 @@ class Peer(NamedTuple):
         applies: whether it runs in such a setup at all. package: must be installed.
         slow: compiles for minutes, and is left out where time is short.
         exact: is refused where it differs from the reference; others are not, and their rows have the error.
-        checkout: the project's folder that `modernbert` is imported from, by default this one.
+        paths: folders from which modules are imported first: another checkout, or packages that are not here.
     """
 
     builder: Callable[..., Build]
@@ -118,7 +120,7 @@ class Peer(NamedTuple):
     package: str | None = None
     slow: bool = False
     exact: bool = True
-    checkout: str | None = None
+    paths: tuple[str, ...] = ()
 
 
 class Worker:
@@ -128,8 +130,7 @@ class Worker:
         self.connection, theirs = Pipe()
         self.log = Path(tempfile.mkstemp(dir=scratch, suffix=".log")[1])
         # `benchmarks` is always that of this checkout; `modernbert` may be another's.
-        checkout = Path(peer.checkout) if peer.checkout else ROOT
-        paths = [str(checkout), str(checkout / "kernels"), *(path for path in sys.path if path)]
+        paths = [*peer.paths, str(ROOT), str(ROOT / "kernels"), *(path for path in sys.path if path)]
         code = f"import sys; sys.path[:] = {paths!r}; import benchmarks; benchmarks.__path__ = [{str(HERE)!r}]; "
         code += f"from benchmarks.worker import serve; serve({theirs.fileno()})"
         # What another process compiled is not found again. Thread pools of tokenizers read RAYON_NUM_THREADS.
@@ -212,9 +213,6 @@ def attempt(work: Call) -> tuple[bool, Any]:
     except Exception as error:
         release()
         return False, f"fails: {type(error).__name__}: {str(error)[:300]}"
-
-
-# The requests. All take the state of the process first.
 
 
 def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "browser: needs a browser")
     config.addinivalue_line("markers", "interpreter: runs Triton's kernels on the CPU; with TRITON_INTERPRET=1 only")
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    forget_garbage()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_garbage() -> Iterator[None]:
+    yield
+    forget_garbage()
+
+
+def forget_garbage() -> None:
+    """Collect garbage now, and never look at what is left again: millions of objects, of which most are modules and
+    compiled graphs, make every full collection take a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

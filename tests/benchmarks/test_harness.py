@@ -165,7 +165,7 @@ def test_another_checkout_takes_part_with_our_plain_modules_alone(here: Run, tmp
     peers = {OURS: Peer(pretend, {"how": "right"}), SESSION: Peer(pretend), "transformers": Peer(pretend)}
     found = here.peers(harness.replace(table(), peers=peers))
     assert list(found) == [SESSION, OURS, BEFORE]
-    assert found[BEFORE] == peers[OURS]._replace(checkout=str(tmp_path))
+    assert found[BEFORE] == peers[OURS]._replace(paths=(str(tmp_path), str(tmp_path / "kernels")))
     assert not list(harness.measure(here, [table(other=Peer(pretend))])), "a table without ours is left out"
 
 
@@ -175,7 +175,10 @@ def test_another_checkout_is_imported_in_its_process_alone(tmp_path: Path) -> No
     for name in ("modernbert", "kernels", "benchmarks"):
         shutil.copytree(root / name, checkout / name, ignore=shutil.ignore_patterns("assets", "results", "__pycache__"))
     (checkout / "benchmarks" / "worker.py").write_text("raise ImportError('of the other checkout')")
-    for peer, expected in ((Peer(where_from), root), (Peer(where_from, checkout=str(checkout)), checkout)):
+    for peer, expected in (
+        (Peer(where_from), root),
+        (Peer(where_from, paths=(str(checkout), str(checkout / "kernels"))), checkout),
+    ):
         one = Worker(SETUP, peer, tmp_path)
         assert one.ask(worker.answer, timeout=120, job=Job((1,))).item() == len(str(expected))
         one.close()

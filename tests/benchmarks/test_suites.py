@@ -13,7 +13,7 @@ from local_worker import LocalWorker
 
 import modernbert_kernels as ops
 from benchmarks import __main__ as commands
-from benchmarks import clock, harness, inputs, peers, retrieval, worker
+from benchmarks import clock, harness, inputs, peers, retrieval, training, worker
 from benchmarks import ops as kernels
 from benchmarks.harness import Result, Run
 from benchmarks.peers import PEERS, SDPA
@@ -21,6 +21,7 @@ from benchmarks.rows import read, row
 from benchmarks.worker import OURS, SESSION, Job, Setup
 from modernbert import EncoderConfig
 
+TRAINER = "transformers Trainer"
 SMALL = EncoderConfig(
     vocab_size=16_384, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
 )
@@ -29,6 +30,7 @@ SMALL = EncoderConfig(
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "Worker", LocalWorker)
+    monkeypatch.setattr(worker, "release", lambda **_: None)  # the objects of all tests are many
     monkeypatch.setattr(retrieval, "THREADS", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(EncoderConfig, "preset", lambda name: SMALL)
@@ -58,9 +60,10 @@ def names_of(result: Result) -> set[str]:
     ("suite", "workloads", "wanted"),
     [
         ("paper-table", ["variable-short"], {OURS, SESSION, SDPA}),
-        ("memory", ["backward"], {OURS, SDPA}),
+        ("memory", ["forward"], {OURS, SDPA}),
         ("latency", ["query-32"], {OURS, SESSION, SDPA}),
-        ("training", [], {OURS, SDPA}),
+        ("training", ["masked-lm"], {OURS, TRAINER, f"{TRAINER}, sparse"}),
+        ("training", ["dense", "late-interaction"], {OURS, "sentence-transformers"}),
         ("colbert", ["maxsim-128"], {OURS, "padded einsum, as PyLate"}),
         ("cpu", ["documents-short"], {OURS, SESSION, "sentence-transformers"}),
         ("cpu", ["search-10k"], {OURS}),
@@ -83,6 +86,24 @@ def test_a_suite_has_rows_of_every_implementation_that_is_right(
                 and (other["figure"], other["pass"]) == (one["figure"], one["pass"])
                 and other["tolerance"] is not None
             }
+
+
+def test_steps_with_other_losses_are_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = training.packed
+    monkeypatch.setattr(training, "packed", lambda model, loss_of: packed(model, lambda step: 1.001 * loss_of(step)))
+    for result in run("training", "dense"):
+        (reason,) = result.refused.values()
+        assert "differs from the reference by" in reason
+        assert names_of(result) == {"sentence-transformers"}
+
+
+def test_steps_have_their_time_and_their_memory(run: Any) -> None:
+    speed, memory = run("training", "masked-lm")
+    rate, step = ([one for one in speed.rows if one["figure"] == figure] for figure in ("throughput", "step"))
+    for first, second in zip(rate, step, strict=True):
+        ms = 1e3 * first["lengths"]["tokens"] / training.STEPS / first["median"]
+        assert second["min"] <= second["median"] == pytest.approx(ms, rel=1e-3)
+    assert {one["figure"] for one in memory.rows} == {"peak memory"}
 
 
 def test_compiled_graphs_give_the_hidden_states_of_padded_batches(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from safetensors.numpy import load_file
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.cli import main
-from modernbert.cli.search import QUESTIONS
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.retrieval import index
 from modernbert.retrieval.store.search import Store
@@ -295,15 +294,3 @@ def test_documents_cannot_drive_the_terminal_nor_break_its_encoding(modernbert, 
     assert (status, err) == (0, "")
     assert b"owls  [31mhunt  mice ?\n" in raw.getvalue()
     assert not set(raw.getvalue()) & {0x1B, 0x07}
-
-
-def test_the_demo_answers_its_questions(modernbert):
-    """The built-in model ranks a passage of the right article first for each built-in question."""
-    status, out, err = modernbert("demo")
-    assert (status, err) == (0, "")
-    assert "of 1,581 documents (Wikipedia), read and encoded in" in out
-    answers = ("Cardiovascular disease", "Precipitation", "Structural engineering")
-    for question, article in zip(QUESTIONS, answers, strict=True):
-        first = out.split(question)[1].split("\n1. ")[1].split("\n2. ")[0]
-        assert first.splitlines()[1].strip() == article
-        assert "why: " in first

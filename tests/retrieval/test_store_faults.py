@@ -370,7 +370,7 @@ def test_control_c_can_be_resumed(tmp_path, modernbert_tokenizer_file):
     """The command is interrupted: it prints one line, and the same command finishes the work."""
     model, source, folder = tmp_path / "model", tmp_path / "corpus.jsonl", tmp_path / "store"
     small_colbert(modernbert_tokenizer_file.parent).save_pretrained(model)
-    write_corpus(source, corpus(3000))
+    write_corpus(source, corpus(1000))
     code = (
         "from modernbert.retrieval import build\nfrom modernbert.retrieval.store import writer\n"
         "build.PASSAGES = writer.PASSAGES = 64\nfrom modernbert.cli import main; main()"
@@ -394,4 +394,4 @@ def test_control_c_can_be_resumed(tmp_path, modernbert_tokenizer_file):
     assert err.splitlines()[-1].startswith(f"modernbert: interrupted; {folder} is as it was")
     ended = subprocess.run(command, env=where, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "")
-    assert "3,000 documents added" in ended.stderr
+    assert "1,000 documents added" in ended.stderr
