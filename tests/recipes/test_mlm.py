@@ -66,7 +66,10 @@ def words(config):
     """The command line of a config."""
     changed = {name: value for name, value in vars(config).items() if value != getattr(Config, name, None)}
     assert changed.pop("autocast") is False
-    return ["--no-autocast", *[word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]]
+    return [
+        "--no-autocast",
+        *[word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))],
+    ]
 
 
 def rows_of(folder, name):
