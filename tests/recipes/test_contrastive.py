@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from modernbert.train.distributed import ALONE
 from modernbert.train.options import parse
 from modernbert.train.teacher import Teacher, text_key, token_texts
 
+HERE = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 WORDS = ["river", "mountain", "engine", "pressure", "violin", "market", "planet", "protein"]
 
 
@@ -371,7 +373,7 @@ def test_two_ranks_score_the_documents_of_both(toy, tmp_path):
     words = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
     command = [*torchrun, sys.executable, "-m", "modernbert.recipes.contrastive", *words]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["model"]
     for name, wanted in one.state_dict().items():
