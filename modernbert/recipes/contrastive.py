@@ -127,20 +127,18 @@ def train(config: Config, output: Path, group: Ranks) -> ColBERT:
             f"{taught.sum():,} pairs have a teacher's vectors, and its loss needs all scores of a batch: leave out "
             "--chunk-tokens and train on one rank, or leave out --teacher-pairs"
         )
+    topics = topic_vectors(pairs.positives, table.detach().float().cpu().numpy())
+
+    def batches(first: int) -> Iterator[np.ndarray]:
+        limits = {"max_pairs": config.batch_pairs, "max_tokens": config.batch_tokens}
+        shares = {"first": first, "rank": group.rank, "world_size": group.world_size}
+        # Pairs with and without a teacher's vectors never share a batch.
+        return epochs(pairs.lengths, strata, topics, seed=config.seed, **limits, **shares)
+
     fit(
         model,
         adamw(model, table, learning_rate=config.learning_rate, table_rate=config.embedding_learning_rate),
-        partial(
-            epochs,
-            pairs.lengths,
-            strata,  # pairs with and without a teacher's vectors never share a batch
-            topic_vectors(pairs.positives, table.detach().float().cpu().numpy()),
-            max_pairs=config.batch_pairs,
-            max_tokens=config.batch_tokens,
-            seed=config.seed,
-            rank=group.rank,
-            world_size=group.world_size,
-        ),
+        batches,
         partial(batch_loss, config, model, pairs, teacher)
         if whole
         else partial(large_loss, config, model, pairs, group),

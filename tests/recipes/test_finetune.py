@@ -72,6 +72,8 @@ def config(start, tmp_path):
             "batch_size": 16,
             "learning_rate": 5e-3,
             "threads": 1,
+            "model": str(start),
+            "output": str(tmp_path / "out"),
             "autocast": False,
             "save_minutes": 0.0,
             "labels": ("bad", "good") if task == "texts" else (),
@@ -80,8 +82,6 @@ def config(start, tmp_path):
             task=task,
             train=str(tmp_path / "train.jsonl"),
             dev=str(tmp_path / "dev.jsonl"),
-            model=str(start),
-            output=str(tmp_path / "out"),
             **{**settings, **changes},
         )
 

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from modernbert.train.options import parse
 from modernbert.train.stages import STAGES
 from modernbert.train.vocabulary import train_cased_tokenizer
 
+HERE = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 WORDS = ["the", "river", "runs", "to", "sea", "and", "an", "engine", "makes", "pressure", "while", "markets", "turn"]
 TINY = Config(
     texts="",
@@ -128,7 +130,9 @@ def test_a_killed_run_resumes_to_bit_equal_weights(config, tmp_path, monkeypatch
 def test_kill_9_at_any_time_loses_nothing(config, tmp_path):
     config = replace(config, validation="")
     whole = main(replace(config, output=str(tmp_path / "whole")))
-    run = subprocess.Popen([sys.executable, "-m", "modernbert.recipes.mlm", *words(config)], stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "modernbert.recipes.mlm", *words(config)], env=HERE, stdout=subprocess.DEVNULL
+    )
     log, limit = tmp_path / "out" / "stage-1" / "checkpoint.pt", time.monotonic() + 120
     while not log.exists() and run.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
@@ -139,15 +143,22 @@ def test_kill_9_at_any_time_loses_nothing(config, tmp_path):
 
 
 def test_two_ranks_are_one_rank(config, tmp_path):
-    config = replace(config, validation="", dropout=0.0, tokens=7_000)
+    # One bin in a batch of either: which tokens are masked is decided for each batch.
+    config = replace(config, validation="", dropout=0.0, tokens=7_000, learning_rate=1e-3, rank_tokens=64)
     one = main(replace(config, output=str(tmp_path / "one")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
     command = [*torchrun, sys.executable, "-m", "modernbert.recipes.mlm", *words(config)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
     two = MaskedLM.from_pretrained(tmp_path / "out" / "model")
     for (name, wanted), got in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-3, msg=name)
+        # Adam makes steps of the learning rate of gradients that are nothing but rounding, so single weights differ.
+        assert (got - wanted).abs().mean() < 2e-5, name
+    losses = [
+        [row["loss"] for n in (1, 2, 3) for row in rows_of(tmp_path / name / f"stage-{n}", "loss")]
+        for name in ("one", "out")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
 
 
 def test_the_defaults_are_the_published_run():
@@ -200,7 +211,7 @@ def test_other_texts_are_refused_in_the_folder_of_a_run(config, tmp_path):
     config = replace(config, tokens=2_000)
     main(config)
     (tmp_path / "texts.jsonl").write_text(lines(3))
-    with pytest.raises(ValueError, match=r"manifest\.json belongs to another run: source is"):
+    with pytest.raises(ValueError, match=r"out/shards has other shards: source is"):
         main(config)
 
 
