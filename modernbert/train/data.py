@@ -221,7 +221,17 @@ class TokenizedPairs:
             for side in ("queries", "positives", "negatives")
             if f"{side}.values" in arrays
         }
-        return cls(**sides, **{name: array for name, array in arrays.items() if "." not in name})
+        return cls(
+            queries=sides["queries"],
+            positives=sides["positives"],
+            lengths=arrays["lengths"],
+            sources=arrays["sources"],
+            positive_groups=arrays["positive_groups"],
+            teacher_index=arrays["teacher_index"],
+            negatives=sides.get("negatives"),
+            negative_offsets=arrays.get("negative_offsets"),
+            scores=arrays.get("scores"),
+        )
 
 
 def tokenizer_files(file: Path) -> dict[str, bytes]:

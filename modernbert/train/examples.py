@@ -219,7 +219,7 @@ def _with_source(row: Row, query: str, positive: str) -> Pair:
         raise ValueError(f'"source" must be a string, got {source!r:.60}')
     if not isinstance(group, str) and type(group) is not int:
         raise ValueError(f'"group" must be a string, got {group!r:.60}')
-    source.encode(), str(group).encode()
+    f"{source}{group}".encode()  # as in `_text`
     return Pair(query, positive, source, group)
 
 
