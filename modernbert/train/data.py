@@ -24,6 +24,7 @@ from .options import check_same
 from .ragged import CHUNK, RaggedBuilder, chunks
 from .ragged import RaggedIds as RaggedIds
 from .reading import digest as digest
+from .reading import files as pair_files  # noqa: F401  (a recipe asks for the files of its pairs)
 from .reading import versions as versions
 from .teacher import Teacher, text_key
 

@@ -150,7 +150,7 @@ from modernbert.train.shards import write_shards
 
 if __name__ == "__main__":
     texts, tokenizer, folder = sys.argv[1:]
-    write_shards(texts, Tokenizer.from_pretrained(tokenizer), folder, characters=3000, processes=2)
+    write_shards(texts, Tokenizer.from_pretrained(tokenizer), folder, characters=30_000, processes=2)
 """
 
 
@@ -168,8 +168,8 @@ def test_what_killed_processes_left_is_finished_to_the_files_of_one_process(toke
     assert ids_file(tmp_path / "out", 5).exists()
     assert json.loads((tmp_path / "out" / MANIFEST).read_text())["shards"] is None
     (tmp_path / "out" / ".000099.ids.npy.0123abcd").write_bytes(b"half")  # as a kill within a write leaves it
-    write_shards(corpus, tokenizer, tmp_path / "out", characters=3000)
-    write_shards(corpus, tokenizer, tmp_path / "whole", characters=3000)
+    write_shards(corpus, tokenizer, tmp_path / "out", characters=30_000)
+    write_shards(corpus, tokenizer, tmp_path / "whole", characters=30_000)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
