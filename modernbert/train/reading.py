@@ -64,7 +64,7 @@ def read_rows(source: Source, names: Mapping[str, str] | None = None) -> Iterato
         if names:
             renamed = {name: row.fields[there] for name, there in names.items() if there in row.fields}
             others = {name: value for name, value in row.fields.items() if name not in names.values()}
-            row = row._replace(fields=others | renamed)
+            row = Row(others | renamed, row.file, row.where)
         yield row
 
 
