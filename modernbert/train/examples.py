@@ -5,9 +5,9 @@ Pairs and triples, documents with a teacher's scores, labelled texts and pairs o
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -252,9 +252,9 @@ def _class(value: object, labels: Sequence[str]) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):  # pyright: ignore[reportArgumentType]
-        raise ValueError(f'"{name}" must be a finite number, got {value!r:.60}')
-    return float(value)  # pyright: ignore[reportArgumentType]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f'"{name}" must be a finite number, got {value!r:.60}')
 
 
 def _texts(fields: Mapping[str, object], name: str) -> list[str]:
