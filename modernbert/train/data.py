@@ -24,6 +24,7 @@ from .options import check_same
 from .ragged import CHUNK, RaggedBuilder, chunks
 from .ragged import RaggedIds as RaggedIds
 from .reading import digest as digest
+from .reading import files as pair_files  # noqa: F401  (a recipe asks for the files of its pairs)
 from .reading import versions as versions
 from .teacher import Teacher, text_key
 
@@ -221,7 +222,17 @@ class TokenizedPairs:
             for side in ("queries", "positives", "negatives")
             if f"{side}.values" in arrays
         }
-        return cls(**sides, **{name: array for name, array in arrays.items() if "." not in name})
+        return cls(
+            queries=sides["queries"],
+            positives=sides["positives"],
+            lengths=arrays["lengths"],
+            sources=arrays["sources"],
+            positive_groups=arrays["positive_groups"],
+            teacher_index=arrays["teacher_index"],
+            negatives=sides.get("negatives"),
+            negative_offsets=arrays.get("negative_offsets"),
+            scores=arrays.get("scores"),
+        )
 
 
 def tokenizer_files(file: Path) -> dict[str, bytes]:

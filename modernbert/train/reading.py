@@ -64,7 +64,7 @@ def read_rows(source: Source, names: Mapping[str, str] | None = None) -> Iterato
         if names:
             renamed = {name: row.fields[there] for name, there in names.items() if there in row.fields}
             others = {name: value for name, value in row.fields.items() if name not in names.values()}
-            row = row._replace(fields=others | renamed)
+            row = Row(others | renamed, row.file, row.where)
         yield row
 
 
@@ -193,7 +193,7 @@ def _data_set(folder: Path) -> Iterable[Mapping[str, object]]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("to read a folder of save_to_disk: pip install datasets") from error
     try:
-        return datasets.Dataset.load_from_disk(str(folder))
+        return datasets.Dataset.load_from_disk(str(folder))  # pyright: ignore[reportReturnType]
     except Exception as error:  # a damaged file of the folder raises nearly any exception
         raise ValueError(f"{folder} is damaged, or not a data set that save_to_disk has written: {error}") from error
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -148,43 +149,44 @@ from modernbert.tokenizer import Tokenizer
 from modernbert.train.shards import write_shards
 
 if __name__ == "__main__":
-    texts, tokenizer, folder, processes = sys.argv[1:]
-    write_shards(texts, Tokenizer.from_pretrained(tokenizer), folder, characters=3000, processes=int(processes))
+    texts, tokenizer, folder = sys.argv[1:]
+    write_shards(texts, Tokenizer.from_pretrained(tokenizer), folder, characters=30_000, processes=2)
 """
 
 
-def test_processes_that_were_killed_go_on_to_the_files_of_one_process(tokenizer, corpus, tmp_path):
-    write_texts(corpus, TEXTS * 20)
+def test_what_killed_processes_left_is_finished_to_the_files_of_one_process(tokenizer, corpus, tmp_path):
+    write_texts(corpus, TEXTS * 40)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, tmp_path / "script.py", corpus, tmp_path / "tokenizer", tmp_path / "out", "2"]
+    command = [sys.executable, tmp_path / "script.py", corpus, tmp_path / "tokenizer", tmp_path / "out"]
     path = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     run = subprocess.Popen(command, env=path, start_new_session=True)
     while run.poll() is None and not ids_file(tmp_path / "out", 5).exists():
         time.sleep(0.005)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    names = content(tmp_path / "out").keys()
+    assert ids_file(tmp_path / "out", 5).exists()
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["shards"] is None
     (tmp_path / "out" / ".000099.ids.npy.0123abcd").write_bytes(b"half")  # as a kill within a write leaves it
-    if json.loads((tmp_path / "out" / MANIFEST).read_text())["shards"] is not None:
-        pytest.skip("it had finished before it was killed")
-    again = subprocess.run(command, env=path, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    write_shards(corpus, tokenizer, tmp_path / "whole", characters=3000)
+    write_shards(corpus, tokenizer, tmp_path / "out", characters=30_000)
+    write_shards(corpus, tokenizer, tmp_path / "whole", characters=30_000)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert len(names) < len(content(tmp_path / "whole"))
 
 
-def test_of_two_callers_one_writes_and_the_other_waits(tokenizer, corpus, tmp_path):
+def test_of_two_callers_one_writes_and_the_other_waits(tokenizer, corpus, tmp_path, monkeypatch):
     """As the ranks of a run start."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, tmp_path / "script.py", corpus, tmp_path / "tokenizer", tmp_path / "out", "1"]
-    path = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    runs = [subprocess.Popen(command, env=path) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    write_shards(corpus, tokenizer, tmp_path / "whole", characters=3000)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    real, numbers = writer._write_shard, []
+
+    def write(folder, number, *rest):
+        numbers.append(number)
+        time.sleep(0.01)
+        real(folder, number, *rest)
+
+    monkeypatch.setattr(writer, "_write_shard", write)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(write_shards, corpus, tokenizer, tmp_path / "out", characters=3000) for _ in range(2)]
+        assert documents(calls[0].result()) == documents(calls[1].result())
+    assert numbers == sorted(set(numbers))
 
 
 def test_shards_of_another_tokenizer_are_refused_with_both_names(tokenizer, corpus, tmp_path):

@@ -76,6 +76,7 @@ BAD = {
     "too many scores": (read_scored, SCORED | {"scores": [1, 2, 3, 4]}, "a list of 3 numbers.*got 4"),
     "a NaN": (read_scored, SCORED | {"scores": [1, math.nan, 2]}, r'"scores\[1\]" must be a finite number, got nan'),
     "an infinity": (read_scored, SCORED | {"scores": [1, 2, -math.inf]}, r'"scores\[2\]" .*got -inf'),
+    "a huge number": (read_scored, SCORED | {"scores": [1, 10**400, 3]}, r'"scores\[1\]" must be a finite number'),
     "a score in words": (read_scored, SCORED | {"scores": [1, "2", 3]}, r'"scores\[1\]" must be a finite number'),
     "a score that is true": (read_scored, SCORED | {"scores": [True, 2, 3]}, r'"scores\[0\]" must be a finite number'),
     "one document": (read_scored, SCORED | {"documents": ["a"], "scores": [1]}, '"documents" has 1 texts'),
