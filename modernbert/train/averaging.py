@@ -79,7 +79,11 @@ class EMA:
         A state dict has the shards of FSDP2, which after a forward pass may have put whole tensors into the modules.
         """
         state = plain_names(self._model.state_dict(keep_vars=True))
-        return {name: each.detach() for name, each in state.items() if each.requires_grad}
+        first: dict[Tensor, str] = {}  # tied weights have several names
+        for name, each in state.items():
+            if each.requires_grad:
+                first.setdefault(each, name)
+        return {name: each.detach() for each, name in first.items()}
 
     @torch.no_grad()
     def update(self) -> None:

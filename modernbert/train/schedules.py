@@ -1,6 +1,6 @@
 """Factors of the learning rate: a warm-up, a plateau and a decay.
 
-A schedule is a function of the step, counted from 0, to the factor by which `fit` multiplies the optimizer's learning
+A schedule is a `Callable[[int], float]`, of the step, counted from 0, to the factor by which `fit` multiplies the optimizer's learning
 rates: `partial(warmup_stable_decay, total=10_000, warmup=600, decay=2_000)`. `stages.Stage.factor` is one in tokens.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import MappingProxyType
-
-Schedule = Callable[[int], float]
 
 
 def linear(left: float) -> float:

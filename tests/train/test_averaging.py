@@ -175,6 +175,20 @@ def test_frozen_parameters_have_no_average_and_stay():
         assert torch.equal(model[0].weight, small()[0].weight)
 
 
+def test_tied_weights_have_one_average():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    model[1].weight = model[0].weight
+    ema = EMA(model, decay=0.5)
+    assert ema.state_dict().keys() == {"0.weight", "1.bias"}
+    before = model[1].weight.detach().clone()
+    with torch.no_grad():
+        model[1].weight += 1
+    ema.update()
+    with ema.applied():
+        torch.testing.assert_close(model[1].weight.detach(), before + 0.5)
+    assert torch.equal(model[1].weight, before + 1)
+
+
 def test_averages_of_another_model_are_refused_and_nothing_changes():
     ema = EMA(small(), decay=0.9)
     before = {name: value.clone() for name, value in ema.state_dict().items()}

@@ -13,6 +13,7 @@ import torch
 from accuracy import assert_accurate
 from torch import Tensor, nn
 
+from modernbert.train import optim
 from modernbert.train.optim import StableAdamW, adamw, load_moments
 
 SHAPES = [(7,), (5, 3), (64, 33), (1,), (2, 3, 4), (0, 4), ()]
@@ -84,6 +85,19 @@ def test_stable_adamw_is_its_formula(dtype, settings):
             torch.testing.assert_close(weight.detach(), truth, rtol=1e-13, atol=1e-13)
         else:
             assert_accurate(weight.detach(), plain, truth)
+
+
+def test_many_parts_are_as_one(monkeypatch):
+    """What one call updates is bounded, for memory."""
+    found = []
+    for elements in (2**26, 40, 0):
+        monkeypatch.setattr(optim, "ELEMENTS", elements)
+        problems = [problem(shape) for shape in SHAPES]
+        weights = [nn.Parameter(weight.clone()) for weight, _ in problems]
+        train(StableAdamW(weights, weight_decay=0.1), weights, [grads for _, grads in problems], RATES[:20])
+        found.append(weights)
+    for weights in zip(*found, strict=True):
+        assert all(torch.equal(weights[0], weight) for weight in weights)
 
 
 def test_a_surprise_is_damped_for_its_tensor_only():
