@@ -41,13 +41,21 @@ def without_cache(encode: Callable, columns: list[list[Packed]], loss: Callable[
     return loss(*joined)
 
 
-def step(run: Callable[..., Tensor], model: Model, factor: float = 1.0, **options: Any) -> dict[str, Tensor]:
+def step(run: Callable[..., Tensor], model: Model, factor: float, loss_of: Callable[..., Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(5)
-    loss = run(model, chunks(), options.pop("loss", LOSS), **options)
+    loss = run(model, chunks(), loss_of)
     between = torch.rand(1)
     (factor * loss).backward()
     return {"loss": loss.detach(), "random": torch.cat([between, torch.rand(1)]), **gradients(model)}
+
+
+def assert_as_without_cache(
+    model: Model, *, limit: float = 1e-12, factor: float = 1.0, loss: Callable[..., Tensor] = LOSS
+) -> None:
+    """Loss, gradients and random numbers, to `limit` of the largest entry."""
+    got, wanted = (step(run, model, factor, loss) for run in (grad_cache, without_cache))
+    assert_same(got, wanted, limit)
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["late interaction", "dense"])
@@ -58,9 +66,7 @@ def test_gradients_are_those_without_cache(late: bool, config: dict[str, Any], f
 
     The random numbers that come after each pass are the same too, so that all else in a run stays as it is.
     """
-    model = make(late, **config)
-    got, wanted = (step(run, model, factor) for run in (grad_cache, without_cache))
-    assert_same(got, wanted, 1e-12)
+    assert_as_without_cache(make(late, **config), factor=factor)
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["late interaction", "dense"])
@@ -79,8 +85,7 @@ def test_float32_gradients_are_as_accurate_as_without_cache(late: bool) -> None:
 @pytest.mark.parametrize("late", [True, False], ids=["late interaction", "dense"])
 def test_float32_with_dropout_draws_the_same_masks(late: bool) -> None:
     """A hundred rounding steps of the largest entry; other masks would change gradients by their own size."""
-    model = make(late, torch.float32, **DROPOUT)
-    assert_same(*(step(run, model) for run in (grad_cache, without_cache)), 100 * torch.finfo(torch.float32).eps)
+    assert_as_without_cache(make(late, torch.float32, **DROPOUT), limit=100 * torch.finfo(torch.float32).eps)
 
 
 def test_late_interaction_of_colbert_with_expansion_and_a_skiplist() -> None:
@@ -110,7 +115,7 @@ def test_late_interaction_of_colbert_with_expansion_and_a_skiplist() -> None:
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside of autocast", "backward inside"])
 def test_chunks_are_encoded_again_under_the_same_autocast(inside: bool) -> None:
-    """Also where the backward pass is inside of it: a weight that autocast keeps from the pass without a graph has one."""
+    """Also where the backward pass is inside of it, and autocast keeps weights of the pass without a graph."""
     model, seen = make(True, torch.float32), []
 
     def encode(batch: Packed) -> Ragged:
@@ -162,7 +167,7 @@ def test_parameters_of_the_loss_are_trained_too() -> None:
     found = []
     for run in (grad_cache, without_cache):
         log_scale.grad = None
-        found.append(step(run, model, 3.0, loss=loss))
+        found.append(step(run, model, 3.0, loss))
         assert log_scale.grad is not None
         found[-1]["scale"] = log_scale.grad.clone()
     assert_same(*found, 1e-12)
@@ -175,13 +180,11 @@ def test_any_loss_over_vectors(loss: str) -> None:
         "Matryoshka": partial(matryoshka, LOSS, widths=(16, 5)),
         "both directions": partial(LOSS, both_directions=True, elements=60),
     }
-    model = make(True, **DROPOUT)
-    assert_same(*(step(run, model, loss=losses[loss]) for run in (grad_cache, without_cache)), 1e-12)
+    assert_as_without_cache(make(True, **DROPOUT), loss=losses[loss])
 
 
 def test_a_loss_that_ignores_a_column_gives_it_no_gradient() -> None:
-    model = make(False)
-    assert_same(*(step(run, model, loss=lambda q, d: q.sum()) for run in (grad_cache, without_cache)), 1e-12)
+    assert_as_without_cache(make(False), loss=lambda q, d: q.sum())
 
 
 def test_a_frozen_encoder_of_one_side() -> None:
@@ -204,7 +207,7 @@ def test_a_frozen_encoder_of_one_side() -> None:
 
 def test_gradients_add_up_over_steps_as_any_gradient() -> None:
     model = make(False)
-    once = {name: value.clone() for name, value in step(grad_cache, model).items()}
+    once = {name: value.clone() for name, value in step(grad_cache, model, 1.0, LOSS).items()}
     (2 * grad_cache(model, chunks(), LOSS)).backward()
     assert_same(gradients(model), {name: 3 * once[name] for name in gradients(model)}, 1e-12)
 
@@ -257,7 +260,7 @@ def test_chunks_hold_no_more_tokens_than_asked_for() -> None:
 def test_empty_chunks_fill_up_for_ranks_that_need_as_many() -> None:
     """They change nothing, on a rank without any pair either."""
     model = make(True)
-    wanted = step(grad_cache, model)
+    wanted = step(grad_cache, model, 1.0, LOSS)
     columns = [token_chunks(pack(texts), 25, at_least=9) for texts in (QUERIES, DOCUMENTS)]
     assert [len(column) for column in columns] == [9, 9]
     model.zero_grad()
