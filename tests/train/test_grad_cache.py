@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
-from cached_model import DOCUMENTS, DROPOUT, QUERIES, Model, assert_same, chunks, gradients, make
-from hf_twin import random_ids
+from cached_model import DOCUMENTS, DROPOUT, QUERIES, Model, assert_same, chunks, gradients, make, random_ids
 from torch import Tensor, nn
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Ragged, Tokenizer, pack
@@ -322,7 +321,7 @@ class Saved:
 
 def test_the_graph_of_one_chunk_is_kept_at_a_time() -> None:
     """Sixteen chunks of equal texts take what one takes, and a sixteenth of one batch without cache."""
-    texts = random_ids([40] * 16, 100)
+    texts = random_ids([40] * 16)
     columns = [[pack(texts[:2])], token_chunks(pack(texts), 40)]
     assert len(columns[1]) == 16
     most = []
@@ -351,7 +350,7 @@ def test_16384_pairs_of_the_17m_fit_into_80_gb() -> None:
     config = replace(EncoderConfig.preset("ettin-17m"), vocab_size=100, **none)
     encoder, length, pairs = Encoder(config).bfloat16(), 256, 16_384
     with Saved(encoder).counted() as saved:
-        kept = encoder(pack(random_ids([length], 100)))
+        kept = encoder(pack(random_ids([length])))
     assert kept.dtype is torch.bfloat16
     bytes_per_token = saved.most / length
     without, chunk = (tokens * bytes_per_token / 1e9 for tokens in (pairs * (32 + 180), 65_536))
