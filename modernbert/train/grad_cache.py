@@ -60,7 +60,7 @@ def grad_cache(
 
     Args:
         encode: a chunk to its vectors, with the model's graph: the token vectors of texts as a `Ragged` for late
-            interaction, or `[b, E]`. Called twice for each chunk.
+            interaction, or `[b, E]`. Called twice for each chunk, it has to give the same vectors.
         columns: the chunks of each argument of `loss`, such as queries and documents.
         loss: called once, with the joined vectors of each column. It may have parameters of its own.
         no_sync: a context for all chunks but the last, in which gradients are not reduced over ranks, such as
@@ -91,10 +91,10 @@ def grad_cache(
 
     if values.requires_grad:
         values.register_hook(encode_again)
-    taken = iter(parts)
-    parts_of = [[next(taken) for _ in column] for column in columns]
-    joined = values.split([sum(len(_rows(part)) for part in parts) for parts in parts_of])
-    return loss(*map(_texts, joined, parts_of))
+    remaining = iter(parts)
+    groups = [[next(remaining) for _ in column] for column in columns]
+    joined = values.split([sum(len(_rows(part)) for part in group) for group in groups])
+    return loss(*map(_texts, joined, groups))
 
 
 def _rows(vectors: Ragged | Tensor) -> Tensor:

@@ -41,9 +41,9 @@ class Model(nn.Module):
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, batch: Packed) -> Ragged | Tensor:
+        offsets, batch = batch.cu_seqlens.long(), batch.to(self.projection.weight.device)
         if self.late:
-            x_TD = self.encoder(batch)
-            return Ragged(ops.project_normalize(x_TD, self.projection.weight), batch.cu_seqlens.long())
+            return Ragged(ops.project_normalize(self.encoder(batch), self.projection.weight), offsets)
         return F.normalize(self.projection(self.encoder(batch, rows=batch.cu_seqlens[:-1])), dim=1)
 
 

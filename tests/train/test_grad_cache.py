@@ -82,9 +82,11 @@ def test_float32_gradients_are_as_accurate_as_without_cache(late: bool) -> None:
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["late interaction", "dense"])
-def test_float32_with_dropout_draws_the_same_masks(late: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_float32_with_dropout_draws_the_same_masks(device: str, late: bool) -> None:
     """A hundred rounding steps of the largest entry; other masks would change gradients by their own size."""
-    assert_as_without_cache(make(late, torch.float32, **DROPOUT), limit=100 * torch.finfo(torch.float32).eps)
+    model = make(late, torch.float32, **DROPOUT).to(device)
+    assert_as_without_cache(model, limit=100 * torch.finfo(torch.float32).eps)
 
 
 def test_late_interaction_of_colbert_with_expansion_and_a_skiplist() -> None:
