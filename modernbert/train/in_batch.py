@@ -47,7 +47,7 @@ def in_batch_info_nce(
     Args:
         queries, documents: token vectors, for MaxSim; or `[B, E]` and `[N, E]`, for dot products in float32 or better.
         groups_N: int. A document is not a negative of a query if its group is that of the query's positive. None: all
-            groups differ.
+            groups differ. All ranks give groups, or none does.
         temperature, both_directions, margin: as in `info_nce`.
         elements: the most query tokens times documents of a block.
         gather: rows of this rank to those of all ranks, in the order of ranks, with a gradient. Ranks may have

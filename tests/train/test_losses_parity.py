@@ -34,6 +34,10 @@ class Vectors(nn.Module):
         return E
 
 
+def fake() -> Any:
+    return Vectors()
+
+
 def vectors(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
@@ -65,7 +69,7 @@ def test_info_nce(negatives: int, both: bool) -> None:
     """`MultipleNegativesRankingLoss`, and the mean of its directions."""
     directions = ("query_to_doc", "doc_to_query") if both else ("query_to_doc",)
     options = {"directions": directions, "partition_mode": "per_direction" if both else "joint"}
-    theirs = dense.MultipleNegativesRankingLoss(Vectors(), scale=20.0, **options)
+    theirs = dense.MultipleNegativesRankingLoss(fake(), scale=20.0, **options)
 
     def ours(q: Tensor, d: Tensor, *mined: Tensor) -> Tensor:
         further = cosines(q, torch.cat(mined)) if mined else None
@@ -88,15 +92,15 @@ def test_info_nce(negatives: int, both: bool) -> None:
 def test_cosent_and_angle(labels: Tensor) -> None:
     leaves = vectors(B, E), vectors(B, E)
     ours = lambda x, y: cosent(F.cosine_similarity(x, y), labels, temperature=0.05)  # noqa: E731
-    compare(ours, columns(dense.CoSENTLoss(Vectors()), labels), *leaves)  # pyright: ignore[reportArgumentType]
+    compare(ours, columns(dense.CoSENTLoss(fake()), labels), *leaves)
     ours = lambda x, y: cosent(angle_similarity(x, y), labels, temperature=0.05)  # noqa: E731
-    compare(ours, columns(dense.AnglELoss(Vectors()), labels), *leaves)  # pyright: ignore[reportArgumentType]
+    compare(ours, columns(dense.AnglELoss(fake()), labels), *leaves)
 
 
 def test_angle_of_an_odd_width() -> None:
     leaves, labels = (vectors(B, 5), vectors(B, 5)), torch.rand(B)
     ours = lambda x, y: cosent(angle_similarity(x, y), labels, temperature=0.1)  # noqa: E731
-    compare(ours, columns(dense.AnglELoss(Vectors(), scale=10.0), labels), *leaves)  # pyright: ignore
+    compare(ours, columns(dense.AnglELoss(fake(), scale=10.0), labels), *leaves)
 
 
 @pytest.mark.parametrize("negatives", [1, 4])
@@ -104,13 +108,13 @@ def test_margin_mse(negatives: int) -> None:
     labels = vectors(B, negatives + 1)
     ours = lambda q, *d: margin_mse(torch.stack([(q * x).sum(1) for x in d], 1), labels)  # noqa: E731
     leaves = [vectors(B, E) for _ in range(negatives + 2)]
-    compare(ours, columns(dense.MarginMSELoss(Vectors()), labels), *leaves)  # pyright: ignore[reportArgumentType]
+    compare(ours, columns(dense.MarginMSELoss(fake()), labels), *leaves)
 
 
 def test_kl_with_temperatures() -> None:
     """Theirs is multiplied by the square of the student's temperature."""
     labels = vectors(B, 5)
-    theirs = dense.DistillKLDivLoss(Vectors(), student_temperature=0.5, teacher_temperature=2.0)  # pyright: ignore
+    theirs = dense.DistillKLDivLoss(fake(), student_temperature=0.5, teacher_temperature=2.0)
 
     def ours(q: Tensor, *d: Tensor) -> Tensor:
         scores = torch.stack([(q * x).sum(1) for x in d], dim=1)
@@ -121,15 +125,15 @@ def test_kl_with_temperatures() -> None:
 
 def test_embedding_distillation() -> None:
     teacher = vectors(B, E)
-    theirs = dense.EmbedDistillLoss(Vectors(), distance_metric="l2")  # pyright: ignore[reportArgumentType]
+    theirs = dense.EmbedDistillLoss(fake(), distance_metric="l2")
     compare(lambda x: embedding_l2(x, teacher), columns(theirs, teacher), vectors(B, E))
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
 def test_matryoshka(weights: list[float] | None) -> None:
-    model = Vectors()
-    inner = dense.MultipleNegativesRankingLoss(model, scale=20.0)  # pyright: ignore[reportArgumentType]
-    theirs = dense.MatryoshkaLoss(model, inner, [12, 4, 7], weights)  # pyright: ignore[reportArgumentType]
+    model = fake()
+    inner = dense.MultipleNegativesRankingLoss(model, scale=20.0)
+    theirs = dense.MatryoshkaLoss(model, inner, [12, 4, 7], weights)
     ours = partial(matryoshka, lambda q, d: info_nce(q @ d.T, temperature=0.05), widths=[12, 4, 7], weights=weights)
     compare(ours, columns(theirs), vectors(B, E), vectors(B, E))
 
@@ -157,10 +161,10 @@ def test_n_way_late_interaction(loss: str) -> None:
     """n documents of each query; their columns are the first of each query, the second, the third."""
     labels = vectors(3, 3)
     if loss == "kl":
-        theirs = multi.MultiVectorDistillKLDivLoss(Vectors(), student_temperature=0.5, teacher_temperature=2.0)
+        theirs = multi.MultiVectorDistillKLDivLoss(fake(), student_temperature=0.5, teacher_temperature=2.0)
         ours = lambda s: kl_distill(s, labels, temperature=0.5, teacher_temperature=2.0) * 0.5**2  # noqa: E731
     else:
-        theirs, ours = multi.MultiVectorMarginMSELoss(Vectors()), partial(margin_mse, teacher_BN=labels)
+        theirs, ours = multi.MultiVectorMarginMSELoss(fake()), partial(margin_mse, teacher_BN=labels)
 
     def their_loss(q: Tensor, d: Tensor) -> Tensor:
         documents = d.split(DOCUMENTS)
@@ -173,7 +177,7 @@ def test_n_way_late_interaction(loss: str) -> None:
 
 def test_in_batch_late_interaction() -> None:
     """Three documents of each query: a positive and two negatives, which are negatives of all queries."""
-    theirs = multi.MultiVectorMultipleNegativesRankingLoss(Vectors(), scale=2.0)
+    theirs = multi.MultiVectorMultipleNegativesRankingLoss(fake(), scale=2.0)
 
     def their_loss(q: Tensor, d: Tensor) -> Tensor:
         documents = d.split(DOCUMENTS)
