@@ -393,16 +393,16 @@ def test_a_session(task: str) -> None:
         session.encode_queries(["one"])
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_compiled(task: str, pooling: str) -> None:
+@pytest.mark.parametrize(("name", "pooling"), [*((name, "cls") for name in TASKS), ("SequenceClassification", "mean")])
+def test_compiled(name: str, pooling: str) -> None:
     """The packed entrance in one graph, for batches of any lengths; with labels too."""
-    _, ours = head_twins(task, replace(SMALL, classifier_pooling=pooling))
+    _, ours = head_twins(name, replace(SMALL, classifier_pooling=pooling))
     compiled = torch.compile(ours, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for texts in (TEXTS, random_ids([5, 9], 100), random_ids([30, 2, 8], 100)):
             torch.testing.assert_close(compiled(pack(texts)), ours(pack(texts)), rtol=0, atol=1e-5)
     losses = torch.compile(ours, backend="eager")
-    labels = packed_labels(task)
+    labels = packed_labels(name)
     wanted, got = ours(pack(TEXTS), labels=labels).loss, losses(pack(TEXTS), labels=labels).loss
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
     torch.testing.assert_close(losses(IDS, MASK).logits, ours(IDS, MASK).logits, rtol=0, atol=1e-4)
