@@ -444,10 +444,11 @@ def test_copies_are_equal_and_apart() -> None:
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "weightedmean"])
 def test_compiled(pooling: str) -> None:
-    model = make(pooling, "projected")
+    model = make(pooling)
+    model.encoder = Encoder(replace(model.encoder.config, num_hidden_layers=1)).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for texts in (TEXTS, TEXTS[:2], TEXTS[3:]):
+        for texts in (TEXTS, TEXTS[3:]):
             batch = model.tokenize(texts).batch
             torch.testing.assert_close(compiled(batch), model(batch), rtol=0, atol=TOLERANCE)
 
