@@ -73,7 +73,8 @@ def beir(
 
 
 def _named(scores: Tensor, index: Tensor, ids: Sequence[str]) -> dict[str, float]:
-    return {ids[i]: score for i, score in zip(index.tolist(), scores.tolist(), strict=True)}
+    places: list[int] = index.tolist()
+    return {ids[place]: score for place, score in zip(places, scores.tolist(), strict=True)}
 
 
 def _quiet(message: str) -> None:

@@ -59,8 +59,8 @@ def plain(value: Any) -> Any:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: plain(each) for name, each in zip(value._fields, value, strict=True)}
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
+        return {name: plain(each) for name, each in zip(names, value, strict=True)}
     if isinstance(value, Mapping):
         return {key if isinstance(key, int) else str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
