@@ -90,9 +90,7 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a file or a pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
     file = arguments.output and arguments.output / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.jsonl"
     minutes = math.inf if arguments.minutes is None else arguments.minutes
     known = {"quick": arguments.quick, "device": "cuda" if torch.cuda.is_available() else "cpu"}

@@ -34,8 +34,8 @@ def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Buil
 
 def load_sentence_transformers(setup: Setup, folder: str = "colbert-128", name: str = "MultiVectorEncoder") -> Any:
     known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype}
-    make = getattr(import_module("sentence_transformers"), name)  # from 6.2 on
-    return make(f"{setup.folder}/{folder}", device=setup.device, model_kwargs=known).to(setup.torch_dtype).eval()
+    model = getattr(import_module("sentence_transformers"), name)(f"{setup.folder}/{folder}", model_kwargs=known)
+    return model.to(setup.device, setup.torch_dtype).eval()
 
 
 def load_pylate(setup: Setup) -> Any:

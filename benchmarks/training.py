@@ -27,8 +27,7 @@ from benchmarks.worker import OURS, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT, EncoderConfig, pack
 
 STEPS, RATE, MASKED, LONGEST, TEMPERATURES = 2, 1e-4, 0.3, 512, {"dense": 0.05, "colbert-128": 1.0}
-"""Steps of a call; learning rate; share of masked tokens; tokens at which a text is cut; temperature of the scores of
-pairs, by the folder of the model: one vector a text, or one a token."""
+"""Steps of a call, learning rate, share of masked tokens, most tokens of a text, temperatures by the model's folder."""
 
 Step = Sequence[Any]
 """The examples of a step: token ids and labels, or a query and its positive."""
@@ -106,19 +105,16 @@ def sides(model: Any, step: Step) -> list[Any]:
 
 
 def trained(settings: str, setup: Setup, model: Any, home: Any, name: str, size: int, **options: Any) -> Variant:
-    """`train()` of a class `{name}Trainer`, with a new optimizer each time; nothing is written, logged or shown.
+    """`train()` of the `{name}Trainer` of a package, with a new optimizer each time; nothing is logged or written.
 
-    Args:
-        home: its package. size: texts or pairs of a forward pass. options: of the trainer; those in `args` are of
-            its `{name}TrainingArguments`, and `first` are the weights to start from.
+    `size` examples are in a forward pass. Of the options, `first` are weights, `args` of `{name}TrainingArguments`.
     """
     known = {"output_dir": f"{setup.folder}/trainer", "per_device_train_batch_size": size, "num_train_epochs": 1}
     known |= {"learning_rate": RATE, "weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
     known |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     known |= {"use_cpu": not setup.is_gpu, "dataloader_pin_memory": setup.is_gpu}
     options["args"] = getattr(home, f"{name}TrainingArguments")(**known, **options["args"])
-    first, losses = options.pop("first"), []
-    trainer = getattr(home, f"{name}Trainer")(model=model, **options)
+    first, losses, trainer = options.pop("first"), [], getattr(home, f"{name}Trainer")(model=model, **options)
     step = trainer.training_step
 
     def recorded(*args: Any, **kwargs: Any) -> Tensor:
