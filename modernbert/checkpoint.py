@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import weights
-from .files import replacing_folder
+from .files import output_folder, replacing_folder
 from .json_files import has_file as has_file
 from .json_files import read_json as read_json
 from .loading import load_state_dict as load_state_dict
@@ -35,6 +35,7 @@ from .saving import state_of as state_of
 from .saving import unwrapped as unwrapped
 
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+MODULES = "modules.json"  # of sentence-transformers and PyLate: a backbone in the folder, its head in others
 SHARD_BYTES = 5_000_000_000  # Hugging Face's default
 DTYPE = ("dtype", "torch_dtype")  # keys of config.json in transformers 5 and 4
 # What the names of tensors tell about a model that would not load again, and what to do about it.
@@ -127,8 +128,14 @@ def save(
 
     Raises:
         NotADirectoryError: `folder` is a file, or a link that leads nowhere.
-        ValueError: `folder` is the empty string, or what `check` raises. The old folder is left as it was.
+        ValueError: `folder` is the empty string, or holds other modules of a model that has some, such as a head on an
+            encoder, or what `check` raises. The old folder is left as it was.
     """
+    if MODULES not in (files or {}) and has_file(output_folder(folder) / MODULES):
+        raise ValueError(
+            f"{folder} holds a model of several modules (see its {MODULES}), which would not fit to the weights of "
+            "this one: save to another folder, or save the whole model"
+        )
     config = {name: value for name, value in config.items() if name not in DTYPE} | _dtype(state)
     with replacing_folder(folder, last="config.json", stale=WEIGHTS) as new:
         for name, content in {**(files or {}), "config.json": config}.items():

@@ -13,7 +13,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.replace(path)
         flush(path.parent)
     except OSError as error:
-        _name(error, path)
+        _name(error, path, beside)
         raise
     finally:
         beside.unlink(missing_ok=True)
@@ -39,8 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: str | os.PathLike[str], *, last: str, stale: re.Pattern[str]) -> Iterator[Path]:
     """Yield an empty folder to write to. It replaces `folder` at the end; after an error it is removed.
 
-    Files that only the old folder has are kept, except those at its top whose names match `stale`. Where folders
-    cannot be swapped (not Linux, some network file systems, a mount point, the working directory), the files are
+    Files that only the old folder has are kept, except those at its top whose names match `stale`. What a process that
+    was killed left beside `folder` is removed. Where folders cannot be swapped (not Linux, some network file systems, a mount point, the working directory), the files are
     moved one by one. `last` is then removed first and moved last: a folder without it must count as incomplete.
 
     Raises:
@@ -50,19 +50,23 @@ def replacing_folder(folder: str | os.PathLike[str], *, last: str, stale: re.Pat
     target.parent.mkdir(parents=True, exist_ok=True)
     fixed = os.path.ismount(target) or Path.cwd().is_relative_to(target)
     inside = target.exists() and (fixed or not os.access(target.parent, os.W_OK))
-    new = (target if inside else target.parent) / _hidden(target.name)
+    parent = target if inside else target.parent
+    _remove_left(parent, target.name)
+    new = parent / _hidden(target.name)
     new.mkdir()
     try:
-        yield new
-        flush(*(path for path in new.rglob("*") if path.is_file()))
-        if not target.exists():
-            flush(*_folders(new))
-            new.rename(target)
-        elif inside or not _swap(new, target, stale):
-            _move_into(new, target, last, stale)
-        flush(target.parent)
+        # Both, because swapping them exchanges their names.
+        with _in_use(new), _in_use(target) if target.exists() else nullcontext():
+            yield new
+            flush(*(path for path in new.rglob("*") if path.is_file()))
+            if not target.exists():
+                flush(*_folders(new))
+                new.rename(target)
+            elif inside or not _swap(new, target, stale):
+                _move_into(new, target, last, stale)
+            flush(target.parent)
     except OSError as error:
-        _name(error, target)
+        _name(error, target, new)
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -95,15 +99,57 @@ def flush(*paths: Path) -> None:
             os.close(descriptor)
 
 
-def _name(error: OSError, path: Path) -> None:
-    """Give the error of a full disk, which Python raises without a path, the path that was to be written."""
-    if error.errno is not None and error.filename is None:
+def _name(error: OSError, path: Path, beside: Path) -> None:
+    """Give an error without a path, as that of a full disk, or with the hidden one, the path that was to be written."""
+    if error.errno is not None and error.filename in (None, str(beside)):
         error.filename = str(path)
 
 
 def _hidden(name: str) -> str:
     beginning = os.fsencode(name)[:240].decode("utf-8", "ignore")  # A file system allows 255 bytes.
     return f".{beginning}.{uuid.uuid4().hex[:8]}"
+
+
+def _remove_left(parent: Path, name: str) -> None:
+    """Remove the folders of `_hidden(name)` in which a process that is gone has written."""
+    pattern = re.compile(re.escape(_hidden(name)[:-8]) + "[0-9a-f]{8}")
+    for left in [parent / entry for entry in os.listdir(parent) if pattern.fullmatch(entry)]:
+        # A process that has just made its folder has not written to it yet.
+        if left.is_dir() and not left.is_symlink() and any(left.iterdir()) and not _is_in_use(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
+    """Show other processes that this folder, whatever its name will be, is in use as long as this process lives."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks, where nothing is removed
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Whether a process has the folder in use, as far as can be seen."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,8 +38,7 @@ def read_state_dict(
         ValueError: a damaged or unsafe file, an index that does not match its shards, or NaN, infinite or huge weights.
     """
     found = weights.find(Path(folder))
-    names = [name for name in found if only is None or name in only]
-    return {name: weights.read(name, found.pop(name), torch.device(device), dtype) for name in names}
+    return _read({name: name for name in found if only is None or name in only}, found, torch.device(device), dtype)
 
 
 def load_weights(
@@ -67,8 +67,7 @@ def load_weights(
             f"{folder}: tensors of a head are left out, and saving this {kind} will not keep them: {_listed(left)}",
             stacklevel=5,  # the caller of `from_pretrained`
         )
-    where = torch.device(device)
-    _assign(module, {own: weights.read(name, found.pop(name), where, dtype) for own, name in names.items()})
+    _assign(module, _read(names, found, torch.device(device), dtype))
 
 
 def load_state_dict(
@@ -85,6 +84,22 @@ def load_state_dict(
     """
     names = _fitting(module, state, prefix, ignore)
     _assign(module, {own: state[name] for own, name in names.items()})
+
+
+def _read(
+    names: Mapping[str, str], found: dict[str, weights.Stored], device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The tensors under the keys of `names`, taken from `found` under its values.
+
+    They are read in a thread of their own. Checking and converting them takes OpenMP's threads, which belong to the
+    thread that calls and do not survive a fork: a server that loads a model and forks its workers would hang in them.
+    """
+
+    def read() -> dict[str, Tensor]:
+        return {own: weights.read(name, found.pop(name), device, dtype) for own, name in names.items()}
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(read).result()
 
 
 def _fitting(module: nn.Module, state: Mapping[str, Tensor], prefix: str, ignore: tuple[str, ...]) -> dict[str, str]:

@@ -19,7 +19,8 @@ from typing import TypeVar
 import torch
 
 _thread = threading.local()
-"""`process`: the id of the process in which this thread first encoded on several threads. Only it knows of a fork."""
+"""`process`: the id of the process in which this thread first encoded on several threads, or made a Session. Only it
+knows of a fork."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,8 +53,8 @@ def check_process() -> None:
     process = os.getpid()
     if getattr(_thread, "process", process) != process:
         raise RuntimeError(
-            "this process was forked after a model had encoded in it on several threads, which a fork does not copy: "
-            "start processes with the method 'spawn', or call torch.set_num_threads(1) first in each forked process"
+            "this process was forked after a model had encoded, or a Session was made, in it on several threads, which a "
+            "fork does not copy: start processes with the method 'spawn', or call torch.set_num_threads(1) first in each forked process"
         )
     _thread.process = process
 

@@ -57,8 +57,7 @@ class GraphEngine:
                 graph, with adapters or hooks for example.
         """
         engine = _named(name)
-        if any(p.dtype is not torch.float32 or not p.is_cpu for p in model.parameters()):
-            raise ValueError(f"engine {name!r} computes in float32 on the CPU: load the model so, or leave out engine")
+        _check_float32(model)
         onnx_graph = _imported(f"{__package__}.onnx_graph", name)
         if name == INT8:
             cls.of(model, "onnxruntime")  # whose numbers are near enough to be compared with those of the modules
@@ -72,11 +71,20 @@ class GraphEngine:
         """The graph in a file that `Session.save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file. ImportError, ValueError: as `of`.
+            FileNotFoundError: there is no such file. ImportError: as `of`.
+            ValueError: no such engine, or a file that is damaged or holds another graph.
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {os.fspath(path)}")
-        return cls(_named(name)(os.fspath(path), name))
+        make = _named(name)
+        try:
+            graph = cls(make(os.fspath(path), name))
+            graph(pack([[0]]))
+        except ImportError:
+            raise
+        except Exception as error:  # the errors of the two engines have no other class in common
+            raise ValueError(f"{os.fspath(path)} is damaged, or no graph that Session.save wrote: {error}") from error
+        return graph
 
     def __call__(self, batch: Packed, *, rows: Tensor | None = None) -> Tensor:
         """The rows of a batch on the CPU with at least one token, `[T, ...]`, or those of `rows` `[Q]`; float32."""
@@ -99,7 +107,8 @@ class GraphEngine:
             torch.testing.assert_close(self(batch), model(batch), rtol=1e-3, atol=1e-3)
         except AssertionError as error:
             raise ValueError(
-                f"the model is not what its graph computes (adapters, hooks?): leave out engine. {error}"
+                f"{type(model).__name__} is not what its graph computes (an adapter, NaN, a forward of its own?), so "
+                f"that no engine can run it: leave out engine. {error}"
             ) from None
 
 
@@ -112,17 +121,18 @@ def feed(batch: Packed, rows: Tensor | None) -> Feed:
         row_T = np.arange(batch.num_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         keys_T = np.where(row_T < batch.key_lengths.numpy()[segments_T], segments_T, -1)
     return {
-        "input_ids": batch.input_ids.numpy(),
-        "positions": batch.positions.numpy(),
+        "input_ids": batch.input_ids.long().numpy(),
+        "positions": batch.positions.long().numpy(),
         "segment_ids": segments_T,
         "key_segment_ids": keys_T,
-        "rows": np.arange(batch.num_tokens) if rows is None else rows.numpy(),
+        "rows": np.arange(batch.num_tokens) if rows is None else rows.long().numpy(),
     }
 
 
-def save_graph(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """`Session.save`."""
-    onnx_graph = _imported(f"{__package__}.onnx_graph", "onnxruntime")
+def save_graph(model: nn.Module, path: str | os.PathLike[str], name: str) -> None:
+    """`Session.save`. The file is loaded by the engine of this name, and compared with the model."""
+    _check_float32(model)
+    onnx_graph = _imported(f"{__package__}.onnx_graph", name)
     graph = onnx_graph.write(model)
     file, digest = graph.file(weights=True), hashlib.sha256()
     for weight in graph.weights.values():
@@ -132,6 +142,12 @@ def save_graph(model: nn.Module, path: str | os.PathLike[str]) -> None:
         file.metadata_props.add(key=key, value=value)
     with replacing(Path(path)) as beside:
         beside.write_bytes(file.SerializeToString())
+        GraphEngine.load(beside, name)._compare(model)
+
+
+def _check_float32(model: nn.Module) -> None:
+    if any(p.dtype is not torch.float32 or not p.is_cpu for p in model.parameters()):
+        raise ValueError("a graph computes in float32 on the CPU: load the model so, or leave out engine")
 
 
 def _onnxruntime(graph: Graph | str, name: str) -> Callable[[int], Run]:
@@ -157,10 +173,15 @@ def _onnxruntime(graph: Graph | str, name: str) -> Callable[[int], Run]:
 def _openvino(graph: Graph | str, name: str) -> Callable[[int], Run]:
     """OpenVINO, with a request for every thread that calls."""
     openvino = _imported("openvino", name)
-    core, cores = openvino.Core(), torch.get_num_threads()
+    core, cores, process = openvino.Core(), torch.get_num_threads(), os.getpid()
     model = core.read_model(graph if isinstance(graph, str) else graph.file(weights=True).SerializeToString())
 
+    def check_process() -> None:
+        if os.getpid() != process:  # which waits for threads of OpenVINO that a fork does not copy, without end
+            raise RuntimeError("OpenVINO does not survive a fork: make the Session in the forked process")
+
     def make(threads: int) -> Run:
+        check_process()
         bulk = threads == 1  # each core has a caller, which gets a stream
         settings = {
             "INFERENCE_NUM_THREADS": cores if bulk else threads,
@@ -170,6 +191,7 @@ def _openvino(graph: Graph | str, name: str) -> Callable[[int], Run]:
         compiled, of_thread = core.compile_model(model, "CPU", settings), threading.local()
 
         def run(feed: Feed) -> np.ndarray:
+            check_process()
             if not hasattr(of_thread, "request"):
                 of_thread.request = compiled.create_infer_request()
             return of_thread.request.infer(feed)[0].copy()

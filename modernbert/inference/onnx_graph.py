@@ -40,6 +40,7 @@ HIDDEN = -1e30
 """Added to the score of a key that is not seen. Infinity would make a row that sees no key NaN."""
 
 
+@runtime_checkable
 class DenseLayer(Protocol):
     """`heads.dense.Dense`."""
 
@@ -129,7 +130,12 @@ def encoder(g: Graph, encoder: Encoder) -> str:
 def normalized(g: Graph, x: str, layers: Iterable[DenseLayer]) -> str:
     """The head of `heads.colbert`: its layers, and unit vectors as `torch.nn.functional.normalize` makes them."""
     for layer in layers:
-        y = ACTIVATIONS[type(layer.activation).__name__](g, linear(g, layer.linear, x))
+        if not isinstance(layer, DenseLayer):
+            raise ValueError(f"a graph has no {type(layer).__name__} as a layer of a head: leave out engine")
+        activation = type(layer.activation).__name__
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"a graph has no {activation} as an activation of a head: leave out engine")
+        y = ACTIVATIONS[activation](g, linear(g, layer.linear, x))
         x = y if layer.residual is None else g("Add", y, _residual(g, layer.residual, x))
     length = g("ReduceL2", x, g.constant([-1]), keepdims=1)
     return g("Div", x, g("Max", length, g.constant(1e-12, np.float32)))
@@ -236,7 +242,7 @@ def _seen(g: Graph, window: int | None) -> Seen:
 
 
 def _residual(g: Graph, residual: nn.Module, x: str) -> str:
-    return linear(g, residual, x) if isinstance(residual, nn.Linear) else x
+    return x if type(residual) is nn.Identity else linear(g, residual, x)
 
 
 def _operator(name: str, **attributes: float) -> Activation:

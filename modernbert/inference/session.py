@@ -50,12 +50,14 @@ class Session(Generic[M]):
 
     Raises:
         ValueError: an unknown engine, or a model that it cannot run. ImportError: its package is missing.
+        RuntimeError: the process was forked after this thread had encoded or had made a Session.
 
     Attributes:
         model: what it was made of. device: of the model. engine: as given.
     """
 
     def __init__(self, model: M, *, engine: str | None = None) -> None:
+        check_process()  # what follows may use the threads that a fork does not copy
         self.model, self.engine = model, engine
         self.device, self._width = placement(model)
         self._weights = _Weights(model)
@@ -143,11 +145,14 @@ class Session(Generic[M]):
         `config`, the encoder's config.json; `fingerprint`, the SHA-256 of the weights in the graph's order. Atomic.
 
         Raises:
-            ImportError: the `cpu` extra is missing. TypeError: neither an encoder nor a late-interaction head.
-            ValueError: weights of more than 2 GB, a module with a hook or that was replaced.
+            ImportError: the extra of the engine is missing (`cpu` if the session has none).
+            TypeError: neither an encoder nor a late-interaction head.
+            ValueError: weights of more than 2 GB or not in float32, or a model that computes something else than its
+                graph, with a hook or a replaced module for example.
         """
         self._check()
-        save_graph(evaluated(self.model), path)  # whose weights are not packed
+        # The model itself, whose weights are not packed.
+        save_graph(evaluated(self.model), path, "openvino" if self.engine == "openvino" else "onnxruntime")
 
     def __reduce__(self) -> tuple[Callable[[M], Session[M]], tuple[M]]:
         """A copy, pickled or deep, is a Session of the copied model."""

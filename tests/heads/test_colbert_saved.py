@@ -159,3 +159,18 @@ def test_a_tokenizer_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
         with pytest.raises(error):
             make().tokenizer.save_pretrained(folder)
     assert tree(tmp_path) == before
+
+
+def test_an_encoder_does_not_take_the_place_of_a_colbert(tmp_path: Path) -> None:
+    """The head stayed, so that `ColBERT.from_pretrained` put it on another encoder, with vectors of neither model."""
+    model = make()
+    model.save_pretrained(tmp_path / "model")
+    before = tree(tmp_path)
+    other = Encoder(model.encoder.config)
+    with pytest.raises(ValueError, match=r"model holds a model of several modules \(see its modules\.json\)"):
+        other.save_pretrained(tmp_path / "model")
+    assert tree(tmp_path) == before
+    other.save_pretrained(tmp_path / "encoder")
+    model.save_pretrained(tmp_path / "encoder")  # the other way round nothing is left of the old one
+    loaded = ColBERT.from_pretrained(tmp_path / "encoder")
+    assert torch.equal(loaded.encode_queries(TEXTS).values, model.encode_queries(TEXTS).values)

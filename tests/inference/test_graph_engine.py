@@ -264,6 +264,75 @@ def test_a_saved_graph_gives_the_vectors(engine: str, tmp_path: Path) -> None:
     assert len(found["fingerprint"]) == 64
 
 
+def test_a_file_with_another_content_is_refused(tmp_path: Path) -> None:
+    """At once and by its name, not at the first call by an error of the engine: junk, half a file, another graph."""
+    path = tmp_path / "model.onnx"
+    Session(loud(TINY)).save(path)
+    whole = path.read_bytes()
+    number = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N"]) for name in "xy"]
+    relu = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", number[:1], number[1:])
+    other = onnx.helper.make_model(relu, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    for content in (b"", b"junk", whole[: len(whole) // 2], other.SerializeToString()):
+        path.write_bytes(content)
+        for engine in EXACT:
+            with pytest.raises(ValueError, match=r"model\.onnx is damaged, or no graph that Session\.save wrote"):
+                GraphEngine.load(path, engine)
+
+
+class Doubled(ColBERT):
+    """A head with a forward pass of its own."""
+
+    def _vectors(self, batch: Packed, rows: Tensor | None) -> Tensor:
+        return 2 * super()._vectors(batch, rows)
+
+
+def wrong(kind: str) -> nn.Module:
+    """A model that computes something else than its graph."""
+    model = head(Dense(64, 32, activation="LeakyReLU", residual=True))
+    layer = model.dense[0]
+    assert isinstance(layer, Dense)
+    if kind == "subclass":
+        model.__class__ = Doubled
+    elif kind == "setting":
+        layer.activation = nn.LeakyReLU(0.3)
+    elif kind == "activation":
+        layer.activation = nn.PReLU()
+    elif kind == "residual":
+        layer.residual = nn.Sequential(nn.Linear(64, 32))
+    elif kind == "layer":
+        model.dense[0] = nn.Sequential(layer)
+    elif kind == "NaN":
+        nn.init.constant_(model.encoder.layers[1].mlp.Wi.weight[:1], torch.nan)
+    else:
+        return model.to(getattr(torch, kind))
+    return model
+
+
+WRONG = ["subclass", "setting", "activation", "residual", "layer", "NaN", "float16", "bfloat16", "float64"]
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_model_that_its_graph_does_not_compute_is_not_written(kind: str, tmp_path: Path) -> None:
+    """Only `Session(engine=)` compared its numbers: a file was written with those of another model, or a broken one."""
+    (tmp_path / "model.onnx").write_bytes(b"the old one")
+    model = wrong(kind)
+    calls = [lambda engine=engine: Session(model, engine=engine) for engine in (*EXACT, "onnxruntime-int8")]
+    for call in [*calls, lambda: Session(model).save(tmp_path / "model.onnx")]:
+        with pytest.raises(ValueError, match="leave out engine"):
+            call()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the old one"]
+
+
+@pytest.mark.parametrize("engine", EXACT)
+def test_any_kind_of_integers(engine: str) -> None:
+    """A batch with numbers of 32 bits, which the modules take, was an error of the engine."""
+    encoder = loud(TINY)
+    batch, rows = pack([[5, 6, 7], [8, 9]]), torch.tensor([0, 3], dtype=torch.int32)
+    small = replace(batch, input_ids=batch.input_ids.int(), positions=batch.positions.int())
+    found = Session(encoder, engine=engine)(small, rows=rows)
+    torch.testing.assert_close(found, encoder(batch, rows=rows.long()).detach(), rtol=1e-4, atol=5e-5)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.onnx"):
         GraphEngine.load(tmp_path / "nothing.onnx")

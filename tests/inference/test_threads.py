@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +166,54 @@ def test_a_fork_that_would_hang_is_an_error() -> None:
             pool.submit(parent).result()
     finally:
         torch.set_num_threads(before)
+
+
+# As gunicorn with --preload does. In a process of its own, in which no thread has used OpenMP before.
+PRELOADED = """
+import os, signal, sys, torch
+from modernbert import ColBERT, Session
+
+torch.set_num_threads(2)
+model, session = ColBERT.default(), None
+texts = ["hello there, " * (number % 20 + 1) for number in range(64)]
+if sys.argv[1] != "model":
+    session = Session(model, engine=None if sys.argv[1] == "session" else sys.argv[1])
+process = os.fork()
+if process:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+signal.alarm(60)
+if sys.argv[2] == "one":
+    torch.set_num_threads(1)
+try:
+    (session or model).encode_documents(texts)
+    print("done")
+except RuntimeError as error:
+    print(error)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(
+    ("made", "threads", "answer"),
+    [
+        ("model", "two", "done"),
+        ("session", "two", "a Session was made"),
+        ("session", "one", "done"),
+        ("onnxruntime", "two", "a Session was made"),
+        ("onnxruntime", "one", "done"),
+        ("openvino", "one", "OpenVINO does not survive a fork"),
+    ],
+)
+def test_a_model_may_be_loaded_before_a_fork(made: str, threads: str, answer: str) -> None:
+    """Loading took OpenMP's threads, so that each worker of a server that had loaded the model hung in its first call."""
+    if made in ("onnxruntime", "openvino"):
+        pytest.importorskip(made)
+    command = [sys.executable, "-W", "ignore", "-c", PRELOADED, made, threads]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"the forked process hangs, or {done.stderr}"
+    assert answer in done.stdout
 
 
 def test_one_thread_may_fork() -> None:
