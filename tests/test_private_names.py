@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,10 @@ PRIVATE = {
     "_has_any_global_hook": Private("hooks on all modules", lambda: torch.nn.modules.module._has_any_global_hook),
     "_global_forward_hooks": Private("hooks on all modules", lambda: torch.nn.modules.module._global_forward_hooks),
     "_global_forward_pre_hooks": Private("as above", lambda: torch.nn.modules.module._global_forward_pre_hooks),
+    **{
+        f"_foreach_{name}": Private("one kernel for many tensors", partial(getattr, torch, f"_foreach_{name}"))
+        for name in ("add_", "addcmul_", "clamp_min_", "div", "lerp_", "mul_", "sqrt")
+    },
 }
 
 

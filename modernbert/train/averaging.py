@@ -79,14 +79,18 @@ class EMA:
         A state dict has the shards of FSDP2, which after a forward pass may have put whole tensors into the modules.
         """
         state = plain_names(self._model.state_dict(keep_vars=True))
-        return {name: each.detach() for name, each in state.items() if each.requires_grad}
+        first: dict[Tensor, str] = {}  # tied weights have several names
+        for name, each in state.items():
+            if each.requires_grad:
+                first.setdefault(each, name)
+        return {name: each.detach() for each, name in first.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights of now: once after each step of the optimizer."""
         weights = self._weights()
         averages = [local(average) for average in self._averages.values()]
-        torch._foreach_lerp_(averages, [_wide(local(weights[name])) for name in self._averages], 1 - self.decay)
+        torch._foreach_lerp_(averages, [_wide(local(weights[name])) for name in self._averages], 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

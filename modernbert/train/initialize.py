@@ -5,16 +5,18 @@ A new `Encoder` has the Megatron initialisation of ModernBERT (`Encoder.reset_pa
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import is_sharded
 from ..config import EncoderConfig
-from ..encoder import Encoder
 from ..pretrained import Pretrained
 from .groups import PLACE
+
+if TYPE_CHECKING:
+    from ..encoder import Encoder
 
 
 def tile_from(model: Pretrained, smaller: Pretrained) -> None:

@@ -4,6 +4,9 @@ Pretraining: `StableAdamW`, as ModernBERT and Ettin. Fine-tuning: `torch.optim.A
 `muon.MuonAdamW` is an option to compare with these.
 """
 
+# The foreach operations, which PyTorch does not export: tests/test_private_names.py has them.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -98,12 +101,12 @@ class StableAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
         parts = [part for group in self.param_groups for part in self._parts(group)]
-        squares = {}
+        means: dict[Tensor, Tensor] = {}
         for part in parts:
-            squares |= _update_moments(part)
-        _sum_over_shards(squares, chain.from_iterable(group["params"] for group in self.param_groups))
+            means |= _update_moments(part)
+        _sum_over_shards(means, chain.from_iterable(group["params"] for group in self.param_groups))
         for part in parts:
-            _update_weights(part, [squares[parameter] for parameter in part.parameters])
+            _update_weights(part, [means[parameter] for parameter in part.parameters])
         return loss
 
     def _parts(self, group: dict[str, Any]) -> list[_Part]:
@@ -156,7 +159,7 @@ class _Part(NamedTuple):
 
 
 def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def debiased(beta: float, step: int) -> float:
@@ -165,7 +168,7 @@ def debiased(beta: float, step: int) -> float:
 
 
 def _update_moments(part: _Part) -> dict[Tensor, Tensor]:
-    """The sum of `g² / max(v, eps²)` over the local shard of each parameter, with the new `v`."""
+    """The share of the local shard in the mean of `g² / max(v, eps²)`, for each parameter, with the new `v`."""
     beta1, beta2 = (debiased(beta, part.step) for beta in part.group["betas"])
     grads = [grad.to(average.dtype) for grad, average in zip(part.grads, part.averages, strict=True)]
     torch._foreach_lerp_(part.averages, grads, 1 - beta1)
@@ -173,54 +176,50 @@ def _update_moments(part: _Part) -> dict[Tensor, Tensor]:
     torch._foreach_addcmul_(part.squares, grads, grads, value=1 - beta2)
     roots = torch._foreach_sqrt(part.squares)
     torch._foreach_clamp_min_(roots, part.group["eps"])
-    sums = torch._foreach_norm(torch._foreach_div(grads, roots))
-    torch._foreach_mul_(sums, sums)
-    return dict(zip(part.parameters, sums, strict=True))
+    ratios = torch._foreach_div(grads, roots)
+    torch._foreach_mul_(ratios, ratios)
+    # Not `_foreach_norm`, which on a CPU is off by percents for a large table.
+    pairs = zip(part.parameters, ratios, strict=True)
+    return {parameter: ratio.sum() / max(1, parameter.numel()) for parameter, ratio in pairs}
 
 
-def _sum_over_shards(sums: dict[Tensor, Tensor], parameters: Iterable[nn.Parameter]) -> None:
-    """Make local sums those of whole tensors, with one all-reduce for all parameters that are sharded alike."""
+def _sum_over_shards(means: dict[Tensor, Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the shares of the shards, with one all-reduce for all parameters that are sharded alike."""
     meshes: dict[tuple[Any, tuple[int, ...]], list[nn.Parameter]] = {}
     for parameter in parameters:
         placements = getattr(parameter, "placements", ())
         dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
         if dims:
-            meshes.setdefault((parameter.device_mesh, dims), []).append(parameter)  # pyright: ignore
+            mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+            meshes.setdefault((mesh, dims), []).append(parameter)
     for (mesh, dims), sharded in meshes.items():
         # Also those without a gradient, so that the ranks always agree on the length.
         none = torch.zeros((), device=local(sharded[0]).device)
-        total = torch.stack([sums.get(parameter, none) for parameter in sharded])
+        total = torch.stack([means.get(parameter, none) for parameter in sharded])
         for dim in dims:
             dist.all_reduce(total, group=mesh.get_group(dim))
-        sums.update(zip(sharded, total.unbind(), strict=True))
+        means.update(zip(sharded, total.unbind(), strict=True))
 
 
-def _update_weights(part: _Part, sums: list[Tensor]) -> None:
+def _update_weights(part: _Part, means: list[Tensor]) -> None:
     group = part.group
-    # -lr / max(1, RMS)
-    rates = torch._foreach_div(sums, [float(max(1, parameter.numel())) for parameter in part.parameters])
-    torch._foreach_sqrt_(rates)
-    torch._foreach_clamp_min_(rates, 1.0)
-    torch._foreach_reciprocal_(rates)
-    torch._foreach_mul_(rates, -group["lr"])
-
+    rates = -group["lr"] / torch.stack(means).sqrt().clamp(min=1)
     weights = part.weights
     if part.rounded:
         weights = [weight.float().add_(rest) for weight, rest in zip(weights, part.rounded, strict=True)]
-    updates = torch._foreach_sqrt(part.squares)
-    torch._foreach_add_(updates, group["eps"])
-    torch._foreach_reciprocal_(updates)
-    torch._foreach_mul_(updates, part.averages)
+    roots = torch._foreach_sqrt(part.squares)
+    torch._foreach_add_(roots, group["eps"])
+    updates = torch._foreach_div(part.averages, roots)
     decay = group["weight_decay"]
     if decay and group["decouple_lr"]:
         decay = decay / group["max_lr"] if group["max_lr"] else 0.0
     if decay:
         torch._foreach_add_(updates, weights, alpha=decay)
-    torch._foreach_addcmul_(weights, updates, rates)
+    torch._foreach_addcmul_(weights, updates, list(rates.unbind()))
     if part.rounded:
-        torch._foreach_copy_(part.weights, weights)
-        torch._foreach_sub_(weights, part.weights)
-        torch._foreach_copy_(part.rounded, weights)
+        for weight, wide, rest in zip(part.weights, weights, part.rounded, strict=True):
+            weight.copy_(wide)
+            rest.copy_(wide.sub_(weight))
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

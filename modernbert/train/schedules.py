@@ -1,7 +1,8 @@
 """Factors of the learning rate: a warm-up, a plateau and a decay.
 
-A schedule is a function of the step, counted from 0, to the factor by which `fit` multiplies the optimizer's learning
-rates: `partial(warmup_stable_decay, total=10_000, warmup=600, decay=2_000)`. `stages.Stage.factor` is one in tokens.
+A schedule is a `Callable[[int], float]`: from a step, counted from 0, to the factor by which `fit` multiplies the
+optimizer's learning rates. Such are `partial(warmup_stable_decay, total=10_000, warmup=600, decay=2_000)`, in steps, and
+`stages.Stage.factor`, in tokens.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import MappingProxyType
-
-Schedule = Callable[[int], float]
 
 
 def linear(left: float) -> float:

@@ -51,6 +51,11 @@ class Stage:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, but must be above 0")
+        for name in ("weight_decay", "warmup_tokens", "decay_tokens", "batch_warmup_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or more")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final is {self.final}, but must be from 0 to 1")
         if not 0 < self.mask_rate < 1:
             raise ValueError(f"mask_rate is {self.mask_rate}, but must be above 0 and below 1")
         if self.decay not in DECAYS:

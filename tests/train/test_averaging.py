@@ -109,7 +109,7 @@ def test_it_is_that_of_pytorch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_it_is_its_formula(dtype):
     model = small(dtype)
-    truth = {name: each.detach().double() for name, each in model.named_parameters()}
+    truth = {name: each.detach().double().clone() for name, each in model.named_parameters()}
     ema = EMA(model, decay=0.99)
     for seen in run(model, ema, range(50)):
         truth = {name: 0.99 * value + 0.01 * seen[name].double() for name, value in truth.items()}
@@ -173,6 +173,20 @@ def test_frozen_parameters_have_no_average_and_stay():
     assert ema.state_dict().keys() == {"1.weight", "1.bias"}
     with ema.applied():
         assert torch.equal(model[0].weight, small()[0].weight)
+
+
+def test_tied_weights_have_one_average():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    model[1].weight = model[0].weight
+    ema = EMA(model, decay=0.5)
+    assert ema.state_dict().keys() == {"0.weight", "1.bias"}
+    before = model[1].weight.detach().clone()
+    with torch.no_grad():
+        model[1].weight += 1
+    ema.update()
+    with ema.applied():
+        torch.testing.assert_close(model[1].weight.detach(), before + 0.5)
+    assert torch.equal(model[1].weight, before + 1)
 
 
 def test_averages_of_another_model_are_refused_and_nothing_changes():

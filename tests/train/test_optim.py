@@ -13,6 +13,7 @@ import torch
 from accuracy import assert_accurate
 from torch import Tensor, nn
 
+from modernbert.train import optim
 from modernbert.train.optim import StableAdamW, adamw, load_moments
 
 SHAPES = [(7,), (5, 3), (64, 33), (1,), (2, 3, 4), (0, 4), ()]
@@ -86,6 +87,19 @@ def test_stable_adamw_is_its_formula(dtype, settings):
             assert_accurate(weight.detach(), plain, truth)
 
 
+def test_many_parts_are_as_one(monkeypatch):
+    """What one call updates is bounded, for memory."""
+    found = []
+    for elements in (2**26, 40, 0):
+        monkeypatch.setattr(optim, "ELEMENTS", elements)
+        problems = [problem(shape) for shape in SHAPES]
+        weights = [nn.Parameter(weight.clone()) for weight, _ in problems]
+        train(StableAdamW(weights, weight_decay=0.1), weights, [grads for _, grads in problems], RATES[:20])
+        found.append(weights)
+    for weights in zip(*found, strict=True):
+        assert all(torch.equal(weights[0], weight) for weight in weights)
+
+
 def test_a_surprise_is_damped_for_its_tensor_only():
     """Gradients that grow by 1,000 move a weight by no more than the learning rate, and other tensors as ever."""
     calm, surprised, twin = (nn.Parameter(torch.zeros(100)) for _ in range(3))
@@ -98,6 +112,18 @@ def test_a_surprise_is_damped_for_its_tensor_only():
     assert torch.equal(calm, twin)
     moved = (surprised.detach() - before).abs().max().item()
     assert 0 < moved < 0.1
+
+
+def test_the_rms_of_a_large_table_is_exact():
+    """A sum of millions of numbers in float32, one after another, is off by percents, and with it the learning rate."""
+    table = nn.Parameter(torch.zeros(2**23))
+    optimizer = StableAdamW([table], lr=1.0, betas=(0.0, 0.98))
+    for size in (0.3, 30.0):
+        table.data.zero_()
+        table.grad = torch.full_like(table, size)
+        optimizer.step()
+    # All numbers are alike, so that the update is the RMS times their sign, divided by it.
+    assert table.detach()[[0, -1]].tolist() == pytest.approx([-1.0, -1.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
