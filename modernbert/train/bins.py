@@ -54,7 +54,7 @@ def best_fit(lengths: np.ndarray, capacity: int, *, seed: int = 0) -> Bins:
     Raises:
         ValueError: a piece is longer than a bin, or has no token.
     """
-    if len(lengths) and not (0 < lengths.min() and lengths.max() <= capacity):
+    if len(lengths) and not (lengths.min() > 0 and lengths.max() <= capacity):
         raise ValueError(f"pieces have {lengths.min()} to {lengths.max()} tokens, but must have 1 to {capacity}")
     order = np.random.default_rng(seed).permutation(len(lengths))
     bin_of, bins = np.empty(len(lengths), np.int64), 0

@@ -24,11 +24,12 @@ from .options import check_same
 from .ragged import CHUNK, RaggedBuilder, chunks
 from .ragged import RaggedIds as RaggedIds
 from .reading import digest as digest
-from .reading import files as pair_files
+from .reading import files as pair_files  # noqa: F401  (a recipe asks for the files of its pairs)
 from .reading import versions as versions
 from .teacher import Teacher, text_key
 
 FILE = "file."  # in front of the names of files in an .npz file
+
 
 @dataclass(frozen=True)
 class ChosenPairs:
@@ -196,7 +197,9 @@ class TokenizedPairs:
         """float32, the teacher's scores of `documents(batch)`. ValueError: the pairs have none."""
         if self.scores is None or self.negative_offsets is None:
             raise ValueError("these pairs have no scores of a teacher; read them with read_scored")
-        parts = [self.scores[first + i : last + i + 1] for i in batch for first, last in [self.negative_offsets[i : i + 2]]]
+        parts = [
+            self.scores[first + i : last + i + 1] for i in batch for first, last in [self.negative_offsets[i : i + 2]]
+        ]
         return np.concatenate([np.zeros(0, np.float32), *parts])
 
     def save(self, file: Path, inputs: dict[str, object], files: Mapping[str, bytes] | None = None) -> None:
@@ -219,7 +222,17 @@ class TokenizedPairs:
             for side in ("queries", "positives", "negatives")
             if f"{side}.values" in arrays
         }
-        return cls(**sides, **{name: array for name, array in arrays.items() if "." not in name})
+        return cls(
+            queries=sides["queries"],
+            positives=sides["positives"],
+            lengths=arrays["lengths"],
+            sources=arrays["sources"],
+            positive_groups=arrays["positive_groups"],
+            teacher_index=arrays["teacher_index"],
+            negatives=sides.get("negatives"),
+            negative_offsets=arrays.get("negative_offsets"),
+            scores=arrays.get("scores"),
+        )
 
 
 def tokenizer_files(file: Path) -> dict[str, bytes]:

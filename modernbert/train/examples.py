@@ -5,9 +5,9 @@ Pairs and triples, documents with a teacher's scores, labelled texts and pairs o
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -175,12 +175,12 @@ def _from_others(excluded: Collection[str], pairs: Iterator[Pair]) -> Iterator[P
     return (pair for pair in pairs if pair.source not in excluded)
 
 
-def _pair(row: Row, why: str = "because all pairs count alike here") -> Pair:
+def _pair(row: Row, why: str, negatives: tuple[str, ...] = ()) -> Pair:
     fields = row.fields
     if not {"query", "positive"} <= fields.keys():
         raise ValueError(f'a pair needs "query" and "positive", got keys {sorted(fields)}')
     _refuse_unread(fields, {"query", "positive"}, why)
-    return _with_source(row, _text(fields, "query"), _text(fields, "positive"))
+    return _with_source(row, _text(fields, "query"), _text(fields, "positive"), negatives)
 
 
 def _refuse_unread(fields: Mapping[str, object], read: set[str], why: str) -> None:
@@ -195,7 +195,7 @@ def _triple(row: Row) -> Pair:
     if not negatives:
         raise ValueError(f'a triple needs "negatives" or "negative", got keys {sorted(row.fields)}')
     rest = {name: value for name, value in row.fields.items() if not NEGATIVE.fullmatch(name)}
-    return _pair(row._replace(fields=rest))._replace(negatives=tuple(negatives))
+    return _pair(Row(rest, row.file, row.where), "because all pairs count alike here", tuple(negatives))
 
 
 def _scored(row: Row) -> Pair:
@@ -206,19 +206,22 @@ def _scored(row: Row) -> Pair:
         got = f"{len(scores)} of them" if isinstance(scores, list) else f"{scores!r:.60}"
         raise ValueError(f'"scores" must be a list of {len(documents)} numbers, one for each document, got {got}')
     numbers = tuple(_number(f"scores[{place}]", score) for place, score in enumerate(scores))
-    _refuse_unread(row.fields, {"query", "documents", "scores"}, "because only the documents and their scores count here")
-    pair = _with_source(row, _text(row.fields, "query"), documents[0])
-    return pair._replace(negatives=tuple(documents[1:]), scores=numbers)
+    _refuse_unread(
+        row.fields, {"query", "documents", "scores"}, "because only the documents and their scores count here"
+    )
+    return _with_source(row, _text(row.fields, "query"), documents[0], tuple(documents[1:]), numbers)
 
 
-def _with_source(row: Row, query: str, positive: str) -> Pair:
+def _with_source(
+    row: Row, query: str, positive: str, negatives: tuple[str, ...], scores: tuple[float, ...] = ()
+) -> Pair:
     source, group = row.fields.get("source", row.file), row.fields.get("group", positive)
     if not isinstance(source, str):
         raise ValueError(f'"source" must be a string, got {source!r:.60}')
     if not isinstance(group, str) and type(group) is not int:
         raise ValueError(f'"group" must be a string, got {group!r:.60}')
-    source.encode(), str(group).encode()
-    return Pair(query, positive, source, group)
+    f"{source}{group}".encode()  # as in `_text`
+    return Pair(query, positive, source, group, negatives, scores)
 
 
 def _labelled(row: Row, labels: Sequence[str]) -> Labelled:
@@ -249,9 +252,9 @@ def _class(value: object, labels: Sequence[str]) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):  # pyright: ignore[reportArgumentType]
-        raise ValueError(f'"{name}" must be a finite number, got {value!r:.60}')
-    return float(value)  # pyright: ignore[reportArgumentType]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f'"{name}" must be a finite number, got {value!r:.60}')
 
 
 def _texts(fields: Mapping[str, object], name: str) -> list[str]:

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .bins import BinSampler
+from .corpus import Pieces
 from .masking import Masked, Masking
 from .sampling import Sampler
-from .corpus import Pieces
 
 K = TypeVar("K")
 B = TypeVar("B")

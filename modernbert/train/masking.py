@@ -86,7 +86,7 @@ class Masking:
             draw[np.isin(ids, self.protected)] = 1
         rows = np.flatnonzero(draw < self.share)
         if not len(rows) and draw.min(initial=1) < 1:
-            rows = draw.argmin(keepdims=True)
+            rows = np.array([draw.argmin()])
         fate = rng.random(len(rows))
         read = ids.copy()
         read[rows[fate < 0.8]] = self.mask_token_id

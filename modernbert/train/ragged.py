@@ -81,7 +81,7 @@ def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def packed_row(input_ids: Tensor, lengths: np.ndarray) -> Packed:
-    """As `pack` of lists of ids, without a look at each id: `[T]` int64 ids of sequences of these lengths, int64 [B]."""
+    """As `pack` of lists of ids, without a look at each id: `[T]` int64 ids, of sequences of `lengths` int64 [B]."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(len(input_ids)) - np.repeat(ends[:-1], lengths)
     return Packed(

@@ -1,4 +1,4 @@
-"""Rows of files: JSON lines (plain, gzip, zstd), Parquet, and Hugging Face data sets. Each row knows where it is from."""
+"""Rows of files: JSON lines (plain, gzip, zstd), Parquet, Hugging Face data sets. Each row knows where it is from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parse_rows(
     *,
     skip: tuple[type[ValueError], ...] = (),
 ) -> Iterator[T]:
-    """What `parse` makes of each row; its ValueError gets the place of the row. Rows with an error of `skip` are left out."""
+    """What `parse` makes of each row. Its ValueError gets the place of the row; one of `skip` leaves the row out."""
     for row in read_rows(source, names):
         try:
             parsed = parse(row)
@@ -64,7 +64,7 @@ def read_rows(source: Source, names: Mapping[str, str] | None = None) -> Iterato
         if names:
             renamed = {name: row.fields[there] for name, there in names.items() if there in row.fields}
             others = {name: value for name, value in row.fields.items() if name not in names.values()}
-            row = row._replace(fields=others | renamed)
+            row = Row(others | renamed, row.file, row.where)
         yield row
 
 
@@ -128,6 +128,8 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
     Raises:
         ValueError: a compressed file is damaged or ends too early.
     """
+    if path.suffix in (".gz", ".zst") and not path.stat().st_size:
+        raise ValueError(f"{path} is damaged: it has no bytes")
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = _split(_zstandard(file)) if path.suffix == ".zst" else file
         try:
@@ -191,7 +193,7 @@ def _data_set(folder: Path) -> Iterable[Mapping[str, object]]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("to read a folder of save_to_disk: pip install datasets") from error
     try:
-        return datasets.Dataset.load_from_disk(str(folder))
+        return datasets.Dataset.load_from_disk(str(folder))  # pyright: ignore[reportReturnType]
     except Exception as error:  # a damaged file of the folder raises nearly any exception
         raise ValueError(f"{folder} is damaged, or not a data set that save_to_disk has written: {error}") from error
 

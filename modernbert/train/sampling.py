@@ -90,7 +90,9 @@ class Sampler:
             raise ValueError(f"sources has shape {self.sources.shape}, but lengths {self.lengths.shape}")
         if self.max_tokens is not None and (longest := int(self.lengths.max(initial=0))) > self.max_tokens:
             row = int(self.lengths.argmax())
-            raise ValueError(f"row {row} has {longest:,} tokens, max_tokens is {self.max_tokens:,}: cut the texts or raise it")
+            raise ValueError(
+                f"row {row} has {longest:,} tokens, max_tokens is {self.max_tokens:,}: cut the texts or raise it"
+            )
 
     def __call__(self, first: int = 0) -> Iterator[np.ndarray]:
         """The batches of this rank after the `first` ones, without an end: int arrays of rows."""

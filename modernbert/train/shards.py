@@ -43,8 +43,8 @@ def write_shards(
 ) -> Shards:
     """Tokenise the "text" of every row of a source. The files are the same for any number of processes.
 
-    A run that was stopped, even by `kill -9` or by a full disk, goes on where it was when it is started again. If all is
-    there, nothing is read. Of several callers, such as the ranks of a run, the first one writes and the others wait.
+    A run that was stopped, even by `kill -9` or by a full disk, goes on where it was when it is started again. If all
+    is there, nothing is read. Of several callers, such as the ranks of a run, the first one writes and the others wait.
 
     Args:
         names: as in `read_rows`.
@@ -101,7 +101,7 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes, and the first and last megabyte of files: quick for a large corpus, which may be moved."""
+    """A hash of names, sizes, and the first and last megabyte of files: quick for a large corpus."""
     total = hashlib.blake2b(digest_size=16)
     for path in paths:
         size = path.stat().st_size
@@ -155,8 +155,8 @@ def _write_in_processes(
                 running.popleft().result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"a process that wrote to {folder} has died, with its reason on stderr: out of memory, or a script that "
-                'does not call write_shards below `if __name__ == "__main__":`. The same call goes on from here'
+                f"a process that wrote to {folder} has died, with its reason on stderr: out of memory, or a script "
+                'that does not call write_shards below `if __name__ == "__main__":`. The same call goes on from here'
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # an error is raised now, not after all other shards

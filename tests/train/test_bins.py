@@ -88,7 +88,7 @@ def test_a_resumed_run_goes_on_at_the_exact_batch(first):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_batches_of_one_rank(world_size):
-    """The batch of all ranks is that of one rank with more rows, and of one rank that accumulates; also across epochs."""
+    """The batch of all ranks is that of one rank with more rows, and of one that accumulates; also across epochs."""
     ranks = [list(islice(sampler(3, rank, world_size)(), 200)) for rank in range(world_size)]
     wide = list(islice(sampler(3 * world_size)(), 200))
     accumulated = list(islice(sampler(3)(), 200 * world_size))

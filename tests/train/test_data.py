@@ -228,11 +228,16 @@ def test_tokenized_pairs_come_back_from_their_file(model, tmp_path):
 
 
 def test_chosen_pairs_are_read_again_and_not_kept(tmp_path):
-    write_lines(tmp_path / "x.jsonl", [{"query": f"q{i}", "positive": f"p{i}", "source": "ab"[i % 2]} for i in range(9)])
+    write_lines(
+        tmp_path / "x.jsonl", [{"query": f"q{i}", "positive": f"p{i}", "source": "ab"[i % 2]} for i in range(9)]
+    )
     chosen = choose_pairs(tmp_path, exclude_sources=("b",), decontaminate_against=())
     assert len(chosen) == len(list(chosen)) == len(list(chosen)) == 5
     assert first_per_source(chosen, 2, seed=1) == first_per_source(list(chosen), 2, seed=1)
-    negatives = [{"query": "q", "positive": "p", "negatives": ["n"]}, {"query": "q", "positive": "p", "negatives": [""]}]
+    negatives = [
+        {"query": "q", "positive": "p", "negatives": ["n"]},
+        {"query": "q", "positive": "p", "negatives": [""]},
+    ]
     write_lines(tmp_path / "x.jsonl", negatives)
     chosen = choose_pairs(tmp_path, exclude_sources=(), decontaminate_against=(), read=read_triples)
     assert list(chosen) == [Pair("q", "p", "x", "p", ("n",))]
@@ -297,5 +302,7 @@ def test_no_pairs_are_refused(model):
 
 
 def test_groups_are_numbered_in_order_and_a_number_is_not_its_name(model):
-    pairs = [Pair("q", "p", source, group) for source, group in (("b", "3"), ("a", 3), ("b", 3), ("b", "3"), ("a", "3"))]
+    pairs = [
+        Pair("q", "p", source, group) for source, group in (("b", "3"), ("a", 3), ("b", 3), ("b", "3"), ("a", "3"))
+    ]
     assert TokenizedPairs.from_pairs(pairs, model, None).positive_groups.tolist() == [0, 1, 2, 0, 3]

@@ -120,7 +120,10 @@ def test_the_rule_is_that_of_transformers(tokenizer, modernbert_tokenizer_file):
     peers = counts(ids.flatten(), inputs.flatten(), theirs)[1]
     for a, b in zip(mine, peers, strict=True):
         assert a == pytest.approx(b, abs=7 * (0.16 / (0.3 * n)) ** 0.5)
-    random = [x[r][(x[r] != MASK) & (x[r] != ids.flatten()[r])] for x, r in ((inputs.flatten(), theirs), (masked.batch.input_ids, masked.rows_Q))]
+    random = [
+        x[r][(x[r] != MASK) & (x[r] != ids.flatten()[r])]
+        for x, r in ((inputs.flatten(), theirs), (masked.batch.input_ids, masked.rows_Q))
+    ]
     # A uniform distribution over the vocabulary: the mean, and the largest.
     for found in random:
         assert float(found.double().mean()) == pytest.approx(VOCABULARY / 2, rel=0.05)

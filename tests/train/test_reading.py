@@ -21,7 +21,9 @@ def write(path, rows):
 
         write_table(arrow.Table.from_pylist(rows), path, row_group_size=100)
     elif path.name.endswith(".zst"):
-        path.write_bytes(pytest.importorskip("zstandard").ZstdCompressor().compress(json_lines(rows)))
+        path.write_bytes(
+            pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(json_lines(rows))
+        )
     else:
         path.write_bytes(gzip.compress(json_lines(rows)) if path.name.endswith(".gz") else json_lines(rows))
 
@@ -115,9 +117,6 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     flipped = whole[:middle] + bytes(byte ^ 255 for byte in whole[middle : middle + 40]) + whole[middle + 40 :]
     content = {"cut": whole[:middle], "noise": b"\xff" * 99, "flipped": flipped, "empty": b""}[damage]
     (tmp_path / name).write_bytes(content)
-    if damage == "empty" and name != "a.parquet":
-        assert list(read_rows(tmp_path)) == []  # no frame at all is a file of no rows
-        return
     with pytest.raises(ValueError, match=rf"{name}( is damaged|:\d+: )"):
         list(read_rows(tmp_path))
 

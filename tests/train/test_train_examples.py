@@ -76,6 +76,7 @@ BAD = {
     "too many scores": (read_scored, SCORED | {"scores": [1, 2, 3, 4]}, "a list of 3 numbers.*got 4"),
     "a NaN": (read_scored, SCORED | {"scores": [1, math.nan, 2]}, r'"scores\[1\]" must be a finite number, got nan'),
     "an infinity": (read_scored, SCORED | {"scores": [1, 2, -math.inf]}, r'"scores\[2\]" .*got -inf'),
+    "a huge number": (read_scored, SCORED | {"scores": [1, 10**400, 3]}, r'"scores\[1\]" must be a finite number'),
     "a score in words": (read_scored, SCORED | {"scores": [1, "2", 3]}, r'"scores\[1\]" must be a finite number'),
     "a score that is true": (read_scored, SCORED | {"scores": [True, 2, 3]}, r'"scores\[0\]" must be a finite number'),
     "one document": (read_scored, SCORED | {"documents": ["a"], "scores": [1]}, '"documents" has 1 texts'),
@@ -133,10 +134,14 @@ def test_sources_can_be_excluded(read, row):
 
 
 TABLES = {
-    "CoLA": ("gj04\t1\t\tThe \"sailors\" rode.\nclc95\t0\t*\t\"In quotes.\n", ['The "sailors" rode.', '"In quotes.'], [1, 0]),
+    "CoLA": (
+        'gj04\t1\t\tThe "sailors" rode.\nclc95\t0\t*\t"In quotes.\n',
+        ['The "sailors" rode.', '"In quotes.'],
+        [1, 0],
+    ),
     "SST-2": ("sentence\tlabel\nhide new secretions \t0\r\n", ["hide new secretions"], [0]),
     "MRPC": (
-        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t2\t3\tHe said \" so\t\" So .\r\n",
+        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t2\t3\tHe said " so\t" So .\r\n',
         [('He said " so', '" So .')],
         [1],
     ),
