@@ -60,7 +60,7 @@ def grad_cache(
 
     Args:
         encode: a chunk to its vectors, with the model's graph: the token vectors of texts as a `Ragged` for late
-            interaction, or `[b, E]`. Called twice for each chunk.
+            interaction, or `[b, E]`. Called twice for each chunk, it has to give the same vectors.
         columns: the chunks of each argument of `loss`, such as queries and documents.
         loss: called once, with the joined vectors of each column. It may have parameters of its own.
         no_sync: a context for all chunks but the last, in which gradients are not reduced over ranks, such as
@@ -73,9 +73,9 @@ def grad_cache(
         raise ValueError("columns must each have at least one chunk")
     chunks = [chunk for column in columns for chunk in column]
     moments, parts = [], []
-    for chunk in chunks:
-        moments.append(_Moment())
-        with torch.no_grad(), moments[-1].autocast():
+    with torch.no_grad():
+        for chunk in chunks:
+            moments.append(_Moment())
             parts.append(encode(chunk))
     # One leaf for all chunks, so that one hook sees all gradients, and knows the last chunk.
     values = torch.cat([_rows(part) for part in parts]).requires_grad_(torch.is_grad_enabled())
@@ -91,10 +91,10 @@ def grad_cache(
 
     if values.requires_grad:
         values.register_hook(encode_again)
-    taken = iter(parts)
-    parts_of = [[next(taken) for _ in column] for column in columns]
-    joined = values.split([sum(len(_rows(part)) for part in parts) for parts in parts_of])
-    return loss(*map(_texts, joined, parts_of))
+    remaining = iter(parts)
+    groups = [[next(remaining) for _ in column] for column in columns]
+    joined = values.split([sum(len(_rows(part)) for part in group) for group in groups])
+    return loss(*map(_texts, joined, groups))
 
 
 def _rows(vectors: Ragged | Tensor) -> Tensor:
@@ -114,21 +114,15 @@ class _Moment:
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         kinds = ("cpu", "cuda") if self.cuda else ("cpu",)
-        self.kinds = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
-
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Autocast of then. Without its cache, as weights that were cast without a graph would get no gradient."""
-        with ExitStack() as stack:
-            for kind, dtype, enabled in self.kinds:
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-            yield
+        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """The random numbers and the autocast of then. The random states of now come back at the end."""
-        with torch.random.fork_rng(devices=range(len(self.cuda))), self.autocast():
+        with torch.random.fork_rng(devices=range(len(self.cuda))), ExitStack() as stack:
             torch.set_rng_state(self.cpu)
             if self.cuda:
                 torch.cuda.set_rng_state_all(self.cuda)
+            for arguments in self.autocast:
+                stack.enter_context(torch.autocast(*arguments))
             yield

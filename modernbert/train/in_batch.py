@@ -47,7 +47,7 @@ def in_batch_info_nce(
     Args:
         queries, documents: token vectors, for MaxSim; or `[B, E]` and `[N, E]`, for dot products in float32 or better.
         groups_N: int. A document is not a negative of a query if its group is that of the query's positive. None: all
-            groups differ.
+            groups differ. All ranks give groups, or none does.
         temperature, both_directions, margin: as in `info_nce`.
         elements: the most query tokens times documents of a block.
         gather: rows of this rank to those of all ranks, in the order of ranks, with a gradient. Ranks may have
@@ -154,7 +154,9 @@ class _SumOfBlocks(torch.autograd.Function):
             leaves = rows_QE[first:last].detach().requires_grad_(), columns_NE.detach().requires_grad_()
             with torch.enable_grad():
                 loss = block_loss(*leaves, start, stop)
-            grad_rows_QE[first:last], grad_block_NE = torch.autograd.grad(loss, leaves)
+            # As in any backward pass, whose products autocast would round.
+            with torch.autocast(rows_QE.device.type, enabled=False):
+                grad_rows_QE[first:last], grad_block_NE = torch.autograd.grad(loss, leaves)
             grad_columns_NE += grad_block_NE
             total += loss.detach()
         ctx.save_for_backward(grad_rows_QE, grad_columns_NE)

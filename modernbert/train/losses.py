@@ -189,7 +189,7 @@ def n_way_scores(queries: Ragged, documents: Ragged) -> Tensor:
         ValueError: a number of documents that is not a multiple of the number of queries.
     """
     count, rest = divmod(len(documents), max(1, len(queries)))
-    if rest or not count:
+    if rest or not count or not len(queries):
         what = f"got {len(documents)} documents for {len(queries)} queries"
         raise ValueError(f"documents must hold the same number of documents for each query, {what}")
     lengths_B = queries.offsets.diff()

@@ -44,9 +44,7 @@ class DistillationHead(nn.Module):
 
     def __init__(self, width: int, teacher_width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, teacher_width), nn.SiLU(), nn.Linear(teacher_width, teacher_width)
-        )
+        self.layers = nn.Sequential(nn.Linear(width, teacher_width), nn.SiLU(), nn.Linear(teacher_width, teacher_width))
 
     def forward(self, x_BD: Tensor, teacher_BE: Tensor) -> Tensor:
         """Scalar, the mean distance.

@@ -1,21 +1,30 @@
-"""A small model with vectors for late interaction or for dot products, and texts for it."""
+"""A small model with vectors for late interaction or for dot products, and texts for it.
+
+Without `hf_twin`, whose import of transformers each process of a test over ranks would repeat.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hf_twin import BIASES, TINY, make_loud, random_ids
 from torch import Tensor, nn
 
 import modernbert_kernels as ops
-from modernbert import Encoder, Ragged, pack
+from modernbert import Encoder, EncoderConfig, Ragged, pack
 from modernbert.packing import Packed
 from modernbert.train.grad_cache import token_chunks
 
-QUERIES, DOCUMENTS = random_ids([3, 9, 1, 6, 5], 100), random_ids([20, 4, 33, 2, 15, 8, 8, 27, 1, 11], 100, seed=2)
+
+def random_ids(lengths: Sequence[int], seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(100, (length,), generator=generator).tolist() for length in lengths]
+
+
+QUERIES, DOCUMENTS = random_ids([3, 9, 1, 6, 5]), random_ids([20, 4, 33, 2, 15, 8, 8, 27, 1, 11], seed=2)
+SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 DROPOUT = {"embedding_dropout": 0.1, "attention_dropout": 0.2, "mlp_dropout": 0.3}
 
 
@@ -25,14 +34,16 @@ class Model(nn.Module):
     def __init__(self, late: bool, **config: Any) -> None:
         super().__init__()
         self.late = late
-        self.encoder = Encoder(replace(TINY, **BIASES, **config))
-        make_loud(self.encoder)
-        self.projection = nn.Linear(TINY.hidden_size, 16, bias=False)
+        self.encoder = Encoder(EncoderConfig(**SIZES, num_attention_heads=2, local_attention=16, **config))
+        self.projection = nn.Linear(32, 16, bias=False)
+        for weight in self.encoder.parameters():  # so that every part matters
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, batch: Packed) -> Ragged | Tensor:
+        offsets, batch = batch.cu_seqlens.long(), batch.to(self.projection.weight.device)
         if self.late:
-            x_TD = self.encoder(batch)
-            return Ragged(ops.project_normalize(x_TD, self.projection.weight), batch.cu_seqlens.long())
+            return Ragged(ops.project_normalize(self.encoder(batch), self.projection.weight), offsets)
         return F.normalize(self.projection(self.encoder(batch, rows=batch.cu_seqlens[:-1])), dim=1)
 
 
