@@ -19,7 +19,9 @@ HEADS: dict[str, type[Head]] = {
     "SequenceClassification": SequenceClassifier,
     "TokenClassification": TokenClassifier,
 }
-OF_HEADS = "decoder_bias tie_word_embeddings classifier_pooling classifier_activation classifier_bias"
+OF_HEADS = (
+    "decoder_bias tie_word_embeddings classifier_pooling classifier_activation classifier_bias classifier_dropout"
+)
 LABELS = {"id2label": {"0": "no", "1": "yes", "2": "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
 SMALL = replace(TINY, num_hidden_layers=3)
 # Every field that a head reads, each with both of its values.

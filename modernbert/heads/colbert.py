@@ -28,6 +28,7 @@ from ..tokenizer import Tokenizer
 from . import colbert_files
 from .colbert_files import ColBERTConfig
 from .dense import Dense
+from .folders import check_class
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,6 +89,7 @@ class ColBERT(Pretrained):
 
     @classmethod
     def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
+        check_class(folder, "ColBERT")  # a dense model has a Dense too
         # Stanford's head is in the file of the encoder.
         encoder = Encoder._read(folder, config, device=device, dtype=dtype, elsewhere=("linear.",))
         tokenizer = Tokenizer.from_pretrained(folder)

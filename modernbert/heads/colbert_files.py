@@ -21,7 +21,6 @@ from ..settings import Settings
 from ..tokenizer import Tokenizer
 from . import module_files
 from .dense import Dense
-from .folders import check_class
 from .module_files import SETTINGS, TRANSFORMER, File, get, read_if_there
 
 METADATA = "artifact.metadata"
@@ -117,7 +116,6 @@ def _folders_of_modules(folder: Path) -> dict[str, list[Path]]:
         if kind == "Dense" and "Normalize" in modules:
             raise ValueError(f"{where}: a Dense after a Normalize is not supported; vectors are normalised at the end")
         modules.setdefault(kind, []).append(path)
-    check_class(folder, "ColBERT")  # a dense model may have a Dense too
     if not modules.get("Dense"):
         raise ValueError(f"{where} lists no Dense module: this is not a late-interaction checkpoint")
     return modules

@@ -22,6 +22,7 @@ from ..tokenizer import Encoding, Tokenizer
 from . import embedder_files
 from .dense import Dense
 from .embedder_files import EmbedderConfig
+from .folders import check_class
 from .pooling import encode_and_pool
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Embedder(Pretrained):
 
     @classmethod
     def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
+        check_class(folder, "Embedder")
         tokenizer = Tokenizer.from_pretrained(folder)
         settings, dense = embedder_files.read(folder, config, tokenizer, device=device, dtype=dtype)
         return cls(Encoder._read(folder, config, device=device, dtype=dtype), tokenizer, dense, settings)

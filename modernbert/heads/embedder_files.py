@@ -17,7 +17,6 @@ from ..settings import Settings
 from ..tokenizer import Tokenizer
 from . import module_files
 from .dense import Dense
-from .folders import check_class
 from .module_files import SETTINGS, TRANSFORMER, File, get, read_if_there
 from .pooling import POOLINGS
 
@@ -89,7 +88,6 @@ def read(
             f"{folder} has no modules.json, and so no pooling: choose one with Embedder(Encoder.from_pretrained(...), "
             "Tokenizer.from_pretrained(...), config=EmbedderConfig(pooling=...))"
         )
-    check_class(folder, "Embedder")
     modules = module_files.read_modules(folder, READ)
     kinds = [module.kind for module in modules]
     dense = [path for kind, path in modules if kind == "Dense"]

@@ -33,7 +33,7 @@ def class_of(folder: Path) -> str | None:
         return of_weights
     settings = checkpoint.read_json(folder, SETTINGS) if checkpoint.has_file(folder / SETTINGS) else {}
     written = settings.get("model_type")
-    if written == "CrossEncoder":
+    if written == "CrossEncoder" and of_weights not in (None, "Encoder"):
         return of_weights
     if written is not None:
         return MODELS.get(str(written), str(written))
@@ -44,9 +44,12 @@ def class_of(folder: Path) -> str | None:
 
 
 def check_class(folder: Path, wanted: str) -> None:
-    """Raise a ValueError with the name of the class that reads the folder, unless it is `wanted` or not known."""
+    """Raise a ValueError with the name of the class that reads the folder, unless it is `wanted` or not known.
+
+    An encoder alone is refused for the classes in `NEW_HEAD`; the others say what it lacks.
+    """
     found = class_of(folder)
-    if found is None or found == wanted:
+    if found in (None, wanted) or (found == "Encoder" and wanted not in NEW_HEAD):
         return
     todo = f": load it with {found}.from_pretrained" if found in {*ARCHITECTURES.values(), *MODELS.values()} else ""
     if wanted in NEW_HEAD:

@@ -87,7 +87,7 @@ def _weighted_mean(x_TD: Tensor, batch: Packed) -> Tensor:
     """Weights 1, 2, 3, ... from the first token on. Their mean is (n + 1) / 2."""
     weight_T1 = (_places(batch)[1] + 1)[:, None]
     mean_BD = _mean(_wide(x_TD) * weight_T1, batch)
-    return (mean_BD * (2 / (_counts(batch) + 1))[:, None]).to(x_TD.dtype)
+    return (mean_BD * 2 / (_counts(batch).to(mean_BD.dtype) + 1)[:, None]).to(x_TD.dtype)
 
 
 def _wide(x_TD: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class Entity(NamedTuple):
 def rows_of_words(window: TextWindow) -> dict[int, list[int]]:
     """The rows of each word that begins in a window of a text that was split into words, by the index of the word.
 
-    A word of which a window has only the end is left out of it: an earlier window has its beginning.
+    A word of which a window has only the end is left out of it: an earlier window has its beginning. Offsets tell, so a
+    word that is cut inside of its first character (of several tokens, such as an emoji) begins in both.
     """
     rows: dict[int, list[int]] = {}
     for row, word in enumerate(window.word_ids):
