@@ -29,7 +29,7 @@ class BatchLoss(NamedTuple):
     def detached(self) -> BatchLoss:
         """The numbers without their graphs."""
         metrics = {name: value.detach() for name, value in self.metrics.items()}
-        return self._replace(loss=self.loss.detach(), metrics=metrics)
+        return BatchLoss(self.loss.detach(), self.tokens, metrics, self.count)
 
 
 def totals(parts: Sequence[BatchLoss]) -> Tensor:

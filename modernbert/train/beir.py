@@ -57,7 +57,9 @@ def beir(
     def measure() -> dict[str, float]:
         if isinstance(model, nn.Module) and any(map(is_sharded, model.parameters())):
             # Encoding runs in inference mode, and on a CPU in threads: neither fits the messages of `fully_shard`.
-            raise ValueError("a model in parts on several ranks cannot be measured on a BEIR folder: use parallel='ddp'")
+            raise ValueError(
+                "a model in parts on several ranks cannot be measured on a BEIR folder: use parallel='ddp'"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
             found = model.encode_documents(texts, batch_tokens=batch_tokens, progress=False)
@@ -71,7 +73,8 @@ def beir(
 
 
 def _named(scores: Tensor, index: Tensor, ids: Sequence[str]) -> dict[str, float]:
-    return {ids[i]: score for i, score in zip(index.tolist(), scores.tolist(), strict=True)}
+    places: list[int] = index.tolist()
+    return {ids[place]: score for place, score in zip(places, scores.tolist(), strict=True)}
 
 
 def _quiet(message: str) -> None:

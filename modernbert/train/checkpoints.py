@@ -252,9 +252,7 @@ def _like_parameters(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     names = [each for group in state["param_groups"] for each in group["params"]]
     of = dict(zip(names, parameters, strict=True))
-    found = {
-        name: {key: _in_parts(x, of[name]) for key, x in each.items()} for name, each in state["state"].items()
-    }
+    found = {name: {key: _in_parts(x, of[name]) for key, x in each.items()} for name, each in state["state"].items()}
     return {**state, "state": found}
 
 

@@ -9,13 +9,15 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -43,7 +45,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_first(self) -> bool:
@@ -109,11 +111,11 @@ def ranks(device: str | torch.device = "cpu", *, timeout_minutes: float = 30.0) 
         return
     device = _own(device)
     timeout = timedelta(minutes=timeout_minutes)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-    options = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": world_size}
+    options = {"store": PrefixStore("group", store), "rank": rank, "world_size": world_size}
     dist.init_process_group(backend, timeout=timeout, **options)
-    reports = Reports(dist.PrefixStore("reports", store), rank, world_size)
+    reports = Reports(PrefixStore("reports", store), rank, world_size)
     try:
         yield Ranks(rank, world_size, device)
     except Exception as error:
@@ -134,7 +136,7 @@ def _own(device: torch.device) -> torch.device:
 class Reports:
     """Why ranks failed, in the store through which they met."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
 
     def explain(self, error: Exception) -> None:

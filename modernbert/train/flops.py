@@ -27,7 +27,7 @@ PUBLISHED = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Dense bfloat16 TFLOP/s with float32 sums, of the data sheets; the first whose words are in the name of a device counts."""
+"""Dense bfloat16 TFLOP/s of the data sheets. The first row whose words are in the name of a device counts."""
 
 
 class Peak(NamedTuple):
@@ -88,7 +88,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(repeats):
         _wait(device)
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         _wait(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

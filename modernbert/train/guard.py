@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def save_bad_batches(
     bad = [row for row in every if not np.isfinite(row["loss"])] or every
 
     def write() -> str:
-        names = (f"bad-step-{step}{again and f'-{again}' or ''}.pt" for again in count())
+        names = chain([f"bad-step-{step}.pt"], (f"bad-step-{step}-{again}.pt" for again in count(1)))
         file = next(path for name in names if not (path := folder / name).exists())
         try:
             with file.open("xb") as opened:
@@ -59,8 +59,8 @@ def plain(value: Any) -> Any:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: plain(each) for name, each in zip(value._fields, value, strict=True)}
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
+        return {name: plain(each) for name, each in zip(names, value, strict=True)}
     if isinstance(value, Mapping):
         return {key if isinstance(key, int) else str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -182,7 +182,7 @@ class WandB:
 
     def __init__(self, folder: Path, settings: Mapping[str, object], **options: Any) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ModuleNotFoundError("Weights & Biases needs an extra: pip install 'modernbert[wandb]'") from error
         self._wandb, self._folder, self._options = wandb, folder, {"config": dict(settings), **options}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_the_offending_batch_of_several_is_saved(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 3: .*/bad-step-3\.pt has its batches\. Try"):
         poisoned(TinyRun(tmp_path), 8).fit(accumulate=3)
     (bad,) = load(tmp_path / "bad-step-3.pt")
-    x_B4, y_B1 = list(zip(range(8), TinyRun.every()))[-1][1]
+    x_B4, y_B1 = next(islice(TinyRun.every(), 7, None))
     assert (bad["rank"], bad["place"]) == (0, 1)
     assert math.isnan(bad["loss"])
     assert torch.equal(bad["batch"][0], x_B4)
@@ -91,6 +92,6 @@ def test_all_batches_are_saved_if_only_the_gradients_are_wrong(tmp_path):
 
 
 def test_a_full_disk_does_not_hide_the_error_of_the_step(tmp_path):
-    with disk_for(10), pytest.raises(FloatingPointError, match="step 1: .*could not be saved.*Try a lower"):
+    with disk_for(10), pytest.raises(FloatingPointError, match=r"step 1: .*could not be saved.*Try a lower"):
         poisoned(TinyRun(tmp_path), 1).fit()
     assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,7 @@ class Kinds:
 
 def test_each_type_of_field_has_its_words(capsys):
     assert parse(Kinds, None, []) == Kinds(False, True, (1e-3,), None, "ddp")
-    words = "--compile --no-autocast --rates 1 2e-3 --clip 0.5 --parallel fsdp".split()
+    words = ["--compile", "--no-autocast", "--rates", "1", "2e-3", "--clip", "0.5", "--parallel", "fsdp"]
     assert parse(Kinds, None, words) == Kinds(True, False, (1.0, 2e-3), 0.5, "fsdp")
     for wrong in (["--parallel", "dp"], ["--clip", "much"], ["--compile", "no"]):
         with pytest.raises(SystemExit):
