@@ -243,9 +243,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_result_before(toy,
     monkeypatch.setattr(contrastive, "batch_loss", lambda *args: loss(*args)._replace(loss=loss(*args).loss * np.nan))
     with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
         main(config(toy, tmp_path, steps=4))
-    found = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert found.pop(tmp_path / "bad-step-3.pt")  # the batch that made it
-    assert found == kept
+    (tmp_path / "bad-step-3.pt").unlink()  # the batch, for a look at it
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
 
 
 def test_a_result_beyond_float16_is_not_written(toy, tmp_path):
@@ -369,8 +368,9 @@ def test_pairs_of_a_teacher_need_whole_batches(toy, tmp_path):
 
 def test_two_ranks_score_the_documents_of_both(toy, tmp_path):
     """A step of two ranks is that of one rank with batches twice as large, up to rounding."""
-    one = main(config(toy, tmp_path / "one", steps=3, batch_pairs=24, batch_tokens=600, chunk_tokens=10_000))
-    settings = config(toy, tmp_path / "two", steps=3, batch_pairs=12, batch_tokens=300)
+    slow = {"steps": 3, "learning_rate": 1e-4, "embedding_learning_rate": 1e-4}
+    one = main(config(toy, tmp_path / "one", batch_pairs=24, batch_tokens=600, chunk_tokens=10_000, **slow))
+    settings = config(toy, tmp_path / "two", batch_pairs=12, batch_tokens=300, **slow)
     changed = {name: value for name, value in vars(settings).items() if value != getattr(Config, name, None)}
     words = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
@@ -379,4 +379,7 @@ def test_two_ranks_score_the_documents_of_both(toy, tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["model"]
     for name, wanted in one.state_dict().items():
-        torch.testing.assert_close(two[name], wanted, rtol=0, atol=5e-3, msg=name)
+        # Adam makes steps of the learning rate of gradients that are nothing but rounding, so single weights differ.
+        assert (two[name] - wanted).abs().mean() < 2e-5, name
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -226,7 +227,8 @@ def test_as_a_program_it_ends_with_a_sentence_and_status_1(config, tmp_path):
     words = [word for name in ("pairs", "output") for word in (f"--{name}", getattr(config, name))]
     (tmp_path / "pairs" / "a.jsonl").write_text("{oops\n")
     command = [sys.executable, "-m", "modernbert.recipes.contrastive", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=here, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {tmp_path}/pairs/a.jsonl:1: Expecting property name")
     assert len(done.stderr.splitlines()) == 1
