@@ -40,8 +40,9 @@ def replacing_folder(folder: str | os.PathLike[str], *, last: str, stale: re.Pat
     """Yield an empty folder to write to. It replaces `folder` at the end; after an error it is removed.
 
     Files that only the old folder has are kept, except those at its top whose names match `stale`. What a process that
-    was killed left beside `folder` is removed. Where folders cannot be swapped (not Linux, some network file systems, a mount point, the working directory), the files are
-    moved one by one. `last` is then removed first and moved last: a folder without it must count as incomplete.
+    was killed left beside `folder` is removed. Where folders cannot be swapped (not Linux, some network file systems,
+    a mount point, the working directory), the files are moved one by one. `last` is then removed first and moved last:
+    a folder without it must count as incomplete.
 
     Raises:
         NotADirectoryError, ValueError: as `output_folder`.

@@ -12,6 +12,8 @@ from .options import (
     DelimiterOption,
     EncodingOption,
     EngineOption,
+    ExcludeOption,
+    GitignoreOption,
     IdColumnOption,
     SkipBadRowsOption,
     TextColumnOption,
@@ -37,11 +39,8 @@ def index(
         str | None, typer.Option(metavar="fp16|fp32|int8", help="The dtype of the vectors.", show_default="fp16")
     ] = None,
     prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for `search --prefilter`.")] = False,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave out files like this, as in a .gitignore; repeatable."),
-    ] = None,
-    gitignore: Annotated[bool, typer.Option(help="Leave out what git ignores.")] = True,
+    exclude: ExcludeOption = None,
+    gitignore: GitignoreOption = True,
     engine: EngineOption = None,
     encoding: EncodingOption = None,
     text_column: TextColumnOption = None,

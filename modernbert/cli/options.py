@@ -18,6 +18,11 @@ EngineOption = Annotated[
     typer.Option(help="Faster on a CPU: onnxruntime, onnxruntime-int8 or openvino.", show_default="PyTorch"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Leave out files like this, as in a .gitignore; repeatable."),
+]
+GitignoreOption = Annotated[bool, typer.Option(help="Leave out what git ignores.")]
 EncodingOption = Annotated[
     str | None,
     typer.Option(

@@ -13,12 +13,26 @@ import typer
 from rich.text import Text
 
 from .converse import Filter, SearchShell, parse_fields
-from .options import TOP_RUN, EngineOption, JsonOption, ModelOption
+from .options import (
+    TOP_RUN,
+    DelimiterOption,
+    EncodingOption,
+    EngineOption,
+    ExcludeOption,
+    GitignoreOption,
+    IdColumnOption,
+    JsonOption,
+    ModelOption,
+    SkipBadRowsOption,
+    TextColumnOption,
+    reading_of,
+)
 from .output import output_file
 from .show import note, print_text, show_notes
 from .temporary import temporary_store
 
 if TYPE_CHECKING:
+    from ..retrieval.documents.reading import Reading
     from ..retrieval.engines import Engine
     from ..retrieval.store.search import Store
 
@@ -61,8 +75,21 @@ def search(
     run: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a TREC run of the --queries.")] = None,
     model: ModelOption = None,
     engine: EngineOption = None,
+    exclude: ExcludeOption = None,
+    gitignore: GitignoreOption = True,
+    encoding: EncodingOption = None,
+    text_column: TextColumnOption = None,
+    id_column: IdColumnOption = None,
+    delimiter: DelimiterOption = None,
+    skip_bad_rows: SkipBadRowsOption = False,
 ) -> None:
     """Rank passages by how well they answer a question: in a store, or in files that are read for this question."""
+    reading = reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)
+    if index is not None and (exclude, gitignore, reading) != (None, True, reading_of(None, None, None, None, False)):
+        raise ValueError(
+            "--exclude, --no-gitignore, --encoding, --text-column, --id-column, --delimiter and --skip-bad-rows say how"
+            " files are read: give them to `modernbert index`, or search files and folders without --index"
+        )
     if (index is None) == (not paths):
         raise ValueError("say where to search: files and folders after the query, or a store: --index STORE")
     if (queries is None) != (run is None) or (queries and (query or index is None)):
@@ -73,7 +100,7 @@ def search(
     page = output_file(html, "--html") if html else None
     chosen = Filter(path or None, parse_fields(where or ()), prefilter)
     if paths:
-        with _read(paths, model, engine) as (store, took):
+        with _read(paths, model, engine, exclude or (), gitignore, reading) as (store, took):
             shell = SearchShell(store, top or TOP, why, chosen)
             shell.answer(query or "", as_json, page)
             if not as_json:
@@ -136,7 +163,14 @@ def _open(index: str, model: str | None, engine: str | None) -> Iterator[tuple[S
 
 
 @contextmanager
-def _read(paths: Sequence[Path], model: str | None, engine: str | None) -> Iterator[tuple[Store, str]]:
+def _read(
+    paths: Sequence[Path],
+    model: str | None,
+    engine: str | None,
+    exclude: Sequence[str] = (),
+    gitignore: bool = True,
+    reading: Reading | None = None,
+) -> Iterator[tuple[Store, str]]:
     """A store of files and folders, and how long reading and encoding took."""
     from ..retrieval.store.identity import load_model
 
@@ -144,7 +178,10 @@ def _read(paths: Sequence[Path], model: str | None, engine: str | None) -> Itera
     started = time.perf_counter()
     with ExitStack() as stack:
         try:
-            store = stack.enter_context(temporary_store(paths, loaded, notes.append, dtype="fp32"))
+            made = temporary_store(
+                paths, loaded, notes.append, "fp32", exclude=exclude, gitignore=gitignore, reading=reading
+            )
+            store = stack.enter_context(made)
         finally:  # The notes explain why there may be nothing to search, so they come before that error.
             show_notes(notes)
         yield store, f"read and encoded in {time.perf_counter() - started:.1f} s"

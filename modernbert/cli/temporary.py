@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..retrieval.documents.reading import Reading
     from ..retrieval.documents.text import OnNote
     from ..retrieval.store.identity import LoadedModel
     from ..retrieval.store.search import Store
@@ -16,7 +18,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def temporary_store(
-    paths: Sequence[Path], model: LoadedModel, on_note: OnNote, dtype: str | None = None
+    paths: Sequence[Path],
+    model: LoadedModel,
+    on_note: OnNote,
+    dtype: str | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    gitignore: bool = True,
+    reading: Reading | None = None,
 ) -> Iterator[Store]:
     """A store of files and folders on disk, so that one search has the code and the results of an index.
 
@@ -26,7 +35,8 @@ def temporary_store(
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            index(paths, folder, model, dtype=dtype, note=on_note)
+            options = {} if reading is None else asdict(reading)
+            index(paths, folder, model, dtype=dtype, note=on_note, exclude=exclude, gitignore=gitignore, **options)
         except OSError as error:
             if folder not in str(error):
                 raise

@@ -53,8 +53,9 @@ def check_process() -> None:
     process = os.getpid()
     if getattr(_thread, "process", process) != process:
         raise RuntimeError(
-            "this process was forked after a model had encoded, or a Session was made, in it on several threads, which a "
-            "fork does not copy: start processes with the method 'spawn', or call torch.set_num_threads(1) first in each forked process"
+            "this process was forked after a model had encoded, or a Session was made, in it on several threads, which "
+            "a fork does not copy: start processes with the method 'spawn', or call torch.set_num_threads(1) first in "
+            "each forked process"
         )
     _thread.process = process
 

@@ -85,7 +85,10 @@ def placement(model: nn.Module) -> tuple[torch.device, int]:
     if not weights:
         raise ValueError(f"{type(model).__name__} has no encoder")
     if weights[0].is_meta:
-        raise ValueError(f"{type(model).__name__} is on the meta device, so that it has no weights: load them first")
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, so that it has no weights: load them first. If a library "
+            "has offloaded them, call the model: model(model.tokenize_queries(texts))"
+        )
     return weights[0].device, weights[0].shape[-1]
 
 

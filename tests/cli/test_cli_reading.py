@@ -41,6 +41,33 @@ def test_a_table_of_any_form_is_indexed(modernbert, model, tmp_path):
     assert texts == {"1": "Owls\n\nOwls hunt mice at midnight, größer.", "3": "Ice\n\nGlaciers move."}
 
 
+def test_files_are_searched_as_they_would_be_indexed(modernbert, model, tmp_path):
+    """`search QUERY PATH` had none of these options, so that it could not read the files that `index` reads."""
+    table = tmp_path / "a.csv"
+    table.write_bytes(TABLE.encode("cp1252"))
+    (tmp_path / "texts").mkdir()
+    for name, content in {".gitignore": "hidden.txt", "hidden.txt": "Owls sleep.", "left.txt": "Owls sleep."}.items():
+        (tmp_path / "texts" / name).write_text(content)
+    search = ["search", "owls", table, tmp_path / "texts", "--model", model, "--json", *OPTIONS, "--skip-bad-rows"]
+    status, out, err = modernbert(*search, "--exclude", "left.txt")
+    assert status == 0, err
+    texts = {hit["text"] for hit in json.loads(out)["hits"]}
+    assert texts == {"Owls\n\nOwls hunt mice at midnight, größer.", "Ice\n\nGlaciers move."}
+    _, out, _ = modernbert(*search, "--no-gitignore")
+    assert {"hidden.txt", "left.txt"} <= {Path(path).name for hit in json.loads(out)["hits"] for path in paths_of(hit)}
+
+
+@pytest.mark.parametrize("option", ["--no-gitignore", "--skip-bad-rows", "--encoding=cp1252", "--exclude=a"])
+def paths_of(hit):
+    """Of a hit and of its copies."""
+    return [hit["path"], *hit.get("copies", [])]
+
+
+def test_how_files_are_read_is_no_question_to_a_store(modernbert, tmp_path, option):
+    status, _, err = modernbert("search", "owls", "--index", tmp_path / "store", option)
+    assert (status, "say how files are read" in " ".join(err.split())) == (2, True)
+
+
 def test_a_tab_has_a_name(modernbert, model, tmp_path):
     (tmp_path / "a.csv").write_text("text,a\tid\nowls hunt\t1\n")
     for number, tab in enumerate(("tab", "\\t", "\t")):

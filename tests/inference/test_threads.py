@@ -200,18 +200,17 @@ os._exit(0)
     [
         ("model", "two", "done"),
         ("session", "two", "a Session was made"),
-        ("session", "one", "done"),
-        ("onnxruntime", "two", "a Session was made"),
         ("onnxruntime", "one", "done"),
         ("openvino", "one", "OpenVINO does not survive a fork"),
     ],
 )
 def test_a_model_may_be_loaded_before_a_fork(made: str, threads: str, answer: str) -> None:
-    """Loading took OpenMP's threads, so that each worker of a server that had loaded the model hung in its first call."""
+    """Loading took OpenMP's threads, so that each worker of a server that had loaded the model hung."""
     if made in ("onnxruntime", "openvino"):
         pytest.importorskip(made)
     command = [sys.executable, "-W", "ignore", "-c", PRELOADED, made, threads]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
     assert done.returncode == 0, f"the forked process hangs, or {done.stderr}"
     assert answer in done.stdout
 
