@@ -14,7 +14,8 @@ import modernbert_kernels as ops
 
 from ..checkpoint import Content
 from ..config import EncoderConfig
-from ..encoder import Encoder, Linear, is_plain
+from ..encoder import Encoder
+from ..modules import Linear, is_plain
 from ..outputs import HeadOutput
 from ..packing import Packed, unpack
 from ..padded import pack_padded
