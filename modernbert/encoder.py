@@ -14,27 +14,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard, TypeVar, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 import modernbert_kernels as ops
+from modernbert_kernels.dispatch import recorded
 
 from .checkpoint import Content, load_weights, state_of
 from .config import EncoderConfig
+from .modules import Linear, Norm, add_norm, has_options, is_plain
 from .outputs import EncoderOutput as EncoderOutput
-from .packing import Packed, check_packed, check_rows, unpack
+from .packed import Packed, check_packed, check_rows
+from .packing import unpack
 from .padded import pack_padded
 from .pretrained import Pretrained
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Rope:
@@ -56,60 +56,6 @@ def no_states() -> tuple[()] | None:
     return () if torch.jit.is_tracing() else None  # pyright: ignore[reportPrivateImportUsage]
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear` that computes through the `linear` op.
-
-    `torch.ao.quantization` does not find it, because it looks for layers by their exact type. It is refused before it
-    leaves a model as it was: it sets `qconfig` on each module first.
-    """
-
-    @property
-    def qconfig(self) -> None:
-        raise AttributeError("a modernbert.encoder.Linear has no qconfig")
-
-    @qconfig.setter
-    def qconfig(self, _: object) -> None:
-        raise TypeError(
-            "torch.ao.quantization takes torch.nn.Linear by its exact type, and this layer is one of "
-            "modernbert.encoder: quantize modernbert.integrations.quantization.plain_linears(model) instead"
-        )
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight, self.bias)
-
-
-class Norm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` that computes through the `layer_norm` op."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.layer_norm(input, self.weight, self.bias, self.eps)
-
-
-def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether a call of `module` runs `kind.forward` and nothing else, so that a fused op may read its weights instead.
-
-    Hooks, adapters, offloading, FSDP units, pruning, parametrizations and another forward or class must be called.
-    """
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not (module._forward_pre_hooks or module._forward_hooks)
-        and not (module._backward_pre_hooks or module._backward_hooks)
-        and not _has_any_global_hook()
-    )
-
-
-def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """`(x + delta, norm(x + delta))`, in one kernel if the norm is plain."""
-    if delta_TD is not None and is_plain(norm, Norm):
-        return ops.add_layer_norm(x_TD, delta_TD, norm.weight, norm.bias, norm.eps)
-    x_TD = x_TD if delta_TD is None else x_TD + delta_TD
-    return x_TD, norm(x_TD)
-
-
 class Embeddings(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -128,11 +74,6 @@ class Embeddings(nn.Module):
         else:
             x_TD = norm(table(input_ids_T))
         return dropout(x_TD, self.dropout_p, self.training)
-
-
-def has_options(table: nn.Embedding) -> bool:
-    """Whether the table's values or gradients are not those of `embed_layer_norm`."""
-    return table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse
 
 
 class Attention(nn.Module):
@@ -265,7 +206,7 @@ class Encoder(Pretrained):
             return self._padded(batch if input_ids is None else input_ids, attention_mask, rows, inputs_embeds)
         if attention_mask is not None:
             raise ValueError("a Packed carries its own mask and positions: leave out attention_mask")
-        if inputs_embeds is not None and inputs_embeds.shape[0] != batch.num_tokens:
+        if inputs_embeds is not None and not recorded() and inputs_embeds.shape[0] != batch.num_tokens:
             raise ValueError(f"inputs_embeds has {inputs_embeds.shape[0]} rows, the batch {batch.num_tokens} tokens")
         check_packed(batch)
         self._check_length(batch)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from numbers import Integral
 from typing import TypeAlias
 
@@ -16,73 +15,13 @@ from torch import Tensor
 from modernbert_kernels.dispatch import recorded
 
 from .late_interaction import Ragged
+from .masks import check_ids, check_mask, check_padded, check_runs, is_whole
+from .packed import Packed as Packed
+from .packed import rows_of
 from .pytrees import pytree
 
 Span = tuple[int, int] | None
 """Characters `start` to `stop` of a text; None for a token without text of its own."""
-
-
-@pytree("lengths", "max_seqlen", "padded_length")
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """The tokens of B sequences, one after another in one row of T, with no padding.
-
-    `pack` and `Tokenizer` build and validate it; the encoder checks that its parts fit together. Split a result
-    `x` `[T, ...]` into one tensor per sequence with `x.split(batch.lengths)`.
-
-    Attributes:
-        input_ids: `[T]` int64.
-        positions: `[T]` int64 rotary positions; they restart at 0 in every sequence.
-        cu_seqlens: `[B + 1]` int32, cumulative lengths from 0 to T.
-        lengths: B lengths in tokens, on the host; empty where only the device knows them (`torch.export`, CUDA graphs).
-        max_seqlen: the longest length, on the host.
-        key_lengths: `[B]` int32 or None. Only the first `key_lengths[i]` rows of sequence i are visible as keys; the
-            rest are query-only rows (ColBERT's unattended expansion tokens). None: every row is a key.
-        padded_rows: `[T]` int64 or None. The place of each token in the flattened `[B * S]` input of `pack`.
-        padded_length: S of that input.
-        recorded_rows: `[B, S]` int64 or None, of a program that is recorded (`torch.export`, `torch.jit.trace`), which
-            keeps padding: the row of each place of that input, and T for a place in padding.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    lengths: tuple[int, ...]
-    max_seqlen: int
-    key_lengths: Tensor | None = None
-    padded_rows: Tensor | None = None
-    padded_length: int | None = None
-    recorded_rows: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.cu_seqlens.shape[0] - 1
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.shape[0]
-
-    def to(self, device: torch.device | str | int | None, *, non_blocking: bool = False) -> Packed:
-        """The same batch with its tensors on `device`; None: where they are."""
-        if device is None:
-            return self
-        device = torch.device(device)  # not a dtype, which would turn ids into floats
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Packed:
-        """The same batch in memory from which a GPU copies while the CPU goes on; a `DataLoader` calls it too."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Packed:
-        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
-
-    def select(self, indices: Sequence[int]) -> Packed:
-        """The sequences named by `indices`, in that order, as a batch of their own."""
-        return _select(self, indices, _rows_of(self.lengths, indices))
-
-    def rows_of(self, indices: Sequence[int]) -> Tensor:
-        """`[n]` int64, the rows of the sequences named by `indices`, one sequence after another."""
-        return _rows_of(self.lengths, indices).to(self.input_ids.device)
 
 
 @pytree("spans", "truncated")
@@ -138,10 +77,9 @@ class Tokens:
 
     def select(self, indices: Sequence[int]) -> Tokens:
         """The texts named by `indices`, in that order."""
-        rows = _rows_of(self.batch.lengths, indices)
         spans = [self.spans[i] for i in indices if self.spans]
         truncated = tuple(self.truncated[i] for i in indices if self.truncated)
-        return Tokens(_select(self.batch, indices, rows), self.keep[rows], spans, truncated)
+        return Tokens(self.batch.select(indices), self.keep[rows_of(self.batch.lengths, indices)], spans, truncated)
 
     def ragged(self, x_TE: Tensor) -> Ragged:
         """The scored rows of the model's output for all of `batch`. Differentiable."""
@@ -225,7 +163,7 @@ def pack(
     sequences = list_of_sequences("sequences", sequences)
     lengths = tuple(len(ids) for ids in sequences)
     input_ids = _joined_ids(sequences)
-    _check_ids(input_ids, vocab_size, lengths)
+    check_ids(input_ids, vocab_size, lengths)
     positions = [torch.arange(length, device="cpu") for length in lengths] or [input_ids]
     return Packed(
         input_ids=input_ids.long(),
@@ -292,7 +230,7 @@ def _joined_ids(sequences: Sequence[Sequence[int]]) -> Tensor:
     flat = [token for ids in sequences for token in ids]
     try:
         joined = torch.tensor(flat, device="cpu") if flat else torch.zeros(0, dtype=torch.int64, device="cpu")
-        if joined.dim() == 1 and _is_whole(joined) and bool not in set(map(type, flat)):
+        if joined.dim() == 1 and is_whole(joined) and bool not in set(map(type, flat)):
             return joined
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass  # one of them is not a number, or too large
@@ -302,30 +240,6 @@ def _joined_ids(sequences: Sequence[Sequence[int]]) -> Tensor:
             if isinstance(token, bool) or not isinstance(token, Integral) or not -(2**63) <= token < 2**63:
                 raise TypeError(f"sequences[{index}][{place}] is {token!r:.60}, but {wanted}")
     raise TypeError(wanted)
-
-
-def _rows_of(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
-    """`Packed.rows_of`, on the CPU."""
-    length_B = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
-    length = length_B[chosen]
-    # Every row is counted from the end of the rows before it, and moved to where its sequence begins.
-    shift = (length_B.cumsum(0) - length_B)[chosen] - (length.cumsum(0) - length)
-    return torch.arange(int(length.sum()), device="cpu") + torch.repeat_interleave(shift, length)
-
-
-def _select(batch: Packed, indices: Sequence[int], rows: Tensor) -> Packed:
-    rows = rows.to(batch.input_ids.device)
-    lengths = tuple(batch.lengths[i] for i in indices)
-    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
-    return Packed(
-        input_ids=batch.input_ids[rows],
-        positions=batch.positions[rows],
-        cu_seqlens=cu_seqlens.to(batch.cu_seqlens.device),
-        lengths=lengths,
-        max_seqlen=max(lengths, default=0),
-        key_lengths=None if batch.key_lengths is None else batch.key_lengths[list(indices)],
-    )
 
 
 def _pack_padded(
@@ -339,16 +253,16 @@ def _pack_padded(
     batch_size, padded_length = ids_BS.shape
     for name, mask in (("attention_mask", attention_mask), ("query_mask", query_mask)):
         if mask is not None:
-            _check_mask(name, mask)
+            check_mask(name, mask)
     keys_BS = torch.ones_like(ids_BS, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     real_BS = keys_BS if query_mask is None else keys_BS | (query_mask != 0)
-    _check_runs(keys_BS, real_BS)
+    check_runs(keys_BS, real_BS)
 
     length_B = real_BS.sum(1)
     lengths = tuple(length_B.tolist())
     rows_T = real_BS.flatten().nonzero().squeeze(1)
     input_ids = ids_BS.flatten()[rows_T]
-    _check_ids(input_ids, vocab_size, lengths)
+    check_ids(input_ids, vocab_size, lengths)
     cu_seqlens = F.pad(length_B.cumsum(0), (1, 0)).int()
     if position_ids is None:
         sequence_T = torch.repeat_interleave(torch.arange(batch_size, device=rows_T.device), length_B)
@@ -416,125 +330,3 @@ def _pack_recorded(
         padded_length=length,
         recorded_rows=torch.where(real_BS, first_B1 + rank_BS, batch_size * length),
     )
-
-
-def check_padded(
-    ids_BS: Tensor, attention_mask: Tensor | None, query_mask: Tensor | None, position_ids: Tensor | None
-) -> None:
-    """Raise ValueError or TypeError for shapes, devices and dtypes that do not fit together; looks at no value."""
-    if ids_BS.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, length], got shape {tuple(ids_BS.shape)}")
-    length = ids_BS.shape[1]
-    others = {"attention_mask": attention_mask, "query_mask": query_mask, "position_ids": position_ids}
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            continue  # a shape is a tensor there, and `expand_as` refuses what does not fit
-        shapes = [ids_BS.shape, (length,), (1, length)] if name == "position_ids" else [ids_BS.shape]
-        if tensor.shape not in shapes:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(ids_BS.shape)}: they must be equal "
-                "(prepared 3-D or 4-D masks are not supported)"
-            )
-        if tensor.device != ids_BS.device:
-            raise ValueError(f"{name} is on {tensor.device}, input_ids on {ids_BS.device}: move one")
-    if position_ids is not None and not _is_whole(position_ids):
-        raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
-
-
-def _check_mask(name: str, mask_BS: Tensor) -> None:
-    """A mask holds 0 and 1. An additive one, with -inf in padding, would be read as its reverse."""
-    wrong_BS = (mask_BS != 0) & (mask_BS != 1)
-    if wrong_BS.any():
-        row, column = wrong_BS.nonzero()[0].tolist()
-        raise ValueError(f"{name} of sequence {row} has {mask_BS[row, column].item()}: pass 1 at tokens, 0 elsewhere")
-    if mask_BS.is_floating_point() and mask_BS.numel() and not mask_BS.any():
-        raise ValueError(f"{name} is {mask_BS.dtype} and 0 everywhere, as an additive mask: pass 1 at tokens")
-
-
-def _check_runs(keys_BS: Tensor, real_BS: Tensor) -> None:
-    """Each row of both masks must be one run of ones, and the runs must start together."""
-    starts = [F.pad(mask_BS, (1, 0))[:, :-1] < mask_BS for mask_BS in (keys_BS, real_BS)]
-    for name, starts_BS in zip(("attention_mask", "attention_mask | query_mask"), starts, strict=True):
-        holed_B = starts_BS.sum(1) > 1
-        if holed_B.any():
-            raise ValueError(
-                f"{name} of sequence {int(holed_B.nonzero()[0])} has holes: real tokens must be adjacent. Distances "
-                "and rotary positions would be ambiguous; drop the masked tokens from input_ids instead"
-            )
-    wrong_B = (starts[0] & ~starts[1]).any(1)
-    if wrong_B.any():
-        raise ValueError(f"query_mask of sequence {int(wrong_B.nonzero()[0])} marks rows in front of the real tokens")
-
-
-def _check_ids(ids: Tensor, vocab_size: int | None, lengths: Sequence[int]) -> None:
-    if not _is_whole(ids):
-        raise TypeError(f"token ids must be integers, got {ids.dtype}")
-    if not ids.is_cpu or ids.numel() == 0:
-        return
-    low, high = map(int, torch.aminmax(ids.long()))  # not of every unsigned dtype
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        wrong = low if low < 0 else high
-        limit = "" if vocab_size is None else f" (vocabulary size {vocab_size})"
-        place, ends = int((ids == wrong).nonzero()[0]), list(accumulate(lengths, initial=0))
-        index = bisect_right(ends, place) - 1
-        raise ValueError(
-            f"sequence {index}, token {place - ends[index]}: token id {wrong} is out of range{limit}: does the "
-            "tokenizer belong to this checkpoint, or do added tokens need encoder.resize_token_embeddings(len)?"
-        )
-
-
-def _is_whole(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
-
-
-def check_rows(rows: Tensor, num_tokens: int) -> None:
-    """Rows of a batch that are asked for; those on a GPU are trusted, as a look at them would wait for it."""
-    if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"rows must be a vector of int32 or int64, got {rows.dtype} of shape {tuple(rows.shape)}")
-    if not rows.is_cpu or rows.numel() == 0 or torch.compiler.is_compiling() or recorded():
-        return
-    if bool((rows.diff() <= 0).any()) or int(rows[0]) < 0 or int(rows[-1]) >= num_tokens:
-        raise ValueError(f"rows must be increasing, from 0 to less than the {num_tokens} tokens of the batch")
-
-
-def check_packed(batch: Packed) -> None:
-    """Raise ValueError for a batch whose parts do not fit together: a kernel would read what belongs to no sequence.
-
-    Numbers on a GPU are trusted, as a look at them would wait for it.
-    """
-    if torch.compiler.is_compiling() or recorded():
-        return
-    tokens, count, lengths = batch.num_tokens, len(batch), tuple(batch.lengths)
-    keys = batch.key_lengths
-    if batch.input_ids.dim() != 1 or batch.positions.shape != batch.input_ids.shape:
-        shapes = tuple(batch.input_ids.shape), tuple(batch.positions.shape)
-        raise ValueError(f"input_ids and positions of a Packed must be [T], got shapes {shapes[0]} and {shapes[1]}")
-    if keys is not None and keys.shape != (count,):
-        raise ValueError(f"key_lengths of a Packed has shape {tuple(keys.shape)}, but there are {count} sequences")
-    if batch.cu_seqlens.is_cpu:
-        ends = batch.cu_seqlens.tolist()
-        if ends[:1] != [0] or ends[-1] != tokens or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens of a Packed must rise from 0 to its {tokens} tokens, got {_shown(ends)}")
-        found = tuple(end - start for start, end in pairwise(ends))
-        if lengths not in ((), found):
-            raise ValueError(f"lengths of a Packed are {_shown(lengths)}, but those of cu_seqlens {_shown(found)}")
-        lengths = found
-    if lengths and (len(lengths) != count or sum(lengths) != tokens or max(lengths) > batch.max_seqlen):
-        raise ValueError(
-            f"lengths of a Packed must be {count} numbers up to max_seqlen, which is {batch.max_seqlen}, in sum its "
-            f"{tokens} tokens, got {_shown(lengths)}"
-        )
-    if keys is not None and keys.is_cpu and batch.cu_seqlens.is_cpu:
-        for index, (key_length, length) in enumerate(zip(keys.tolist(), lengths, strict=True)):
-            if not 0 <= key_length <= length:
-                raise ValueError(
-                    f"key_lengths[{index}] of a Packed is {key_length}, but the sequence has {length} tokens"
-                )
-
-
-def _shown(numbers: Sequence[int]) -> str:
-    return str(list(numbers)) if len(numbers) < 10 else f"[{', '.join(map(str, numbers[:8]))}, ..., {numbers[-1]}]"

@@ -10,7 +10,9 @@ from torch import Tensor
 from modernbert_kernels.dispatch import recorded
 
 from .config import EncoderConfig
-from .packing import Packed, check_padded, in_front_of_graph, pack, padded_ids
+from .masks import check_padded
+from .packed import Packed
+from .packing import in_front_of_graph, pack, padded_ids
 
 
 def pack_padded(

@@ -15,11 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # index = floor; the package `modernbert` itself only hands names on and is the roof
     "modernbert_kernels",
-    "modernbert.config modernbert.packing modernbert.padded modernbert.late_interaction modernbert.tokenizer "
+    "modernbert.config modernbert.packed modernbert.masks modernbert.packing modernbert.padded "
+    "modernbert.late_interaction modernbert.tokenizer "
     "modernbert.checkpoint modernbert.loading modernbert.saving modernbert.weights modernbert.pickles "
     "modernbert.json_files modernbert.files modernbert.hub modernbert.progress modernbert.settings "
     "modernbert.arguments modernbert.outputs modernbert.pytrees modernbert.texts modernbert.truncation",
-    "modernbert.encoder modernbert.pretrained modernbert.inference",
+    "modernbert.encoder modernbert.modules modernbert.pretrained modernbert.inference",
     "modernbert.heads",
     "modernbert.train modernbert.retrieval modernbert.integrations",
     "modernbert.recipes modernbert.cli",

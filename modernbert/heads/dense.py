@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..encoder import Linear, is_plain
+from ..modules import Linear, is_plain
 
 
 class Dense(nn.Module):

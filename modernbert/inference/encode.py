@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..encoder import Norm
 from ..late_interaction import Ragged, check_count
+from ..modules import Norm
 from ..packing import Packed, Tokenized, Tokens
 from ..progress import progress_bar
 from ..texts import check_unicode

@@ -23,7 +23,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Linear
+from ..encoder import MLP, Attention, Embeddings, Encoder, Layer
+from ..modules import Linear
 from .replica import changed_module, hooked_module
 
 INPUTS = {"input_ids": "T", "positions": "T", "segment_ids": "T", "key_segment_ids": "T", "rows": "Q"}

@@ -7,7 +7,8 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..encoder import MLP, Attention, Embeddings, Encoder, Layer, Linear, Norm, is_plain
+from ..encoder import MLP, Attention, Embeddings, Encoder, Layer
+from ..modules import Linear, Norm, is_plain
 
 M = TypeVar("M", bound=nn.Module)
 

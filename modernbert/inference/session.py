@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from modernbert_kernels.cpu import linear
 from modernbert_kernels.dispatch import forced
 
-from ..encoder import Linear, is_plain
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
-from ..packing import Packed, Tokens, check_packed, check_rows
+from ..modules import Linear, is_plain
+from ..packed import Packed, check_packed, check_rows
+from ..packing import Tokens
 from .batches import CPU_TOKENS, micro_batches, split_rows, token_budget
 from .callers import callers, check_process, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts

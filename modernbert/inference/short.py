@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import modernbert_kernels as ops
 from modernbert_kernels.cpu import linear
 
-from ..encoder import Attention, Encoder, Layer, Linear
+from ..encoder import Attention, Encoder, Layer
+from ..modules import Linear
 from ..packing import Packed
 from .replica import changed_module, forward_hooks
 

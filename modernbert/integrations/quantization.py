@@ -6,8 +6,8 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from ..encoder import Linear
 from ..inference.replica import replicate
+from ..modules import Linear
 
 M = TypeVar("M", bound=nn.Module)
 

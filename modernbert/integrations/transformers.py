@@ -10,7 +10,8 @@ from torch.utils import _pytree
 
 import modernbert_kernels as ops
 
-from ..encoder import Encoder, EncoderOutput, Rope, add_norm, no_states
+from ..encoder import Encoder, EncoderOutput, Rope, no_states
+from ..modules import add_norm
 from ..packing import Packed, unpack
 from ..padded import pack_padded
 

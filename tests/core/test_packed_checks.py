@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modernbert import Encoder, EncoderConfig, Packed, Session, pack
-from modernbert.packing import check_packed
+from modernbert.packed import check_packed
 
 CONFIG = EncoderConfig(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
 BATCH = pack([[1] * 14, [2] * 30])

@@ -168,6 +168,27 @@ def test_a_trace_of_the_encoder_without_a_wrapper() -> None:
     assert ours(*EXAMPLE).hidden_states is None
 
 
+class FromEmbeddings(nn.Module):
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask)[0]
+
+
+def test_a_trace_from_embeddings_keeps_the_rows_under_the_mask() -> None:
+    """Without ids nothing tells padding from rows that a library may score: all rows have numbers, traced or not."""
+    model = FromEmbeddings(twins(SMALL)[1])
+    table = model.encoder.embeddings.tok_embeddings
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (table(EXAMPLE[0]), EXAMPLE[1]))
+        ids, mask = pad(random_ids([9, 2], 100))
+        wanted = model(table(ids), mask)
+        torch.testing.assert_close(traced(table(ids), mask), wanted, rtol=0, atol=2e-5)
+        assert wanted[1, 2:].ne(0).any(1).all()
+
+
 def test_what_cannot_be_followed_is_refused_by_name() -> None:
     ours = twins(SMALL)[1]
     for model in (ours, Rows(ours), TransformersEncoder(ours)):

@@ -21,10 +21,11 @@ from torch.nn.utils import prune
 
 import modernbert_kernels as ops
 from modernbert import ColBERT, Encoder, Packed, Session, pack
-from modernbert.encoder import Layer, Linear, Norm
+from modernbert.encoder import Layer
 from modernbert.heads.dense import Dense
 from modernbert.inference import session as module
 from modernbert.inference import short
+from modernbert.modules import Linear, Norm
 from modernbert_kernels.cpu import linear
 
 CONFIGS = {

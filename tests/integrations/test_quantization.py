@@ -12,8 +12,8 @@ from torch import nn
 from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
 
 from modernbert import ColBERT, pack
-from modernbert.encoder import Linear
 from modernbert.integrations.quantization import plain_linears
+from modernbert.modules import Linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -1,0 +1,73 @@
+"""The linear layer and the norm of the encoder, which compute through ops, and the rule when one op fuses modules."""
+
+from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+import modernbert_kernels as ops
+
+from .config import EncoderConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` that computes through the `linear` op.
+
+    `torch.ao.quantization` does not find it, because it looks for layers by their exact type. It is refused before it
+    leaves a model as it was: it sets `qconfig` on each module first.
+    """
+
+    @property
+    def qconfig(self) -> None:
+        raise AttributeError("a modernbert.modules.Linear has no qconfig")
+
+    @qconfig.setter
+    def qconfig(self, _: object) -> None:
+        raise TypeError(
+            "torch.ao.quantization takes torch.nn.Linear by its exact type, and this layer is one of "
+            "modernbert.modules: quantize modernbert.integrations.quantization.plain_linears(model) instead"
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
+class Norm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` that computes through the `layer_norm` op."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a call of `module` runs `kind.forward` and nothing else, so that a fused op may read its weights instead.
+
+    Hooks, adapters, offloading, FSDP units, pruning, parametrizations and another forward or class must be called.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """`(x + delta, norm(x + delta))`, in one kernel if the norm is plain."""
+    if delta_TD is not None and is_plain(norm, Norm):
+        return ops.add_layer_norm(x_TD, delta_TD, norm.weight, norm.bias, norm.eps)
+    x_TD = x_TD if delta_TD is None else x_TD + delta_TD
+    return x_TD, norm(x_TD)
+
+
+def has_options(table: nn.Embedding) -> bool:
+    """Whether the table's values or gradients are not those of `embed_layer_norm`."""
+    return table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse
