@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-
-class _Named(Protocol):
-    """A named tuple. Of its fields, those that are None count as not there."""
-
-    @property
-    def _fields(self) -> tuple[str, ...]: ...
-    def items(self) -> list[tuple[str, Any]]: ...
-    def keys(self) -> list[str]: ...
-    def values(self) -> list[Any]: ...
-    def to_tuple(self) -> tuple[Any, ...]: ...
-
 
 # Functions and not a base class: PyTorch, DDP and accelerate find the tensors only in direct subclasses of `tuple`.
 
 
-def _items(self: _Named) -> list[tuple[str, Any]]:
-    named = ((name, getattr(self, name)) for name in self._fields)
-    return [(name, value) for name, value in named if value is not None]
+def _items(self: NamedTuple) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in zip(self._fields, self, strict=True) if value is not None]
 
 
-def _keys(self: _Named) -> list[str]:
-    return [name for name, _ in self.items()]
+def _keys(self: NamedTuple) -> list[str]:
+    return [name for name, _ in _items(self)]
 
 
-def _values(self: _Named) -> list[Any]:
-    return [value for _, value in self.items()]
+def _values(self: NamedTuple) -> list[Any]:
+    return [value for _, value in _items(self)]
 
 
-def _get(self: _Named, key: str, default: Any = None) -> Any:
-    return dict(self.items()).get(key, default)
+def _get(self: NamedTuple, key: str, default: Any = None) -> Any:
+    return dict(_items(self)).get(key, default)
 
 
-def _to_tuple(self: _Named) -> tuple[Any, ...]:
-    return tuple(self.values())
+def _to_tuple(self: NamedTuple) -> tuple[Any, ...]:
+    return tuple(_values(self))
 
 
-def _getitem(self: _Named, key: Any) -> Any:
-    return dict(self.items())[key] if isinstance(key, str) else self.to_tuple()[key]
-
-
-def _contains(self: _Named, key: object) -> bool:
-    return key in self.keys()
+def _found(output: NamedTuple, key: Any) -> Any:
+    return dict(_items(output))[key] if isinstance(key, str) else _to_tuple(output)[key]
 
 
 class EncoderOutput(NamedTuple):
@@ -61,8 +44,13 @@ class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
 
-    __getitem__, __contains__ = _getitem, _contains
     keys, values, items, get, to_tuple = _keys, _values, _items, _get, _to_tuple
+
+    def __getitem__(self, key: Any) -> Any:
+        return _found(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
 
 
 class HeadOutput(NamedTuple):
@@ -77,5 +65,10 @@ class HeadOutput(NamedTuple):
     loss: Tensor | None = None
     logits: Tensor | None = None
 
-    __getitem__, __contains__ = _getitem, _contains
     keys, values, items, get, to_tuple = _keys, _values, _items, _get, _to_tuple
+
+    def __getitem__(self, key: Any) -> Any:
+        return _found(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ import modernbert_kernels as ops
 
 from ..checkpoint import Content
 from ..config import EncoderConfig
-from ..encoder import Encoder, Linear, is_plain
+from ..encoder import Encoder
+from ..modules import Linear, is_plain
 from ..outputs import HeadOutput
 from ..packing import Packed, unpack
 from ..padded import pack_padded
@@ -47,7 +48,7 @@ class MaskedLM(Pretrained):
     def __init__(self, encoder: Encoder, *, head: PredictionHead | None = None) -> None:
         super().__init__()
         config = encoder.config
-        table = encoder.embeddings.tok_embeddings.weight if config.tie_word_embeddings else None
+        table = encoder.embeddings.tok_embeddings if config.tie_word_embeddings else None
         self.model = encoder
         self.head = prediction.beside(encoder, partial(PredictionHead, config)) if head is None else head
         self.decoder: nn.Module = prediction.beside(encoder, partial(_decoder, config, table))
@@ -211,21 +212,22 @@ class MaskedLM(Pretrained):
         decoder.out_features = rows
 
 
-def _decoder(config: EncoderConfig, table: nn.Parameter | None) -> Linear:
+def _decoder(config: EncoderConfig, table: nn.Embedding | None) -> Linear:
     """A new decoder; of a tied one only the bias is new."""
     if table is None:
         layer = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         prediction.draw(layer, config, prediction.output_std(config))
         return layer
-    bias = nn.Parameter(table.new_zeros(config.vocab_size)) if config.decoder_bias else None
+    bias = nn.Parameter(table.weight.new_zeros(config.vocab_size)) if config.decoder_bias else None
     with torch.device("meta"):
         layer = Linear(config.hidden_size, config.vocab_size, bias=False)
-    layer.weight, layer.bias = table, bias
+    layer.weight = cast("nn.Parameter", table.weight)
+    layer.register_parameter("bias", bias)
     return layer
 
 
 @torch.no_grad()
-def _longer(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+def _longer(old: Tensor, new: Tensor) -> nn.Parameter:
     """The numbers of `new` with those of `old` in front, as far as both go."""
     kept = min(len(old), len(new))
     new = new.detach().to(old.dtype)

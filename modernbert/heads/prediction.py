@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import Content, load_weights, state_of
 from ..config import EncoderConfig
-from ..encoder import Encoder, Linear, Norm
+from ..encoder import Encoder
+from ..modules import Linear, Norm
 from ..packing import Packed
 from ..pretrained import Pretrained
 from .folders import ARCHITECTURES, check_class

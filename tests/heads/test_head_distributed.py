@@ -9,33 +9,32 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from head_twin import SMALL, some_labels
-from hf_twin import make_loud, pad, random_ids
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from modernbert import MaskedLM, pack
+from modernbert import EncoderConfig, MaskedLM, pack
 
 RANKS = 2
-TEXTS = random_ids([3, 40, 17, 9], 100)  # rank 0 takes the first two, rank 1 the others
-_, MASK = pad(TEXTS)
-LABELS = some_labels("MaskedLM", MASK, 100)
-COUNT = int((LABELS >= 0).sum())
+SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+TEXTS = [torch.arange(n).mul(7).remainder(100).tolist() for n in (3, 40, 17, 9)]  # rank 0 takes the first two
+LABELS = [torch.where(torch.arange(len(text)) % 3 == 0, torch.tensor(text), -100) for text in TEXTS]
+COUNT = sum(int((labels >= 0).sum()) for labels in LABELS)
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
 def make() -> MaskedLM:
     """In float64, so that only the order of sums differs."""
     torch.manual_seed(0)
-    model = MaskedLM.from_config(SMALL)
-    make_loud(model)
+    model = MaskedLM.from_config(EncoderConfig(**SIZES, num_attention_heads=2))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
     return model.double()
 
 
 def step(call: Callable, model: nn.Module, first: int, last: int, parts: int) -> dict[str, Tensor]:
     """The part that these texts have in the loss of all labels, and the gradient of every parameter."""
     model.zero_grad()
-    labels = torch.cat([LABELS[i][MASK[i] > 0] for i in range(first, last)])
+    labels = torch.cat(LABELS[first:last])
     loss = call(pack(TEXTS[first:last]), labels=labels, num_items_in_batch=COUNT / parts).loss
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
