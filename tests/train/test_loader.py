@@ -73,7 +73,7 @@ def test_masks_differ_between_batches_epochs_and_seeds(pieces, tokenizer):
         assert (hidden[a] & hidden[b]).mean() == pytest.approx(0.09, abs=0.02)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_keep_the_order_and_leave_the_random_state(workers):
     before = torch.get_rng_state()
     got = list(prefetch(range(20), _square, workers=workers))
