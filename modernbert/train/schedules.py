@@ -1,8 +1,8 @@
 """Factors of the learning rate: a warm-up, a plateau and a decay.
 
 A schedule is a `Callable[[int], float]`: from a step, counted from 0, to the factor by which `fit` multiplies the
-optimizer's learning rates. Such are `partial(warmup_stable_decay, total=10_000, warmup=600, decay=2_000)`, in steps, and
-`stages.Stage.factor`, in tokens.
+optimizer's learning rates. In steps: `partial(warmup_stable_decay, total=10_000, warmup=600, decay=2_000)`. In tokens:
+`stages.Stage.factor`.
 """
 
 from __future__ import annotations
