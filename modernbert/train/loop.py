@@ -129,6 +129,7 @@ def fit(
         is_late = ranks.is_first and time.monotonic() - saved > 60 * save_minutes
         sums = torch.cat([totals(parts), torch.full((1,), float(is_late), device=device)])
         loss_sum, units, tokens, is_due = ranks.sum(sums)
+        units = units.clamp(min=1)  # a step without any has a loss of 0
         if not is_single:
             average_gradients(parameters, units, ranks)
         norm = clip_gradients(parameters, clip)

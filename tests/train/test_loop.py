@@ -290,6 +290,20 @@ def test_a_batch_without_units_counts_as_nothing(tmp_path):
     assert rows[0]["loss"] == pytest.approx((twin.model(x_B4) - y_B1).square().mean().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_units_is_not_an_error(tmp_path, accumulate):
+    """As where no token of a small batch is masked."""
+    recipe = Recipe(tmp_path)
+    before = copy.deepcopy(recipe.model)
+    recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
+    recipe.fit(
+        lambda batch: recipe.loss(batch)._replace(loss=recipe.model[0].bias.sum() * 0, count=0),
+        steps=2,
+        accumulate=accumulate,
+    )
+    assert_equal(before, recipe.model)
+
+
 def test_gradients_are_clipped_to_a_norm_or_not_at_all(tmp_path):
     moved = {}
     for clip in (0.01, 0.02, None):

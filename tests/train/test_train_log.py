@@ -178,6 +178,18 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert calls[1:3] == [(20, {"loss": 1.0}), "finish"]
 
 
+def test_wandb_itself_keeps_one_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in (0, 20):
+        tracker = WandB(tmp_path, {"rate": 0.1}, project="p", mode="offline")
+        tracker.start(step)
+        tracker.add(step + 20, {"loss": 1.0})
+        tracker.close()
+    identity = (tmp_path / "wandb-id").read_text()
+    assert [file.stem for file in (tmp_path / "wandb").rglob("*.wandb")] == [f"run-{identity}"] * 2
+
+
 def test_a_run_gives_its_rows_to_the_trackers(tmp_path):
     seen = []
 
