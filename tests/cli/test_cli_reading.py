@@ -41,6 +41,11 @@ def test_a_table_of_any_form_is_indexed(modernbert, model, tmp_path):
     assert texts == {"1": "Owls\n\nOwls hunt mice at midnight, größer.", "3": "Ice\n\nGlaciers move."}
 
 
+def paths_of(hit):
+    """Of a hit and of its copies."""
+    return [hit["path"], *hit.get("copies", [])]
+
+
 def test_files_are_searched_as_they_would_be_indexed(modernbert, model, tmp_path):
     """`search QUERY PATH` had none of these options, so that it could not read the files that `index` reads."""
     table = tmp_path / "a.csv"
@@ -58,11 +63,6 @@ def test_files_are_searched_as_they_would_be_indexed(modernbert, model, tmp_path
 
 
 @pytest.mark.parametrize("option", ["--no-gitignore", "--skip-bad-rows", "--encoding=cp1252", "--exclude=a"])
-def paths_of(hit):
-    """Of a hit and of its copies."""
-    return [hit["path"], *hit.get("copies", [])]
-
-
 def test_how_files_are_read_is_no_question_to_a_store(modernbert, tmp_path, option):
     status, _, err = modernbert("search", "owls", "--index", tmp_path / "store", option)
     assert (status, "say how files are read" in " ".join(err.split())) == (2, True)

@@ -106,6 +106,18 @@ def test_every_layer_of_a_head(activation: str) -> None:
         compare(model, Session(model, engine="onnxruntime"))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.0])
+def test_short_vectors_get_length_one(scale: float) -> None:
+    """Vectors of a head with small weights, and of one with none, which stay zero as in `torch.nn.functional`."""
+    model = head(Dense(64, 32))
+    with torch.no_grad():
+        model.dense[0].get_parameter("linear.weight").mul_(scale)
+    session = Session(model, engine="onnxruntime")
+    compare(model, session)
+    lengths = session(pack([[5, 6, 7]])).norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.full((3,), 1.0 if scale else 0.0))
+
+
 @pytest.mark.parametrize("engine", EXACT)
 def test_from_text_to_vectors(engine: str) -> None:
     """Queries filled up with [MASK] rows that are not attended to; documents without their punctuation."""
