@@ -18,7 +18,7 @@ from benchmarks.rows import ROOT, Row, read
 from benchmarks.worker import ENGINES, OURS, SESSION
 
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = {"cpu": ROOT / "docs" / "speed.md", "gpu": ROOT / "docs" / "speed.md", "retrieval": ROOT / "docs" / "search.md"}
+DOCS = dict.fromkeys(("cpu", "training", "gpu"), ROOT / "docs/speed.md") | {"retrieval": ROOT / "docs/search.md"}
 """The page of each generated table."""
 
 MINE = (next(iter(ENGINES)), SESSION, OURS, "modernbert, int8", "triton")
@@ -33,7 +33,7 @@ NOTES = {
     "retrieval": "Recall is that of the pre-filter against exact search. Synthetic vectors come from a seeded table in "
     f"place of the encoder, and their queries cost no encoding; all else is the code that everybody runs. {UNCLEAN}",
 }
-NOTES["gpu"] = NOTES["cpu"]
+NOTES["training"] = NOTES["gpu"] = NOTES["cpu"]
 NO_GPU = (
     "No GPU has been measured yet. On a machine with one, `python -m benchmarks all --output FOLDER` measures "
     "everything within an hour, and with `--minutes 10` the most of it within ten minutes."
