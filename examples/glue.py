@@ -26,7 +26,7 @@ def ours(config: finetune.Config) -> float:
 
 def theirs(config: finetune.Config) -> float:
     """The same settings, with an evaluation after each epoch. The best one counts, as in the recipe."""
-    config, classes = finetune.with_published(config), TASKS[config.task].labels
+    point, classes = finetune.point_of(config), TASKS[config.task].labels
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     transformers.set_seed(config.seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=len(classes) or 1)
@@ -45,18 +45,18 @@ def theirs(config: finetune.Config) -> float:
         return {"score": statistics.mean(found)}
 
     learnt = rows(config.train)
-    steps = config.epochs * -(-len(learnt) // config.batch_size)
-    decay = config.weight_decay / config.learning_rate  # decoupled from the learning rate, as in the paper
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, (0.9, 0.98), 1e-6, decay)
+    steps = point.epochs * -(-len(learnt) // point.batch_size)
+    decay = point.weight_decay / point.learning_rate  # decoupled from the learning rate, as in the paper
+    optimizer = torch.optim.AdamW(model.parameters(), point.learning_rate, (0.9, 0.98), 1e-6, decay)
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
-            config.output, num_train_epochs=config.epochs, per_device_train_batch_size=config.batch_size,
+            config.output, num_train_epochs=point.epochs, per_device_train_batch_size=point.batch_size,
             eval_strategy="epoch", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             max_grad_norm=1.0, bf16=config.autocast, use_cpu=True, seed=config.seed,
         ),
-        train_dataset=learnt,
-        eval_dataset=rows(config.dev),
+        train_dataset=learnt,  # pyright: ignore[reportArgumentType]
+        eval_dataset=rows(config.dev),  # pyright: ignore[reportArgumentType]
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         compute_metrics=scores,
         optimizers=(optimizer, transformers.get_linear_schedule_with_warmup(optimizer, int(0.06 * steps), steps)),
@@ -82,4 +82,5 @@ def main(task: str, train: str, dev: str, model: str, seeds: int = 3, epochs: in
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5], *map(int, sys.argv[5:]))
+    name, learnt, dev, start, *numbers = sys.argv[1:]
+    main(name, learnt, dev, start, *map(int, numbers))

@@ -90,7 +90,8 @@ def padded(batch: Masked) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def held_out(model: MaskedLM, batches: list[Masked]) -> float:
     parts = [loss_of(model.eval(), batch) for batch in batches]
-    return sum(part.loss.item() * part.count for part in parts) / sum(part.count for part in parts)
+    counts = [int(part.count) for part in parts]
+    return sum(part.loss.item() * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
 
 
 def batches_of(folder: Path, tokenizer: Tokenizer, share: float, seed: int, count: int | None) -> list[Masked]:
@@ -129,4 +130,5 @@ def main(texts: str, held: str, steps: int = 300, seeds: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    texts, held, *numbers = sys.argv[1:]
+    main(texts, held, *map(int, numbers))

@@ -33,7 +33,7 @@ from modernbert.train.checkpoints import BEST, load_weights
 from modernbert.train.claim import claim_folder
 from modernbert.train.distributed import Ranks, ranks
 from modernbert.train.examples import read_conll, read_labelled
-from modernbert.train.labelled import Texts, Words
+from modernbert.train.labelled import Classifier, Texts, Words
 from modernbert.train.loop import fit
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare
@@ -42,7 +42,6 @@ from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.validation import Validation
 
-Classifier = SequenceClassifier | TokenClassifier
 Data = Texts | Words
 
 
@@ -117,12 +116,17 @@ def main(config: Config) -> dict[str, float]:
         return found[best]
 
 
+def point_of(config: Config) -> Published:
+    """The published settings of the task, with what the options say in their place."""
+    point = TASKS[config.task]
+    asked = {name: getattr(config, name, None) for name in point._fields}
+    return point._replace(**{name: value for name, value in asked.items() if value is not None})
+
+
 def with_published(config: Config) -> Config:
     """The config with the published values in place of what was left out."""
-    found = TASKS[config.task]._asdict()
-    return replace(
-        config, **{name: found[name] for name in found.keys() & vars(config).keys() if getattr(config, name) is None}
-    )
+    found = point_of(config)._asdict()
+    return replace(config, **{name: found[name] for name in found.keys() & vars(config).keys()})
 
 
 def points(config: Config) -> list[Config]:
@@ -138,28 +142,28 @@ def points(config: Config) -> list[Config]:
 
 def train(config: Config, group: Ranks) -> dict[str, float]:
     """Fine-tune with these settings; return the scores of the best epoch."""
-    tokenizer = Tokenizer.from_pretrained(config.model)
+    point, tokenizer = point_of(config), Tokenizer.from_pretrained(config.model)
     learnt = read(config, config.train, tokenizer, labels_of(config))
     dev = read(config, config.dev, tokenizer, learnt.labels)
     settings = fixed(config) | {"hash of train and model": inputs(config), "labels": learnt.labels}
     output = group.on_first(lambda: claim_folder(config.output, "finetune", settings))
     model = build(config, learnt).to(group.device)
     prepare(model, group)
-    rows, rest = divmod(config.batch_size, group.world_size)
+    rows, rest = divmod(point.batch_size, group.world_size)
     if rest:
-        raise ValueError(f"--batch-size {config.batch_size} cannot be cut into {group.world_size} ranks")
+        raise ValueError(f"--batch-size {point.batch_size} cannot be cut into {group.world_size} ranks")
     batches = Sampler(learnt.lengths, max_rows=rows, seed=config.seed, rank=group.rank, world_size=group.world_size)
     epoch = max(1, sum(len(batch) >= group.world_size for batch in batches.plan(1)))
-    steps = config.epochs * epoch
+    steps = point.epochs * epoch
     fit(
         model,
         # The paper's decay is decoupled from the learning rate: the rate at its highest gives back its number.
         torch.optim.AdamW(
             model.parameters(),
-            lr=config.learning_rate,
+            lr=point.learning_rate,
             betas=(0.9, 0.98),
             eps=1e-6,
-            weight_decay=config.weight_decay / config.learning_rate,
+            weight_decay=point.weight_decay / point.learning_rate,
         ),
         batches,
         partial(learnt.loss, model),

@@ -96,7 +96,7 @@ def read_corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
     return read_texts(corpus_file(folder), skip_empty=True)
 
 
-def first_per_source(pairs: Collection[Pair], limit: int, *, seed: int = 0) -> list[Pair]:
+def first_per_source(pairs: Collection[Pair] | ChosenPairs, limit: int, *, seed: int = 0) -> list[Pair]:
     """At most `limit` pairs of every source, drawn at random by the seed. The pairs are read twice."""
     rows: dict[str, list[int]] = {}
     for row, pair in enumerate(pairs):

@@ -19,6 +19,8 @@ from .batch_loss import BatchLoss
 from .examples import Labelled, Tagged
 from .ragged import RaggedIds, tokenize_texts
 
+Classifier = SequenceClassifier | TokenClassifier
+
 EVALUATED = 16_384
 """Tokens of a batch that is scored."""
 
@@ -75,7 +77,7 @@ class Texts:
         """Tokens of each row of a batch, int [N]."""
         return self.ids.lengths
 
-    def loss(self, model: SequenceClassifier, rows: np.ndarray) -> BatchLoss:
+    def loss(self, model: Classifier, rows: np.ndarray) -> BatchLoss:
         """The mean over texts."""
         batch, labels = self.ids.packed(rows), torch.from_numpy(self.values[rows])
         loss = model(batch.to(model.device), labels=labels.to(model.device)).loss
@@ -83,7 +85,7 @@ class Texts:
         return BatchLoss(loss, batch.num_tokens, {}, count=len(rows))
 
     @torch.no_grad()
-    def scores(self, model: SequenceClassifier) -> dict[str, float]:
+    def scores(self, model: Classifier) -> dict[str, float]:
         """The metrics of the model's predictions, in its mode, and "score", their mean."""
         x_NC = np.zeros((len(self.ids), max(1, len(self.labels))), np.float32)
         for rows in _by_length(self.lengths):
@@ -130,7 +132,7 @@ class Words:
         """Tokens of each row of a batch, int [N]: a row is a window."""
         return np.array([len(window.ids) for window in self.windows])
 
-    def loss(self, model: TokenClassifier, rows: np.ndarray) -> BatchLoss:
+    def loss(self, model: Classifier, rows: np.ndarray) -> BatchLoss:
         """The mean over words. The last layer computes only the first token of each."""
         windows = [self.windows[row] for row in rows]
         batch = pack([window.ids for window in windows])
@@ -142,7 +144,7 @@ class Words:
         return BatchLoss(loss, batch.num_tokens, {}, count=len(rows_Q))
 
     @torch.no_grad()
-    def scores(self, model: TokenClassifier) -> dict[str, float]:
+    def scores(self, model: Classifier) -> dict[str, float]:
         """F1 of whole entities, as "entity_f1" and as "score"."""
         logits: dict[int, Tensor] = {}
         for rows in _by_length(self.lengths):

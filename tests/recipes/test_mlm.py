@@ -12,6 +12,7 @@ import pytest
 import torch
 from folders import tree
 
+from modernbert.encoder import Layer
 from modernbert.heads.masked_lm import MaskedLM
 from modernbert.recipes import mlm
 from modernbert.recipes.mlm import Config, main, stages
@@ -183,6 +184,7 @@ def test_a_smaller_run_keeps_the_shares():
 def test_dropout_is_of_the_output_of_attention_alone(config, tmp_path):
     model = mlm.build(config, train_cased_tokenizer(WORDS, vocab_size=300))
     for layer in model.model.layers:
+        assert isinstance(layer, Layer)
         assert (layer.attn.output_dropout_p, layer.attn.dropout_p, layer.mlp.dropout_p) == (0.1, 0.0, 0.0)
     assert model.config.attention_dropout == 0.0  # what fine-tuning starts from
 
