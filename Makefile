@@ -27,6 +27,7 @@ check: lint
 	$(MAKE) test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --all-architectures tests/kernels/test_resources.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --sweep tests/inference/test_growth.py tests/retrieval/test_sweep.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --sweep -m sweep
 
 format: $(VENV)/dev
 	$(VENV)/bin/ruff format .

@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     config.addinivalue_line("markers", "browser: needs a browser")
+    config.addinivalue_line("markers", "sweep: runs with --sweep only, as in make check, because it takes long")
     config.addinivalue_line("markers", "interpreter: runs Triton's kernels on the CPU; with TRITON_INTERPRET=1 only")
     torch.set_num_threads(1)
 
@@ -51,11 +52,11 @@ def forget_garbage() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("sweep") and not config.getoption("--sweep"):
+            item.add_marker(pytest.mark.skip(reason="takes long: make check, or pytest --sweep"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU (most of these also run in Triton's interpreter)"))
 
 

@@ -64,6 +64,7 @@ def test_export(run):
     assert float(difference) < 1e-5
 
 
+@pytest.mark.sweep
 def test_pretrain(run, tmp_path):
     pytest.importorskip("accelerate")  # of transformers' Trainer
     words = " ".join(f"word{i % 97}" for i in range(900))
@@ -72,6 +73,7 @@ def test_pretrain(run, tmp_path):
     assert abs(ours - theirs) < 1e-3
 
 
+@pytest.mark.sweep
 def test_glue(run, tmp_path):
     pytest.importorskip("accelerate")
     texts = [f"{place} is a town" for place in ("Paris", "Rome", "Oslo", "Bern")]

@@ -45,7 +45,6 @@ PRIVATE = {
     "_reorder_linear_weight": Private(OPERATOR, lambda: torch.ops.mkldnn._reorder_linear_weight),
     "_linear_pointwise": Private(OPERATOR, lambda: torch.ops.mkldnn._linear_pointwise),
     "_typeshed": Private("the type of any dataclass, for type checkers only", None, "type checkers"),
-    "_fields": Private("public, and documented, in spite of its name", lambda: Private._fields, "Python"),
     "_version": Private("whether a parameter was written to", lambda: torch.zeros(1)._version),
     "_pytree": Private("registers the output of the encoder for torch.export", lambda: torch.utils._pytree),
     "_register_namedtuple": Private("as _pytree", lambda: torch.utils._pytree._register_namedtuple),
@@ -66,8 +65,12 @@ PRIVATE = {
 }
 
 
+PUBLIC = {"_asdict", "_fields", "_make", "_replace"}
+"""Documented names of `NamedTuple`, which begin with an underscore so that they are not those of fields."""
+
+
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
 
 
 def names(tree: ast.AST) -> Iterator[tuple[str, int]]:

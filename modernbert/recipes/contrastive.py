@@ -311,7 +311,7 @@ def tokens_of(model: ColBERT, pairs: data.TokenizedPairs, batch: np.ndarray) -> 
         documents += pairs.negatives.select(negatives)
         groups = np.concatenate([groups, np.full(len(negatives), -1)])  # a group without a query
     queries = model.query_tokens(pairs.queries.select(batch))
-    return queries, model.document_tokens(documents), torch.as_tensor(groups)
+    return queries, model.document_tokens(documents), torch.as_tensor(groups, device="cpu")
 
 
 def vectors(model: ColBERT, tokens: Tokens) -> Ragged:

@@ -84,14 +84,14 @@ def _tiled(name: str, old: Tensor, shape: torch.Size, head_dim: int) -> Tensor:
     for axis, (parts, unit) in enumerate(axes):
         rows = _centered(old.shape[axis] // unit // parts, shape[axis] // unit // parts)
         rows = torch.cat([rows + part * (old.shape[axis] // unit // parts) for part in range(parts)])
-        rows = (rows[:, None] * unit + torch.arange(unit)).flatten()
+        rows = (rows[:, None] * unit + torch.arange(unit, device="cpu")).flatten()
         old = old.index_select(axis, rows.to(old.device))
     return old
 
 
 def _centered(old: int, new: int) -> Tensor:
     """For each of `new` places, which of the `old` ones it repeats, so that these are in the middle in their order."""
-    return (torch.arange(new) - (new - old) // 2) % old
+    return (torch.arange(new, device="cpu") - (new - old) // 2) % old
 
 
 def set_context(model: Pretrained, *, length: int, global_rope_theta: float, local_rope_theta: float) -> None:

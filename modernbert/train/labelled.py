@@ -136,7 +136,8 @@ class Words:
         """The mean over words. The last layer computes only the first token of each."""
         windows = [self.windows[row] for row in rows]
         batch = pack([window.ids for window in windows])
-        labels_T = torch.tensor([x for each in windows for x in labels_of_words(each, self.tags[each.text])])
+        labels = [x for each in windows for x in labels_of_words(each, self.tags[each.text])]
+        labels_T = torch.tensor(labels, device="cpu")
         rows_Q = (labels_T >= 0).nonzero().squeeze(1)
         labels_Q, device = labels_T[rows_Q], model.device
         loss = model(batch.to(device), rows=rows_Q.to(device), labels=labels_Q.to(device)).loss

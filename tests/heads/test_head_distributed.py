@@ -61,6 +61,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.sweep
 def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=RANKS)
     model = make()

@@ -19,8 +19,9 @@ from hf_twin import TINY, random_ids, twins
 from torch import Tensor, nn
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Packed, Session, pack
-from modernbert.heads.colbert_files import ACTIVATIONS, ColBERTConfig
+from modernbert.heads.colbert_files import ColBERTConfig
 from modernbert.heads.dense import Dense
+from modernbert.heads.module_files import ACTIVATIONS
 from modernbert.inference import session as module
 from modernbert.inference.graph_engine import GraphEngine
 

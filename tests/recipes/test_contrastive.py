@@ -366,6 +366,7 @@ def test_pairs_of_a_teacher_need_whole_batches(toy, tmp_path):
         main(config(toy, tmp_path / "out", teacher=str(tmp_path), chunk_tokens=100))
 
 
+@pytest.mark.sweep
 def test_two_ranks_score_the_documents_of_both(toy, tmp_path):
     """A step of two ranks is that of one rank with batches twice as large, up to rounding."""
     slow = {"steps": 3, "learning_rate": 1e-4, "embedding_learning_rate": 1e-4}

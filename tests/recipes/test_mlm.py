@@ -128,6 +128,7 @@ def test_a_killed_run_resumes_to_bit_equal_weights(config, tmp_path, monkeypatch
     same(whole, main(config))
 
 
+@pytest.mark.sweep
 def test_kill_9_at_any_time_loses_nothing(config, tmp_path):
     config = replace(config, validation="")
     whole = main(replace(config, output=str(tmp_path / "whole")))

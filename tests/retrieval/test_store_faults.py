@@ -29,7 +29,7 @@ from modernbert.retrieval.store import search, writer
 from modernbert.retrieval.store.draft import open_draft
 from modernbert.retrieval.store.format import read_manifest, write_manifest
 
-KILLS = 50
+KILLS = 20
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def killed_after(seconds: float, work: Callable[[], object]) -> bool:
     return True
 
 
-def test_fifty_kills_at_random_moments(colbert, tmp_path):
+def test_twenty_kills_at_random_moments(colbert, tmp_path):
     """A first index is killed over and over, then an update: each time, the store has its old state or
     its new one, and the last run ends in the same store as an uninterrupted one.
     """

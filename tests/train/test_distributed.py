@@ -157,12 +157,14 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path):
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
 
 
+@pytest.mark.sweep
 def test_a_rank_that_raises_ends_the_run_with_its_name_and_error(tmp_path):
     done = torchrun("raises", tmp_path, ok=False)
     assert "ValueError: pairs.jsonl:7: no positive" in done.stderr
     assert re.search(r"rank\s*: 1 ", done.stderr.partition("Root Cause")[2]), done.stderr
 
 
+@pytest.mark.sweep
 def test_without_torchrun_the_other_rank_names_the_dead_one(tmp_path):
     """As under a scheduler that starts ranks, and ends none when another dies."""
     with socket.socket() as probe:

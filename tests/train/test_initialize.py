@@ -98,6 +98,8 @@ def test_a_model_of_the_same_size_becomes_the_same():
 class Head(Pretrained):
     """A head as heads are: an encoder, a dense layer, a norm and a decoder."""
 
+    base_model_prefix = "encoder"
+
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         width = encoder.config.hidden_size

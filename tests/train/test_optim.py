@@ -96,7 +96,7 @@ def test_many_parts_are_as_one(monkeypatch, dtype):
         problems = [problem(shape, dtype) for shape in SHAPES]
         weights = [nn.Parameter(weight.clone()) for weight, _ in problems]
         weights[2] = nn.Parameter(weights[2].detach().T.clone().T)
-        train(StableAdamW(weights, weight_decay=0.1), weights, [grads for _, grads in problems], RATES[:20])
+        train(StableAdamW(weights, weight_decay=0.1), weights, [grads for _, grads in problems], RATES[:4])
         found.append(weights)
     for weights in zip(*found, strict=True):
         for weight in weights[1:]:  # the order of sums differs
