@@ -201,8 +201,8 @@ def test_prompts(pooling: str, tmp_path: Path) -> None:
     assert not torch.equal(model.encode_queries(TEXTS), model.encode_documents(TEXTS))
     batch = pack(model.query_ids(TEXTS))
     torch.testing.assert_close(model(batch).detach(), model.encode_queries(TEXTS), rtol=0, atol=TOLERANCE)
-    with pytest.raises(ValueError, match="prompt_name is 'qeury', but the model has query, document, clustering"):
-        model.encode(TEXTS, prompt_name="qeury")
+    with pytest.raises(ValueError, match="prompt_name is 'question', but the model has query, document, clustering"):
+        model.encode(TEXTS, prompt_name="question")
     with pytest.raises(ValueError, match="two prompts"):
         model.encode(TEXTS, prompt_name="query", prompt="a: ")
 
