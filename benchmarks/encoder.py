@@ -26,9 +26,9 @@ def of_texts(
         more: of the `Job` and of the `Table`. By default the longest and the shortest text are compared.
     """
     ends = {lengths.index(max(lengths)), lengths.index(min(lengths))}
-    of_job = {one.name: more.pop(one.name) for one in fields(Job) if one.name in more}
-    job = Job(tuple(lengths), **{"checked": tuple(sorted(ends))} | of_job)
-    known = {"dtype": here.dtype, "job": job, "peers": peers, "reference": REFERENCE}
+    of_job: dict[str, Any] = {"checked": tuple(sorted(ends))}
+    of_job |= {one.name: more.pop(one.name) for one in fields(Job) if one.name in more}
+    known = {"dtype": here.dtype, "job": Job(tuple(lengths), **of_job), "peers": peers, "reference": REFERENCE}
     return Table(workload, what, model, **known | more)
 
 

@@ -92,7 +92,7 @@ def records() -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
-def examples(source: Path | None, count: int) -> list[dict[str, str]]:
+def examples(source: Path | None, count: int) -> list[Any]:
     """So many rows of files for training, drawn by a seed; or paragraphs whose first ten words are a query."""
     from modernbert.train.reading import read_rows  # not in every checkout that a worker may import
 

@@ -197,7 +197,7 @@ def on_masked(here: Run, workload: str) -> Iterator[Table]:
     examples, draw, trainer = [], torch.Generator().manual_seed(0), "transformers Trainer"
     for ids in [inputs.ids(at, 512) for at in range(count)] if workload == "masked-lm-512" else texts:
         hidden = torch.rand(len(ids), generator=draw) < MASKED
-        examples.append((ids.masked_fill(hidden, tokenizer.mask_token_id), ids.masked_fill(~hidden, -100)))
+        examples.append((ids.masked_fill(hidden, tokenizer.mask_token_id or 0), ids.masked_fill(~hidden, -100)))
     found = {OURS: Peer(masked_lm), trainer: Peer(transformers, package="accelerate")}
     found[f"{trainer}, sparse"] = found[trainer]._replace(options={"sparse": True})
     for model in models(here, "modernbert-base", "ettin-17m"):
