@@ -87,7 +87,7 @@ class Packed:
 
 
 def rows_of(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
-    """`Packed.rows_of` on the CPU."""
+    """`Packed.rows_of` on the CPU, of sequences with these lengths. An index may come several times."""
     length_B = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
     length = length_B[chosen]

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -19,8 +19,8 @@ import modernbert_kernels as ops
 from ..checkpoint import Content
 from ..config import EncoderConfig
 from ..encoder import Encoder
-from ..inference.devices import encode_in_processes
-from ..inference.encode import Modules, encode_texts, list_of_texts, stream_texts
+from ..inference.devices import encode_here_or_on
+from ..inference.encode import Modules, list_of_texts, stream_texts
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
 from ..packing import Packed, Span, Tokens, list_of_sequences, pack
 from ..pretrained import Pretrained
@@ -201,10 +201,8 @@ class ColBERT(Pretrained):
         progress: bool | None,
         devices: Sequence[str] | None,
     ) -> Ragged:
-        options = {"dim": self.dim, "batch_tokens": batch_tokens, "progress": progress}
-        if devices is not None:
-            return encode_in_processes(self, tokenize, list_of_texts(texts), devices=devices, **options)
-        return encode_texts(Modules(self), partial(tokenize, self), texts, **options)
+        options = {"devices": devices, "batch_tokens": batch_tokens, "progress": progress}
+        return encode_here_or_on(self, tokenize, texts, dim=self.dim, **options)
 
     def tokenize_queries(self, texts: Sequence[str], *, spans: bool = True) -> Tokens:
         """What `encode_queries` feeds the encoder: `[CLS] prefix text [SEP]`, and [MASK] rows with expansion.

@@ -71,7 +71,7 @@ def read(
         config = _native(folder, written, modules, tokenizer) if native else _pylate(where, written)
         dense = [module_files.read_dense(path, device, dtype) for path in modules["Dense"]]
 
-    module_files.check_widths(folder, dense, encoder.hidden_size)
+    module_files.check_widths(dense, encoder.hidden_size, folder)
     module_files.check_vocabulary(folder, tokenizer, encoder)
     if config.do_query_expansion and config.query_length > encoder.max_position_embeddings:
         limit = f"max_position_embeddings {encoder.max_position_embeddings}"

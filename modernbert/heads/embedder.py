@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..checkpoint import Content
 from ..config import EncoderConfig
 from ..encoder import Encoder
-from ..inference.devices import encode_in_processes
-from ..inference.encode import Modules, encode_texts, list_of_texts
+from ..inference.devices import encode_here_or_on
+from ..inference.encode import list_of_texts
 from ..packing import Packed, Texts, pack
 from ..pretrained import Pretrained
 from ..tokenizer import Encoding, Tokenizer
@@ -23,6 +23,7 @@ from . import embedder_files
 from .dense import Dense
 from .embedder_files import EmbedderConfig
 from .folders import check_class
+from .module_files import check_widths
 from .pooling import encode_and_pool
 
 if TYPE_CHECKING:
@@ -56,11 +57,7 @@ class Embedder(Pretrained):
         self.encoder, self.tokenizer, self.config = encoder, tokenizer, config or EmbedderConfig()
         self.projection = nn.ModuleList(dense)
         self.training = encoder.training
-        width = encoder.config.hidden_size * len(self.config.poolings)
-        for layer in dense:
-            if layer.linear.in_features != width:
-                raise ValueError(f"a Dense takes {layer.linear.in_features} features, but is given {width}")
-            width = layer.linear.out_features
+        width = check_widths(dense, encoder.config.hidden_size * len(self.config.poolings))
         if self.config.width is not None and self.config.width > width:
             raise ValueError(f"config: width is {self.config.width}, but vectors have {width} numbers")
         self.dim = self.config.width or width
@@ -127,10 +124,8 @@ class Embedder(Pretrained):
             RuntimeError: the process was forked after this thread had encoded, or a process for a device has died.
         """
         tokenize = partial(Embedder.tokenize, prompt=self._prompt(prompt_name, prompt))
-        options = {"dim": self.dim, "batch_tokens": batch_tokens, "progress": progress}
-        if devices is not None:
-            return encode_in_processes(self, tokenize, list_of_texts(texts), devices=devices, **options).values
-        return encode_texts(Modules(self), partial(tokenize, self), texts, **options).values
+        options = {"devices": devices, "batch_tokens": batch_tokens, "progress": progress}
+        return encode_here_or_on(self, tokenize, texts, dim=self.dim, **options).values
 
     def encode_queries(
         self,

@@ -110,7 +110,7 @@ def read(
         default_prompt=get(where, settings, NAME, "default_prompt_name"),
         similarity=get(where, settings, NAME, "similarity_fn_name") or "cosine",
     )
-    module_files.check_widths(folder, layers, encoder.hidden_size * len(config.poolings))
+    module_files.check_widths(layers, encoder.hidden_size * len(config.poolings), folder)
     module_files.check_vocabulary(folder, tokenizer, encoder)
     return config, layers
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import modernbert_kernels as ops
+from modernbert_kernels.reference import Reduction
 
 from ..checkpoint import Content
 from ..config import EncoderConfig
@@ -21,7 +22,7 @@ from ..packing import Packed, unpack
 from ..padded import pack_padded
 from ..pretrained import Pretrained
 from . import prediction
-from .prediction import PredictionHead, Reduction
+from .prediction import PredictionHead
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -135,10 +136,8 @@ class MaskedLM(Pretrained):
         labels_T = prediction.packed_labels(labels, packed)
         if self.config.others.get("sparse_prediction"):
             return HeadOutput(self._scaled_loss(packed, labels_T, None, num_items_in_batch))
-        prediction.check_labels(labels_T, (packed.num_tokens,), self.config.vocab_size)
         logits_TV = self._logits(packed, None)
-        loss = prediction.cross_entropy(logits_TV, labels_T, "mean" if num_items_in_batch is None else "sum")
-        return HeadOutput(prediction.divided(loss, num_items_in_batch), unpack(logits_TV, packed))
+        return HeadOutput(prediction.label_loss(logits_TV, labels_T, num_items_in_batch), unpack(logits_TV, packed))
 
     def loss(
         self, batch: Packed, labels: Tensor, rows: Tensor | None = None, *, reduction: Reduction = "mean"

@@ -90,12 +90,18 @@ def read_dense(folder: Path, device: torch.device | str, dtype: torch.dtype, act
     return layer
 
 
-def check_widths(folder: Path, dense: Sequence[Dense], width: int) -> None:
-    """Raise a ValueError unless each layer takes what the one before it gives; the first takes `width` numbers."""
+def check_widths(dense: Sequence[Dense], width: int, folder: Path | None = None) -> int:
+    """The width that the last layer gives. The first one takes `width` numbers.
+
+    Raises:
+        ValueError: a layer that does not take what the one before it gives, with the `folder` of the layers.
+    """
     for layer in dense:
         if layer.linear.in_features != width:
-            raise ValueError(f"{folder}: a Dense takes {layer.linear.in_features} features, but is given {width}")
+            where = "" if folder is None else f"{folder}: "
+            raise ValueError(f"{where}a Dense takes {layer.linear.in_features} features, but is given {width}")
         width = layer.linear.out_features
+    return width
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer, encoder: EncoderConfig) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modernbert_kernels.reference import Reduction
 
 from ..checkpoint import Content, load_weights, state_of
 from ..config import EncoderConfig
@@ -20,7 +22,6 @@ from .folders import ARCHITECTURES, check_class
 
 M = TypeVar("M", bound=nn.Module)
 P = TypeVar("P", bound=Pretrained)
-Reduction = Literal["mean", "sum", "none"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
 IGNORED = -100
@@ -139,6 +140,16 @@ def cross_entropy(logits_QC: Tensor, labels_Q: Tensor, reduction: Reduction = "m
     if reduction == "none":
         return loss_Q
     return loss_Q.sum() / ((labels_Q >= 0).sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def label_loss(logits_QC: Tensor, labels_Q: Tensor, count: Tensor | float | None) -> Tensor:
+    """The mean cross-entropy of the rows with a label (None), or their sum as a part of `count` labels.
+
+    Raises:
+        ValueError: as `check_labels`.
+    """
+    check_labels(labels_Q, (len(logits_QC),), logits_QC.shape[1])
+    return divided(cross_entropy(logits_QC, labels_Q, "mean" if count is None else "sum"), count)
 
 
 def divided(loss: Tensor, count: Tensor | float | None) -> Tensor:

@@ -122,19 +122,14 @@ class TokenClassifier(Pretrained):
             logits_QC = self._logits(batch, rows)
             if labels is None:
                 return logits_QC
-            return HeadOutput(self._loss(logits_QC, labels, num_items_in_batch), logits_QC)
+            return HeadOutput(prediction.label_loss(logits_QC, labels, num_items_in_batch), logits_QC)
         ids_BS = prediction.given_ids(batch, input_ids, rows)
         packed = pack_padded(ids_BS, attention_mask, None, self.config)
         logits_TC = self._logits(packed, None)
         labels_T = None if labels is None else prediction.packed_labels(labels, packed)
-        loss = None if labels_T is None else self._loss(logits_TC, labels_T, num_items_in_batch)
+        loss = None if labels_T is None else prediction.label_loss(logits_TC, labels_T, num_items_in_batch)
         return HeadOutput(loss, unpack(logits_TC, packed))
 
     def _logits(self, batch: Packed, rows: Tensor | None) -> Tensor:
         x_QD = self.head(self.model(batch, rows=rows))
         return self.classifier(dropout(x_QD, self.config.classifier_dropout, self.training))
-
-    def _loss(self, logits_QC: Tensor, labels_Q: Tensor, count: Tensor | float | None) -> Tensor:
-        prediction.check_labels(labels_Q, (len(logits_QC),), len(self.labels))
-        loss = prediction.cross_entropy(logits_QC, labels_Q, "mean" if count is None else "sum")
-        return prediction.divided(loss, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
@@ -20,7 +20,7 @@ from ..late_interaction import Ragged, check_count
 from ..packing import Tokenized
 from ..progress import progress_bar
 from ..truncation import Cut
-from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts, joined, warn_of
+from .encode import PROGRESS_TEXTS, TEXTS, Modules, encode_texts, joined, list_of_texts, warn_of
 
 
 class _Worker(NamedTuple):
@@ -32,6 +32,27 @@ class _Worker(NamedTuple):
 
 
 _worker: Callable[[], _Worker] | None = None  # of a worker process, which serves one pool
+
+
+def encode_here_or_on(
+    model: nn.Module,
+    tokenize: Callable[..., Tokenized],
+    texts: Iterable[str],
+    *,
+    dim: int,
+    devices: Sequence[str] | None,
+    batch_tokens: int | None,
+    progress: bool | None,
+) -> Ragged:
+    """What the `encode` methods of a head do: `encode_in_processes` on `devices`, or with None `encode_texts` here.
+
+    Args:
+        tokenize: as in `encode_in_processes`.
+    """
+    options = {"dim": dim, "batch_tokens": batch_tokens, "progress": progress}
+    if devices is not None:
+        return encode_in_processes(model, tokenize, list_of_texts(texts), devices=devices, **options)
+    return encode_texts(Modules(model), partial(tokenize, model), texts, **options)
 
 
 def encode_in_processes(

@@ -71,7 +71,7 @@ class GraphEngine:
         """The graph in a file that `Session.save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file. ImportError: as `of`.
+            FileNotFoundError: the file does not exist. ImportError: as `of`.
             ValueError: no such engine, or a file that is damaged or holds another graph.
         """
         if not os.path.isfile(path):

@@ -316,9 +316,7 @@ def tokens_of(model: ColBERT, pairs: data.TokenizedPairs, batch: np.ndarray) -> 
 
 def vectors(model: ColBERT, tokens: Tokens) -> Ragged:
     """The scored rows of texts, with their graph."""
-    device, rows = next(model.parameters()).device, tokens.rows
-    x_QE = model(tokens.batch.to(device), rows=None if rows is None else rows.to(device))
-    return Ragged(x_QE, tokens.offsets)
+    return model(tokens.to(model.device))
 
 
 if __name__ == "__main__":

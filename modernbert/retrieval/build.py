@@ -73,7 +73,7 @@ def index(
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: there is no text, a record is broken, an argument has no meaning, a path that held documents has
+        ValueError: nothing has text, a record is broken, an argument has no meaning, a path that held documents has
             none now, or the store has another model or dtype.
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import plain_names
-from .optim import HALF, local
+from .distributed import local
+from .optim import HALF
 
 
 def average(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def average(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             elif not same or not torch.equal(tensor, first[name]):
                 raise ValueError(f"{name} of state {count} is not that of the first one, so they have no mean")
     if not count:
-        raise ValueError("there is no state to average")
+        raise ValueError("no state was given to average")
     return {name: (sums[name] / count).to(value.dtype) if name in sums else value for name, value in first.items()}
 
 

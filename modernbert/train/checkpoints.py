@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import replacing
-from .distributed import ALONE, Ranks, is_sharded
+from .distributed import ALONE, Ranks, is_sharded, local
 from .options import check_same
 
 LAST, BEST = "checkpoint.pt", "best.pt"
@@ -147,7 +147,7 @@ def load_weights(file: Path, model: nn.Module) -> int:
     """Give `model` the weights of a checkpoint, such as `best.pt`, and return its step. All ranks call it.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged, or of another model.
+        FileNotFoundError: the file does not exist. ValueError: it is damaged, or of another model.
     """
     state = read_checkpoint(file, WEIGHTS)
     _check_weights(file, state["model"], model)
@@ -170,7 +170,7 @@ def read_checkpoint(file: Path, wanted: set[str] = CHECKPOINT) -> dict[str, Any]
 
 def check_finite(model: nn.Module, when: str, ranks: Ranks = ALONE) -> None:
     """Raise a FloatingPointError that names the first parameter with a NaN or an infinity."""
-    wrong = (name for name, x in model.named_parameters() if not torch.isfinite(_local(x.detach())).all())
+    wrong = (name for name, x in model.named_parameters() if not torch.isfinite(local(x.detach())).all())
     for name in filter(None, ranks.gather(next(wrong, None))):
         raise FloatingPointError(f"{when}: {name} is not finite, so nothing was saved. Try a lower learning rate")
 
@@ -226,10 +226,6 @@ def _whole(value: Any, ranks: Ranks) -> Any:
         gathered = value.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
         return gathered.cpu() if ranks.is_first else None
     return value
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _in_parts(whole: Any, like: object) -> Any:

@@ -185,6 +185,11 @@ def is_sharded(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")
 
 
+def local(x: Tensor) -> Tensor:
+    """The part of this rank; all of a tensor that is not sharded."""
+    return x.to_local() if is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # Gradients
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..heads.classifier import SequenceClassifier
 from ..heads.token_classifier import TokenClassifier
 from ..heads.token_labels import labels_of_words, scores_of_words
+from ..inference.batches import plan
 from ..packing import pack
 from ..tokenizer import TextWindow, Tokenizer
 from . import metrics
@@ -88,7 +89,7 @@ class Texts:
     def scores(self, model: Classifier) -> dict[str, float]:
         """The metrics of the model's predictions, in its mode, and "score", their mean."""
         x_NC = np.zeros((len(self.ids), max(1, len(self.labels))), np.float32)
-        for rows in _by_length(self.lengths):
+        for rows in plan(self.lengths.tolist(), EVALUATED):
             x_NC[rows] = model(self.ids.packed(rows).to(model.device)).float().cpu().numpy()
         predicted = x_NC.argmax(1) if self.labels else x_NC[:, 0]
         return _with_mean({name: getattr(metrics, name)(predicted, self.values) for name in self.measured})
@@ -148,10 +149,10 @@ class Words:
     def scores(self, model: Classifier) -> dict[str, float]:
         """F1 of whole entities, as "entity_f1" and as "score"."""
         logits: dict[int, Tensor] = {}
-        for rows in _by_length(self.lengths):
+        for rows in plan(self.lengths.tolist(), EVALUATED):
             batch = pack([self.windows[row].ids for row in rows])
             parts = model(batch.to(model.device)).float().cpu().split(batch.lengths)
-            logits |= zip(rows.tolist(), parts, strict=True)
+            logits |= zip(rows, parts, strict=True)
         of_text: list[list[int]] = [[] for _ in self.tags]
         for row, window in enumerate(self.windows):
             of_text[window.text].append(row)
@@ -161,12 +162,6 @@ class Words:
         ]
         predicted, wanted = ([[self.labels[tag] for tag in text] for text in side] for side in (found, self.tags))
         return _with_mean({"entity_f1": metrics.entity_f1(predicted, wanted)})
-
-
-def _by_length(lengths: np.ndarray) -> list[np.ndarray]:
-    """Rows of about the same length, about `EVALUATED` tokens at a time."""
-    order = np.argsort(lengths, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(np.cumsum(lengths[order]) // EVALUATED)) + 1)
 
 
 def _with_mean(scores: dict[str, float]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from modernbert_kernels.reference import Reduction
 
 from ..late_interaction import Ragged, maxsim
+from ..packed import rows_of
 
 
 def info_nce(
@@ -193,12 +194,9 @@ def n_way_scores(queries: Ragged, documents: Ragged) -> Tensor:
         what = f"got {len(documents)} documents for {len(queries)} queries"
         raise ValueError(f"documents must hold the same number of documents for each query, {what}")
     lengths_B = queries.offsets.diff()
-    lengths = lengths_B.repeat_interleave(count)
-    ends = lengths.cumsum(0)
-    # Every row is counted from the end of the rows before it, and moved to where its query begins.
-    shift = queries.offsets[:-1].repeat_interleave(count) - (ends - lengths)
-    rows = torch.arange(int(lengths.sum()), device="cpu") + shift.repeat_interleave(lengths)
-    repeated = Ragged(queries.values.index_select(0, rows.to(queries.values.device)), F.pad(ends, (1, 0)))
+    rows = rows_of(lengths_B.tolist(), [query for query in range(len(queries)) for _ in range(count)])
+    offsets = F.pad(lengths_B.repeat_interleave(count).cumsum(0), (1, 0))
+    repeated = Ragged(queries.values.index_select(0, rows.to(queries.values.device)), offsets)
     return maxsim(repeated, documents, paired=True).unflatten(0, (len(queries), count))
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distributed import local
+
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 HALF = (torch.bfloat16, torch.float16)
 ELEMENTS = 2**26
@@ -167,10 +169,6 @@ def _pieces(tensors: list[Tensor]) -> Iterable[Sequence[Tensor]]:
     if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
         return [tensors]
     return zip(*(tensor.view(-1).split(CACHED) for tensor in tensors), strict=True)
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def debiased(beta: float, step: int) -> float:

@@ -123,7 +123,7 @@ def test_texts_are_cut_to_the_lengths_of_training(toy, tmp_path, monkeypatch):
     seen = []
     forward = ColBERT.forward
     monkeypatch.setattr(
-        ColBERT, "forward", lambda self, batch, **rest: seen.append(batch) or forward(self, batch, **rest)
+        ColBERT, "forward", lambda self, batch, **rest: seen.append(batch.batch) or forward(self, batch, **rest)
     )
     model = main(config(toy, tmp_path, steps=1, train_query_length=4, train_document_length=7))
     assert [max(batch.lengths) for batch in seen] == [4, 7]

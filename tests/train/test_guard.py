@@ -77,7 +77,7 @@ def test_the_offending_batch_of_several_is_saved(tmp_path):
 def test_a_second_failure_does_not_overwrite_the_first(tmp_path):
     for _ in range(2):
         with pytest.raises(FloatingPointError):
-            poisoned(TinyRun(tmp_path), 1).fit()
+            poisoned(TinyRun(tmp_path), 1).fit(steps=40)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad-step-1-1.pt", "bad-step-1.pt"]
 
 
@@ -93,5 +93,5 @@ def test_all_batches_are_saved_if_only_the_gradients_are_wrong(tmp_path):
 
 def test_a_full_disk_does_not_hide_the_error_of_the_step(tmp_path):
     with disk_for(10), pytest.raises(FloatingPointError, match=r"step 1: .*could not be saved.*Try a lower"):
-        poisoned(TinyRun(tmp_path), 1).fit()
+        poisoned(TinyRun(tmp_path), 1).fit(steps=40)
     assert list(tmp_path.iterdir()) == []

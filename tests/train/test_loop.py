@@ -5,46 +5,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from worker_runs import TinyRun
 
 from modernbert.train.checkpoints import check_finite
-from modernbert.train.loop import BatchLoss, fit
-
-
-class Recipe:
-    """A little regression with dropout, so that the random state matters, on batches that are all different."""
-
-    def __init__(self, output, dropout=0.3, learning_rate=0.1):
-        torch.manual_seed(3)
-        self.output = output
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate)
-        self.calls = 0
-
-    def batches(self):
-        for seed in itertools.count():
-            x_B4 = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
-            yield x_B4, x_B4.sum(1, keepdim=True)
-
-    def loss(self, batch):
-        self.calls += 1
-        x_B4, y_B1 = batch
-        error_B1 = self.model(x_B4) - y_B1
-        return BatchLoss(error_B1.square().mean(), len(x_B4), {"error": error_B1.abs().mean()})
-
-    def fit(self, loss=None, settings=None, **changes):
-        options = {"steps": 12, "save_minutes": 0.0, "schedule": lambda step: 1 / (step + 1)} | changes
-        settings = settings or {"rate": 0.1}
-        fit(
-            self.model,
-            self.optimizer,
-            lambda first: itertools.islice(self.batches(), first, None),
-            loss or self.loss,
-            output=self.output,
-            settings=settings,
-            **options,
-        )
-        return self
+from modernbert.train.loop import BatchLoss
 
 
 def killed_at(recipe, call, error):
@@ -74,10 +38,10 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("weight", [0.01, 100.0])
 def test_steps_are_those_of_a_loop_by_hand(tmp_path, accumulate, weight):
     """Gradients of a small loss stay as they are, those of a large one are clipped; plain SGD shows their size."""
-    recipe, twin = Recipe(tmp_path, dropout=0.0), Recipe(tmp_path, dropout=0.0)
+    recipe, twin = TinyRun(tmp_path, dropout=0.0), TinyRun(tmp_path, dropout=0.0)
     recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
     recipe.fit(lambda batch: BatchLoss(recipe.loss(batch).loss * weight, 6, {}), steps=5, accumulate=accumulate)
-    batches = twin.batches()
+    batches = TinyRun.every()
     for step in range(5):
         loss = sum(twin.loss(next(batches)).loss for _ in range(accumulate)) * weight / accumulate
         gradients = torch.autograd.grad(loss, list(twin.model.parameters()))
@@ -91,7 +55,7 @@ def test_steps_are_those_of_a_loop_by_hand(tmp_path, accumulate, weight):
 
 
 def test_each_group_keeps_its_own_rate(tmp_path):
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     groups = [{"params": [x], "lr": 0.1 * i} for i, x in enumerate(recipe.model.parameters(), start=1)]
     recipe.optimizer = torch.optim.AdamW(groups)
     recipe.fit(steps=3)
@@ -104,11 +68,11 @@ def test_a_killed_run_resumes_to_bit_equal_weights(tmp_path, accumulate):
     """With dropout, moments of the optimizer, a falling rate, and batches that are all different."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    whole = Recipe(tmp_path / "whole").fit(accumulate=accumulate)
-    killed = Recipe(tmp_path / "killed")
+    whole = TinyRun(tmp_path / "whole").fit(accumulate=accumulate)
+    killed = TinyRun(tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
         killed.fit(killed_at(killed, 5 * accumulate, KeyboardInterrupt()), accumulate=accumulate)
-    resumed = Recipe(tmp_path / "killed")
+    resumed = TinyRun(tmp_path / "killed")
     torch.rand(7)  # another random state than that of the start
     resumed.fit(accumulate=accumulate)
     assert (killed.calls, resumed.calls) == (5 * accumulate, 8 * accumulate)  # four steps were kept
@@ -116,14 +80,14 @@ def test_a_killed_run_resumes_to_bit_equal_weights(tmp_path, accumulate):
 
 
 def test_a_finished_run_is_not_trained_on(tmp_path):
-    done = Recipe(tmp_path).fit()
-    again = Recipe(tmp_path).fit()
+    done = TinyRun(tmp_path).fit()
+    again = TinyRun(tmp_path).fit()
     assert again.calls == 0
     assert_equal(done.model, again.model)
 
 
 def test_the_model_trains_whatever_its_mode_was(tmp_path):
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     recipe.model.eval()
     recipe.fit(steps=1)
     assert recipe.model.training
@@ -139,7 +103,7 @@ POISONS = {
 
 @pytest.mark.parametrize("name", POISONS)
 def test_what_is_not_finite_stops_before_the_step(tmp_path, name):
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     before = []
 
     def loss(batch):
@@ -153,18 +117,18 @@ def test_what_is_not_finite_stops_before_the_step(tmp_path, name):
     assert_equal(model, recipe.model)
     assert (tmp_path / "checkpoint.pt").read_bytes() == checkpoint
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
-    assert Recipe(tmp_path).fit().calls == 6  # and the run goes on from there
+    assert TinyRun(tmp_path).fit().calls == 6  # and the run goes on from there
 
 
 def test_one_bad_batch_of_several_stops_the_step(tmp_path):
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     with pytest.raises(FloatingPointError, match="step 3:"):
         recipe.fit(poisoned_at(recipe, 8, POISONS["loss"]), accumulate=3)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """The loss and the gradients of the last step are finite, the weights after it are not."""
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     recipe.fit(steps=2)
     kept = (tmp_path / "checkpoint.pt").read_bytes()
     with pytest.raises(FloatingPointError, match=r"step 3: 0\.weight is not finite"):
@@ -175,26 +139,26 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    Recipe(tmp_path).fit(steps=1)
+    TinyRun(tmp_path).fit(steps=1)
     with pytest.raises(ValueError, match=r"checkpoint\.pt belongs to another run: rate is 0\.1, now 0\.2"):
-        Recipe(tmp_path).fit(settings={"rate": 0.2})
+        TinyRun(tmp_path).fit(settings={"rate": 0.2})
 
 
 @pytest.mark.parametrize("content", [b"", b"noise", "cut", {"model": 1}, [1]])
 def test_a_checkpoint_that_cannot_be_read_is_named_and_kept(tmp_path, content):
     file = tmp_path / "checkpoint.pt"
-    Recipe(tmp_path).fit(steps=1)
+    TinyRun(tmp_path).fit(steps=1)
     if content == "cut":
         content = file.read_bytes()[:-999]
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     before = file.read_bytes()
     with pytest.raises(ValueError, match=r"checkpoint\.pt is (damaged, or )?not (a|the) checkpoint"):
-        Recipe(tmp_path).fit()
+        TinyRun(tmp_path).fit()
     assert file.read_bytes() == before
 
 
 def test_a_crash_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    Recipe(tmp_path).fit(steps=2)
+    TinyRun(tmp_path).fit(steps=2)
     save = torch.save
 
     def crash(state, file):
@@ -203,7 +167,7 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="disk full"):
-        Recipe(tmp_path).fit()
+        TinyRun(tmp_path).fit()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
@@ -212,12 +176,12 @@ def test_checkpoints_are_written_in_intervals_and_at_the_end(tmp_path, monkeypat
     saved = []
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda state, file: saved.append(state["step"]) or save(state, file))
-    Recipe(tmp_path).fit(steps=6, save_minutes=60.0)
+    TinyRun(tmp_path).fit(steps=6, save_minutes=60.0)
     assert saved == [6]
 
 
 def test_the_log_is_lines_to_read_and_json(tmp_path, capsys):
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     seen = []
 
     def loss(batch):
@@ -256,10 +220,10 @@ def weighted(recipe, sizes):
 
 def test_a_step_is_the_mean_over_units_however_they_are_cut(tmp_path):
     """Batches of 6, 1 and 3 rows weigh as many rows, not a third each."""
-    recipe, twin = (Recipe(tmp_path, dropout=0.0) for _ in range(2))
+    recipe, twin = (TinyRun(tmp_path, dropout=0.0) for _ in range(2))
     recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
     recipe.fit(weighted(recipe, [6, 1, 3]), steps=1, accumulate=3, clip=None)
-    rows = [tuple(part[:size] for part in batch) for batch, size in zip(twin.batches(), [6, 1, 3], strict=False)]
+    rows = [tuple(part[:size] for part in batch) for batch, size in zip(TinyRun.every(), [6, 1, 3], strict=False)]
     x_B4, y_B1 = (torch.cat(parts) for parts in zip(*rows, strict=True))
     (twin.model(x_B4) - y_B1).square().mean().backward()
     for got, wanted in zip(recipe.model.parameters(), twin.model.parameters(), strict=True):
@@ -269,16 +233,16 @@ def test_a_step_is_the_mean_over_units_however_they_are_cut(tmp_path):
 
 def test_a_single_batch_has_the_bits_of_its_own_mean(tmp_path):
     """It is not multiplied by its count and divided again, which would round."""
-    recipe, twin = (Recipe(tmp_path, dropout=0.0) for _ in range(2))
+    recipe, twin = (TinyRun(tmp_path, dropout=0.0) for _ in range(2))
     recipe.fit(weighted(recipe, [5]), steps=1, clip=None)
-    x_B4, y_B1 = (part[:5] for part in next(twin.batches()))
+    x_B4, y_B1 = (part[:5] for part in next(TinyRun.every()))
     (twin.model(x_B4) - y_B1).square().mean().backward()
     for got, wanted in zip(recipe.model.parameters(), twin.model.parameters(), strict=True):
         assert torch.equal(got.grad, wanted.grad)
 
 
 def test_a_batch_without_units_counts_as_nothing(tmp_path):
-    recipe, twin = (Recipe(tmp_path, dropout=0.0) for _ in range(2))
+    recipe, twin = (TinyRun(tmp_path, dropout=0.0) for _ in range(2))
 
     def loss(batch):
         part = recipe.loss(batch)
@@ -286,14 +250,14 @@ def test_a_batch_without_units_counts_as_nothing(tmp_path):
 
     recipe.fit(loss, steps=1, accumulate=2)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    x_B4, y_B1 = next(twin.batches())
+    x_B4, y_B1 = next(TinyRun.every())
     assert rows[0]["loss"] == pytest.approx((twin.model(x_B4) - y_B1).square().mean().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_without_units_is_not_an_error(tmp_path, accumulate):
     """As where no token of a small batch is masked."""
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     before = copy.deepcopy(recipe.model)
     recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
     recipe.fit(
@@ -307,7 +271,7 @@ def test_a_step_without_units_is_not_an_error(tmp_path, accumulate):
 def test_gradients_are_clipped_to_a_norm_or_not_at_all(tmp_path):
     moved = {}
     for clip in (0.01, 0.02, None):
-        recipe = Recipe(tmp_path, dropout=0.0)
+        recipe = TinyRun(tmp_path, dropout=0.0)
         recipe.optimizer = torch.optim.SGD(recipe.model.parameters(), lr=0.1)
         before = copy.deepcopy(recipe.model)
         (tmp_path / str(clip)).mkdir()
@@ -321,7 +285,7 @@ def test_gradients_are_clipped_to_a_norm_or_not_at_all(tmp_path):
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32(tmp_path):
-    recipe = Recipe(tmp_path)
+    recipe = TinyRun(tmp_path)
     seen = []
     recipe.model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     recipe.fit(steps=2, autocast=True)
@@ -333,7 +297,7 @@ def test_pure_bfloat16_resumes_to_the_same_bits(tmp_path):
     def run(name, *steps):
         (tmp_path / name).mkdir()
         for last in steps:
-            recipe = Recipe(tmp_path / name)
+            recipe = TinyRun(tmp_path / name)
             recipe.model.bfloat16()
             recipe.optimizer = torch.optim.AdamW(recipe.model.parameters(), lr=0.1)
 
@@ -348,15 +312,14 @@ def test_pure_bfloat16_resumes_to_the_same_bits(tmp_path):
 
 
 def test_batches_that_end_are_told_with_the_step(tmp_path):
-    recipe = Recipe(tmp_path)
-    batches = itertools.islice(recipe.batches(), 5)
-    recipe.batches = lambda: batches
+    recipe = TinyRun(tmp_path)
+    batches = itertools.islice(TinyRun.every(), 5)
     with pytest.raises(ValueError, match="the batches have ended in step 3 of 12"):
-        recipe.fit(accumulate=2)
+        recipe.fit(batches=lambda _: batches, accumulate=2)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 def test_more_steps_than_the_checkpoint_are_wanted(tmp_path):
-    Recipe(tmp_path).fit(steps=3)
+    TinyRun(tmp_path).fit(steps=3)
     with pytest.raises(ValueError, match="has a checkpoint of step 3: ask for as many steps or more"):
-        Recipe(tmp_path).fit(steps=2)
+        TinyRun(tmp_path).fit(steps=2)

@@ -249,7 +249,7 @@ def test_groups_have_settings_of_their_own_and_a_highest_rate():
 
 
 def test_a_group_at_rest_stays():
-    """A learning rate of 0 is the way to freeze a group; there is no highest rate to divide by."""
+    """A learning rate of 0 freezes a group. The highest rate is then 0, and nothing is divided by it."""
     weight = nn.Parameter(torch.ones(2))
     optimizer = StableAdamW([weight], lr=0.0, weight_decay=0.1, decouple_lr=True)
     weight.grad = torch.ones(2)

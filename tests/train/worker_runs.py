@@ -31,10 +31,10 @@ def environment(**more):
 class TinyRun:
     """A regression with dropout, so that the random state matters, on batches that are all different."""
 
-    def __init__(self, output):
+    def __init__(self, output, dropout=0.3):
         torch.manual_seed(3)
         self.output = output
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.calls = 0
 
@@ -50,14 +50,14 @@ class TinyRun:
         error_B1 = self.model(x_B4) - y_B1
         return BatchLoss(error_B1.square().mean(), len(x_B4), {"error": error_B1.abs().mean()}, len(x_B4))
 
-    def fit(self, *, batches=lambda first: islice(TinyRun.every(), first, None), stop_at=None, **changes):
-        def loss(batch):
+    def fit(self, loss=None, *, batches=lambda first: islice(TinyRun.every(), first, None), stop_at=None, **changes):
+        def loss_or_stop(batch):
             if stop_at == self.calls:
                 raise KeyboardInterrupt
-            return self.loss(batch)
+            return (loss or self.loss)(batch)
 
-        options = {"steps": 40, "save_minutes": 0.0, "settings": {"rate": 0.1}, "schedule": lambda step: 1 / (step + 1)}
-        fit(self.model, self.optimizer, batches, loss, output=self.output, **options | changes)
+        options = {"steps": 12, "save_minutes": 0.0, "settings": {"rate": 0.1}, "schedule": lambda step: 1 / (step + 1)}
+        fit(self.model, self.optimizer, batches, loss_or_stop, output=self.output, **options | changes)
         return self
 
 
@@ -65,7 +65,7 @@ def run(folder):
     tiny = TinyRun(folder)
     loss = tiny.loss
     tiny.loss = lambda batch: print("batch", flush=True) or loss(batch)
-    tiny.fit()
+    tiny.fit(steps=40)
 
 
 # Ranks
