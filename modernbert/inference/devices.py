@@ -49,10 +49,11 @@ def encode_here_or_on(
     Args:
         tokenize: as in `encode_in_processes`.
     """
-    options = {"dim": dim, "batch_tokens": batch_tokens, "progress": progress}
-    if devices is not None:
-        return encode_in_processes(model, tokenize, list_of_texts(texts), devices=devices, **options)
-    return encode_texts(Modules(model), partial(tokenize, model), texts, **options)
+    if devices is None:
+        encode = partial(encode_texts, Modules(model), partial(tokenize, model), texts)
+    else:
+        encode = partial(encode_in_processes, model, tokenize, list_of_texts(texts), devices=devices)
+    return encode(dim=dim, batch_tokens=batch_tokens, progress=progress)
 
 
 def encode_in_processes(
@@ -151,6 +152,6 @@ def _encode(texts: list[str], batch_tokens: int | None) -> tuple[np.ndarray, np.
     assert _worker is not None
     caller, tokenize, dim = _worker()
     cuts: list[Cut] = []
-    options = {"dim": dim, "batch_tokens": batch_tokens, "progress": False}
-    ragged = encode_texts(caller, tokenize, texts, on_cut=cuts.append, **options)
+    encode = partial(encode_texts, caller, tokenize, texts, on_cut=cuts.append)
+    ragged = encode(dim=dim, batch_tokens=batch_tokens, progress=False)
     return ragged.values.numpy(), ragged.offsets.numpy(), cuts
