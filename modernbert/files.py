@@ -106,14 +106,25 @@ def _name(error: OSError, path: Path, beside: Path) -> None:
         error.filename = str(path)
 
 
+def half_written(names: str) -> re.Pattern[str]:
+    """What `replacing` and `replacing_folder` write to in place of paths whose names match the expression `names`.
+
+    A process that was killed leaves it.
+    """
+    return re.compile(rf"\.({names})\.[0-9a-f]{{8}}")
+
+
 def _hidden(name: str) -> str:
-    beginning = os.fsencode(name)[:240].decode("utf-8", "ignore")  # A file system allows 255 bytes.
-    return f".{beginning}.{uuid.uuid4().hex[:8]}"
+    return f".{_beginning(name)}.{uuid.uuid4().hex[:8]}"
+
+
+def _beginning(name: str) -> str:
+    return os.fsencode(name)[:240].decode("utf-8", "ignore")  # A file system allows 255 bytes.
 
 
 def _remove_left(parent: Path, name: str) -> None:
     """Remove the folders of `_hidden(name)` in which a process that is gone has written."""
-    pattern = re.compile(re.escape(_hidden(name)[:-8]) + "[0-9a-f]{8}")
+    pattern = half_written(re.escape(_beginning(name)))
     for left in [parent / entry for entry in os.listdir(parent) if pattern.fullmatch(entry)]:
         # A process that has just made its folder has not written to it yet.
         if left.is_dir() and not left.is_symlink() and any(left.iterdir()) and not _is_in_use(left):

@@ -6,6 +6,7 @@ A checkpoint is one file of whole tensors, however the model is distributed, so 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..files import replacing
+from ..files import half_written, replacing
 from .distributed import ALONE, Ranks, is_sharded, local
 from .options import check_same
 
@@ -22,6 +23,7 @@ LAST, BEST = "checkpoint.pt", "best.pt"
 WEIGHTS = {"settings", "step", "model"}
 CHECKPOINT = WEIGHTS | {"optimizer", "random"}
 """What a file has at least: one with weights, and one from which a run goes on."""
+HALF = half_written("|".join(map(re.escape, (LAST, BEST))))
 SHOWN = 8
 """Differences that an error lists."""
 
@@ -106,9 +108,8 @@ def load_checkpoint(
         FileNotFoundError: only some ranks see it.
     """
     if ranks.is_first:
-        for name in (LAST, BEST):
-            for unfinished in file.parent.glob(f".{name}.????????"):  # as `replacing` calls them
-                unfinished.unlink(missing_ok=True)
+        for left in filter(lambda path: HALF.fullmatch(path.name), file.parent.glob(".*")):
+            left.unlink(missing_ok=True)
     there = ranks.gather(file.exists())
     if not any(there):
         return Progress()

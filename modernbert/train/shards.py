@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from ..files import output_folder, replacing
+from ..files import half_written, output_folder, replacing
 from ..json_files import read_json
 from ..tokenizer import Tokenizer
 from .corpus import MANIFEST, ids_file, lengths_file, tokenizer_hash
@@ -27,7 +26,7 @@ from .ragged import RaggedBuilder, chunks
 from .reading import Source, files
 
 LOCK = ".lock"
-HALF = re.compile(r"\.(\d{6}\.(ids|lengths)\.npy|manifest\.json)\.[0-9a-f]{8}")  # what `replacing` writes beside a file
+HALF = half_written(r"\d{6}\.(ids|lengths)\.npy|manifest\.json")
 CHARACTERS = 1 << 26
 """Characters of a shard: about 16 million tokens."""
 

@@ -200,10 +200,11 @@ def test_an_average_of_the_weights_resumes_too(tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
-    for name in (".checkpoint.pt.0123abcd", ".best.pt.0123abcd", ".checkpoint.pt.mine"):
+    mine = [".best.pt.original", ".checkpoint.pt.mine"]
+    for name in (".checkpoint.pt.0123abcd", ".best.pt.0123abcd", *mine):
         (tmp_path / name).write_bytes(b"half")
     TinyRun(tmp_path).fit(steps=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".checkpoint.pt.mine", "checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*mine, "checkpoint.pt", "log.jsonl"]
 
 
 def test_the_best_weights_of_other_settings_are_refused(tmp_path):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...files import half_written
 from ..store.folder import check_name
 from ..store.request import write_json
 
-_HALF_MARK = re.compile(r"\.(modernbert|meta)\.json\.[0-9a-f]{8}")  # a run was killed while it wrote its mark
+_HALF_MARK = half_written(r"(modernbert|meta)\.json")
 
 
 def claim(address: str, is_ours: Callable[[Path], bool], mark: str, content: Mapping[str, Any]) -> Path:
