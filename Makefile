@@ -6,14 +6,18 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 # Triton's interpreter is chosen when a kernel is defined, so its tests have a process of their own.
 INTERPRETED = tests/kernels tests/encoder/test_encoder_triton.py
 
+# A process that dies ends the run: pytest-xdist hangs after it has replaced one (3.8.0, --dist loadfile).
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+PARALLEL = -n 2 --max-worker-restart 0
+
 .PHONY: demo test lint check format bench
 
 demo: $(VENV)/core
 	$(VENV)/bin/modernbert demo
 
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m interpreter $(INTERPRETED)
+	$(PYTEST) $(PARALLEL) --dist loadfile
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m interpreter $(INTERPRETED)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
@@ -25,9 +29,9 @@ check: lint
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python --project pyright-strict.json
 	$(MAKE) test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --all-architectures tests/kernels/test_resources.py
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --sweep tests/inference/test_growth.py tests/retrieval/test_sweep.py
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --sweep -m sweep
+	$(PYTEST) --all-architectures tests/kernels/test_resources.py
+	$(PYTEST) --timeout 0 --sweep tests/inference/test_growth.py tests/retrieval/test_sweep.py
+	$(PYTEST) $(PARALLEL) --timeout 0 --dist loadfile --sweep -m sweep
 
 format: $(VENV)/dev
 	$(VENV)/bin/ruff format .

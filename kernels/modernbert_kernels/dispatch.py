@@ -21,7 +21,7 @@ ORDER = {
     "rotate_back": ("triton",),
     "attention": ("flash", "triton", "cpu"),
     "geglu": ("triton",),
-    "linear_cross_entropy": ("triton",),
+    "linear_cross_entropy": ("triton", "cpu"),
     "pool": ("triton",),
     "project_normalize": ("triton",),
     "maxsim": ("triton", "cpu"),
