@@ -66,7 +66,7 @@ class _Losses(torch.autograd.Function):
         arguments, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         scale = dloss_N[0] if len(dloss_N) else dloss_N.sum()
         if not (dloss_N == scale).all():  # not of a sum or a mean
-            gradients, scale = _blocks(*arguments, *ctx.options, dloss_N)[1], 1
+            gradients, scale = _blocks(*arguments, *ctx.options, scale_N=dloss_N)[1], 1
         return *(None if gradient is None else gradient * scale for gradient in gradients), None, None, None, None
 
 
