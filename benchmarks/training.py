@@ -170,10 +170,11 @@ def pylate(setup: Setup, *, folder: str) -> Build:
     return of_pairs(setup, model, loss, "SentenceTransformer", data_collator=collator)
 
 
-def without_padding(queries: Tensor, documents: Tensor, *, queries_mask: None, documents_mask: Tensor) -> Tensor:
+def without_padding(queries: Tensor, documents: Tensor, *, queries_mask: Tensor, documents_mask: Tensor) -> Tensor:
     """PyLate's scores, but for its padding, which has the similarity 0 and so wins over negative ones."""
     similarity = torch.einsum("ash,bnth->abnst", queries, documents)
-    return similarity.masked_fill(~documents_mask[:, :, None], -torch.inf).amax(-1).sum(-1).flatten(1)
+    best = similarity.masked_fill(~documents_mask[:, :, None], -torch.inf).amax(-1)
+    return (best * queries_mask[:, None, None]).sum(-1).flatten(1)
 
 
 def of_pairs(setup: Setup, model: Any, loss: nn.Module, name: str, **options: Any) -> Build:
