@@ -16,7 +16,7 @@ from .encodings import text_encoding
 from .html import read_html
 from .notebook import read_notebook
 from .office import read_opendocument, read_sheets, read_slides, read_word
-from .pdf_pages import form_values, without_running_heads
+from .pdf_pages import MinusSigns, form_values, without_running_heads
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
 
@@ -71,8 +71,9 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
                     page = reader.pages[number]
                     content = page.get_contents()
                     work.count(100 + len(content.get_data() if content else b"") // 16)
-                    text = page.extract_text(visitor_operand_before=work.visit)
-                    pages[-1] = storable(text).replace(PAGE_BREAK, " ").strip()
+                    minus = MinusSigns()
+                    text = page.extract_text(visitor_operand_before=work.visit, visitor_text=minus.visit)
+                    pages[-1] = storable(minus.put(text)).replace(PAGE_BREAK, " ").strip()
                     values = map(storable, dict.fromkeys(form_values(page, work.count)))
                     pages[-1] = "\n".join([pages[-1], *values]).strip()
                 # pypdf may raise any exception on a broken file; its documentation does not list them.
