@@ -39,7 +39,9 @@ BROKEN = (
 )
 """What zipfile and expat raise for damaged and encrypted files."""
 
-_ENCRYPTED = b"\xd0\xcf\x11\xe0"  # how a file of the format before 2007 begins, which is also the one of encrypted files
+_ENCRYPTED = (
+    b"\xd0\xcf\x11\xe0"  # how a file of the format before 2007 begins, which is also the one of encrypted files
+)
 
 
 class Handler(Protocol):
@@ -69,7 +71,9 @@ class Archive:
 
     def __init__(self, raw: bytes) -> None:
         if raw.startswith(_ENCRYPTED):
-            raise ValueError("an encrypted file, or one of Office before 2007; save it without a password in today's format")
+            raise ValueError(
+                "an encrypted file, or one of Office before 2007; save it without a password in today's format"
+            )
         try:
             self._file = zipfile.ZipFile(io.BytesIO(raw))
         except (*BROKEN, ValueError) as error:
@@ -114,6 +118,7 @@ class Archive:
             while opened:
                 handler.end(opened.pop())
             raise
+
 
 class References:
     """Collects what a part of this path refers to, from the part of its references."""

@@ -65,8 +65,8 @@ def find_files(
     """The files to read, each once, as absolute paths with unresolved links.
 
     A file that is named in `paths` is read whatever its name. Of a folder, all text, source code, notebooks, HTML, PDF
-    and Office files in it and its subfolders are read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked folders,
-    node_modules, stores, what git ignores and all other files are skipped, and counted in a note.
+    and Office files in it and its subfolders are read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked
+    folders, node_modules, stores, what git ignores and all other files are skipped, and counted in a note.
 
     Args:
         exclude: patterns of files and folders to leave out, as in a .gitignore in each folder of `paths`. They also

@@ -14,16 +14,20 @@ _ROWS = frozenset({"tr", "table-row"})
 _CELLS = frozenset({"tc", "table-cell"})
 _SHAPES = frozenset({"sp", "graphicFrame", "frame"})
 _SPACES = {"tab": " ", "ptab": " ", "s": " ", "noBreakHyphen": "-", "br": "\n", "cr": "\n", "line-break": "\n"}
-# A second form of the same shape, text that was deleted or moved away, marks of footnotes, the names and dates of
-# comments, the pronunciation of a text.
-_SKIPPED = frozenset(
-    "Fallback del moveFrom tracked-changes table-of-content note-citation creator date date-string sender-initials meta-creator-initials"
-    " rPh rt ruby-text page-number pPrChange".split()
-)
+# A second form of the same shape, text that was deleted or moved away, contents, marks of footnotes, the names and
+# dates of comments, the pronunciation of a text, and how a paragraph was before a change.
+_NOT_READ = """
+    Fallback creator date date-string del moveFrom note-citation pPrChange page-number rPh rt ruby-text sender-initials
+    table-of-content tracked-changes
+"""
+_SKIPPED = frozenset(_NOT_READ.split())
 _MARGINS = frozenset({"sldNum", "dt", "ftr", "hdr", "header", "footer", "date-time", "page-number"})
 _TITLES = frozenset({"title", "ctrTitle"})
 
 ROW, ITEM, OTHER = "row", "item", ""
+
+LONGEST_HEADING = 200
+"""Characters of a heading. Longer paragraphs are text, whatever their style."""
 
 
 class Style(NamedTuple):
@@ -42,7 +46,7 @@ class Style(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A paragraph, a list item or a row. Blocks of the same kind other than `OTHER` are lines that follow each other."""
+    """A paragraph, a list item or a row. Rows are lines that follow each other, and so are list items."""
 
     kind: str
     prefix: str
@@ -51,7 +55,7 @@ class Block(NamedTuple):
 
 @dataclass
 class _Paragraph:
-    style: Style = Style()
+    style: Style
     depth: int = 0
     words: list[str] = field(default_factory=list)
 
@@ -213,10 +217,6 @@ class TextWriter:
         """Add blocks to the open cell or the page. In nested tables, they are copied once for each level."""
         self._count(sum(1 + len(block.text) for block in blocks))
         (self._cells[-1] if self._cells else self._pages[-1]).extend(blocks)
-
-
-LONGEST_HEADING = 200
-"""Characters of a heading. Longer paragraphs are text, whatever their style."""
 
 
 def heading_level(value: str, first: int = 0) -> int:

@@ -27,7 +27,7 @@ _SYMBOLS = re.compile(r"(?:^|\+)(?:CMSY|CMBSY|LMMathSymbols|MSYM|TeX-cmsy)", re.
 
 
 class MinusSigns:
-    """Finds which NULs of a page are minus signs: that is code 0 in the symbol fonts of TeX, which pypdf leaves as it is."""
+    """Finds which NULs of a page are minus signs: their code is 0 in the symbol fonts of TeX, and pypdf keeps it."""
 
     def __init__(self) -> None:
         self._are_minus: list[bool] = []

@@ -27,8 +27,8 @@ def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[s
     """
     if named is None and marked_encoding(raw) is None and b"\0" in raw[:8192]:
         raise ValueError(
-            "a binary file; supported are text, markdown, notebooks, HTML, PDF, Office files of today's formats, source "
-            "code, JSON lines and CSV"
+            "a binary file; supported are text, markdown, notebooks, HTML, PDF, Office files of today's formats, "
+            "source code, JSON lines and CSV"
         )
     encoding = text_encoding(io.BytesIO(raw), named, on_note)
     text, count = decode(raw, encoding)

@@ -87,7 +87,7 @@ class Reading:
 
 
 def column_name(cell: str) -> str:
-    """A cell of the first row as the name of a column: in one form of Unicode, without invisible characters around it."""
+    """A cell of the first row as the name of a column: in one form of Unicode, with nothing invisible around it."""
     return unicodedata.normalize("NFC", cell).strip(_AROUND_NAMES)
 
 

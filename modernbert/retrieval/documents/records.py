@@ -89,7 +89,7 @@ def read_lines(
 ) -> Iterator[str]:
     """The lines of a text file, gzipped if its name ends in .gz, with their line ends.
 
-    Only a newline ends a line, except in a file without any, where a carriage return does, as Excel writes for old Macs.
+    Only a newline ends a line, except in a file without any: Excel writes tables "for Macintosh" with carriage returns.
 
     `on_bytes` is called with the number of bytes of the file that were read for each line. A byte order mark counts
     more than `encoding`; None: UTF-8.
@@ -196,7 +196,9 @@ def _table(lines: Iterable[str], name: str, reading: Reading, delimiters: str) -
     if not columns:
         raise ValueError(f"{name}: {reading.missing_columns(first.cells)}")
     texts, key = reading.text_columns(columns), reading.id_key(columns)
-    for number, cells, problem in rows if columns == [column_name(cell) for cell in first.cells] else chain([first], rows):
+    for number, cells, problem in (
+        rows if columns == [column_name(cell) for cell in first.cells] else chain([first], rows)
+    ):
         if not problem and len(cells) != len(columns):
             problem = f"{len(cells)} cells for {len(columns)} columns; are quotes missing?"
         if problem:
