@@ -317,6 +317,14 @@ def test_a_broken_part_does_not_take_the_others_with_it():
     assert "ppt/slides/slide2.xml" in notes[1]
 
 
+@pytest.mark.parametrize("suffix", [".docx", ".pptx", ".xlsx"])
+@pytest.mark.parametrize("raw", [word(""), slides(""), sheets(A="")], ids=["word", "slides", "sheets"])
+def test_a_file_without_text_or_of_another_kind_is_noted(suffix, raw):
+    notes = []
+    assert READERS[suffix](raw, notes.append) == ("", "")
+    assert notes == ["an Office file without text, or of another kind than its name says"]
+
+
 ENTITIES = '<!DOCTYPE d [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;"><!ENTITY x SYSTEM "file:///etc/passwd">]>'
 
 

@@ -124,11 +124,13 @@ class _Parts:
                 yield attributes, part
 
     def text(self, pages: Sequence[str]) -> str:
-        """The whole text. What is lost is noted. Raises ValueError if nothing is left."""
+        """The whole text. Notes what is lost, and that there is none. Raises ValueError if nothing is left."""
         if self._lost:
             if not any(pages):
                 raise ValueError(f"a broken Office file: {self._lost[0]}; save it again")
             self._on_note(f"an Office file with {len(self._lost)} broken parts, read up to there: {self._lost[0]}")
+        elif not any(pages):
+            self._on_note("an Office file without text, or of another kind than its name says")
         return f"\n{PAGE_BREAK}".join(pages).rstrip()
 
 
