@@ -27,7 +27,8 @@ def index(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="Text, markdown, notebooks, HTML, PDF, code, folders of these; JSON lines, CSV or a BEIR corpus.",
+            help="Text, markdown, notebooks, HTML, PDF, Office files, code, folders of these; JSON lines, CSV or a "
+            "BEIR corpus.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="STORE", help="The folder of the store.")],

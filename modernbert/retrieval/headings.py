@@ -8,8 +8,12 @@ from typing import NamedTuple
 
 MARKDOWN = frozenset({".md", ".markdown", ".mdx"})
 HTML = frozenset({".html", ".htm", ".xhtml"})  # converted to markdown when it is read
-NOTEBOOK = frozenset({".ipynb"})  # so are notebooks
-MARKED = MARKDOWN | HTML | NOTEBOOK
+NOTEBOOK = frozenset({".ipynb"})  # so are notebooks and the files of Office programs
+WORD = frozenset({".docx", ".docm"})
+SLIDES = frozenset({".pptx", ".pptm", ".ppsx", ".odp"})
+SHEETS = frozenset({".xlsx", ".xlsm", ".ods"})
+OFFICE = WORD | {".odt"} | SLIDES | SHEETS
+MARKED = MARKDOWN | HTML | NOTEBOOK | OFFICE
 """Files whose text is markdown when it has been read."""
 
 

@@ -15,15 +15,18 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .headings import HTML, MARKED, NOTEBOOK, Heading, headings, without_targets
+from .headings import HTML, MARKED, NOTEBOOK, OFFICE, SHEETS, SLIDES, Heading, headings, without_targets
 from .headings import MARKDOWN as MARKDOWN
 
 PDF = frozenset({".pdf"})
-CONVERTED = HTML | NOTEBOOK | PDF
+CONVERTED = HTML | NOTEBOOK | PDF | OFFICE
 """Files whose text is not made of their lines."""
 
 PAGE_BREAK = "\f"
-"""Between the pages of a PDF."""
+"""Between the pages of a text."""
+
+PAGES = {**dict.fromkeys(PDF, "page"), **dict.fromkeys(SLIDES, "slide"), **dict.fromkeys(SHEETS, "sheet")}
+"""Suffixes of files with pages to what a page is called."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Passage:
 
     Attributes:
         line: where it begins in the file, from 1; None if its text is not made of the lines of the file.
-        page: where it begins in a PDF, from 1; None for other files.
+        page: where it begins in a file with `PAGES`, from 1; None for other files.
     """
 
     path: str
@@ -76,8 +79,9 @@ class Passage:
 
     @property
     def place(self) -> str:
-        """Where it begins, as a person reads it after the path: `:12`, `, page 3`, or nothing."""
-        return f":{self.line}" if self.line else f", page {self.page}" if self.page else ""
+        """Where it begins, as a person reads it after the path: `:12`, `, page 3`, `, slide 3`, or nothing."""
+        name = PAGES.get(Path(self.path).suffix.lower(), "page")
+        return f":{self.line}" if self.line else f", {name} {self.page}" if self.page else ""
 
 
 class Section(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 
 from ..heads.colbert import ColBERT
 from ..packing import Tokens, pack
-from .passages import CONVERTED, PAGE_BREAK, PDF, SECTION, TITLE, Document, Passage, border, cut, merged_sections
+from .passages import CONVERTED, PAGE_BREAK, PAGES, SECTION, TITLE, Document, Passage, border, cut, merged_sections
 from .spelling import tokenize
 
 OVERLAP = 16
@@ -85,9 +85,9 @@ def _parts(document: Document, fewest: int) -> Iterator[Passage]:
 def _beginning(document: Document) -> Passage:
     """A passage without text at the beginning of a document: in a line of its file, on a page, or in neither."""
     suffix = Path(document.path).suffix.lower()
-    is_record, is_pdf = document.line is not None, suffix in PDF
+    is_record = document.line is not None
     line = document.line if is_record or suffix in CONVERTED else 1
-    page = 1 if is_pdf and not is_record else None
+    page = 1 if suffix in PAGES and not is_record else None
     return Passage(document.path, document.id, "", "", 0, 0, line, document.metadata, page)
 
 

@@ -7,9 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pathspec import GitIgnoreSpec
 
 from modernbert.retrieval import index
 from modernbert.retrieval.documents.find import find_files
+from modernbert.retrieval.documents.ignore import _patterns, _spec
 from modernbert.retrieval.store.request import IndexRequest, read_request, resume_command, write_request
 
 NAMES = ["a.md", "b.md", "keep.md", "build/x.md", "build/keep.md", "sub/a.md", "sub/build/x.md", "sub/deep/b.md"]
@@ -230,3 +234,36 @@ def test_a_request_keeps_what_is_left_out(tmp_path):
         write_request(tmp_path, {**request, **wrong})  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match=r"unfinished\.json is damaged"):
             read_request(tmp_path)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.lists(
+        st.sampled_from(["*", "a", "b", "?", "[ab]", "[!a]", "[]a]", "[a-]", "\\*", ".", "/", "é", "**/"]), min_size=1
+    ),
+    st.lists(st.text("ab.*é]-", min_size=1, max_size=8), min_size=1, max_size=3),
+)
+@example(["*", "a", "*", "b", "*", "a"], ["abba"])
+@example(["*", "[]a]", "*", "[!a]", "*"], ["]b"])
+def test_patterns_match_what_pathspec_matches(parts, names):
+    """Their regular expressions are rewritten, so that their time is linear."""
+    # For git, no class has a slash.
+    pattern, path = "".join(parts), "/".join(names[:1] if "[!a]" in parts else names)
+    try:
+        expected = GitIgnoreSpec.from_lines([pattern], backend="simple")
+        found = _patterns(pattern)
+    except ValueError:
+        return
+    assert _spec(found).check_file(path).include == expected.check_file(path).include
+
+
+@pytest.mark.parametrize("unit", ["*a", "*[a-z]", "*?", "x*/*a", "**a", "*aa*"])
+def test_a_pattern_of_many_stars_takes_no_longer_than_others(tmp_path, unit):
+    """It did not come to an end."""
+    pattern = unit.replace("/*a", "/" + "*a" * 30) + unit * 30 * ("/" not in unit) + "*b"
+    (tmp_path / "x").mkdir()
+    for folder in (tmp_path, tmp_path / "x"):
+        (folder / ("a" * 200 + ".md")).write_text("owl")
+    (tmp_path / ".gitignore").write_text(pattern + "\n")
+    assert len(list(find_files([tmp_path], on_note=lambda note: None))) == 2
+    assert len(list(find_files([tmp_path], exclude=[pattern], on_note=lambda note: None))) == 2

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from modernbert.retrieval.documents.find import find_files, read_file
+from modernbert.retrieval.documents.notebook import read_notebook
 from modernbert.retrieval.passages import sections
 
 IMAGE = "data:image/png;base64," + "iVBORw0KGgo+/=" * 500
@@ -81,3 +82,46 @@ def test_a_broken_notebook_is_named(tmp_path, content):
 def test_a_notebook_without_cells_has_no_text(tmp_path):
     for content in ({}, {"cells": []}, b""):
         assert read(tmp_path, content).text == ""
+
+
+def test_a_level_of_a_heading_that_no_heading_has():
+    """There was one hash for each level, whatever the number."""
+    for level, hashes in ((10**12, "######"), (0, "#"), (-3, "#"), (6, "######")):
+        cells = [{"cell_type": "heading", "level": level, "source": "Owls"}]
+        assert read_notebook(json.dumps({"cells": cells}).encode(), pytest.fail)[1] == f"{hashes} Owls"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        "x",
+        [],
+        {"language_info": {"name": "p" * 10**6}, "kernelspec": None},
+        {"language_info": "python", "kernelspec": "python3"},
+        {"language_info": {"name": "p\n```\n# y"}, "kernelspec": {"language": 3}},
+    ],
+)
+def test_metadata_that_names_no_language(metadata):
+    """The name was in the text once for each cell, whatever its length."""
+    notebook = {"cells": [{"cell_type": "code", "source": "owl()"}] * 3, "metadata": metadata, "worksheets": None}
+    assert read_notebook(json.dumps(notebook).encode(), pytest.fail)[1] == "\n\n".join(["```\nowl()\n```"] * 3)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "![owl](data:image/png;base64,{})",
+        '<img src="data:image/png;base64,{}" alt="owl">',
+        "[owl]: <data:image/png;base64,{}>",
+        "[owl]: data:image/png;base64,{}",
+    ],
+)
+@pytest.mark.parametrize("data", ["iVBORw0KGgo" * 300, "\n".join(["iVBORw0KGgo" * 7] * 40) + "=="])
+def test_the_data_of_images_is_not_text(image, data):
+    cells = [{"cell_type": "markdown", "source": f"Before\n\n{image.format(data)}\n\nafter it some words"}]
+    text = read_notebook(json.dumps({"cells": cells}).encode(), pytest.fail)[1]
+    assert "iVBOR" not in text
+    assert text.startswith("Before")
+    assert "owl" in text
+    assert text.endswith("after it some words")

@@ -136,3 +136,28 @@ def test_what_only_looks_like_a_running_head_stays():
     assert without_running_heads(twice) == twice
     inside = [f"{chr(97 + at)}1\n{chr(97 + at)}2\nOwls\n{chr(97 + at)}3\n{chr(97 + at)}4" for at in range(7)]
     assert without_running_heads(inside) == inside
+
+
+def with_font(name: str) -> bytes:
+    """A page of which the middle is code 0 of another font."""
+    writer = PdfWriter(clone_from=io.BytesIO(pdf("x")))
+    page = writer.pages[0]
+    fonts = page["/Resources"]["/Font"]
+    fonts[NameObject("/S")] = DictionaryObject({**fonts["/F"], NameObject("/BaseFont"): NameObject(name)})
+    stream = DecodedStreamObject()
+    stream.set_data(b"BT 20 700 Td /F 9 Tf (x) Tj /S 9 Tf <00> Tj /F 9 Tf (1) Tj /F 9 Tf <00> Tj ET")
+    page[NameObject("/Contents")] = writer._add_object(stream)
+    file = io.BytesIO()
+    writer.write(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["/ABCDEF+CMSY10", "/CMSY7", "/XYZABC+CMBSY10", "/LMMathSymbols10-Regular"])
+def test_a_minus_sign_of_tex_is_one(name):
+    """It is code 0 in these fonts. A NUL of another font is a broken place."""
+    assert read_pdf(with_font(name), pytest.fail)[1] == "x\u22121\ufffd"
+
+
+@pytest.mark.parametrize("name", ["/ABCDEF+CMR10", "/Helvetica", "/ABCDEF+CMEX10", "/MyCMSY"])
+def test_a_nul_of_another_font_is_no_minus_sign(name):
+    assert read_pdf(with_font(name), pytest.fail)[1] == "x\ufffd1\ufffd"

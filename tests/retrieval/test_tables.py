@@ -216,3 +216,40 @@ def test_a_quote_in_the_first_row_of_a_table_without_names(tmp_path):
     table = '0\t"Nothing ventured\n1\tb\n2\tc"\n'
     found = read(tmp_path / "c.tsv", table, text_column="2", id_column="1")
     assert found == [("0", '"Nothing ventured'), ("1", "b"), ("2", 'c"')]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "id,text\r1,owl\r2,mouse\r"),
+        ("a.csv", 'id,text\r1,owl\r"2","mouse"'),
+        ("a.tsv", "id\ttext\r1\towl\r2\tmouse\r"),
+        ("a.csv", "sep=;\rid;text\r1;owl\r2;mouse\r"),
+        ("a.jsonl", '{"id": 1, "text": "owl"}\r{"id": 2, "text": "mouse"}\r'),
+    ],
+)
+def test_a_carriage_return_ends_the_lines_of_a_file_without_newlines(tmp_path, name, content):
+    """As Excel writes tables "for Macintosh"."""
+    assert read(tmp_path / name, content) == [("1", "owl"), ("2", "mouse")]
+    if name != "a.jsonl":
+        assert read(tmp_path / name, content.encode("utf-16")) == [("1", "owl"), ("2", "mouse")]
+
+
+def test_a_carriage_return_inside_a_line_is_a_character(tmp_path):
+    assert read(tmp_path / "a.csv", 'id,text\n1,"a\rb"\n') == [("1", "a\rb")]
+    assert read(tmp_path / "a.csv", 'id,text\r\n1,"a\r\nb"\r\n') == [("1", "a\r\nb")]
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\u200b", "\u00a0", "\u2060", " \ufeff "])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_invisible_characters_around_the_names_of_columns(tmp_path, name, mark):
+    """A second byte order mark made another column of `id`, and the ids became numbers of lines without a word."""
+    table = f"\ufeff{mark}id,text{mark},year\nk,owl,7\n".replace(",", "\t" if name == "a.tsv" else ",")
+    (tmp_path / name).write_text(table, encoding="utf-8")
+    (document,) = read_file(tmp_path / name, on_note=pytest.fail)
+    assert (document.id, document.text, document.metadata) == ("k", "owl", {"year": "7"})
+
+
+def test_names_of_columns_have_one_form_of_unicode(tmp_path):
+    decomposed = "id,re\u0301sume\u0301\n1,owl\n"
+    assert read(tmp_path / "a.csv", decomposed, text_column="r\u00e9sum\u00e9") == [("1", "owl")]

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..passages import HTML, MARKDOWN, NOTEBOOK, Document
+from ..passages import HTML, MARKDOWN, NOTEBOOK, OFFICE, Document
 from ..store.folder import is_store
 from ..store.format import MANIFEST
 from ..store.request import UNFINISHED
@@ -35,6 +35,7 @@ KINDS_OF_CODE = """
 CODE = frozenset(KINDS_OF_CODE.split())
 GENERATED = (".min.js", ".min.css", "-lock.yaml", "_pb2.py", "_pb2.pyi")  # name endings of generated code
 CORPORA = frozenset({"corpus.jsonl", "corpus.jsonl.gz"})  # the only files of records that are found in a folder
+LOCK = "~$"  # how the files begin that Office keeps beside a document while it is open
 
 UNREADABLE = "broken link or special file"
 
@@ -63,9 +64,9 @@ def find_files(
 ) -> Iterator[Path]:
     """The files to read, each once, as absolute paths with unresolved links.
 
-    A file that is named in `paths` is read whatever its name. Of a folder, all text, source code, notebooks, HTML
-    and PDF in it and its subfolders is read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked folders,
-    node_modules, stores, what git ignores and all other files are skipped, and counted in a note.
+    A file that is named in `paths` is read whatever its name. Of a folder, all text, source code, notebooks, HTML, PDF
+    and Office files in it and its subfolders are read, and BEIR's corpus.jsonl, in sorted order. Hidden files, linked
+    folders, node_modules, stores, what git ignores and all other files are skipped, and counted in a note.
 
     Args:
         exclude: patterns of files and folders to leave out, as in a .gitignore in each folder of `paths`. They also
@@ -247,5 +248,5 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 def _is_wanted(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
-    is_text = suffix in TEXT or suffix in CODE or suffix in HTML | PDF | NOTEBOOK
-    return name in CORPORA or (is_text and not name.lower().endswith(GENERATED))
+    is_text = suffix in TEXT or suffix in CODE or suffix in HTML | PDF | NOTEBOOK | OFFICE
+    return name in CORPORA or (is_text and not name.lower().endswith(GENERATED) and not name.startswith(LOCK))

@@ -179,8 +179,8 @@ class MarkdownWriter:
             return None
         if self._prefix in _HEADINGS.values():
             text += " #" if text.endswith("#") else ""  # otherwise it would count as decoration, as in "# title #"
-        elif not self._prefix and _MARKUP.match(text):
-            text = "\\" + text
+        elif not self._prefix:
+            text = escaped(text)
         return self._write(self._prefix + text, is_link)
 
     def _end_code(self) -> None:
@@ -208,6 +208,11 @@ class MarkdownWriter:
         marks = Marks(*(depth > 0 for depth in self._depths))
         self._blocks.append(Block(self._gap, text, marks, is_link))
         self._prefix, self._gap, self._is_row_empty = "", "\n\n", False
+
+
+def escaped(line: str) -> str:
+    """A line of text in a form that is not a mark of markdown."""
+    return "\\" + line if _MARKUP.match(line) else line
 
 
 def _words(text: str) -> str:

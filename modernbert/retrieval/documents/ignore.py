@@ -7,6 +7,7 @@ import re
 import stat
 import subprocess
 from collections.abc import Container, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from pathspec import GitIgnoreSpec
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
 REPOSITORY, RULES = ".git", ".gitignore"
+
+# A star of a pattern in the regular expressions of pathspec; the characters and classes between two of them.
+_STAR = "[^/]*"
+_STARS = re.compile(rf"(?:{re.escape(_STAR)})+")
+_BETWEEN_STARS = re.compile(
+    rf"{re.escape(_STAR)}((?:\\.|\[\^?\]?(?:\\.|[^\]\\])*\](?!\*)|[^\\\[\]()/*])+)(?={re.escape(_STAR)})"
+)
 
 
 class Rules(NamedTuple):
@@ -151,4 +159,19 @@ def _patterns(line: str) -> list[GitIgnoreSpecPattern]:
         found = GitIgnoreSpec.from_lines([line], backend="simple").patterns
     except (ValueError, re.error) as error:
         raise ValueError(f"{line!r} is not a pattern ({error})") from error
-    return [pattern for pattern in found if pattern.include is not None]
+    patterns = [pattern for pattern in found if pattern.include is not None]
+    for pattern in patterns:
+        if pattern.regex is not None:
+            pattern.regex = re.compile(_linear(pattern.regex.pattern))
+    return patterns
+
+
+def _linear(source: str) -> str:
+    """A pattern as a regular expression, with the first match for what is between two stars of a name as the only one.
+
+    That finds the same names: the second star takes whatever is left. Without it, the time grows with the length of a
+    name to the power of the stars.
+    """
+    number = count()
+    source = _STARS.sub(lambda stars: _STAR, source)
+    return _BETWEEN_STARS.sub(lambda found: "(?=(?P<s{0}>[^/]*?{1}))(?P=s{0})".format(next(number), found[1]), source)

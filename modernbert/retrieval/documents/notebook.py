@@ -9,8 +9,11 @@ from typing import Any
 
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
-_EMBEDDED = re.compile(r"\(data:[\w/+.-]+;base64,[\w+/=\s]*\)")
+_DATA = r"data:[\w/+.-]+;base64,"
+_EMBEDDED = re.compile(rf"(?<=\(){_DATA}[\w+/=\s]*(?=\))|{_DATA}[\w+/=%]*(?:\s+[\w+/=]{{40,}})*")
 """The data of an image inside a cell: thousands of characters that are not words."""
+
+_LANGUAGE = re.compile(r"[\w.+#-]{1,30}")
 
 
 def read_notebook(raw: bytes, on_note: OnNote) -> tuple[str, str]:
@@ -21,14 +24,23 @@ def read_notebook(raw: bytes, on_note: OnNote) -> tuple[str, str]:
         on_note(replaced(count, encoding))
     try:
         notebook = json.loads(text, strict=False)
-        cells = [cell for sheet in [notebook, *notebook.get("worksheets", [])] for cell in sheet.get("cells", [])]
-        metadata = notebook.get("metadata") or {}
-        kernel = (metadata.get("kernelspec") or {}).get("language", "")
-        language = (metadata.get("language_info") or {}).get("name", kernel)
-        parts = [storable(part) for cell in cells for part in _markdown(cell, str(language))]
+        sheets = [notebook, *(notebook.get("worksheets") or [])]
+        cells = [cell for sheet in sheets for cell in sheet.get("cells") or []]
+        language = _language(notebook.get("metadata"))
+        parts = [storable(part) for cell in cells for part in _markdown(cell, language)]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"a broken notebook ({type(error).__name__}: {error}); save it again in Jupyter") from error
     return "", "\n\n".join(parts)
+
+
+def _language(metadata: object) -> str:
+    """The language of the code, or "". It is in the text for every cell, and so only a short word counts."""
+    for part, name in (("language_info", "name"), ("kernelspec", "language")):
+        found = metadata.get(part) if isinstance(metadata, dict) else None
+        language = found.get(name) if isinstance(found, dict) else None
+        if isinstance(language, str) and _LANGUAGE.fullmatch(language):
+            return language
+    return ""
 
 
 def _markdown(cell: dict[str, Any], language: str) -> Iterator[str]:
@@ -43,6 +55,6 @@ def _markdown(cell: dict[str, Any], language: str) -> Iterator[str]:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         yield f"{fence}{language}\n{text}\n{fence}"
     elif kind == "heading":
-        yield f"{'#' * cell.get('level', 1)} {text}"
+        yield f"{'#' * min(max(1, cell.get('level', 1)), 6)} {text}"
     else:
-        yield _EMBEDDED.sub("()", text)
+        yield _EMBEDDED.sub("", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +23,27 @@ ANCESTORS = 8
 """Levels of form fields above a field of a page, from which it inherits."""
 
 _NUMBER = re.compile(r"\d+")
+_SYMBOLS = re.compile(r"(?:^|\+)(?:CMSY|CMBSY|LMMathSymbols|MSYM|TeX-cmsy)", re.IGNORECASE)
+
+
+class MinusSigns:
+    """Finds which NULs of a page are minus signs: their code is 0 in the symbol fonts of TeX, and pypdf keeps it."""
+
+    def __init__(self) -> None:
+        self._are_minus: list[bool] = []
+
+    def visit(self, text: str, matrix: object, at: object, font: Mapping[str, object] | None, size: object) -> None:
+        """Note the NULs of a piece of text and its font, as pypdf calls it in the order of the text."""
+        is_minus = bool(_SYMBOLS.search(str((font or {}).get("/BaseFont", "")).lstrip("/")))
+        self._are_minus += [is_minus] * text.count("\0")
+
+    def put(self, text: str) -> str:
+        """The text of the page with these signs."""
+        if not any(self._are_minus) or text.count("\0") != len(self._are_minus):
+            return text
+        parts = text.split("\0")
+        signs = ["\u2212" if is_minus else "\0" for is_minus in self._are_minus]
+        return "".join(part + sign for part, sign in zip(parts, [*signs, ""], strict=True))
 
 
 def form_values(page: PageObject, on_work: Callable[[int], None]) -> Iterator[str]:

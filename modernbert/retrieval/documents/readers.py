@@ -10,11 +10,13 @@ import io
 import logging
 from collections.abc import Callable, Mapping
 
-from ..passages import HTML, NOTEBOOK, PAGE_BREAK, PDF
+from ..headings import SHEETS, SLIDES, WORD
+from ..passages import HTML, NOTEBOOK, OFFICE, PAGE_BREAK, PDF
 from .encodings import text_encoding
 from .html import read_html
 from .notebook import read_notebook
-from .pdf_pages import form_values, without_running_heads
+from .office import read_opendocument, read_sheets, read_slides, read_word
+from .pdf_pages import MinusSigns, form_values, without_running_heads
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
 
@@ -25,7 +27,8 @@ def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[s
     """
     if named is None and marked_encoding(raw) is None and b"\0" in raw[:8192]:
         raise ValueError(
-            "a binary file; supported are text, markdown, notebooks, HTML, PDF, source code, JSON lines and CSV"
+            "a binary file; supported are text, markdown, notebooks, HTML, PDF, Office files of today's formats, "
+            "source code, JSON lines and CSV"
         )
     encoding = text_encoding(io.BytesIO(raw), named, on_note)
     text, count = decode(raw, encoding)
@@ -68,8 +71,9 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
                     page = reader.pages[number]
                     content = page.get_contents()
                     work.count(100 + len(content.get_data() if content else b"") // 16)
-                    text = page.extract_text(visitor_operand_before=work.visit)
-                    pages[-1] = storable(text).replace(PAGE_BREAK, " ").strip()
+                    minus = MinusSigns()
+                    text = page.extract_text(visitor_operand_before=work.visit, visitor_text=minus.visit)
+                    pages[-1] = storable(minus.put(text)).replace(PAGE_BREAK, " ").strip()
                     values = map(storable, dict.fromkeys(form_values(page, work.count)))
                     pages[-1] = "\n".join([pages[-1], *values]).strip()
                 # pypdf may raise any exception on a broken file; its documentation does not list them.
@@ -118,5 +122,9 @@ READERS: Mapping[str, Callable[[bytes, OnNote], tuple[str, str]]] = {
     **dict.fromkeys(HTML, read_html),
     **dict.fromkeys(NOTEBOOK, read_notebook),
     **dict.fromkeys(PDF, read_pdf),
+    **dict.fromkeys(OFFICE, read_opendocument),
+    **dict.fromkeys(WORD, read_word),
+    **dict.fromkeys(SLIDES - {".odp"}, read_slides),
+    **dict.fromkeys(SHEETS - {".ods"}, read_sheets),
 }
 """Readers by suffix. Any other file is plain text."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import string
+import unicodedata
 from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 
 from .encodings import named_encoding
+
+_AROUND_NAMES = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"
 
 TEXT = "text"
 """The column and field that is the text, unless others are chosen."""
@@ -60,7 +64,7 @@ class Reading:
 
         None at all if columns are asked for that the table lacks, or if there are two of one name.
         """
-        names = [cell.strip() for cell in first]
+        names = [column_name(cell) for cell in first]
         wanted = [*self.text_columns(names), *([self.id_column] if self.id_column else [])]
         if all(name in names for name in wanted):
             named = list(filter(None, names))
@@ -73,13 +77,18 @@ class Reading:
         wanted = [*self.text_columns(()), *([self.id_column] if self.id_column else [])]
         return (
             f"the first row must name the columns, one of them {' and one '.join(map(repr, wanted))}, none twice; got "
-            f"{', '.join(map(repr, (cell.strip() for cell in first))):.1000}; choose with --text-column and "
+            f"{', '.join(map(repr, map(column_name, first))):.1000}; choose with --text-column and "
             "--id-column of `modernbert index`, by number if the first row is text, or name the --delimiter"
         )
 
     def options(self) -> dict[str, str | bool]:
         """What differs from the default, by name."""
         return {name: value for name, value in asdict(self).items() if value}
+
+
+def column_name(cell: str) -> str:
+    """A cell of the first row as the name of a column: in one form of Unicode, with nothing invisible around it."""
+    return unicodedata.normalize("NFC", cell).strip(_AROUND_NAMES)
 
 
 DEFAULT = Reading()

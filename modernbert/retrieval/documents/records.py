@@ -18,7 +18,7 @@ from ..passages import Document
 from .encodings import text_encoding
 from .parquet import PARQUET
 from .parquet import read_rows as read_parquet
-from .reading import DEFAULT, Reading
+from .reading import DEFAULT, Reading, column_name
 from .tables import DELIMITERS, TAB, read_rows
 from .text import OnNote, decode, file_name, gzip_errors, marked_encoding, replaced, storable
 
@@ -87,7 +87,9 @@ def read_records(
 def read_lines(
     path: Path, encoding: str | None = None, *, on_bytes: Callable[[int], None] = lambda size: None, on_note: OnNote
 ) -> Iterator[str]:
-    """The lines of a text file, gzipped if its name ends in .gz, with their line ends. Only a newline ends a line.
+    """The lines of a text file, gzipped if its name ends in .gz, with their line ends.
+
+    Only a newline ends a line, except in a file without any: Excel writes tables "for Macintosh" with carriage returns.
 
     `on_bytes` is called with the number of bytes of the file that were read for each line. A byte order mark counts
     more than `encoding`; None: UTF-8.
@@ -106,10 +108,13 @@ def read_lines(
             line, bad = decode(raw) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
             del raw  # Free the bytes now: the caller may hold the line for a while.
             count += bad
-            position = file.tell()
+            position, is_first = file.tell(), not done
             on_bytes(position - done)
             done = position
-            yield line
+            if is_first and "\r" in line and not line.endswith("\n"):
+                yield from (f"{part}\n" for part in line.split("\r"))
+            else:
+                yield line
         on_bytes(file.tell() - done)
     if count:
         on_note(f"{name}: {replaced(count, encoding)}")
@@ -191,7 +196,9 @@ def _table(lines: Iterable[str], name: str, reading: Reading, delimiters: str) -
     if not columns:
         raise ValueError(f"{name}: {reading.missing_columns(first.cells)}")
     texts, key = reading.text_columns(columns), reading.id_key(columns)
-    for number, cells, problem in rows if columns == [cell.strip() for cell in first.cells] else chain([first], rows):
+    for number, cells, problem in (
+        rows if columns == [column_name(cell) for cell in first.cells] else chain([first], rows)
+    ):
         if not problem and len(cells) != len(columns):
             problem = f"{len(cells)} cells for {len(columns)} columns; are quotes missing?"
         if problem:

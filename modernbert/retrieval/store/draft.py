@@ -18,7 +18,7 @@ from .folder import HALF_FILES, HALF_PARTS, LOCK, files_named, holds_store
 from .format import REPAIR, SHARDS, Manifest, file_sha256, find_manifest
 from .request import NOTHING, UNFINISHED, Request, read_unfinished, resume_command, write_request
 
-# The `line` of a passage is 0 if it has none, and negative if it is the page of a PDF.
+# The `line` of a passage is 0 if it has none, and negative if it is a page.
 SCHEMA = """
 CREATE TABLE documents (
     number INTEGER PRIMARY KEY, path TEXT NOT NULL, id TEXT NOT NULL, line INTEGER,
