@@ -80,7 +80,9 @@ class Config:
     dev: str = option("file of the same kind, whose score finds the best checkpoint", free=True)
     model: str = option("folder or hub id of the checkpoint to start from", free=True)
     output: str = option("folder of the run and its result", free=True)
-    labels: tuple[str, ...] = option("names of the classes of texts; none: labels are numbers", ())
+    labels: tuple[str, ...] = option(
+        "names of the classes of texts, or of the tags of words; none: numbers, or the tags of --train", ()
+    )
     grid: bool = option(
         "run the grid of the paper: 4 learning rates, 4 weight decays, 3 numbers of epochs", False, kind=FLAG
     )
@@ -109,10 +111,11 @@ def main(config: Config) -> dict[str, float]:
     with ranks(config.device) as group:
         if not config.grid:
             return train(with_published(config), group)
-        group.on_first(lambda: claim_folder(config.output, "finetune", fixed(config)))
+        output = group.on_first(lambda: claim_folder(config.output, "finetune", fixed(config)))
+        config = replace(config, output=str(output))
         found = {point: train(point, group) for point in points(config)}
         best = max(found, key=lambda point: found[point]["score"])
-        group.on_first(lambda: write_scores(Path(config.output), {**found[best], "best": Path(best.output).name}))
+        group.on_first(lambda: write_scores(output, {**found[best], "best": Path(best.output).name}))
         return found[best]
 
 

@@ -36,6 +36,7 @@ from modernbert.train.masking import Masked, Masking
 from modernbert.train.optim import StableAdamW, load_moments
 from modernbert.train.options import AMOUNT, COUNT, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare
+from modernbert.train.reading import files
 from modernbert.train.shards import write_shards
 from modernbert.train.stages import STAGES, Stage
 from modernbert.train.validation import Validation, mean_loss
@@ -125,14 +126,20 @@ def stages(config: Config) -> list[Stage]:
 
 
 def write_inputs(config: Config, output: Path) -> None:
-    """The tokenizer and the token ids of the texts, which the next start finds in `output`."""
+    """The tokenizer and the token ids of all texts, which the next start finds in `output`."""
+    sources = {"validation": config.validation} if config.validation else {}
+    sources["shards"] = config.texts
+    for source in sources.values():
+        files(source)  # raises now, and not after hours
     if not (output / "special_tokens_map.json").exists():  # the last of its files
         if config.tokenizer:
             tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         else:
             tokenizer = train_cased_tokenizer(read_texts(config.texts), vocab_size=config.vocab_size)
         tokenizer.save_pretrained(output)
-    write_shards(config.texts, Tokenizer.from_pretrained(output), output / "shards", processes=max(1, config.workers))
+    tokenizer = Tokenizer.from_pretrained(output)
+    for name, source in sources.items():
+        write_shards(source, tokenizer, output / name, processes=max(1, config.workers))
 
 
 def build(config: Config, tokenizer: Tokenizer) -> MaskedLM:
@@ -230,9 +237,7 @@ def held_out(
     """The loss of `--validation`, at the length of the stage and with the same masks each time."""
     if not config.validation:
         return None
-    folder = output.parent / "validation"
-    group.on_first(lambda: len(write_shards(config.validation, tokenizer, folder)))
-    pieces = Shards(folder, tokenizer).pieces(stage.sequence_length)
+    pieces = Shards(output.parent / "validation", tokenizer).pieces(stage.sequence_length)
     packing, masking = best_fit(pieces.lengths, stage.sequence_length), Masking.as_trained(EVALUATED, tokenizer)
     mine = range(group.rank, len(packing), group.world_size)
 

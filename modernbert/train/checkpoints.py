@@ -178,8 +178,11 @@ def check_finite(model: nn.Module, when: str, ranks: Ranks = ALONE) -> None:
 
 def _write(state: Mapping[str, object], file: Path) -> None:
     with replacing(file) as beside:
-        with beside.open("wb") as opened:
-            torch.save(state, opened)
+        try:
+            with beside.open("wb") as opened:
+                torch.save(state, opened)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            raise OSError(f"{file} could not be written: {error}") from error
         try:
             torch.load(beside, map_location="cpu", weights_only=True, mmap=True)  # reads names, not tensors
         except pickle.UnpicklingError as error:

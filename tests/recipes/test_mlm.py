@@ -272,3 +272,10 @@ def test_an_empty_text_or_a_missing_field_is_named_by_file_and_line(config, tmp_
 def test_the_command_line_is_the_config():
     got = parse(Config, None, ["--texts", "t", "--output", "o", "--tokens", "7", "--compile"])
     assert got == Config(texts="t", output="o", tokens=7, compile=True)
+
+
+@pytest.mark.parametrize("name", ["texts", "validation"])
+def test_files_that_are_missing_are_found_missing_before_any_work(config, tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        main(replace(config, **{name: str(tmp_path / "nowhere")}))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN]
