@@ -181,8 +181,12 @@ def _write(state: Mapping[str, object], file: Path) -> None:
         try:
             with beside.open("wb") as opened:
                 torch.save(state, opened)
-        except RuntimeError as error:  # what PyTorch makes of a full disk
-            raise OSError(f"{file} could not be written: {error}") from error
+        except RuntimeError as error:
+            if isinstance(
+                error.__context__, OSError
+            ):  # a full disk, hidden by an error of the archive that PyTorch ends
+                raise error.__context__ from None
+            raise
         try:
             torch.load(beside, map_location="cpu", weights_only=True, mmap=True)  # reads names, not tensors
         except pickle.UnpicklingError as error:
