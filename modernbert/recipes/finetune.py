@@ -37,7 +37,7 @@ from modernbert.train.labelled import Classifier, Texts, Words
 from modernbert.train.loop import fit
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare
-from modernbert.train.reading import digest
+from modernbert.train.reading import digest, files
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.validation import Validation
@@ -222,8 +222,10 @@ def build(config: Config, learnt: Data) -> Classifier:
 
 def inputs(config: Config) -> str:
     """A hash of what the run starts from."""
-    files = (path for path in sorted(locate(config.model).iterdir()) if path.is_file())
-    return digest([*files, Path(config.train), Path(config.dev)])
+    start = [path for path in sorted(locate(config.model).iterdir()) if path.is_file()]
+    sources = [Path(config.train), Path(config.dev)]
+    learnt = [file for path in sources for file in (files(path) if path.is_dir() else [path])]
+    return digest([*start, *learnt])
 
 
 def save(model: Classifier, tokenizer: Tokenizer, output: Path, scores: Mapping[str, float]) -> None:

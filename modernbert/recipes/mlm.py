@@ -88,6 +88,8 @@ def main(config: Config) -> MaskedLM:
     plan = stages(config)
     torch.set_num_threads(config.threads)
     with ranks(config.device) as group:
+        for stage in plan:  # raises now, and not after the stages before it
+            rows_of_batch(config, stage, group)
         output = group.on_first(lambda: claim_folder(config.output, "mlm", fixed(config)))
         group.on_first(lambda: write_inputs(config, output))
         tokenizer = Tokenizer.from_pretrained(output)
@@ -213,7 +215,8 @@ def rows_of_batch(config: Config, stage: Stage, group: Ranks) -> int:
     """Bins of a batch of one rank: at most `--rank-tokens`, and so many that whole batches make a step of any size."""
     sequences, rest = divmod(stage.batch_size_at(0), group.world_size)
     if rest:
-        raise ValueError(f"a step of {stage.batch_size_at(0)} sequences cannot be cut into {group.world_size} ranks")
+        what = f"a step of {stage.batch_size_at(0)} sequences cannot be cut into {group.world_size} ranks"
+        raise ValueError(f"{what}: choose another number of ranks, or other --batch-tokens")
     most = max(1, config.rank_tokens // stage.sequence_length)
     return max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
 
