@@ -132,7 +132,9 @@ class Words:
         names = tuple(sorted(found, key=lambda tag: (tag != "O", tag))) if labels is None else tuple(labels)
         if not rows or not found <= set(names):
             raise ValueError(
-                f"the tag {min(found - set(names))!r} is not one of {', '.join(names)}" if rows else "no rows"
+                f"the tag {min(found - set(names))!r} is not one of {', '.join(names)}: name all of them in labels"
+                if rows
+                else "no rows"
             )
         number = {name: index for index, name in enumerate(names)}
         words = [list(row.words) for row in rows]

@@ -334,7 +334,7 @@ def test_the_next_stage_has_no_rate_of_the_last_one(tmp_path):
     assert [group.keys() for group in later.param_groups] == [group.keys() for group in wanted]
     assert later.param_groups[0]["lr"] == 0.5
     assert later.param_groups[0]["weight_decay"] == 0.3
-    assert later.state[first.model[0].weight]["step"] == 3
+    assert later.state[next(first.model.parameters())]["step"] == 3
 
 
 def test_batches_that_are_the_same_list_are_a_source(tmp_path):
