@@ -182,9 +182,8 @@ def _write(state: Mapping[str, object], file: Path) -> None:
             with beside.open("wb") as opened:
                 torch.save(state, opened)
         except RuntimeError as error:
-            if isinstance(
-                error.__context__, OSError
-            ):  # a full disk, hidden by an error of the archive that PyTorch ends
+            # PyTorch hides a full disk behind an error of the archive that it ends.
+            if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
         try:

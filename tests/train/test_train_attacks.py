@@ -19,7 +19,7 @@ from modernbert.train.averaging import EMA
 from modernbert.train.claim import RUN, claim_folder
 from modernbert.train.corpus import MANIFEST, Shards, lengths_file
 from modernbert.train.distributed import ranks
-from modernbert.train.examples import Labelled, read_pairs, read_texts
+from modernbert.train.examples import Labelled, read_labelled, read_pairs, read_texts
 from modernbert.train.glue import read_glue
 from modernbert.train.labelled import Texts
 from modernbert.train.log import append
@@ -142,6 +142,14 @@ def test_labels_that_cannot_be_are_refused_before_they_take_memory(name):
     tokenizer = train_tokenizer(iter(["a b"]), vocab_size=300)
     with pytest.raises(ValueError, match=words):
         Texts.from_rows([Labelled("a", value) for value in values], tokenizer, labels=labels, max_length=8)
+
+
+@pytest.mark.parametrize("label", [2**31, 10**30, 10**400, -1])
+def test_a_number_that_no_class_has_is_refused_with_its_line(tmp_path, label):
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"text": "a", "label": 0}}\n{{"text": "a", "label": {label}}}\n')
+    with pytest.raises(ValueError, match=r'a\.jsonl:2: "label" must be the number of a class'):
+        list(read_labelled(file))
 
 
 def test_a_full_disk_is_told_with_the_file():
