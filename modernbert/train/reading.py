@@ -119,8 +119,6 @@ def digest(paths: Iterable[Path]) -> str:
 
 def _json_lines(path: Path) -> Iterator[Row]:
     for where, line in lines(path):
-        if not line.strip():
-            continue
         try:
             fields = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:

@@ -58,16 +58,6 @@ def test_a_key_that_is_there_twice_is_refused_with_its_line(tmp_path, name):
         list(read_pairs(file))
 
 
-@pytest.mark.parametrize("blank", ["\n", "\r\n", " \t\n", "\n\n\n"])
-def test_blank_lines_are_no_rows_and_count_as_lines(tmp_path, blank):
-    file = tmp_path / "a.jsonl"
-    file.write_text(PAIR + blank + PAIR + blank, newline="")
-    assert len(list(read_pairs(file))) == 2
-    file.write_text(blank + "{}\n", newline="")
-    with pytest.raises(ValueError, match=rf"a\.jsonl:{1 + blank.count(chr(10))}: a pair needs"):
-        list(read_pairs(file))
-
-
 def test_an_empty_path_is_not_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     monkeypatch.chdir(tmp_path)
