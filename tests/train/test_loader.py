@@ -55,6 +55,14 @@ def test_two_ranks_have_the_batches_of_one_that_accumulates(pieces, tokenizer):
     assert [batch for step in zip(*ranks, strict=True) for batch in step] == one
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_resumes_with_its_own_batches_and_masks(pieces, tokenizer, rank):
+    loader = batches(pieces, tokenizer, rank, 2)
+    whole = take(loader, 12)
+    for first in (1, 4, 9):
+        assert take(loader, 3, first) == whole[first : first + 3]
+
+
 def test_batches_of_whole_pieces_are_not_packed(pieces, tokenizer):
     """As Ettin was trained."""
     loader = MaskedBatches(pieces, Sampler(pieces.lengths, max_rows=8), Masking.as_trained(0.3, tokenizer))
