@@ -81,6 +81,14 @@ def test_masks_differ_between_batches_epochs_and_seeds(pieces, tokenizer):
         assert (hidden[a] & hidden[b]).mean() == pytest.approx(0.09, abs=0.02)
 
 
+def test_masks_are_not_drawn_from_the_numbers_that_shuffle(pieces, tokenizer):
+    """A sampler draws from the seed and the number of an epoch; a mask from these alone would be made of its order."""
+    loader, rows = batches(pieces, tokenizer, seed=5), np.arange(20)
+    for number in (0, 3):
+        shuffled = loader.masking(pieces.packed(rows), (5, number))
+        assert not torch.equal(loader.make((number, rows)).rows_Q, shuffled.rows_Q)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_keep_the_order_and_leave_the_random_state(workers):
     before = torch.get_rng_state()
