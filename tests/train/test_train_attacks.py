@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import gzip
 import json
 import math
 from dataclasses import dataclass, replace
@@ -72,6 +73,16 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
     file.write_text("sentence1\tsentence1\tsentence2\tlabel\na\tb\tc\tentailment\n")
     with pytest.raises(ValueError, match=r"train\.tsv:1: a column is there twice, got sentence1, sentence1"):
         list(read_glue(file, "RTE"))
+
+
+@pytest.mark.parametrize("place", [10, -6])
+def test_gzip_with_a_wrong_byte_is_damaged(tmp_path, place):
+    """In the head of the first block, and in the sum of the content at the end."""
+    content = bytearray(gzip.compress(b'{"text": "a river"}\n' * 50))
+    content[place] ^= 0xFF
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz is damaged"):
+        list(read_texts(tmp_path / "a.jsonl.gz"))
 
 
 def test_a_folder_of_save_to_disk_is_a_source_of_shards(tmp_path):
@@ -165,6 +176,16 @@ def test_a_disk_that_is_full_for_pytorch_keeps_the_checkpoint_before(tmp_path, m
         TinyRun(tmp_path).fit()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+def test_best_weights_that_are_not_finite_are_not_saved(tmp_path):
+    tiny = TinyRun(tmp_path)
+    checkpoints.save_weights(tmp_path / "best.pt", tiny.model, {}, 1, {"loss": 1.0})
+    before = (tmp_path / "best.pt").read_bytes()
+    next(tiny.model.parameters()).data[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"step 2: 0\.weight is not finite"):
+        checkpoints.save_weights(tmp_path / "best.pt", tiny.model, {}, 2, {"loss": 0.5})
+    assert (tmp_path / "best.pt").read_bytes() == before
 
 
 # The folder of a run
