@@ -43,7 +43,7 @@ def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> o
     check_size(path, JSON_BYTES)
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        content = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_constant)
     except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8; nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, kind):
@@ -51,7 +51,8 @@ def read_json(folder: str | os.PathLike[str], name: str, kind: type = dict) -> o
     return content
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of a JSON reader. Raises a ValueError that names a key that an object has twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]

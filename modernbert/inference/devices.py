@@ -122,13 +122,13 @@ def _checked(devices: Sequence[str]) -> list[str]:
     if not devices:
         raise ValueError("devices is empty: name at least one, such as ['cuda:0'], or leave it out")
     for index, device in enumerate(devices):
-        if not isinstance(device, (str, torch.device)) or not _is_there(device):
+        if not isinstance(device, (str, torch.device)) or not is_there(device):
             what = f"devices[{index}] is {device!r:.80}, which this machine does not have"
             raise ValueError(f"{what}: name one such as 'cpu' or 'cuda:0'")
     return [str(device) for device in devices]
 
 
-def _is_there(device: str | torch.device) -> bool:
+def is_there(device: str | torch.device) -> bool:
     try:
         found = torch.device(device)
         return (found.index or 0) < torch.get_device_module(found).device_count()

@@ -31,9 +31,9 @@ from modernbert.train import data
 from modernbert.train.batching import epochs, topic_vectors
 from modernbert.train.beir import beir
 from modernbert.train.checkpoints import check_finite
+from modernbert.train.claim import claim_folder
 from modernbert.train.distributed import Ranks, gather_rows, ranks
 from modernbert.train.examples import Pair, read_pairs, read_triples
-from modernbert.train.folder import run_folder
 from modernbert.train.grad_cache import grad_cache, token_chunks
 from modernbert.train.in_batch import in_batch_info_nce
 from modernbert.train.loop import BatchLoss, fit
@@ -103,7 +103,7 @@ def main(config: Config) -> ColBERT:
         raise ValueError("--teacher-model and --teacher-pairs are about the folder --teacher, which is not given")
     torch.set_num_threads(config.threads)
     with ranks(config.device) as group:
-        output = group.on_first(lambda: run_folder(config.output))
+        output = group.on_first(lambda: claim_folder(config.output, "contrastive", fixed(config)))
         if not group.is_alone:
             group.on_first(lambda: write_inputs(config, output))
         model = train(config, output, group)
@@ -209,7 +209,7 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
     made_of = inputs(config)
     if data.versions(config.pairs) != read:
         raise ValueError(f"the files of {config.pairs} changed while they were read; start again")
-    tokens.save(file, made_of, tokenizer.files())  # the first file of a run: `run_folder` knows its folder by it
+    tokens.save(file, made_of, tokenizer.files())
     tokenizer.save_pretrained(output)
     return model, tokens, teacher
 

@@ -37,7 +37,7 @@ from modernbert.train.labelled import Classifier, Texts, Words
 from modernbert.train.loop import fit
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare
-from modernbert.train.reading import digest
+from modernbert.train.reading import digest, files
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.validation import Validation
@@ -80,7 +80,9 @@ class Config:
     dev: str = option("file of the same kind, whose score finds the best checkpoint", free=True)
     model: str = option("folder or hub id of the checkpoint to start from", free=True)
     output: str = option("folder of the run and its result", free=True)
-    labels: tuple[str, ...] = option("names of the classes of texts; none: labels are numbers", ())
+    labels: tuple[str, ...] = option(
+        "names of the classes of texts, or of the tags of words; none: numbers, or the tags of --train", ()
+    )
     grid: bool = option(
         "run the grid of the paper: 4 learning rates, 4 weight decays, 3 numbers of epochs", False, kind=FLAG
     )
@@ -109,10 +111,11 @@ def main(config: Config) -> dict[str, float]:
     with ranks(config.device) as group:
         if not config.grid:
             return train(with_published(config), group)
-        group.on_first(lambda: claim_folder(config.output, "finetune", fixed(config)))
+        output = group.on_first(lambda: claim_folder(config.output, "finetune", fixed(config)))
+        config = replace(config, output=str(output))
         found = {point: train(point, group) for point in points(config)}
         best = max(found, key=lambda point: found[point]["score"])
-        group.on_first(lambda: write_scores(Path(config.output), {**found[best], "best": Path(best.output).name}))
+        group.on_first(lambda: write_scores(output, {**found[best], "best": Path(best.output).name}))
         return found[best]
 
 
@@ -219,8 +222,10 @@ def build(config: Config, learnt: Data) -> Classifier:
 
 def inputs(config: Config) -> str:
     """A hash of what the run starts from."""
-    files = (path for path in sorted(locate(config.model).iterdir()) if path.is_file())
-    return digest([*files, Path(config.train), Path(config.dev)])
+    start = [path for path in sorted(locate(config.model).iterdir()) if path.is_file()]
+    sources = [Path(config.train), Path(config.dev)]
+    learnt = [file for path in sources for file in (files(path) if path.is_dir() else [path])]
+    return digest([*start, *learnt])
 
 
 def save(model: Classifier, tokenizer: Tokenizer, output: Path, scores: Mapping[str, float]) -> None:

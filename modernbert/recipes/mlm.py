@@ -36,6 +36,7 @@ from modernbert.train.masking import Masked, Masking
 from modernbert.train.optim import StableAdamW, load_moments
 from modernbert.train.options import AMOUNT, COUNT, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare
+from modernbert.train.reading import files
 from modernbert.train.shards import write_shards
 from modernbert.train.stages import STAGES, Stage
 from modernbert.train.validation import Validation, mean_loss
@@ -87,6 +88,8 @@ def main(config: Config) -> MaskedLM:
     plan = stages(config)
     torch.set_num_threads(config.threads)
     with ranks(config.device) as group:
+        for stage in plan:  # raises now, and not after the stages before it
+            rows_of_batch(config, stage, group)
         output = group.on_first(lambda: claim_folder(config.output, "mlm", fixed(config)))
         group.on_first(lambda: write_inputs(config, output))
         tokenizer = Tokenizer.from_pretrained(output)
@@ -125,14 +128,20 @@ def stages(config: Config) -> list[Stage]:
 
 
 def write_inputs(config: Config, output: Path) -> None:
-    """The tokenizer and the token ids of the texts, which the next start finds in `output`."""
+    """The tokenizer and the token ids of all texts, which the next start finds in `output`."""
+    sources = {"validation": config.validation} if config.validation else {}
+    sources["shards"] = config.texts
+    for source in sources.values():
+        files(source)  # raises now, and not after hours
     if not (output / "special_tokens_map.json").exists():  # the last of its files
         if config.tokenizer:
             tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         else:
             tokenizer = train_cased_tokenizer(read_texts(config.texts), vocab_size=config.vocab_size)
         tokenizer.save_pretrained(output)
-    write_shards(config.texts, Tokenizer.from_pretrained(output), output / "shards", processes=max(1, config.workers))
+    tokenizer = Tokenizer.from_pretrained(output)
+    for name, source in sources.items():
+        write_shards(source, tokenizer, output / name, processes=max(1, config.workers))
 
 
 def build(config: Config, tokenizer: Tokenizer) -> MaskedLM:
@@ -206,7 +215,8 @@ def rows_of_batch(config: Config, stage: Stage, group: Ranks) -> int:
     """Bins of a batch of one rank: at most `--rank-tokens`, and so many that whole batches make a step of any size."""
     sequences, rest = divmod(stage.batch_size_at(0), group.world_size)
     if rest:
-        raise ValueError(f"a step of {stage.batch_size_at(0)} sequences cannot be cut into {group.world_size} ranks")
+        what = f"a step of {stage.batch_size_at(0)} sequences cannot be cut into {group.world_size} ranks"
+        raise ValueError(f"{what}: choose another number of ranks, or other --batch-tokens")
     most = max(1, config.rank_tokens // stage.sequence_length)
     return max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
 
@@ -230,9 +240,7 @@ def held_out(
     """The loss of `--validation`, at the length of the stage and with the same masks each time."""
     if not config.validation:
         return None
-    folder = output.parent / "validation"
-    group.on_first(lambda: len(write_shards(config.validation, tokenizer, folder)))
-    pieces = Shards(folder, tokenizer).pieces(stage.sequence_length)
+    pieces = Shards(output.parent / "validation", tokenizer).pieces(stage.sequence_length)
     packing, masking = best_fit(pieces.lengths, stage.sequence_length), Masking.as_trained(EVALUATED, tokenizer)
     mine = range(group.rank, len(packing), group.world_size)
 

@@ -178,8 +178,14 @@ def check_finite(model: nn.Module, when: str, ranks: Ranks = ALONE) -> None:
 
 def _write(state: Mapping[str, object], file: Path) -> None:
     with replacing(file) as beside:
-        with beside.open("wb") as opened:
-            torch.save(state, opened)
+        try:
+            with beside.open("wb") as opened:
+                torch.save(state, opened)
+        except RuntimeError as error:
+            # PyTorch hides a full disk behind an error of the archive that it ends.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         try:
             torch.load(beside, map_location="cpu", weights_only=True, mmap=True)  # reads names, not tensors
         except pickle.UnpicklingError as error:

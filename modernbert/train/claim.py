@@ -1,4 +1,4 @@
-"""The folder of a run that is known by its settings, which are written before anything else."""
+"""The folder of a run, which is known by its settings: they are written before anything else."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ RUN = "run.json"
 def claim_folder(output: str | os.PathLike[str], recipe: str, settings: Mapping[str, object]) -> Path:
     """The folder `output` of a run of `recipe` with these settings: a new one, or one in which it goes on.
 
+    A run that has written nothing but its settings may be begun again with others. Hidden files are left alone.
+
     Raises:
         NotADirectoryError, ValueError: as `output_folder`.
         ValueError: the folder is of a run with other settings, which are named.
@@ -24,11 +26,11 @@ def claim_folder(output: str | os.PathLike[str], recipe: str, settings: Mapping[
     """
     folder = output_folder(output)
     request = {"recipe": recipe, **settings}
-    if has_file(folder / RUN):
+    names = sorted(os.listdir(folder)) if folder.exists() else []
+    taken = [name for name in names if not name.startswith(".") and name != RUN]
+    if taken and has_file(folder / RUN):
         check_same(folder / RUN, read_json(folder, RUN), request)
         return folder
-    # Hidden files are left by a run that was killed while it wrote its settings, and by file managers.
-    taken = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")] if folder.exists() else []
     if taken:
         more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
         raise FileExistsError(

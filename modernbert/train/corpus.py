@@ -63,11 +63,19 @@ class Shards:
         self._map()
 
     def _map(self) -> None:
-        sizes = self.about["shards"]
-        self.lengths = np.concatenate([_load(lengths_file(self.folder, i), n) for i, (n, _) in enumerate(sizes)])
+        try:
+            self.front, self.back = list(self.about["front"]), list(self.about["back"])
+            sizes = [(documents, tokens) for documents, tokens in self.about["shards"]]
+            self._starts = np.array([0, *accumulate(tokens for _, tokens in sizes)], np.int64)
+        except (KeyError, TypeError, ValueError) as error:
+            file = self.folder / MANIFEST
+            raise ValueError(f"{file} is damaged: {error!r}; delete the folder and call write_shards") from error
+        lengths = [_load(lengths_file(self.folder, i), n) for i, (n, _) in enumerate(sizes)]
+        self.lengths = np.concatenate([np.zeros(0, np.uint32), *lengths])
         # An array, because each look at a part of a `memmap` costs more than the part.
         self._ids = [np.asarray(_load(ids_file(self.folder, i), n)) for i, (_, n) in enumerate(sizes)]
-        self._starts = np.array([0, *accumulate(tokens for _, tokens in sizes)])
+        if self.lengths.sum(dtype=np.int64) != self._starts[-1]:
+            raise ValueError(f"{self.folder} is damaged: the lengths of its documents are not those of their tokens")
 
     def __getstate__(self) -> dict[str, object]:
         """Another process maps the files again, in place of a copy of their content."""
@@ -91,7 +99,7 @@ class Shards:
         Raises:
             ValueError: `max_length` leaves no room beside the special tokens.
         """
-        special = len(self.about["front"]) + len(self.about["back"])
+        special = len(self.front) + len(self.back)
         room = max_length - special
         if room < 1:
             raise ValueError(f"max_length is {max_length}, but the {special} special tokens of a piece leave no room")
@@ -130,7 +138,7 @@ class Pieces:
 
     def packed(self, indices: np.ndarray) -> Packed:
         """The pieces named by `indices`, in that order, as a batch."""
-        front, back = self.shards.about["front"], self.shards.about["back"]
+        front, back = self.shards.front, self.shards.back
         lengths = self.lengths[indices].astype(np.int64)
         stops = np.cumsum(lengths)
         starts = stops - lengths

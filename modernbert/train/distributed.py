@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from ..inference.devices import is_there
+
 T = TypeVar("T")
 
 BUCKET_BYTES = 64 << 20
@@ -100,8 +102,12 @@ def ranks(device: str | torch.device = "cpu", *, timeout_minutes: float = 30.0) 
         timeout_minutes: how long a rank waits for another that is alive but does not answer.
 
     Raises:
+        ValueError: a device that this machine does not have.
         ConnectionError: another rank has died, has failed, or does not answer.
     """
+    if not is_there(device):
+        what = f"device is {str(device)!r:.80}, which this machine does not have"
+        raise ValueError(f"{what}: name one such as 'cpu' or 'cuda'")
     device = torch.device(device)
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), _own(device))

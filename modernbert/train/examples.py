@@ -245,7 +245,7 @@ def label_of(value: object, labels: Sequence[str]) -> Label:
 def _class(value: object, labels: Sequence[str]) -> int:
     if isinstance(value, str) and value in labels:
         return labels.index(value)
-    if type(value) is int and 0 <= value < (len(labels) or value + 1):
+    if type(value) is int and 0 <= value < (len(labels) or 1 << 31):
         return value
     known = f"one of {', '.join(labels)}, or its number" if labels else "the number of a class (names need `labels`)"
     raise ValueError(f'"label" must be {known}, got {value!r:.60}')

@@ -51,6 +51,8 @@ def read_glue(file: str | os.PathLike[str], task: str) -> Iterator[Labelled]:
         cells = decoded(where, line).split("\t")
         if not columns:
             columns = cells
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"{where}: a column is there twice, got {', '.join(columns)}")
             if missing := {*about.texts, about.label} - set(columns):
                 raise ValueError(f"{where}: {task} has a column {min(missing)!r}, the file has {', '.join(columns)}")
             continue

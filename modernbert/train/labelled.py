@@ -25,6 +25,8 @@ Classifier = SequenceClassifier | TokenClassifier
 EVALUATED = 16_384
 """Tokens of a batch that is scored."""
 
+KINDS = {True: "classes, such as 1", False: "numbers to predict, such as 1.0"}
+
 
 @dataclass(frozen=True, eq=False)
 class Texts:
@@ -65,10 +67,19 @@ class Texts:
         if kinds != {int} and kinds != {float}:
             found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no rows"
             raise ValueError(f"each text must have a class, or each a number, got {found}")
-        values = np.array([row.label for row in rows], np.int64 if kinds == {int} else np.float32)
-        names = tuple(map(str, range(1 + values.max() if kinds == {int} else 0))) if labels is None else tuple(labels)
-        if bool(names) != (kinds == {int}) or (names and values.max() >= len(names)):
-            raise ValueError(f"there are {len(names)} classes, but labels up to {values.max()}")
+        is_class = kinds == {int}
+        largest = max(float(row.label) for row in rows if not isinstance(row.label, tuple))
+        if labels is None and is_class and largest >= len(rows):
+            raise ValueError(
+                f"{len(rows)} texts have classes up to {largest:g}: number them from 0, or give their names"
+            )
+        names = tuple(map(str, range(1 + int(largest) if is_class else 0))) if labels is None else tuple(labels)
+        if bool(names) != is_class:
+            got, wanted = KINDS[is_class], KINDS[not is_class]
+            raise ValueError(f"the labels are {got}, but {wanted} are wanted, as in the training")
+        if names and largest >= len(names):
+            raise ValueError(f"there are {len(names)} classes, but labels up to {largest:g}")
+        values = np.array([row.label for row in rows], np.int64 if is_class else np.float32)
         measured = tuple(measured) or (("accuracy",) if names else ("pearson", "spearman"))
         ids = tokenize_texts((row.text for row in rows), tokenizer, max_length=max_length)
         return cls(ids, values, names, measured)
@@ -121,7 +132,9 @@ class Words:
         names = tuple(sorted(found, key=lambda tag: (tag != "O", tag))) if labels is None else tuple(labels)
         if not rows or not found <= set(names):
             raise ValueError(
-                f"the tag {min(found - set(names))!r} is not one of {', '.join(names)}" if rows else "no rows"
+                f"the tag {min(found - set(names))!r} is not one of {', '.join(names)}: name all of them in labels"
+                if rows
+                else "no rows"
             )
         number = {name: index for index, name in enumerate(names)}
         words = [list(row.words) for row in rows]

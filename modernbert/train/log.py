@@ -116,13 +116,21 @@ class Log:
     def _keep(self, step: int, row: Mapping[str, float], words: str) -> None:
         if not self.ranks.is_first:
             return
-        with self.file.open("a", encoding="utf-8") as file:
-            # JSON has no NaN.
-            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
+        append(self.file, json.dumps({"step": step, **finite}) + "\n")
         print(words, flush=True)
         for tracker in self.trackers:
             tracker.add(step, row)
+
+
+def append(file: Path, text: str) -> None:
+    """Write `text` behind the content of a file. OSError: no room, with the path."""
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(text)
+    except OSError as error:
+        error.filename = str(file)  # a full disk has no name
+        raise
 
 
 def keep_until(file: Path, step: int) -> None:

@@ -72,6 +72,8 @@ def fit(
 
     Args:
         model: in float32, or in bfloat16 for pure bfloat16. With several ranks, `prepare` has seen it.
+        optimizer: of parameters of the model, or of modules in `stateful`. It is the one that says what is trained:
+            other parameters are not clipped, and nothing is sent of them.
         batches: called once, with the number of batches that this rank has had; gives those that follow, the same on
             every start. `lambda first: islice(each, first, None)` makes one of any iterable.
         output: an existing folder, which all ranks share, for `checkpoint.pt`, `best.pt` and `log.jsonl`.
@@ -90,12 +92,15 @@ def fit(
     Raises:
         FloatingPointError: a loss, a gradient or a weight is not finite. The step is not taken, nothing is overwritten,
             and the batches of the step are in a new file, `bad-step-N.pt`.
-        ValueError: the checkpoint is damaged, has other settings, is of another model or is beyond `steps`; or the
-            batches have ended.
+        ValueError: the checkpoint is damaged, has other settings, is of another model or is beyond `steps`; the
+            optimizer has nothing to train, or what no checkpoint would keep; or the batches have ended.
     """
     settings = as_json(settings)  # now, and not at the first checkpoint
-    rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if steps < 0:
+        raise ValueError(f"steps is {steps}, but must be 0 or more")
+    # By the name that PyTorch's own schedulers use: after a call, "lr" is that of its last step.
+    rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    parameters = trained_parameters(model, optimizer, stateful)
     device = parameters[0].device
     batches_at = accumulate if callable(accumulate) else lambda step: accumulate
     check_settings(output / BEST, settings)
@@ -117,6 +122,8 @@ def fit(
         had: list[B] = []
         parts: list[BatchLoss] = []
         number = batches_at(step)
+        if number < 1:
+            raise ValueError(f"accumulate is {number} in step {step + 1:,}, but a step needs a batch")
         # A single batch is its own mean: it is not multiplied and divided, which would round.
         is_single = number == 1 and ranks.is_alone
         for place in range(number):
@@ -157,6 +164,23 @@ def fit(
             save_checkpoint(output / LAST, model, optimizer, settings, Progress(done, best), ranks, stateful)
             saved = time.monotonic()
     log.close()
+
+
+def trained_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer, stateful: Mapping[str, Stateful] = NOTHING
+) -> list[nn.Parameter]:
+    """What the optimizer trains. ValueError: nothing, or a parameter of no module whose state a checkpoint keeps."""
+    modules = [model, *(each for each in stateful.values() if isinstance(each, nn.Module))]
+    kept = {parameter for module in modules for parameter in module.parameters()}
+    found = [x for group in optimizer.param_groups for x in group["params"] if x.requires_grad]
+    if not found:
+        raise ValueError("the optimizer has no parameter with requires_grad: there is nothing to train")
+    if lost := sum(parameter not in kept for parameter in found):
+        raise ValueError(
+            f"the optimizer trains {lost} of {len(found)} parameters that are not of the model, so a resumed run would "
+            "lose them: give their module in stateful too, or make the optimizer after the model is prepared"
+        )
+    return found
 
 
 def draw(coming: Iterator[B], ended: str) -> B:

@@ -10,7 +10,8 @@
 - Classes of tokens and of texts belong to the heads: `MaskedLM.loss`, `SequenceClassifier`, `TokenClassifier`.
 
 Scores come from `late_interaction.maxsim`, which pads nothing, or from a product of vectors. A loss is a mean over
-queries, so that `BatchLoss.count` is their number. `cosent` compares the pairs of a batch, so its count is 1.
+queries, and 0 without any, so that `BatchLoss.count` is their number. `cosent` compares the pairs of a batch, so its
+count is 1.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def softmax_loss(
     """
     check_temperature("temperature", temperature)
     scores_BN = scores_BN.to(torch.promote_types(scores_BN.dtype, torch.float32))
+    if reduction == "mean" and not len(scores_BN):
+        return scores_BN.sum()  # of no rows 0, as everywhere here, and not the NaN of a mean
     excluded_BN = torch.zeros_like(scores_BN, dtype=torch.bool)
     if same_BM is not None:
         excluded_BN[:, : same_BM.shape[1]] = same_BM
@@ -125,6 +128,8 @@ def kl_distill(
     scores_BB, teacher_BB = _checked("scores_BB", scores_BB, "teacher_BB", teacher_BB)
     check_temperature("temperature", temperature)
     check_temperature("teacher_temperature", teacher_temperature)
+    if not len(scores_BB):
+        return scores_BB.sum()
     student_BB = (scores_BB / temperature).log_softmax(dim=1)
     teacher_BB = (teacher_BB / teacher_temperature).log_softmax(dim=1)
     return F.kl_div(student_BB, teacher_BB, log_target=True, reduction="batchmean")
@@ -145,6 +150,8 @@ def margin_mse(scores_BN: Tensor, teacher_BN: Tensor) -> Tensor:
     scores_BN, teacher_BN = _checked("scores_BN", scores_BN, "teacher_BN", teacher_BN)
     if scores_BN.shape[1] < 2:
         raise ValueError(f"scores_BN must have a positive and a negative of each query, got {tuple(scores_BN.shape)}")
+    if not len(scores_BN):
+        return scores_BN.sum()
     return F.mse_loss(scores_BN[:, :1] - scores_BN[:, 1:], teacher_BN[:, :1] - teacher_BN[:, 1:])
 
 

@@ -238,9 +238,10 @@ def load_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     For the next stage of a training, which goes on with the moments of the last one at its own learning rate and weight
     decay. A resumed run calls `load_state_dict`, for both.
     """
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    own = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state_dict)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.clear()  # what `fit` has noted there is of the last stage
         group.update(settings)
 
 

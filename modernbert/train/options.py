@@ -36,10 +36,10 @@ def parse(config: type[C], description: str | None, arguments: Sequence[str] | N
     """A command line to a config: one option for each field, as its type says.
 
     A tuple takes several words, a `Literal` one of its values, and a bool none: `--name` turns it on and `--no-name`
-    off. A field that may be None is None if the option is left out.
+    off. A field that may be None is None if the option is left out. Names are given in full, and once.
     """
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
     hints = get_type_hints(config)
     for each in fields(config):
         text, default, name = each.metadata["help"].replace("%", "%%"), each.default, each.name.replace("_", "-")
@@ -51,6 +51,9 @@ def parse(config: type[C], description: str | None, arguments: Sequence[str] | N
         # Not given to argparse at once: until Python 3.12 it adds the default of a flag to its help text.
         parser.add_argument("--" + name, default=argparse.SUPPRESS, help=text, **kind)
         parser.set_defaults(**{each.name: default})
+    words = [word.split("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)]
+    if twice := [word for word in words if word.startswith("--") and words.count(word) > 1]:
+        parser.error(f"{twice[0]} is given twice, and one of them would be ignored")
     values = vars(parser.parse_args(arguments))
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
+from ..json_files import unique_keys
+
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 DATASET, SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` of `datasets` writes
 
@@ -79,21 +81,23 @@ def _rows(source: Source) -> Iterator[Row]:
     if (path / DATASET).is_file():
         yield from _mappings(_data_set(path), str(path), path.name)
         return
-    for file in files(path):
+    for file in files(source):
         yield from _parquet(file) if file.suffix == ".parquet" else _json_lines(file)
 
 
-def files(source: str | os.PathLike[str], endings: tuple[str, ...] = ENDINGS) -> list[Path]:
-    """The file `source`, or the files of the folder `source` in name order.
+def files(source: str | os.PathLike[str]) -> list[Path]:
+    """The file `source`, or the files of the folder `source` in name order; all of what `save_to_disk` has written.
 
     Raises:
         ValueError: another kind of file, or a folder without such files. FileNotFoundError: there is nothing.
     """
+    if not os.fspath(source):
+        raise ValueError("the source is the empty string; give '.' for the working directory")
     path = Path(source)
     there = [path] if path.is_file() else sorted(path.iterdir())
-    if found := [file for file in there if file.name.endswith(endings)]:
+    if found := [file for file in there if file.name.endswith(ENDINGS) or (path / DATASET).is_file()]:
         return found
-    kinds = ", ".join(f"*{ending}" for ending in endings)
+    kinds = ", ".join(f"*{ending}" for ending in ENDINGS)
     raise ValueError(f"{path} is not one of {kinds}" if path.is_file() else f"no {kinds} in {path}")
 
 
@@ -116,7 +120,7 @@ def digest(paths: Iterable[Path]) -> str:
 def _json_lines(path: Path) -> Iterator[Row]:
     for where, line in lines(path):
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
         yield Row(fields, _stem(path), where)

@@ -45,6 +45,9 @@ def write_shards(
     A run that was stopped, even by `kill -9` or by a full disk, goes on where it was when it is started again. If all
     is there, nothing is read. Of several callers, such as the ranks of a run, the first one writes and the others wait.
 
+    A source is known by the names, the sizes, and the first and last megabyte of its files. An iterable has none of
+    these: for another one give another folder.
+
     Args:
         names: as in `read_rows`.
         processes: how many tokenise. With more than one, a script must do this below `if __name__ == "__main__":`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -49,10 +50,10 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("tokens", "sequence_length", "batch_size", "first_batch_size", "learning_rate"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, but must be above 0")
         for name in ("weight_decay", "warmup_tokens", "decay_tokens", "batch_warmup_tokens"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or more")
         if not 0 <= self.final <= 1:
             raise ValueError(f"final is {self.final}, but must be from 0 to 1")

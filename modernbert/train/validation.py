@@ -32,6 +32,10 @@ class Validation:
     best: str = "loss"
     highest: bool = False
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, but a validation needs 1 step or more between two measurements")
+
     def run(self, model: nn.Module, ranks: Ranks) -> dict[str, float]:
         """Raises ValueError if `best` is not among the numbers."""
         device = next(model.parameters()).device

@@ -66,7 +66,8 @@ def embedding_l2(x_BE: Tensor, teacher_BE: Tensor) -> Tensor:
         raise ValueError(f"{shapes}: the teacher must have one vector for each text, of the width of the head")
     check_finite_rows("teacher_BE", teacher_BE)
     dtype = torch.promote_types(x_BE.dtype, torch.float32)
-    return (x_BE.to(dtype) - teacher_BE.detach().to(x_BE.device, dtype)).norm(dim=1).mean()
+    distances_B = (x_BE.to(dtype) - teacher_BE.detach().to(x_BE.device, dtype)).norm(dim=1)
+    return distances_B.mean() if len(distances_B) else distances_B.sum()
 
 
 def matryoshka(

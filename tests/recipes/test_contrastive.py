@@ -213,7 +213,7 @@ def test_other_pairs_are_refused_in_the_output_of_a_run_without_a_checkpoint(toy
     with pytest.raises(ValueError, match=r"tokens\.npz belongs to another run: hash of pairs and teacher is"):
         main(config(other, tmp_path / "out"))
     for change in ({"vocab_size": 300}, {"train_query_length": 9}, {"exclude_sources": ("a",)}):
-        with pytest.raises(ValueError, match=rf"tokens\.npz belongs to another run: {next(iter(change))} is"):
+        with pytest.raises(ValueError, match=rf"run\.json belongs to another run: {next(iter(change))} is"):
             main(config(toy, tmp_path / "out", **change))
     # A checkpoint knows its pairs too.
     main(config(toy, tmp_path / "done", steps=1))

@@ -16,6 +16,7 @@ from folders import tree
 from modernbert.heads.colbert import ColBERT
 from modernbert.recipes import contrastive
 from modernbert.recipes.contrastive import Config, main
+from modernbert.train.claim import RUN
 from modernbert.train.teacher import text_key
 
 TINY = Config(
@@ -73,20 +74,20 @@ def test_a_folder_of_another_program_is_refused_untouched(config, tmp_path, name
         (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / "out" / file)
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match=r"out holds .*, but neither the tokens nor a checkpoint of a run"):
+    with pytest.raises(FileExistsError, match=rf"out holds .*, but no {RUN} of a run"):
         main(config)
     assert tree(tmp_path) == before
 
 
 def test_files_of_others_survive_a_run(config, tmp_path):
-    others = {".env": b"1", ".git/config": b"2", "shards/0.tar": b"3", "config.json": b"4", "lock": b"5"}
-    for file, content in others.items():
-        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "out" / file).write_bytes(content)
-    main(config)
-    (tmp_path / "out" / "model" / "README.md").write_bytes(b"6")
-    main(replace(config, steps=3))
-    assert (others | {"model/README.md": b"6"}).items() <= tree(tmp_path / "out").items()
+    hidden = {".env": b"1", ".git/config": b"2"}
+    later = {"shards/0.tar": b"3", "config.json": b"4", "lock": b"5", "model/README.md": b"6"}
+    for others, steps in ((hidden, 2), (later, 3)):
+        for file, content in others.items():
+            (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "out" / file).write_bytes(content)
+        main(replace(config, steps=steps))
+    assert (hidden | later).items() <= tree(tmp_path / "out").items()
 
 
 def test_an_output_that_is_not_a_folder_is_refused(config, tmp_path, monkeypatch):
@@ -112,7 +113,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(config, tmp_path, name):
+def test_what_cannot_be_trained_on_is_refused_before_anything_but_the_settings_is_written(config, tmp_path, name):
     files, options, words = REFUSED[name]
     if files:
         (tmp_path / "pairs" / "a.jsonl").unlink()
@@ -120,7 +121,7 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(config,
         (tmp_path / "pairs" / file).write_text(content)
     with pytest.raises(ValueError, match=words):
         main(replace(config, **options))
-    assert tree(tmp_path / "out") == {}
+    assert set(tree(tmp_path / "out")) == {RUN}
 
 
 def test_pairs_in_gzip_are_those_of_the_plain_file(config, tmp_path):
@@ -175,7 +176,7 @@ def test_pairs_that_change_while_they_are_read_are_noticed(config, tmp_path, mon
     monkeypatch.setattr(contrastive.data, "choose_pairs", changed)
     with pytest.raises(ValueError, match="changed while they were read"):
         main(config)
-    assert tree(tmp_path / "out") == {}
+    assert set(tree(tmp_path / "out")) == {RUN}
 
 
 @pytest.mark.parametrize("change", ["size", "content", "name", "more"])
@@ -202,7 +203,7 @@ def test_a_time_that_changed_is_the_same_run(config, tmp_path, monkeypatch):
 def test_other_options_are_refused_after_a_checkpoint(config, tmp_path, change):
     main(config)
     before = tree(tmp_path / "out")
-    with pytest.raises(ValueError, match=rf"checkpoint\.pt belongs to another run: {next(iter(change))} is"):
+    with pytest.raises(ValueError, match=rf"run\.json belongs to another run: {next(iter(change))} is"):
         main(replace(config, **change))
     assert tree(tmp_path / "out") == before
 
@@ -256,7 +257,7 @@ def test_a_field_that_other_trainers_learn_from_is_refused(config, tmp_path, nam
     (tmp_path / "pairs" / "a.jsonl").write_text(lines(3) + row + "\n")
     with pytest.raises(ValueError, match=rf'a\.jsonl:4: "{name}" would be ignored.*remove the field'):
         main(config)
-    assert tree(tmp_path / "out") == {}
+    assert set(tree(tmp_path / "out")) == {RUN}
 
 
 def test_a_field_that_only_describes_a_pair_is_not_read(config, tmp_path):
@@ -330,3 +331,10 @@ def test_fewer_steps_than_a_checkpoint_has_are_refused(config):
     main(config)
     with pytest.raises(ValueError, match="has a checkpoint of step 2: ask for as many steps or more"):
         main(replace(config, steps=1))
+
+
+def test_a_run_that_was_refused_may_be_begun_again_with_other_settings(config, tmp_path):
+    with pytest.raises(ValueError, match="max_length 0 is below"):
+        main(replace(config, train_query_length=1))
+    main(config)
+    assert json.loads((tmp_path / "out" / RUN).read_text())["train_query_length"] == config.train_query_length

@@ -280,3 +280,33 @@ def test_the_command_line_is_the_config():
     wanted = Config(task="RTE", train="t", dev="d", model="m", output="o", epochs=2, grid=True, autocast=False,
                     labels=("a", "b"))  # fmt: skip
     assert parse(Config, None, words) == wanted
+
+
+def test_tags_that_only_the_dev_file_has_may_be_named(config, tmp_path):
+    settings = config("words", labels=("O", "B-person", "B-place", "B-animal"), epochs=1)
+    with (tmp_path / "dev.jsonl").open("a") as file:
+        file.write("Ada\tB-animal\n\n")
+    main(settings)
+    assert TokenClassifier.from_pretrained(tmp_path / "out" / "model").labels == settings.labels
+
+
+def test_a_grid_has_its_output_in_the_home_folder_that_it_was_given(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "train", lambda point, group: {"score": point.learning_rate})
+    main(config("RTE", grid=True, output="~/found", epochs=None, learning_rate=None))
+    assert json.loads((tmp_path / "found" / "scores.json").read_text())["score"] == 8e-5
+    assert not (tmp_path / "~").exists()
+
+
+def test_texts_may_be_a_folder_of_files_and_changes_in_it_are_noticed(config, tmp_path):
+    settings = config("texts", epochs=1)
+    folder = tmp_path / "train"
+    folder.mkdir()
+    content = (tmp_path / "train.jsonl").read_text()
+    (folder / "a.jsonl").write_text(content[: content.index("\n", 900) + 1])
+    (folder / "b.jsonl").write_text(content[content.index("\n", 900) + 1 :])
+    assert main(replace(settings, train=str(folder), output=str(tmp_path / "two"))) == main(settings)
+    (folder / "b.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="hash of train and model is"):
+        main(replace(settings, train=str(folder), output=str(tmp_path / "two")))

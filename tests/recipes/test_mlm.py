@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from modernbert.recipes import mlm
 from modernbert.recipes.mlm import Config, main, stages
 from modernbert.tokenizer import Tokenizer
 from modernbert.train.claim import RUN
+from modernbert.train.distributed import Ranks
 from modernbert.train.options import parse
 from modernbert.train.stages import STAGES
 from modernbert.train.vocabulary import train_cased_tokenizer
@@ -272,3 +274,17 @@ def test_an_empty_text_or_a_missing_field_is_named_by_file_and_line(config, tmp_
 def test_the_command_line_is_the_config():
     got = parse(Config, None, ["--texts", "t", "--output", "o", "--tokens", "7", "--compile"])
     assert got == Config(texts="t", output="o", tokens=7, compile=True)
+
+
+@pytest.mark.parametrize("name", ["texts", "validation"])
+def test_files_that_are_missing_are_found_missing_before_any_work(config, tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        main(replace(config, **{name: str(tmp_path / "nowhere")}))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN]
+
+
+def test_a_step_that_no_number_of_batches_makes_is_refused_before_any_work(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(mlm, "ranks", lambda device: nullcontext(Ranks(0, 3)))
+    with pytest.raises(ValueError, match=r"a step of .* sequences cannot be cut into 3 ranks: choose"):
+        main(config)
+    assert not (tmp_path / "out").exists()

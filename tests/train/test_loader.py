@@ -55,6 +55,14 @@ def test_two_ranks_have_the_batches_of_one_that_accumulates(pieces, tokenizer):
     assert [batch for step in zip(*ranks, strict=True) for batch in step] == one
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_resumes_with_its_own_batches_and_masks(pieces, tokenizer, rank):
+    loader = batches(pieces, tokenizer, rank, 2)
+    whole = take(loader, 12)
+    for first in (1, 4, 9):
+        assert take(loader, 3, first) == whole[first : first + 3]
+
+
 def test_batches_of_whole_pieces_are_not_packed(pieces, tokenizer):
     """As Ettin was trained."""
     loader = MaskedBatches(pieces, Sampler(pieces.lengths, max_rows=8), Masking.as_trained(0.3, tokenizer))
@@ -71,6 +79,14 @@ def test_masks_differ_between_batches_epochs_and_seeds(pieces, tokenizer):
     for a, b in ((0, 1), (0, 2)):
         # Two independent draws of 30 % share 9 %.
         assert (hidden[a] & hidden[b]).mean() == pytest.approx(0.09, abs=0.02)
+
+
+def test_masks_are_not_drawn_from_the_numbers_that_shuffle(pieces, tokenizer):
+    """A sampler draws from the seed and the number of an epoch; a mask from these alone would be made of its order."""
+    loader, rows = batches(pieces, tokenizer, seed=5), np.arange(20)
+    for number in (0, 3):
+        shuffled = loader.masking(pieces.packed(rows), (5, number))
+        assert not torch.equal(loader.make((number, rows)).rows_Q, shuffled.rows_Q)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -5,6 +5,7 @@ import torch
 
 from modernbert import Ragged
 from modernbert.train.losses import cosent, info_nce, kl_distill, margin_mse, min_max, n_way_scores
+from modernbert.train.vector_losses import embedding_l2
 
 
 def test_info_nce_is_minus_log_softmax_of_the_positive():
@@ -189,3 +190,24 @@ def test_other_wrong_arguments_are_named():
     for queries in (vectors[:2], vectors[:0]):
         with pytest.raises(ValueError, match="same number of documents for each query, got 7 documents"):
             n_way_scores(queries, vectors)
+
+
+def test_the_loss_of_an_empty_batch_is_0_with_a_graph():
+    """A rank whose last batch has no pair takes part in the step, and a NaN would stop the run."""
+    leaves = []
+
+    def empty(*shape):
+        leaves.append(torch.zeros(shape, requires_grad=True))
+        return leaves[-1]
+
+    losses = [
+        info_nce(empty(0, 0)),
+        info_nce(empty(0, 0), both_directions=True, negatives_BN=empty(0, 3)),
+        kl_distill(empty(0, 3), torch.zeros(0, 3)),
+        margin_mse(empty(0, 3), torch.zeros(0, 3)),
+        cosent(empty(0), torch.zeros(0)),
+        embedding_l2(empty(0, 4), torch.zeros(0, 4)),
+    ]
+    torch.stack(losses).sum().backward()
+    assert [loss.item() for loss in losses] == [0] * len(losses)
+    assert all(leaf.grad is not None for leaf in leaves)

@@ -112,3 +112,10 @@ def test_a_rank_that_does_not_exist_is_refused(options, sentence):
         next(Sampler(LENGTHS, max_rows=2, **options)())
     with pytest.raises(ValueError, match="first is -1"):
         next(Sampler(LENGTHS, max_rows=2)(-1))
+
+
+@pytest.mark.parametrize(("length", "rows"), [(4, 2), (8, 1), (2, 4)])
+def test_a_batch_is_filled_to_its_last_token(length, rows):
+    for world_size in (1, 2):
+        sampler = Sampler(np.full(16, length), max_tokens=8, world_size=world_size)
+        assert [len(batch) for batch in sampler.plan(1)] == [rows * world_size] * (16 // rows // world_size)

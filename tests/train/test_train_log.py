@@ -44,6 +44,15 @@ def test_the_log_of_a_killed_run_has_each_step_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_the_rows_of_the_checkpoint_itself_stay(tmp_path):
+    """They were written before it, and no step of them is taken again."""
+    file = tmp_path / "log.jsonl"
+    lines = [f'{{"step": {step}, "loss": 1.0}}\n' for step in (19, 20, 20, 21)]
+    file.write_text("".join(lines))
+    keep_until(file, 20)
+    assert file.read_text() == "".join(lines[:3])
+
+
 def test_what_is_not_a_number_is_null_in_json(tmp_path):
     log = Log(tmp_path / "log.jsonl", 0, 2, ALONE)
     log.write_validation(1, {"loss": float("nan")}, is_best=False)

@@ -35,7 +35,7 @@ class TinyRun:
         torch.manual_seed(3)
         self.output = output
         self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.calls = 0
 
     @staticmethod
