@@ -43,6 +43,7 @@ from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, 
 from modernbert.train.prepare import prepare as share
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
+from modernbert.train.teacher_folder import files as teacher_files
 from modernbert.train.validation import Validation
 from modernbert.train.vocabulary import train_tokenizer
 
@@ -199,7 +200,7 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
         raise ValueError(f"{config.pairs} has one pair; the negatives of a query are the positives of other pairs")
     texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
-    if config.teacher and config.teacher_model and not Path(config.teacher, "keys.npy").exists():
+    if config.teacher and config.teacher_model:
         chosen = data.first_per_source(pairs, config.teacher_pairs)
         texts = token_texts(tokenizer) + [text for pair in chosen for text in (pair.query, pair.positive)]
         write_teacher(texts, config.teacher_model, config.teacher)
@@ -224,7 +225,7 @@ def read_chosen(negatives: int, folder: str, *, exclude_sources: tuple[str, ...]
 def inputs(config: Config) -> dict[str, object]:
     """What the token ids depend on, and the teacher. Folders may move; a hash knows the files in them."""
     names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
-    teacher = [Path(config.teacher, name) for name in ("keys.npy", "vectors.npy")] if config.teacher else []
+    teacher = teacher_files(config.teacher) if config.teacher else []
     found: dict[str, object] = {name: getattr(config, name) for name in names}
     found["hash of pairs and teacher"] = data.digest([*data.pair_files(config.pairs), *teacher])
     if config.hard_negatives:
