@@ -218,8 +218,7 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
 def read_chosen(negatives: int, folder: str, *, exclude_sources: tuple[str, ...], skip_empty: bool) -> Iterator[Pair]:
     """The pairs of a folder, each with at most so many of its negatives."""
     read = read_triples if negatives else read_pairs
-    pairs = read(folder, exclude_sources=exclude_sources, skip_empty=skip_empty)
-    return (pair._replace(negatives=pair.negatives[:negatives]) for pair in pairs)
+    return data.at_most(read(folder, exclude_sources=exclude_sources, skip_empty=skip_empty), negatives)
 
 
 def inputs(config: Config) -> dict[str, object]:

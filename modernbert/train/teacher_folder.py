@@ -70,7 +70,10 @@ class Teacher:
 
     def index(self, texts: Iterable[Asked]) -> np.ndarray:
         """The row of each text or pair, int64 [N]; -1 where the teacher has not seen it."""
-        keys = np.fromiter(map(text_key, texts), np.uint64)
+        return self.find(np.fromiter(map(text_key, texts), np.uint64))
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """As `index`, of the `text_key` of each: uint64 [N]."""
         places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[places] == keys, self._rows[places], -1)
 
@@ -123,7 +126,7 @@ def fill(
         FileExistsError: the folder holds files, and is not that of a teacher.
     """
     folder = output_folder(folder)
-    if folder.exists() and _identity(folder) is None and (others := _others(folder)):
+    if folder.exists() and identity_of(folder) is None and (others := _others(folder)):
         raise FileExistsError(f"{folder} holds {', '.join(others[:3])} of another program; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):
@@ -168,7 +171,7 @@ def _others(folder: Path) -> list[str]:
     return [name for name in sorted(os.listdir(folder)) if name != LOCK and not HALF.fullmatch(name)]
 
 
-def _identity(folder: Path) -> Mapping[str, object] | None:
+def identity_of(folder: str | os.PathLike[str]) -> Mapping[str, object] | None:
     """The teacher of a folder; None if its file does not name one."""
     try:
         found = read_json(folder, ABOUT).get("teacher")
@@ -179,7 +182,7 @@ def _identity(folder: Path) -> Mapping[str, object] | None:
 
 def _check_identity(folder: Path, identity: Mapping[str, object]) -> None:
     """Compare the teacher with that of the folder, which a new one gets."""
-    there = _identity(folder)
+    there = identity_of(folder)
     if there is None:
         with replacing(folder / ABOUT) as beside:
             beside.write_text(json.dumps({"teacher": identity}), encoding="utf-8")
