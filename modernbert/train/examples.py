@@ -266,10 +266,11 @@ def _number(name: str, value: object) -> float:
 
 def _texts_of(fields: Mapping[str, object], name: str) -> list[str]:
     """A text or a list of texts, empty ones among them."""
-    values = fields[name] if isinstance(fields[name], list) else [fields[name]]
-    if wrong := [value for value in values if not isinstance(value, str)]:
+    value = fields[name]
+    texts: list[object] = value if isinstance(value, list) else [value]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
         raise ValueError(f'"{name}" must be a string, or a list of them, got {wrong[0]!r:.60}')
-    return values
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _texts(fields: Mapping[str, object], name: str) -> list[str]:

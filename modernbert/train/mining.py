@@ -109,13 +109,11 @@ class Positives:
     """
 
     def __init__(self, pairs: Iterable[Pair], passages: PassageFile) -> None:
-        keys_N3 = as_array(key for pair in pairs for key in _keys(pair)).reshape(-1, 3)
-        self.passages = passages.find_keys(keys_N3[:, 0])
-        self._queries, self._groups = keys_N3[:, 1], keys_N3[:, 2]
-        self._by_query, self._by_group = (
-            np.argsort(self._queries, kind="stable"),
-            np.argsort(self._groups, kind="stable"),
-        )
+        keys_3N = as_array(key for pair in pairs for key in _keys(pair)).reshape(-1, 3).T.copy()
+        positives, self._queries, self._groups = keys_3N
+        self.passages = passages.find_keys(positives)
+        self._by_query = np.argsort(self._queries, kind="stable")
+        self._by_group = np.argsort(self._groups, kind="stable")
 
     def of_query(self, row: int) -> set[int]:
         """The positives of all pairs that have the query of this one, and of all pairs in the groups of these."""
