@@ -138,5 +138,5 @@ def _bm25s() -> Any:
         import bm25s
         import bm25s.tokenization
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("mining by BM25 needs bm25s: pip install 'modernbert[mining]'") from error
+        raise ModuleNotFoundError("mining by BM25 needs bm25s: pip install 'modernbert[train]'") from error
     return bm25s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -12,13 +13,21 @@ from torch import nn
 
 from ..checkpoint import locate
 from ..encoder import Encoder
+from ..heads.classifier import SequenceClassifier
 from ..heads.colbert import ColBERT
 from ..heads.colbert_files import ColBERTConfig
 from ..heads.dense import Dense
 from ..heads.embedder import Embedder
 from ..heads.embedder_files import EmbedderConfig
 from ..heads.folders import class_of
+from ..heads.masked_lm import MaskedLM
+from ..heads.token_classifier import TokenClassifier
+from ..pretrained import Pretrained
 from ..tokenizer import CONFIG, Tokenizer
+
+KINDS: Mapping[str, type[Pretrained]] = MappingProxyType(
+    {kind.__name__: kind for kind in (MaskedLM, SequenceClassifier, TokenClassifier, Embedder, ColBERT)}
+)
 
 
 class Middle(NamedTuple):
@@ -35,6 +44,14 @@ HEADS: Mapping[str, tuple[Middle, ...]] = MappingProxyType(
 matrix beside this layer, as mxbai-edge has it (arXiv 2510.12327 compares more)."""
 
 
+def start_encoder(name: str) -> Encoder:
+    """The encoder of a folder or hub id, without the head that may be there."""
+    kind = KINDS.get(class_of(locate(name)) or "", Encoder)  # by its class, so that no tensor is left over
+    encoder = kind.from_pretrained(name).base_model
+    assert isinstance(encoder, Encoder)
+    return encoder
+
+
 def start_embedder(name: str, *, max_length: int) -> Embedder:
     """The `Embedder` of a folder or hub id; or a new one, the mean over tokens, on the encoder that is there.
 
@@ -43,10 +60,9 @@ def start_embedder(name: str, *, max_length: int) -> Embedder:
     """
     if class_of(locate(name)) == "Embedder":
         model = Embedder.from_pretrained(name)
-        model.config.max_length = max_length
+        model.config = replace(model.config, max_length=max_length)
         return model
-    encoder, tokenizer = Encoder.from_pretrained(name), Tokenizer.from_pretrained(name)
-    return Embedder(encoder, tokenizer, config=EmbedderConfig(max_length=max_length))
+    return Embedder(start_encoder(name), Tokenizer.from_pretrained(name), config=EmbedderConfig(max_length=max_length))
 
 
 def start_colbert(name: str, *, head: str, dim: int, config: ColBERTConfig, lower_case: bool) -> ColBERT:
@@ -62,7 +78,7 @@ def start_colbert(name: str, *, head: str, dim: int, config: ColBERTConfig, lowe
     if head not in HEADS:
         raise ValueError(f"the head is {head!r:.80}, but must be one of {', '.join(HEADS)}")
     tokenizer = with_case(Tokenizer.from_pretrained(name), lower=lower_case)
-    model = ColBERT.from_encoder(Encoder.from_pretrained(name), tokenizer, dim=dim, config=config)
+    model = ColBERT.from_encoder(start_encoder(name), tokenizer, dim=dim, config=config)
     if not HEADS[head]:
         return model
     width, layers = model.encoder.config.hidden_size, []
