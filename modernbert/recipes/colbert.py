@@ -22,7 +22,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from modernbert.checkpoint import locate
 from modernbert.config import FLAG, POSITIVE, SIZE
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
 from modernbert.late_interaction import Ragged
@@ -40,7 +39,7 @@ from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, 
 from modernbert.train.prepare import prepare
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
-from modernbert.train.start import start_colbert
+from modernbert.train.start import KEEP, hash_of, start_colbert
 from modernbert.train.teacher import Teacher, write_scores
 from modernbert.train.teacher_folder import identity_of
 from modernbert.train.validation import Validation
@@ -62,7 +61,7 @@ class Config:
 
     preset: Literal["17m", "32m"] = option("row of the published width", "17m")
     dim: int | None = option("width of the vector of a token; left out: as published", None, kind=SIZE)
-    head: str = option("linear, wide or residual: see HEADS in train/start.py", "residual")
+    head: str = option("linear, wide or residual: see HEADS in train/start.py; or keep, of a ColBERT", "residual")
     lower_case: bool = option("lower-case all texts", True, kind=FLAG)
     query_length: int = option("longest query, in tokens", 48, kind=SIZE)
     document_length: int = option("longest document of the finished model, in tokens", 512, kind=SIZE, free=True)
@@ -146,9 +145,9 @@ def scored(config: Config) -> Iterator[Pair]:
 
 def inputs(config: Config) -> dict[str, object]:
     """What the run starts from. Folders may move, and that of the teacher may grow."""
-    model = (path for path in sorted(locate(config.model).rglob("*")) if path.is_file())
-    hashed = data.digest([*data.pair_files(config.rows), *model])
-    return {"hash of the inputs": hashed, "taught by": identity_of(config.teacher) if config.teacher else None}
+    teacher = identity_of(config.teacher) if config.teacher else None
+    rows = data.digest(data.pair_files(config.rows))
+    return {"hash of the inputs": rows, "hash of the model": hash_of(config.model), "teacher": teacher}
 
 
 def build(config: Config) -> ColBERT:
@@ -159,7 +158,7 @@ def build(config: Config) -> ColBERT:
         do_query_expansion=config.query_expansion,
         attend_to_expansion_tokens=config.attend_to_expansion,
     )
-    dim = config.dim or DIMS[config.preset]
+    dim = config.dim or (None if config.head == KEEP else DIMS[config.preset])
     return start_colbert(config.model, head=config.head, dim=dim, config=lengths, lower_case=config.lower_case)
 
 

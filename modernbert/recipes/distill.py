@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modernbert.checkpoint import locate
 from modernbert.config import FLAG, POSITIVE, SIZE
 from modernbert.heads.embedder import Embedder
 from modernbert.train.beir import beir
@@ -39,7 +38,7 @@ from modernbert.train.ragged import RaggedIds, tokenize_texts
 from modernbert.train.reading import files
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
-from modernbert.train.start import start_embedder
+from modernbert.train.start import hash_of, start_embedder
 from modernbert.train.teacher import Teacher, text_key, write_teacher
 from modernbert.train.teacher_folder import identity_of
 from modernbert.train.validation import Validation
@@ -122,9 +121,9 @@ def ask(config: Config) -> None:
 
 def inputs(config: Config) -> dict[str, object]:
     """What the run starts from. Folders may move, and that of the teacher may grow."""
-    model = (path for path in sorted(locate(config.model).rglob("*")) if path.is_file())
-    hashed = digest([*(file for source in config.texts for file in files(source)), *model])
-    return {"hash of the inputs": hashed, "taught by": identity_of(config.teacher)}
+    texts = digest(file for source in config.texts for file in files(source))
+    teacher = identity_of(config.teacher)
+    return {"hash of the inputs": texts, "hash of the model": hash_of(config.model), "teacher": teacher}
 
 
 def read(config: Config, embedder: Embedder) -> Lessons:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modernbert.checkpoint import locate
 from modernbert.config import FLAG, POSITIVE, SIZE
 from modernbert.heads.embedder import Embedder
 from modernbert.packing import Packed, pack
@@ -39,7 +38,7 @@ from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, 
 from modernbert.train.prepare import prepare
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import cosine, warmup_stable_decay
-from modernbert.train.start import start_embedder
+from modernbert.train.start import hash_of, start_embedder
 from modernbert.train.validation import Validation
 from modernbert.train.vector_losses import angle_similarity
 
@@ -123,9 +122,9 @@ def point_of(config: Config) -> Published:
 
 def inputs(config: Config) -> dict[str, object]:
     """A hash of what the run starts from. Folders may move."""
-    model = (path for path in sorted(locate(config.model).rglob("*")) if path.is_file())
     corpora = map(data.corpus_file, config.decontaminate_against)
-    return {"hash of the inputs": data.digest([*data.pair_files(config.pairs), *corpora, *model])}
+    pairs = data.digest([*data.pair_files(config.pairs), *corpora])
+    return {"hash of the inputs": pairs, "hash of the model": hash_of(config.model)}
 
 
 def read(config: Config, point: Published, model: Embedder, output: Path) -> data.TokenizedPairs:

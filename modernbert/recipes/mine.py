@@ -30,6 +30,7 @@ from modernbert.train.mining_vectors import Vectors
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
 from modernbert.train.passages import PassageFile
 from modernbert.train.reading import digest, files
+from modernbert.train.start import hash_of
 
 WORDS, ANY = "bm25", "random"
 
@@ -38,7 +39,9 @@ WORDS, ANY = "bm25", "random"
 class Config:
     pairs: str = option("file or folder of rows with query and positive, see train/examples.py", free=True)
     output: str = option("folder of the run and its result", free=True)
-    sources: tuple[str, ...] = option(f"{WORDS}, {ANY}, and folders or hub ids of an Embedder or a ColBERT", (WORDS,))
+    sources: tuple[str, ...] = option(
+        f"{WORDS}, {ANY}, and folders or hub ids of an Embedder or a ColBERT", (WORDS,), free=True
+    )
     mix: tuple[float, ...] = option("share of the negatives that each source gives; left out: equal shares", ())
     passages: str = option('file or folder of further passages, rows with a "text"', "", free=True)
     exclude_sources: tuple[str, ...] = option("sources of pairs that are left out", ())
@@ -61,7 +64,7 @@ def main(config: Config) -> int:
     if not config.sources or len(mix) != len(config.sources):
         raise ValueError(f"--mix has {len(mix)} shares for {len(config.sources)} sources: give one for each")
     torch.set_num_threads(config.threads)
-    output = claim_folder(config.output, "mine", fixed(config) | {"hash of the inputs": inputs(config)})
+    output = claim_folder(config.output, "mine", fixed(config) | inputs(config))
     pairs = choose_pairs(config.pairs, exclude_sources=config.exclude_sources, decontaminate_against=())
     count = mine(
         pairs,
@@ -103,13 +106,11 @@ def vectors(config: Config, passages: PassageFile, folder: Path, name: str) -> V
     return Vectors(model, passages, folder, candidates=config.candidates if is_colbert else 0)
 
 
-def inputs(config: Config) -> str:
-    """A hash of the pairs, the passages and the models. Folders may move."""
+def inputs(config: Config) -> dict[str, object]:
+    """What is mined from and with. Folders may move."""
     found = files(config.pairs) + (files(config.passages) if config.passages else [])
-    for name in config.sources:
-        if name not in (WORDS, ANY):
-            found += sorted(path for path in locate(name).rglob("*") if path.is_file())
-    return digest(found)
+    rankers = [name if name in (WORDS, ANY) else hash_of(name) for name in config.sources]
+    return {"hash of the inputs": digest(found), "sources": rankers}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ QUERIES, TOKENS = 256, 1 << 17
 class Encoder(Protocol):
     """A `ColBERT` or an `Embedder`."""
 
+    @property
+    def device(self) -> torch.device: ...
     def encode_queries(self, texts: Iterable[str], *, progress: bool | None = None) -> Ragged | Tensor: ...
     def encode_documents(self, texts: Iterable[str], *, progress: bool | None = None) -> Ragged | Tensor: ...
 
@@ -67,16 +69,17 @@ class Vectors:
     @torch.no_grad()
     def _search(self, queries: Sequence[str], positive_B: Tensor, depth: int) -> Candidates:
         asked = _ragged(self._encoder.encode_queries(queries, progress=False))
+        asked = asked if self._candidates else asked.to(self._encoder.device)
         likely = self._likely(asked, depth) if self._candidates else self._best(asked, depth)
         # A query is scored with its own positive only.
         different, place_B = positive_B.unique(return_inverse=True)
         answers = select(self._shards, different)
-        matrices = Ragged(answers.values.float(), answers.offsets)
+        matrices = Ragged(answers.values.float(), answers.offsets).to(asked.values.device)
         own = maxsim(asked, Ragged.from_list([matrices[place] for place in place_B.tolist()]), paired=True)
         numbers_BK, scores_BK = (
             F.pad(x, (0, depth - x.shape[1]), value=v) for x, v in zip(likely, (-1, -torch.inf), strict=True)
         )
-        return Candidates(numbers_BK.numpy(), scores_BK.numpy(), own.numpy())
+        return Candidates(numbers_BK.numpy(), scores_BK.numpy(), own.cpu().numpy())
 
     def _best(self, asked: Ragged, depth: int) -> tuple[Tensor, Tensor]:
         """The numbers and scores of the best of all passages."""
@@ -85,10 +88,10 @@ class Vectors:
         starts = accumulate((len(shard) for shard in self._shards), initial=0)
         for start, shard in zip(starts, self._shards, strict=False):
             for first, last in token_blocks(shard.offsets, TOKENS):
-                block = shard[first:last]
+                block = shard[first:last].to(asked.values.device)
                 scores = _scores(asked, Ragged(block.values.float(), block.offsets))
-                best = scores.topk(min(depth, scores.shape[1]), dim=1)
-                both = torch.cat([scores_BK, best.values], 1), torch.cat([numbers_BK, best.indices + start + first], 1)
+                best, index = (x.cpu() for x in scores.topk(min(depth, scores.shape[1]), dim=1))
+                both = torch.cat([scores_BK, best], 1), torch.cat([numbers_BK, index + start + first], 1)
                 scores_BK, order = both[0].sort(dim=1, descending=True, stable=True)
                 scores_BK, numbers_BK = scores_BK[:, :depth], both[1].gather(1, order[:, :depth])
         return numbers_BK, scores_BK

@@ -24,6 +24,9 @@ from ..heads.masked_lm import MaskedLM
 from ..heads.token_classifier import TokenClassifier
 from ..pretrained import Pretrained
 from ..tokenizer import CONFIG, Tokenizer
+from .reading import digest
+
+KEEP = "keep"
 
 KINDS: Mapping[str, type[Pretrained]] = MappingProxyType(
     {kind.__name__: kind for kind in (MaskedLM, SequenceClassifier, TokenClassifier, Embedder, ColBERT)}
@@ -42,6 +45,11 @@ HEADS: Mapping[str, tuple[Middle, ...]] = MappingProxyType(
 )
 """Heads of a ColBERT, without biases and activations: one projection; a wide layer in front of it; and with a residual
 matrix beside this layer, as mxbai-edge has it (arXiv 2510.12327 compares more)."""
+
+
+def hash_of(name: str) -> str:
+    """A hash of all files of a folder or hub id, from which a resumed run must have started too."""
+    return digest(path for path in sorted(locate(name).rglob("*")) if path.is_file())
 
 
 def start_encoder(name: str) -> Encoder:
@@ -65,30 +73,47 @@ def start_embedder(name: str, *, max_length: int) -> Embedder:
     return Embedder(start_encoder(name), Tokenizer.from_pretrained(name), config=EmbedderConfig(max_length=max_length))
 
 
-def start_colbert(name: str, *, head: str, dim: int, config: ColBERTConfig, lower_case: bool) -> ColBERT:
-    """A `ColBERT` with a new head on the encoder of a folder or hub id. Its weights are drawn from PyTorch's generator.
+def start_colbert(
+    name: str, *, head: str, dim: int | None, config: ColBERTConfig, lower_case: bool | None = None
+) -> ColBERT:
+    """A `ColBERT` on the encoder of a folder or hub id. A new head is drawn from PyTorch's generator.
 
     Args:
-        head: a name in `HEADS`. dim: width of the vectors.
-        lower_case: whether the tokenizer lower-cases texts, whatever that of the checkpoint does.
+        head: a name in `HEADS`; or `KEEP`, for the head, prefixes and skiplist of a checkpoint that is a ColBERT.
+        dim: width of the vectors; None: that of the head that is kept.
+        config: with `KEEP` only its lengths and its expansion are used.
+        lower_case: whether the tokenizer lower-cases texts; None: as that of the checkpoint.
 
     Raises:
-        ValueError: a head that has no such name; what `ColBERT` refuses.
+        ValueError: a head that has no such name, or of another width than `dim`; what `ColBERT` refuses.
     """
-    if head not in HEADS:
-        raise ValueError(f"the head is {head!r:.80}, but must be one of {', '.join(HEADS)}")
-    tokenizer = with_case(Tokenizer.from_pretrained(name), lower=lower_case)
+    tokenizer = Tokenizer.from_pretrained(name)
+    if lower_case is not None:
+        tokenizer = with_case(tokenizer, lower=lower_case)
+    if head == KEEP:
+        return _kept(ColBERT.from_pretrained(name), tokenizer, dim, config)
+    if head not in HEADS or dim is None:
+        raise ValueError(f"the head is {head!r:.80}, but must be {KEEP}, or one of {', '.join(HEADS)} with a width")
     model = ColBERT.from_encoder(start_encoder(name), tokenizer, dim=dim, config=config)
     if not HEADS[head]:
         return model
-    width, layers = model.encoder.config.hidden_size, []
+    hidden = width = model.encoder.config.hidden_size
+    layers = []
     for middle in HEADS[head]:
-        layers.append(Dense(width, middle.width * model.encoder.config.hidden_size, residual=middle.residual))
-        width = layers[-1].linear.out_features
+        layers.append(Dense(width, middle.width * hidden, residual=middle.residual))
+        width = middle.width * hidden
     layers.append(Dense(width, dim))
     for parameter in nn.ModuleList(layers).parameters():
         nn.init.trunc_normal_(parameter, std=parameter.shape[1] ** -0.5)  # as `from_encoder` does
     return ColBERT(model.encoder, model.tokenizer, layers, config)
+
+
+def _kept(model: ColBERT, tokenizer: Tokenizer, dim: int | None, config: ColBERTConfig) -> ColBERT:
+    if dim not in (None, model.dim):
+        raise ValueError(f"the head that is kept gives {model.dim} numbers, not {dim}: leave out the width")
+    kept = ("query_length", "document_length", "do_query_expansion", "attend_to_expansion_tokens")
+    settings = replace(model.config, **{name: getattr(config, name) for name in kept})
+    return ColBERT(model.encoder, tokenizer, [*model.dense], settings)
 
 
 def with_case(tokenizer: Tokenizer, *, lower: bool) -> Tokenizer:

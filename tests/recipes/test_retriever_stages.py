@@ -11,7 +11,7 @@ from small_models import save_colbert, save_embedder, save_masked_lm, toy_pairs,
 
 from modernbert.heads.colbert import ColBERT
 from modernbert.heads.embedder import Embedder
-from modernbert.recipes import colbert, distill, embed, mine
+from modernbert.recipes import colbert, contrastive, distill, embed, mine
 from modernbert.train import teacher
 from modernbert.train.options import parse
 from modernbert.train.teacher_folder import fill
@@ -101,7 +101,7 @@ def test_other_settings_and_inputs_are_refused(made, tmp_path, stage):
     module.main(first)
     with pytest.raises(ValueError, match=r"belongs to another run: learning_rate is 0\.003, now 0\.1"):
         module.main(replace(first, learning_rate=0.1))
-    with pytest.raises(ValueError, match="belongs to another run: hash of the inputs"):
+    with pytest.raises(ValueError, match="belongs to another run: hash of the model"):
         module.main(replace(first, model=str(made / "save_embedder")))
 
 
@@ -113,6 +113,35 @@ def test_a_stage_starts_from_any_checkpoint(made, tmp_path, stage, kind):
     for (name, wanted), got in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         torch.testing.assert_close(got, wanted, msg=name)
     assert isinstance(model, ColBERT if stage == "colbert" else Embedder)
+
+
+def test_a_head_is_kept(made, tmp_path):
+    settings = config(made, tmp_path, "colbert", steps=0, model=str(made / "save_colbert"), head="keep", dim=None)
+    model, first = colbert.build(settings), ColBERT.from_pretrained(made / "save_colbert")
+    assert torch.equal(model.dense[0].linear.weight, first.dense[0].linear.weight)
+    assert (model.dim, model.config.query_length, model.tokenizer.do_lower_case) == (16, 48, True)
+    with pytest.raises(ValueError, match="gives 16 numbers, not 8"):
+        colbert.build(replace(settings, dim=8))
+    with pytest.raises(ValueError, match="holds a MaskedLM, not a ColBERT"):
+        colbert.build(replace(settings, model=str(made / "save_masked_lm")))
+    with pytest.raises(ValueError, match="the head is 'deep', but must be keep, or one of linear, wide, residual"):
+        colbert.build(replace(settings, head="deep"))
+
+
+@pytest.mark.parametrize("kind", ["save_masked_lm", "save_colbert", "save_embedder"])
+def test_the_recipe_contrastive_starts_from_any_checkpoint(made, tmp_path, kind):
+    """Twice the same command; with a ColBERT its head is trained on."""
+    settings = contrastive.Config(
+        pairs=str(made / "pairs"), output=str(tmp_path), start=str(made / kind), dim=16, steps=2, threads=1
+    )
+    model = contrastive.main(settings)
+    again = contrastive.main(settings)
+    for (name, wanted), got in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(wanted, got), name
+    assert ColBERT.from_pretrained(tmp_path / "model").tokenizer.vocab_size == model.encoder.config.vocab_size
+    other = "save_colbert" if kind != "save_colbert" else "save_embedder"
+    with pytest.raises(ValueError, match="belongs to another run: hash of start"):
+        contrastive.main(replace(settings, start=str(made / other)))
 
 
 @pytest.mark.parametrize("head", ["linear", "wide", "residual"])
