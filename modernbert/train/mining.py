@@ -164,39 +164,52 @@ def mine(
     """
     passages = write_passages(lambda: chain((pair.positive for pair in pairs), more), folder)
     known = Positives(pairs, passages)
-    found = list(sources(passages))
-    quotas = quotas_of([share for _, share in found], negatives)
     output = folder / "rows"
     output.mkdir(exist_ok=True)
-    for number, part in enumerate(chunks(pairs, ROWS)):
-        file = output / f"{number:06d}.jsonl"
-        if file.exists():
-            continue
-        rows = np.arange(number * ROWS, number * ROWS + len(part))
-        queries = [pair.query for pair in part]
-        candidates = [source.search(rows, queries, known.passages[rows], depth) for source, _ in found]
-        same = passages.find(queries).tolist()
-        lists = [_lists(each, filter) for each in candidates]
-        with replacing(file) as beside, beside.open("w", encoding="utf-8") as lines:
-            for place, (row, pair) in enumerate(zip(rows.tolist(), part, strict=True)):
-                excluded = known.of_query(row) | {same[place]}
-                pools = [[each for each in of[place] if each not in excluded] for of in lists]
-                scoring = [
-                    pool
-                    for pool, each in zip(pools, candidates, strict=True)
-                    if not np.isnan(each.scores_BK[place]).all()
-                ]
-                chosen = choose(pools, quotas)
-                if len(chosen) == negatives and all(len(pool) >= filter.eligible for pool in scoring):
-                    lines.write(_row(pair, passages.select(chosen)))
-        print(f"mined {rows[-1] + 1:,} of {len(known.passages):,} pairs", flush=True)
-    count = sum(1 for file in sorted(output.glob("*.jsonl")) for _ in file.open("rb"))
+    files = {start: output / f"{number:06d}.jsonl" for number, start, _ in parts_of(len(known.passages), ROWS)}
+    if not all(file.exists() for file in files.values()):
+        rankers, shares = zip(*sources(passages), strict=True)
+        quotas = quotas_of(shares, negatives)
+        for (start, file), part in zip(files.items(), chunks(pairs, ROWS), strict=True):
+            if not file.exists():
+                pools = _pools(start, part, rankers, passages, known, depth, filter)
+                with replacing(file) as beside, beside.open("w", encoding="utf-8") as lines:
+                    for pair, of_pair in zip(part, pools, strict=True):
+                        if len(chosen := choose(of_pair, quotas)) == negatives:
+                            lines.write(_row(pair, passages.select(chosen)))
+                print(f"mined {start + len(part):,} of {len(known.passages):,} pairs", flush=True)
+    count = sum(1 for file in files.values() for _ in file.open("rb"))
     if not count:
         raise ValueError(
             f"none of {len(known.passages):,} pairs has {negatives} negatives: ask for fewer, add a source such as "
             "random, or loosen the filter"
         )
     return count
+
+
+def _pools(
+    start: int,
+    pairs: Sequence[Pair],
+    rankers: Sequence[Source],
+    passages: PassageFile,
+    known: Positives,
+    depth: int,
+    filter: Filter,
+) -> Iterator[list[list[int]]]:
+    """For each pair, from `start` on, what each ranker has to choose from; nothing if a scoring one has too little."""
+    rows = np.arange(start, start + len(pairs))
+    queries = [pair.query for pair in pairs]
+    found = [ranker.search(rows, queries, known.passages[rows], depth) for ranker in rankers]
+    passing = [filter.passes(each) for each in found]
+    for place, same in enumerate(passages.find(queries).tolist()):
+        excluded = known.of_query(start + place) | {same}
+        pools = [
+            [number for number in each.numbers_BK[place][passes_BK[place]].tolist() if number not in excluded]
+            for each, passes_BK in zip(found, passing, strict=True)
+        ]
+        scoring = [not np.isnan(each.scores_BK[place]).all() for each in found]
+        enough = all(len(pool) >= filter.eligible for pool, scores in zip(pools, scoring, strict=True) if scores)
+        yield pools if enough else [[] for _ in pools]
 
 
 def quotas_of(shares: Sequence[float], negatives: int) -> list[int]:
@@ -220,11 +233,6 @@ def choose(pools: Sequence[Sequence[int]], quotas: Sequence[int]) -> list[int]:
                 break
             chosen[passage] = None
     return list(chosen)
-
-
-def _lists(found: Candidates, filter: Filter) -> list[list[int]]:
-    passes_BK = filter.passes(found)
-    return [numbers[passes].tolist() for numbers, passes in zip(found.numbers_BK, passes_BK, strict=True)]
 
 
 def _row(pair: Pair, negatives: Sequence[str]) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .mining import Candidates, best_first, parts_of
 from .passages import PassageFile
 from .ragged import RaggedBuilder, RaggedIds
-
-if TYPE_CHECKING:
-    import bm25s
 
 BLOCK = 1 << 17
 """Passages of an index. Building one takes some hundred bytes for each different word of each passage."""
@@ -82,7 +79,7 @@ class BM25:
         np.savez(self._words(number), values=rows.values, offsets=rows.offsets)
         return _Statistics(counts_V, len(rows.values))
 
-    def _index(self, number: int, words: int, counts_V: np.ndarray, mean_length: float) -> bm25s.BM25:
+    def _index(self, number: int, words: int, counts_V: np.ndarray, mean_length: float) -> Any:
         with np.load(self._words(number)) as arrays:
             rows = RaggedIds(arrays["values"], arrays["offsets"])
         # These two make of the mean length of the block, to which bm25s compares a passage, that of all passages.
@@ -135,8 +132,8 @@ def _idf(counts_V: np.ndarray, passages: int) -> np.ndarray:
 
 def _bm25s() -> Any:
     try:
-        import bm25s
-        import bm25s.tokenization
+        import bm25s  # pyright: ignore[reportMissingImports]
+        import bm25s.tokenization  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("mining by BM25 needs bm25s: pip install 'modernbert[train]'") from error
     return bm25s

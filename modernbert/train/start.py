@@ -113,7 +113,8 @@ def _kept(model: ColBERT, tokenizer: Tokenizer, dim: int | None, config: ColBERT
         raise ValueError(f"the head that is kept gives {model.dim} numbers, not {dim}: leave out the width")
     kept = ("query_length", "document_length", "do_query_expansion", "attend_to_expansion_tokens")
     settings = replace(model.config, **{name: getattr(config, name) for name in kept})
-    return ColBERT(model.encoder, tokenizer, [*model.dense], settings)
+    layers = [layer for layer in model.dense if isinstance(layer, Dense)]
+    return ColBERT(model.encoder, tokenizer, layers, settings)
 
 
 def with_case(tokenizer: Tokenizer, *, lower: bool) -> Tokenizer:
