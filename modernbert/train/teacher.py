@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[str], *, max_length: int = 96) -> Teacher:
     """Add to a folder the vectors of texts by a sentence-transformers model, cut to `max_length` tokens.
 
-    The model computes under bfloat16 autocast. It is loaded only if a vector is missing.
+    The model computes under bfloat16 autocast, but in float32 on a CPU, where few are fast in bfloat16. It is loaded
+    only if a vector is missing.
 
     Raises:
         ValueError, FileExistsError: as `fill`. ModuleNotFoundError: sentence-transformers is not installed.
@@ -46,7 +47,8 @@ def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[st
         if not encoders:
             encoders.append(_sentence_transformer(model, max_length))
         (encoder,) = encoders
-        with torch.autocast(encoder.device.type, torch.bfloat16):
+        kind = encoder.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
             return encoder.encode(part, batch_size=128, convert_to_tensor=True)
 
     return fill(folder, texts, answer, _identity(model, max_length))
