@@ -1,4 +1,4 @@
-"""Train a small ColBERT from nothing: its tokenizer, then contrastive learning on query-passage pairs.
+"""Train a small ColBERT: its tokenizer, then contrastive learning on query-passage pairs, from nothing or `--start`.
 
     python -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER
     torchrun --nproc-per-node 8 -m modernbert.recipes.contrastive --pairs FOLDER --output FOLDER --device cuda
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modernbert.checkpoint import locate
 from modernbert.config import POSITIVE, SIZE, THETA, EncoderConfig, Kind
 from modernbert.encoder import Encoder
 from modernbert.files import replacing
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
+from modernbert.heads.folders import class_of
 from modernbert.late_interaction import Ragged, maxsim
 from modernbert.packing import Tokens
 from modernbert.tokenizer import Tokenizer
@@ -42,7 +44,9 @@ from modernbert.train.optim import adamw
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare as share
 from modernbert.train.schedules import warmup_stable_decay
+from modernbert.train.start import KEEP, hash_of, start_colbert
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
+from modernbert.train.teacher_folder import files as teacher_files
 from modernbert.train.validation import Validation
 from modernbert.train.vocabulary import train_tokenizer
 
@@ -62,6 +66,9 @@ class Config:
         "pairs of each source that it embeds, besides the tokens of the vocabulary", 0, kind=COUNT
     )
 
+    start: str = option(
+        "checkpoint to start from, with its tokenizer; '': from nothing, in the shape below", "", free=True
+    )
     vocab_size: int = option("tokens of the vocabulary", 8192, kind=SIZE)
     hidden_size: int = option("width of the encoder", 256, kind=SIZE)
     intermediate_size: int = option("width of its MLP", 256, kind=SIZE)
@@ -198,8 +205,12 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
     if len(pairs) < 2:
         raise ValueError(f"{config.pairs} has one pair; the negatives of a query are the positives of other pairs")
     texts = (text for pair in pairs for text in (pair.query, pair.positive[:1000]))
-    tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
-    if config.teacher and config.teacher_model and not Path(config.teacher, "keys.npy").exists():
+    tokenizer = (
+        Tokenizer.from_pretrained(config.start)
+        if config.start
+        else train_tokenizer(texts, vocab_size=config.vocab_size)
+    )
+    if config.teacher and config.teacher_model:
         chosen = data.first_per_source(pairs, config.teacher_pairs)
         texts = token_texts(tokenizer) + [text for pair in chosen for text in (pair.query, pair.positive)]
         write_teacher(texts, config.teacher_model, config.teacher)
@@ -217,16 +228,17 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
 def read_chosen(negatives: int, folder: str, *, exclude_sources: tuple[str, ...], skip_empty: bool) -> Iterator[Pair]:
     """The pairs of a folder, each with at most so many of its negatives."""
     read = read_triples if negatives else read_pairs
-    pairs = read(folder, exclude_sources=exclude_sources, skip_empty=skip_empty)
-    return (pair._replace(negatives=pair.negatives[:negatives]) for pair in pairs)
+    return data.at_most(read(folder, exclude_sources=exclude_sources, skip_empty=skip_empty), negatives)
 
 
 def inputs(config: Config) -> dict[str, object]:
     """What the token ids depend on, and the teacher. Folders may move; a hash knows the files in them."""
     names = ("exclude_sources", "decontaminate_against", "vocab_size", "train_query_length", "train_document_length")
-    teacher = [Path(config.teacher, name) for name in ("keys.npy", "vectors.npy")] if config.teacher else []
+    teacher = teacher_files(config.teacher) if config.teacher else []
     found: dict[str, object] = {name: getattr(config, name) for name in names}
     found["hash of pairs and teacher"] = data.digest([*data.pair_files(config.pairs), *teacher])
+    if config.start:
+        found["hash of start"] = hash_of(config.start)
     if config.hard_negatives:
         found["hard_negatives"] = config.hard_negatives
     if config.decontaminate_against:
@@ -235,8 +247,16 @@ def inputs(config: Config) -> dict[str, object]:
 
 
 def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColBERT:
-    """The untrained model, with the lengths of training; a teacher that knows the tokens gives their embeddings."""
+    """The model to train, with the lengths of training; a teacher that knows the tokens gives their embeddings to a new
+    one.
+    """
     torch.manual_seed(config.seed)
+    # Built with the lengths of the result, so that wrong ones are refused before the training and not after it.
+    lengths = ColBERTConfig(query_length=config.query_length, document_length=config.document_length)
+    if config.start:
+        is_colbert = class_of(locate(config.start)) == "ColBERT"
+        model = start_colbert(config.start, head=KEEP if is_colbert else "linear", dim=config.dim, config=lengths)
+        return for_training(config, model)
     encoder = Encoder(
         EncoderConfig(
             vocab_size=tokenizer.vocab_size,
@@ -255,13 +275,14 @@ def build(config: Config, tokenizer: Tokenizer, teacher: Teacher | None) -> ColB
     if teacher is not None:
         table = encoder.embeddings.tok_embeddings.weight
         teach_embeddings(table, tokenizer, teacher, deviation=encoder.config.initializer_range)
-    # Built with the lengths of the result, so that wrong ones are refused before the training and not after it.
-    lengths = ColBERTConfig(query_length=config.query_length, document_length=config.document_length)
-    model = ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=lengths).to(config.device)
-    model.config = replace(
-        lengths, query_length=config.train_query_length, document_length=config.train_document_length
-    )
-    return model
+    return for_training(config, ColBERT.from_encoder(encoder, tokenizer, dim=config.dim, config=lengths))
+
+
+def for_training(config: Config, model: ColBERT) -> ColBERT:
+    """The model on its device, with the lengths of training."""
+    lengths = {"query_length": config.train_query_length, "document_length": config.train_document_length}
+    model.config = replace(model.config, **lengths)
+    return model.to(config.device).train()
 
 
 def batch_loss(

@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ..files import replacing
-from ..heads.colbert import ColBERT
-from ..packing import Tokens
+from ..packing import Texts, Tokens
 from .examples import Pair as Pair
 from .examples import read_pairs as read_pairs
 from .examples import read_texts
@@ -29,6 +29,26 @@ from .reading import versions as versions
 from .teacher import Teacher, text_key
 
 FILE = "file."  # in front of the names of files in an .npz file
+
+
+class Lengths(Protocol):
+    """The most tokens of a query and of a document."""
+
+    @property
+    def query_length(self) -> int: ...
+    @property
+    def document_length(self) -> int: ...
+
+
+class PairModel(Protocol):
+    """How queries and documents become ids, and what a model reads of these: a `ColBERT`, or `dense.DenseTexts`."""
+
+    @property
+    def config(self) -> Lengths: ...
+    def query_ids(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def document_ids(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def query_tokens(self, ids: Sequence[Sequence[int]]) -> Tokens | Texts: ...
+    def document_tokens(self, ids: Sequence[Sequence[int]]) -> Tokens | Texts: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +153,7 @@ class TokenizedPairs:
     scores: np.ndarray | None = None
 
     @classmethod
-    def from_pairs(cls, pairs: Iterable[Pair], model: ColBERT, teacher: Teacher | None) -> TokenizedPairs:
+    def from_pairs(cls, pairs: Iterable[Pair], model: PairModel, teacher: Teacher | None) -> TokenizedPairs:
         """Tokenise as `model` does, to the lengths of its config.
 
         Raises:
@@ -235,6 +255,18 @@ class TokenizedPairs:
         )
 
 
+def kept(file: Path, inputs: dict[str, object], make: Callable[[], TokenizedPairs]) -> TokenizedPairs:
+    """The pairs of a file that was made of `inputs`; they are made and written first if it is not there."""
+    if not file.exists():
+        make().save(file, inputs)
+    return TokenizedPairs.load(file, inputs)
+
+
+def at_most(pairs: Iterable[Pair], negatives: int) -> Iterator[Pair]:
+    """The pairs, each with its first negatives, or fewer if it has not so many."""
+    return (pair._replace(negatives=pair.negatives[:negatives]) for pair in pairs)
+
+
 def tokenizer_files(file: Path) -> dict[str, bytes]:
     """The `files` that `TokenizedPairs.save` was given."""
     arrays = _arrays(file)
@@ -252,7 +284,7 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
 def _tokenize(
     texts: Sequence[str],
     ids_of: Callable[[Sequence[str]], list[list[int]]],
-    tokens_of: Callable[[Sequence[Sequence[int]]], Tokens],
+    tokens_of: Callable[[Sequence[Sequence[int]]], Tokens | Texts],
     longest: int,
     built: RaggedBuilder,
 ) -> np.ndarray:

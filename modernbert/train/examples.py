@@ -127,6 +127,13 @@ def read_texts(source: Source, *, names: Mapping[str, str] | None = None, skip_e
     return parse_rows(source, lambda row: _text(row.fields, "text"), names, skip=EMPTY[skip_empty])
 
 
+def read_all_texts(source: Source) -> Iterator[str]:
+    """Every text of each row that is not empty: its "text"; the texts of pairs, triples, and documents with scores."""
+    fields = ("text", "query", "positive", "negative", "negatives", "documents")
+    for texts in parse_rows(source, lambda row: [_texts_of(row.fields, name) for name in fields if name in row.fields]):
+        yield from (text for found in texts for text in found if text.strip())
+
+
 def read_labelled(
     source: Source, *, labels: Sequence[str] = (), names: Mapping[str, str] | None = None
 ) -> Iterator[Labelled]:
@@ -255,6 +262,15 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     raise ValueError(f'"{name}" must be a finite number, got {value!r:.60}')
+
+
+def _texts_of(fields: Mapping[str, object], name: str) -> list[str]:
+    """A text or a list of texts, empty ones among them."""
+    value = fields[name]
+    texts: list[object] = value if isinstance(value, list) else [value]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f'"{name}" must be a string, or a list of them, got {wrong[0]!r:.60}')
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _texts(fields: Mapping[str, object], name: str) -> list[str]:

@@ -1,94 +1,138 @@
-"""A teacher folder: the vectors that a single-vector model gives to texts, looked up by text."""
+"""Teachers that fill a teacher folder, and what a new model takes from one.
+
+- `write_teacher`: the vectors of a sentence-transformers model, for distillation of vectors.
+- `write_scores`: the scores of a cross-encoder, or of a `ColBERT` of ours, for KL over the documents of a query.
+- Any other teacher is a function that is given to `teacher_folder.fill`.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import output_folder, replacing
-from ..json_files import read_json
+from ..checkpoint import has_file
+from ..heads.colbert import ColBERT
+from ..heads.folders import class_of
+from ..late_interaction import Ragged, maxsim
 from ..tokenizer import Tokenizer
+from .reading import digest
+from .teacher_folder import Asked as Asked
+from .teacher_folder import Teacher as Teacher
+from .teacher_folder import fill
+from .teacher_folder import text_key as text_key
 
-ABOUT = "teacher.json"  # written first: by its content `write_teacher` knows its folder after it was killed
-
-
-class Teacher:
-    """Vectors by text: `keys.npy` (uint64 [n], ascending hashes of texts) and `vectors.npy` (float16 [n, E]).
-
-    Any program may write such a folder; `write_teacher` does it with a sentence-transformers model.
-    """
-
-    def __init__(self, folder: str | os.PathLike):
-        try:
-            self.keys = np.load(Path(folder) / "keys.npy")
-            self.vectors = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{folder}: keys.npy or vectors.npy is damaged: {error}") from error
-        if not len(self.keys) or self.keys.shape != self.vectors.shape[:1] or np.any(self.keys[1:] <= self.keys[:-1]):
-            shapes = f"{self.keys.shape} and {self.vectors.shape}"
-            raise ValueError(f"{folder}: keys.npy must ascend and be as long as vectors.npy, got {shapes}")
-
-    def index(self, texts: Iterable[str]) -> np.ndarray:
-        """The row of each text in `vectors`, int64 [N]; -1 where the teacher has not seen the text."""
-        keys = np.fromiter((text_key(text) for text in texts), np.uint64)
-        index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[index] == keys, index, -1)
-
-    def __getitem__(self, index: np.ndarray) -> Tensor:
-        """float32 [n, E] on the CPU, of length one."""
-        return F.normalize(torch.from_numpy(self.vectors[index].astype(np.float32)), dim=-1)
-
-
-def text_key(text: str) -> int:
-    """The first eight bytes of BLAKE2b of the text: the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def write_teacher(texts: Sequence[str], model: str, folder: str | os.PathLike, *, max_length: int = 96) -> None:
-    """Embed texts, cut to `max_length` tokens, with a sentence-transformers model under bfloat16 autocast.
-
-    Raises:
-        FileExistsError: the folder holds files of these names that another program has written.
-    """
+if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    folder = output_folder(folder)
-    taken = [name for name in (ABOUT, "keys.npy", "vectors.npy") if os.path.lexists(folder / name)]
-    if taken and not _is_teacher(folder):
-        raise FileExistsError(f"{folder} holds {', '.join(taken)} of another program; choose a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder = SentenceTransformer(model)
+
+def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[str], *, max_length: int = 96) -> Teacher:
+    """Add to a folder the vectors of texts by a sentence-transformers model, cut to `max_length` tokens.
+
+    The model computes under bfloat16 autocast, but in float32 on a CPU, where few are fast in bfloat16. It is loaded
+    only if a vector is missing.
+
+    Raises:
+        ValueError, FileExistsError: as `fill`. ModuleNotFoundError: sentence-transformers is not installed.
+    """
+    encoders = []
+
+    def answer(part: list[str]) -> Tensor:
+        if not encoders:
+            encoders.append(_sentence_transformer(model, max_length))
+        (encoder,) = encoders
+        kind = encoder.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+            return encoder.encode(part, batch_size=128, convert_to_tensor=True)
+
+    return fill(folder, texts, answer, _identity(model, max_length))
+
+
+def write_scores(
+    pairs: Iterable[tuple[str, str]], model: str, folder: str | os.PathLike[str], *, max_length: int = 512
+) -> Teacher:
+    """Add to a folder the scores of pairs of a query and a document, by a cross-encoder or by a `ColBERT` of ours.
+
+    Those of a cross-encoder are logits, for a pair of at most `max_length` tokens. Those of a ColBERT are MaxSim, at
+    the lengths of its folder.
+
+    Args:
+        model: the folder of a `ColBERT`; or the folder or the name of a cross-encoder of sentence-transformers.
+
+    Raises:
+        ValueError, FileExistsError: as `fill`. ModuleNotFoundError: sentence-transformers is not installed.
+    """
+    scorers: list[Callable[[list[tuple[str, str]]], Tensor]] = []
+
+    def answer(part: list[tuple[str, str]]) -> Tensor:
+        if not scorers:
+            scorers.append(_colbert(model) if is_colbert(model) else _cross_encoder(model, max_length))
+        return scorers[0](part)
+
+    length = None if is_colbert(model) else max_length
+    return fill(folder, pairs, answer, _identity(model, length))
+
+
+def is_colbert(model: str) -> bool:
+    """Whether it is a local folder that `ColBERT` reads."""
+    return has_file(Path(model) / "config.json") and class_of(Path(model)) == "ColBERT"
+
+
+def _identity(model: str, max_length: int | None) -> dict[str, object]:
+    """The name of a model on the hub, or a hash of its files."""
+    path = Path(model)
+    found = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else []
+    return {"model": path.name if found else model, "hash": digest(found) if found else None, "max_length": max_length}
+
+
+def _sentence_transformer(model: str, max_length: int) -> SentenceTransformer:
+    encoder = _sentence_transformers().SentenceTransformer(model)
     encoder.max_seq_length = max_length
-    unique = sorted({text_key(text): text for text in texts}.items())
-    started, vectors = time.perf_counter(), []
-    for start in range(0, len(unique), 4_000):
-        part = [text for _, text in unique[start : start + 4_000]]
-        with torch.autocast(encoder.device.type, torch.bfloat16):
-            vectors.append(encoder.encode(part, batch_size=128, convert_to_tensor=True).half().cpu().numpy())
-        seconds = time.perf_counter() - started
-        print(f"teacher: {start + len(part):,} of {len(unique):,} texts, {seconds:.0f} s", flush=True)
-    about = {"model": Path(model).name, "texts": len(unique), "max_length": max_length}
-    (folder / ABOUT).write_text(json.dumps(about))
-    np.save(folder / "vectors.npy", np.concatenate(vectors))
-    # Last and in one step: a folder without keys is written again.
-    with replacing(folder / "keys.npy") as beside, beside.open("wb") as file:
-        np.save(file, np.array([key for key, _ in unique], np.uint64))
+    return encoder
 
 
-def _is_teacher(folder: Path) -> bool:
+def _cross_encoder(model: str, max_length: int) -> Callable[[list[tuple[str, str]]], Tensor]:
+    scorer = _sentence_transformers().CrossEncoder(model, max_length=max_length)
+    # Logits: a sigmoid, the default of many, has no differences left between good documents.
+    logits = torch.nn.Identity()
+
+    def answer(part: list[tuple[str, str]]) -> Tensor:
+        found = scorer.predict(part, activation_fn=logits, convert_to_tensor=True, show_progress_bar=False)
+        if found.numel() != len(part):
+            raise ValueError(f"{model} gives {found.numel() // len(part)} numbers for a pair, not one score")
+        return found.reshape(len(part))
+
+    return answer
+
+
+def _sentence_transformers() -> ModuleType:
     try:
-        return {"model", "texts", "max_length"} == read_json(folder, ABOUT).keys()
-    except (ValueError, FileNotFoundError):
-        return False
+        import sentence_transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the teacher needs it: pip install sentence-transformers") from error
+    return sentence_transformers
+
+
+def _colbert(model: str) -> Callable[[list[tuple[str, str]]], Tensor]:
+    colbert = ColBERT.from_pretrained(model)
+
+    def answer(part: list[tuple[str, str]]) -> Tensor:
+        encoded = []
+        for side, encode in zip(
+            zip(*part, strict=True), (colbert.encode_queries, colbert.encode_documents), strict=True
+        ):
+            texts = list(dict.fromkeys(side))
+            vectors = dict(zip(texts, encode(texts, progress=False), strict=True))
+            encoded.append(Ragged.from_list([vectors[text] for text in side]))
+        return maxsim(*encoded, paired=True)
+
+    return answer
 
 
 def token_texts(tokenizer: Tokenizer) -> list[str]:
