@@ -30,7 +30,7 @@ from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.shards import write_shards
 from modernbert.train.vocabulary import train_cased_tokenizer
 
-VOCABULARY, LONGEST, ROWS, RATE = 8192, 512, 8, 1e-3  # a step has 8 rows of 512 tokens
+VOCABULARY, LONGEST, ROWS, RATE, HELD_OUT = 8192, 512, 8, 1e-3, 40  # a batch has 8 rows of 512 tokens
 
 
 def loss_of(model: MaskedLM, batch: Masked) -> BatchLoss:
@@ -94,13 +94,11 @@ def held_out(model: MaskedLM, batches: list[Masked]) -> float:
     return sum(part.loss.item() * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
 
 
-def batches_of(folder: Path, tokenizer: Tokenizer, share: float, seed: int, count: int | None) -> list[Masked]:
+def batches_of(folder: Path, tokenizer: Tokenizer, share: float, seed: int, count: int) -> list[Masked]:
     pieces = Shards(folder, tokenizer).pieces(LONGEST)
     bins = best_fit(pieces.lengths, LONGEST)
     masking = Masking.hugging_face(share, tokenizer)
-    return list(
-        islice(MaskedBatches(pieces, BinSampler(bins, ROWS, seed=seed), masking, seed)(0), count or len(bins) // ROWS)
-    )
+    return list(islice(MaskedBatches(pieces, BinSampler(bins, ROWS, seed=seed), masking, seed)(0), count))
 
 
 def main(texts: str, held: str, steps: int = 300, seeds: int = 2) -> None:
@@ -111,7 +109,7 @@ def main(texts: str, held: str, steps: int = 300, seeds: int = 2) -> None:
             write_shards(source, tokenizer, output / name)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
         config = replace(EncoderConfig.preset("ettin-17m"), vocab_size=tokenizer.vocab_size, **ids)
-        test = batches_of(output / "held", tokenizer, 0.15, 0, None)
+        test = batches_of(output / "held", tokenizer, 0.15, 0, HELD_OUT)
         schedule = partial(warmup_stable_decay, total=steps, warmup=steps // 10, decay=steps // 2)
         for seed in range(seeds):
             batches = batches_of(output / "texts", tokenizer, 0.3, seed, steps)
