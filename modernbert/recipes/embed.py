@@ -199,7 +199,7 @@ def batch_loss(
     is_first = np.isin(np.arange(len(documents)), offsets[:-1])
     order = np.argsort(~is_first, kind="stable").tolist()
     query_N = torch.from_numpy(np.repeat(np.arange(len(batch)), np.diff(offsets))[order])
-    groups_N = torch.full((len(documents),), -1)  # of negatives: a group without a query
+    groups_N = torch.full((len(documents),), -1, device="cpu")  # of negatives: a group without a query
     groups_N[: len(batch)] = torch.from_numpy(pairs.positive_groups[batch])
     texts = pack(pairs.queries.select(batch)), pack([documents[place] for place in order])
 
@@ -208,8 +208,8 @@ def batch_loss(
         options = {"temperature": config.temperature, "gather": gather, "rank": group.rank}
         loss = in_batch_info_nce(x_BE, y_NE, groups_N.to(x_BE.device), **options)
         if point.angle_weight:
-            labels_N = (torch.arange(len(query_N)) < len(batch)).float()
             similarity_N = angle_similarity(x_BE[query_N.to(x_BE.device)].float(), y_NE.float())
+            labels_N = (torch.arange(len(query_N), device=similarity_N.device) < len(batch)).float()
             loss = loss + point.angle_weight * cosent(similarity_N, labels_N)
         return loss
 

@@ -83,8 +83,8 @@ class Vectors:
 
     def _best(self, asked: Ragged, depth: int) -> tuple[Tensor, Tensor]:
         """The numbers and scores of the best of all passages."""
-        numbers_BK = torch.zeros(len(asked), 0, dtype=torch.int64)
-        scores_BK = torch.zeros(len(asked), 0)
+        numbers_BK = torch.zeros(len(asked), 0, dtype=torch.int64, device="cpu")
+        scores_BK = torch.zeros(len(asked), 0, device="cpu")
         starts = accumulate((len(shard) for shard in self._shards), initial=0)
         for start, shard in zip(starts, self._shards, strict=False):
             for first, last in token_blocks(shard.offsets, TOKENS):
