@@ -101,12 +101,13 @@ def main(config: Config) -> ColBERT:
     torch.manual_seed(config.seed)
     with ranks(config.device) as group:
         group.on_first(lambda: ask(config))
-        output = group.on_first(lambda: claim_folder(config.output, "colbert", fixed(config) | inputs(config)))
+        made_of = group.on_first(lambda: inputs(config))
+        output = group.on_first(lambda: claim_folder(config.output, "colbert", fixed(config) | made_of))
         model = build(config).to(group.device).train()
         prepare(model, group)
-        group.on_first(lambda: len(read(config, model, output).lengths))
-        rows = read(config, model, output)
-        train(config, model, rows, output, group)
+        group.on_first(lambda: len(read(config, model, made_of, output).lengths))
+        rows = read(config, model, made_of, output)
+        train(config, model, rows, made_of, output, group)
         model.eval()
         model.config = replace(model.config, document_length=config.document_length)
         group.on_first(lambda: model.save_pretrained(output / "model"))
@@ -162,7 +163,7 @@ def build(config: Config) -> ColBERT:
     return start_colbert(config.model, head=config.head, dim=dim, config=lengths, lower_case=config.lower_case)
 
 
-def read(config: Config, model: ColBERT, output: Path) -> data.TokenizedPairs:
+def read(config: Config, model: ColBERT, made_of: dict[str, object], output: Path) -> data.TokenizedPairs:
     """The rows as token ids, which the next start finds in `output`."""
 
     def make() -> data.TokenizedPairs:
@@ -170,10 +171,17 @@ def read(config: Config, model: ColBERT, output: Path) -> data.TokenizedPairs:
         print(f"{len(made.lengths):,} queries with {config.ways} documents", flush=True)
         return made
 
-    return data.kept(output / "tokens.npz", inputs(config), make)
+    return data.kept(output / "tokens.npz", made_of, make)
 
 
-def train(config: Config, model: ColBERT, rows: data.TokenizedPairs, output: Path, group: Ranks) -> None:
+def train(
+    config: Config,
+    model: ColBERT,
+    rows: data.TokenizedPairs,
+    made_of: dict[str, object],
+    output: Path,
+    group: Ranks,
+) -> None:
     """From the last checkpoint to the last step."""
     accumulate, rest = divmod(config.batch_queries, config.rank_queries * group.world_size)
     if rest or not accumulate:
@@ -189,7 +197,7 @@ def train(config: Config, model: ColBERT, rows: data.TokenizedPairs, output: Pat
         batches,
         partial(batch_loss, config, model, rows),
         output=output,
-        settings=fixed(config) | inputs(config),
+        settings=fixed(config) | made_of,
         steps=steps,
         schedule=partial(
             warmup_stable_decay, total=steps, warmup=config.warmup * steps, decay=(1 - config.warmup) * steps

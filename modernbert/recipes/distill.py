@@ -97,13 +97,14 @@ def main(config: Config) -> Embedder:
     torch.manual_seed(config.seed)
     with ranks(config.device) as group:
         group.on_first(lambda: ask(config))
-        output = group.on_first(lambda: claim_folder(config.output, "distill", fixed(config) | inputs(config)))
+        made_of = group.on_first(lambda: inputs(config))
+        output = group.on_first(lambda: claim_folder(config.output, "distill", fixed(config) | made_of))
         embedder = start_embedder(config.model, max_length=config.max_length)
         lessons = read(config, embedder)
         assert lessons.teacher.width is not None  # `read` has seen to it
         student = Student(embedder, lessons.teacher.width).to(group.device).train()
         prepare(student, group)
-        train(config, student, lessons, output, group)
+        train(config, student, lessons, made_of, output, group)
         student.eval()
         group.on_first(lambda: embedder.save_pretrained(output / "model"))
     return embedder
@@ -143,7 +144,9 @@ def read(config: Config, embedder: Embedder) -> Lessons:
     return Lessons(ids, rows, teacher)
 
 
-def train(config: Config, student: Student, lessons: Lessons, output: Path, group: Ranks) -> None:
+def train(
+    config: Config, student: Student, lessons: Lessons, made_of: dict[str, object], output: Path, group: Ranks
+) -> None:
     """From the last checkpoint to the last step."""
     accumulate, rest = divmod(config.batch_texts, config.rank_texts * group.world_size)
     if rest or not accumulate:
@@ -165,7 +168,7 @@ def train(config: Config, student: Student, lessons: Lessons, output: Path, grou
         batches,
         partial(batch_loss, student, lessons),
         output=output,
-        settings=fixed(config) | inputs(config),
+        settings=fixed(config) | made_of,
         steps=steps,
         schedule=partial(
             warmup_stable_decay, total=steps, warmup=config.warmup * steps, decay=(1 - config.warmup) * steps

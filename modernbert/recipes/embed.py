@@ -102,12 +102,13 @@ def main(config: Config) -> Embedder:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     with ranks(config.device) as group:
-        output = group.on_first(lambda: claim_folder(config.output, "embed", fixed(config) | inputs(config)))
+        made_of = group.on_first(lambda: inputs(config))
+        output = group.on_first(lambda: claim_folder(config.output, "embed", fixed(config) | made_of))
         model = start_embedder(config.model, max_length=point.max_length).to(group.device).train()
         prepare(model, group)
-        group.on_first(lambda: len(read(config, point, model, output).lengths))
-        pairs = read(config, point, model, output)
-        train(config, point, model, pairs, output, group)
+        group.on_first(lambda: len(read(config, point, model, made_of, output).lengths))
+        pairs = read(config, point, model, made_of, output)
+        train(config, point, model, pairs, made_of, output, group)
         model.eval()
         group.on_first(lambda: model.save_pretrained(output / "model"))
     return model
@@ -127,7 +128,9 @@ def inputs(config: Config) -> dict[str, object]:
     return {"hash of the inputs": pairs, "hash of the model": hash_of(config.model)}
 
 
-def read(config: Config, point: Published, model: Embedder, output: Path) -> data.TokenizedPairs:
+def read(
+    config: Config, point: Published, model: Embedder, made_of: dict[str, object], output: Path
+) -> data.TokenizedPairs:
     """The pairs as token ids, which the next start finds in `output`."""
 
     def chosen(folder: str, *, exclude_sources: tuple[str, ...], skip_empty: bool) -> Iterator[Pair]:
@@ -140,11 +143,17 @@ def read(config: Config, point: Published, model: Embedder, output: Path) -> dat
             data.choose_pairs(config.pairs, **choice, read=chosen), DenseTexts(model), teacher=None
         )
 
-    return data.kept(output / "tokens.npz", inputs(config), make)
+    return data.kept(output / "tokens.npz", made_of, make)
 
 
 def train(
-    config: Config, point: Published, model: Embedder, pairs: data.TokenizedPairs, output: Path, group: Ranks
+    config: Config,
+    point: Published,
+    model: Embedder,
+    pairs: data.TokenizedPairs,
+    made_of: dict[str, object],
+    output: Path,
+    group: Ranks,
 ) -> None:
     """From the last checkpoint to the last step. A batch is of one source."""
     rows, rest = divmod(point.batch_pairs, group.world_size)
@@ -167,7 +176,7 @@ def train(
         batches,
         partial(batch_loss, config, point, model, pairs, group),
         output=output,
-        settings=fixed(config) | inputs(config),
+        settings=fixed(config) | made_of,
         steps=steps,
         schedule=partial(
             warmup_stable_decay,
