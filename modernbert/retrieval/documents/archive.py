@@ -39,9 +39,8 @@ BROKEN = (
 )
 """What zipfile and expat raise for damaged and encrypted files."""
 
-_ENCRYPTED = (
-    b"\xd0\xcf\x11\xe0"  # how a file of the format before 2007 begins, which is also the one of encrypted files
-)
+_ENCRYPTED = b"\xd0\xcf\x11\xe0"
+"""How a file of the format before 2007 begins. Encrypted files are in this format too."""
 
 
 class Handler(Protocol):
