@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -172,8 +173,8 @@ def _onnxruntime(graph: Graph | str, name: str) -> Callable[[int], Run]:
 
 def _openvino(graph: Graph | str, name: str) -> Callable[[int], Run]:
     """OpenVINO, with a request for every thread that calls."""
-    openvino = _imported("openvino", name)
-    core, cores, process = openvino.Core(), torch.get_num_threads(), os.getpid()
+    cores, process = torch.get_num_threads(), os.getpid()
+    core = _core_of(process, _imported("openvino", name).Core)
     model = core.read_model(graph if isinstance(graph, str) else graph.file(weights=True).SerializeToString())
 
     def check_process() -> None:
@@ -199,6 +200,16 @@ def _openvino(graph: Graph | str, name: str) -> Callable[[int], Run]:
         return run
 
     return make
+
+
+@functools.cache
+def _core_of(process: int, make: Callable[[], Any]) -> Any:
+    """OpenVINO's core of this process, kept to its end.
+
+    A core gives the thread that makes it a stack for the handlers of signals. If another thread deletes the core,
+    the first keeps the address of a stack that is freed, and its next signal is a SIGSEGV.
+    """
+    return make()
 
 
 def _named(name: str) -> Callable[[Graph | str, str], Callable[[int], Run]]:

@@ -215,6 +215,42 @@ def test_a_model_may_be_loaded_before_a_fork(made: str, threads: str, answer: st
     assert answer in done.stdout
 
 
+DROPPED = """
+import gc, signal, sys, threading
+from modernbert import ColBERT, Session
+
+def use():
+    sessions.append(Session(model, engine=sys.argv[1]))
+    sessions[-1].encode_queries(["hello there"])
+
+def drop():
+    sessions.clear()
+    gc.collect()
+
+model, sessions = ColBERT.default(), []
+for work, thread in ((use, sys.argv[2]), (drop, sys.argv[3])):
+    if thread == "main":
+        work()
+    else:
+        other = threading.Thread(target=work)
+        other.start()
+        other.join()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("made", "dropped"), [("main", "other"), ("other", "main"), ("main", "main")])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_signals_are_handled_after_a_session_ends_in_another_thread(engine: str, made: str, dropped: str) -> None:
+    """OpenVINO frees the stack of signal handlers in the thread in which its core is deleted."""
+    pytest.importorskip(engine)
+    command = [sys.executable, "-W", "ignore", "-c", DROPPED, engine, made, dropped]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 def test_one_thread_may_fork() -> None:
     assert torch.get_num_threads() == 1
     colbert = make()
