@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modernbert.checkpoint import locate
-from modernbert.config import POSITIVE, SIZE, THETA, EncoderConfig, Kind
+from modernbert.config import FLAG, POSITIVE, SIZE, THETA, EncoderConfig, Kind
 from modernbert.encoder import Encoder
 from modernbert.files import replacing
 from modernbert.heads.colbert import ColBERT, ColBERTConfig
@@ -97,6 +97,7 @@ class Config:
     teacher_temperature: float = option("temperature of the teacher's cosines", 0.05, kind=POSITIVE)
     seed: int = option("seed of the weights and of the order of the pairs", 0, kind=COUNT)
     device: str = option("where to train, such as cuda", "cpu", free=True)
+    autocast: bool = option("compute in bfloat16", True, kind=FLAG)
     threads: int = option("threads of a CPU", 2, kind=SIZE)
     validation: str = option("BEIR folder, whose nDCG@10 finds the best checkpoint", "", free=True)
     validate_steps: int = option("steps between two measurements of it", 250, kind=SIZE, free=True)
@@ -291,7 +292,7 @@ def batch_loss(
     """The loss of one batch of pairs, and how often the positive came first."""
     queries, documents, groups_N = tokens_of(model, pairs, batch)
     device, count = next(model.parameters()).device, len(batch)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
         scores_BN = maxsim(vectors(model, queries), vectors(model, documents))
     scores_BB = scores_BN[:, :count]
     negatives_BN = scores_BN[:, count:] if len(documents) > count else None
@@ -319,7 +320,7 @@ def large_loss(
         options = {"temperature": config.temperature, "gather": gather, "rank": group.rank}
         return in_batch_info_nce(queries, documents, groups_N.to(device), **options)
 
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
         loss = grad_cache(partial(vectors, model), chunks, score)
     return BatchLoss(loss, size, {}, count=len(batch))
 

@@ -318,6 +318,18 @@ def test_twenty_steps_in_chunks_learn_and_resume(toy, tmp_path, monkeypatch):
         assert torch.equal(wanted, got), name
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [0, 300])
+def test_autocast_is_an_option(toy, tmp_path, monkeypatch, autocast, chunk_tokens):
+    """Few CPUs are fast in bfloat16."""
+    vectors, seen = contrastive.vectors, []
+    monkeypatch.setattr(
+        contrastive, "vectors", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or vectors(*args)
+    )
+    main(config(toy, tmp_path, steps=1, autocast=autocast, chunk_tokens=chunk_tokens))
+    assert set(seen) == {autocast}
+
+
 def test_hard_negatives_are_negatives_of_all_queries(triples, tmp_path):
     settings = config(triples, tmp_path, hard_negatives=1)
     tmp_path.mkdir(exist_ok=True)
