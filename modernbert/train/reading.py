@@ -117,6 +117,11 @@ def digest(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def digest_folder(folder: Path) -> str:
+    """As `digest`, of all files of a folder and of the folders in it."""
+    return digest(path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
 def _json_lines(path: Path) -> Iterator[Row]:
     for where, line in lines(path):
         try:

@@ -24,7 +24,7 @@ from ..heads.masked_lm import MaskedLM
 from ..heads.token_classifier import TokenClassifier
 from ..pretrained import Pretrained
 from ..tokenizer import CONFIG, Tokenizer
-from .reading import digest
+from .reading import digest_folder
 
 KEEP = "keep"
 
@@ -49,7 +49,7 @@ matrix beside this layer, as mxbai-edge has it (arXiv 2510.12327 compares more).
 
 def hash_of(name: str) -> str:
     """A hash of all files of a folder or hub id, from which a resumed run must have started too."""
-    return digest(path for path in sorted(locate(name).rglob("*")) if path.is_file())
+    return digest_folder(locate(name))
 
 
 def start_encoder(name: str) -> Encoder:

@@ -22,7 +22,7 @@ from ..heads.colbert import ColBERT
 from ..heads.folders import class_of
 from ..late_interaction import Ragged, maxsim
 from ..tokenizer import Tokenizer
-from .reading import digest
+from .reading import digest_folder
 from .teacher_folder import Asked as Asked
 from .teacher_folder import Teacher as Teacher
 from .teacher_folder import fill
@@ -87,8 +87,9 @@ def is_colbert(model: str) -> bool:
 def _identity(model: str, max_length: int | None) -> dict[str, object]:
     """The name of a model on the hub, or a hash of its files."""
     path = Path(model)
-    found = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else []
-    return {"model": path.name if found else model, "hash": digest(found) if found else None, "max_length": max_length}
+    if path.is_dir():
+        return {"model": path.name, "hash": digest_folder(path), "max_length": max_length}
+    return {"model": model, "hash": None, "max_length": max_length}
 
 
 def _sentence_transformer(model: str, max_length: int) -> SentenceTransformer:
