@@ -242,11 +242,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one dtype, together about as large as `BUCKET_BYTES`."""
+    """Consecutive gradients, together about as large as `BUCKET_BYTES`."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
-        if bucket and (gradient.dtype != bucket[0].dtype or size + gradient.nbytes > BUCKET_BYTES):
+        if bucket and size + gradient.nbytes > BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
         bucket.append(gradient)

@@ -134,6 +134,21 @@ def test_an_error_of_the_first_rank_is_raised_on_all(two):
     assert [(two / f"on-first-{rank}").read_text() for rank in range(2)] == ["taken", "taken"]
 
 
+def test_a_gradient_that_only_one_rank_has_is_the_sum(two):
+    """In every dtype; a parameter that no rank has used keeps no gradient."""
+    sums = {"both": 12.0, "half": 14.0, "first": 3.0, "second": 14.0}
+    for rank in range(2):
+        found = torch.load(two / f"gradients-{rank}.pt")
+        assert found.pop("none") is None
+        assert {name: grad.unique().tolist() for name, grad in found.items()} == {n: [x] for n, x in sums.items()}
+        assert {name: grad.dtype for name, grad in found.items()} == {
+            "both": torch.float64,
+            "half": torch.float32,
+            "first": torch.float64,
+            "second": torch.float32,
+        }
+
+
 @pytest.mark.parametrize(("name", "sizes"), [("rows", [3, 5]), ("empty", [0, 2]), ("none", [0, 0])])
 def test_gathered_rows_and_their_gradients(two, name, sizes):
     torch.manual_seed(7)

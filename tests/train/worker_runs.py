@@ -16,7 +16,7 @@ from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
 from modernbert.packing import pack
 from modernbert.train import distributed, loop
-from modernbert.train.distributed import Ranks, gather_counts, gather_rows, ranks
+from modernbert.train.distributed import Ranks, gather_counts, gather_rows, ranks, sum_gradients
 from modernbert.train.loop import BatchLoss, fit
 from modernbert.train.prepare import prepare
 
@@ -143,6 +143,7 @@ def equal(folder):
             except ValueError as error:
                 (folder / f"{parallel}-refused-{here.rank}").write_text(str(error))
         rows(folder, here)
+        gradients(folder, here)
         errors(folder, here)
         poisoned(folder, here)
 
@@ -161,6 +162,20 @@ def rows(folder, here: Ranks):
         torch.save(
             {"counts": counts, "gathered": gathered.detach(), "grad": mine.grad}, folder / f"{name}-{here.rank}.pt"
         )
+
+
+def gradients(folder, here: Ranks):
+    """Of parameters that both ranks use, one, and none, in two dtypes."""
+    kinds = {"both": torch.float64, "half": torch.float32, "first": torch.float64, "second": torch.float32}
+    found = {
+        name: nn.Parameter(torch.zeros(2, 3, dtype=dtype)) for name, dtype in {**kinds, "none": torch.float64}.items()
+    }
+    used = {"both", "half", "first" if here.is_first else "second"}
+    for number, name in enumerate(kinds):
+        if name in used:
+            found[name].grad = torch.full_like(found[name], 10.0 * here.rank + number + 1)
+    sum_gradients(found.values(), here)
+    torch.save({name: each.grad for name, each in found.items()}, folder / f"gradients-{here.rank}.pt")
 
 
 def errors(folder, here: Ranks):
