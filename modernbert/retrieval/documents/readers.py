@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from ..headings import SHEETS, SLIDES, WORD
 from ..passages import HTML, NOTEBOOK, OFFICE, PAGE_BREAK, PDF
-from .encodings import text_encoding
+from .encodings import HEAD, text_encoding, utf16_without_mark
 from .html import read_html
 from .notebook import read_notebook
 from .office import read_opendocument, read_sheets, read_slides, read_word
@@ -23,9 +23,10 @@ from .text import OnNote, decode, marked_encoding, replaced, storable
 def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[str, str]:
     """A text in any encoding, of which `text_encoding` chooses one: `named` if it is given.
 
-    A NUL near the beginning means that this is not a text file, unless it is one in the encoding `named`.
+    A NUL near the beginning means that this is not a text file, unless it is one in UTF-16 or the encoding `named`.
     """
-    if named is None and marked_encoding(raw) is None and b"\0" in raw[:8192]:
+    head = raw[:HEAD]
+    if named is None and b"\0" in head and not (marked_encoding(head) or utf16_without_mark(head)):
         raise ValueError(
             "a binary file; supported are text, markdown, notebooks, HTML, PDF, Office files of today's formats, "
             "source code, JSON lines and CSV"
