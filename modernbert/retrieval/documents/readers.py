@@ -85,7 +85,9 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     except FileNotDecryptedError as error:
         raise ValueError("an encrypted PDF; save it without its password first") from error
     except DependencyError as error:
-        raise ValueError(f"an encrypted PDF; to read it, pip install cryptography ({error})") from error
+        raise ValueError(f"an encrypted PDF; to read it: pip install 'modernbert[retrieval]' ({error})") from error
+    except NotImplementedError as error:
+        raise ValueError(f"a PDF of a kind that pypdf does not read ({error}); print it into a new PDF") from error
     except Exception as error:
         raise ValueError(f"a broken PDF ({type(error).__name__}: {error}); fetch or save it again") from error
     finally:
