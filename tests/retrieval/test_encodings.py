@@ -8,11 +8,13 @@ import tracemalloc
 
 import pytest
 
+from modernbert import ColBERT
 from modernbert.retrieval import Store, index
 from modernbert.retrieval.documents import encodings
 from modernbert.retrieval.documents.encodings import find_encoding, named_encoding
 from modernbert.retrieval.documents.find import read_file
 from modernbert.retrieval.documents.reading import Reading
+from modernbert.retrieval.windows import windows
 
 GERMAN = "Die Brücke über den Fluß ist für Fußgänger geöffnet."
 RUSSIAN = "Наводнение затопило мост."
@@ -96,6 +98,15 @@ def test_legacy_text_and_tables_are_read_and_noted(tmp_path):
         assert note.startswith(
             f"{tmp_path / name}: not UTF-8, read as CP1252 by the look of it; if that is wrong, name "
         )
+
+
+def test_lines_that_end_in_a_carriage_return_are_lines(tmp_path):
+    """In a file without any other line end: hits claimed line 1 for all that old Macs wrote, and found no headings."""
+    assert read(tmp_path / "a.md", b"# Owls\r\rOwls hunt.\r") == ["# Owls\n\nOwls hunt.\n"]
+    assert read(tmp_path / "a.txt", b"one\r\ntwo\rthree\r\n") == ["one\r\ntwo\rthree\r\n"]
+    (document,) = read_file(tmp_path / "a.md")
+    (window,) = windows(ColBERT.default(), [document])
+    assert (window.passage.title, window.passage.line) == ("Owls", 3)
 
 
 def test_utf8_with_damage_stays_utf8(tmp_path):

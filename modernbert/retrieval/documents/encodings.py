@@ -38,8 +38,8 @@ _WIDER = {  # the encoding that browsers use in place of a narrower one; keys ar
     "shift_jis": "cp932",
     "euc_kr": "cp949",
 }
-# With all that chardet knows, short texts are often of a rare encoding. So it chooses from all only where there are many
-# letters, and if it chooses another than these, once more from the usual ones.
+# With all that chardet knows, short texts are often of a rare encoding. So it chooses from all only where letters are
+# many, and if it chooses another than these, once more from the usual ones.
 _RARE = {"iso8859-6", *(f"cp{number}" for number in (437, 850, 852, 855, 857, 858, 860, 861, 863, 865))}
 _RARE |= {f"mac-{script}" for script in ("cyrillic", "greek", "iceland", "latin2", "roman", "turkish")}
 _USUAL = [f"cp{number}" for number in (*range(1250, 1258), 866, 874, 932, 949)]

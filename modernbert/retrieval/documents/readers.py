@@ -16,7 +16,7 @@ from .encodings import HEAD, text_encoding, utf16_without_mark
 from .html import read_html
 from .notebook import read_notebook
 from .office import read_opendocument, read_sheets, read_slides, read_word
-from .pdf_pages import MinusSigns, form_values, without_running_heads
+from .pdf_pages import MinusSigns, filled_in, name_glyphs, without_running_heads
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
 
@@ -35,15 +35,15 @@ def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[s
     text, count = decode(raw, encoding)
     if count:
         on_note(replaced(count, encoding))
-    return "", text
+    return "", text if "\n" in text else text.replace("\r", "\n")  # Macs of before 2001 ended lines so.
 
 
 def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     """Its title and its text, with `PAGE_BREAK` before every page but the first.
 
-    The title only if the first page contains it: many PDFs have a wrong one. The values of form fields are lines at the
-    end of their pages. Running heads are left out after their first page, and so are the pages that unpack to far more
-    than a file of this size holds.
+    The title only if the first page contains it: many PDFs have a wrong one. Comments and the values of form fields are
+    lines at the end of their pages. Running heads are left out after their first page, and so are the pages that unpack
+    to far more than a file of this size holds.
     """
     from pypdf import Configuration, PdfReader, apply_configuration
     from pypdf.errors import DependencyError, FileNotDecryptedError
@@ -72,10 +72,11 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
                     page = reader.pages[number]
                     content = page.get_contents()
                     work.count(100 + len(content.get_data() if content else b"") // 16)
+                    name_glyphs(page, work.count)
                     minus = MinusSigns()
                     text = page.extract_text(visitor_operand_before=work.visit, visitor_text=minus.visit)
                     pages[-1] = storable(minus.put(text)).replace(PAGE_BREAK, " ").strip()
-                    values = map(storable, dict.fromkeys(form_values(page, work.count)))
+                    values = map(storable, dict.fromkeys(filled_in(page, work.count)))
                     pages[-1] = "\n".join([pages[-1], *values]).strip()
                 # pypdf may raise any exception on a broken file; its documentation does not list them.
                 except Exception as error:
