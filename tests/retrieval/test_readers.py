@@ -56,7 +56,7 @@ def <b>owl</b>():
 <table><thead><tr><th>owl</th><th>cm</th></tr></thead>
 <tbody><tr><td><p>Barn</p></td><td><p>36</p></td></tr><tr><td></td><td>20</td></tr></tbody></table>
 <dl><dt>pellet</dt><dd>what is left of a mouse</dd></dl>
-<img src="owl.png" alt="An owl on a branch">
+<img src="owl.png" alt="An owl on a branch"><img src="2.png" alt="DSC 17.JPG">
 <h2>C#</h2>
 <p># no heading either</p>
 <p>---</p>
