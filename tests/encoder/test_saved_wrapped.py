@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from folders import check_refused, tree
 from torch import nn
-from torch.nn.utils.prune import l1_unstructured
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.prune import l1_unstructured
 
 from modernbert import ColBERT, Encoder, Tokenizer
 

@@ -254,12 +254,12 @@ def test_fields_of_records_are_metadata(tmp_path):
 def test_broken_utf8_is_replaced_and_said(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 and \xff; a real \xef\xbf\xbd is not counted")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfbyte order mark")
-    (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "na\xefve \\ud800"}\n')
+    (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "na\xefve \\ud800 \xc3\xa9"}\n')
     notes = []
     assert [document.text for document in read(tmp_path, on_note=notes.append)] == [
         "caf\ufffd and \ufffd; a real \ufffd is not counted",
         "byte order mark",
-        "na\ufffdve ?",
+        "na\ufffdve ? é",
     ]
     assert notes == [
         f"{tmp_path}/a.txt: not UTF-8 throughout, 2 broken places were replaced by U+FFFD",

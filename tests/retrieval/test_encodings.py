@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
 import tracemalloc
 
@@ -107,6 +108,24 @@ def test_lines_that_end_in_a_carriage_return_are_lines(tmp_path):
     (document,) = read_file(tmp_path / "a.md")
     (window,) = windows(ColBERT.default(), [document])
     assert (window.passage.title, window.passage.line) == ("Owls", 3)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson"])
+def test_json_lines_in_a_legacy_encoding(tmp_path, name):
+    """Their letters became U+FFFD, while those of a table beside them were read."""
+    lines = '{"text": "ascii"}\n' * 3 + f'{{"text": "{GERMAN}"}}\n' + '{"text": "Größe"}\n'
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    for encoding in ("cp1252", "utf-16-le", "utf-16-be"):
+        notes = []
+        found = read(tmp_path / name, pack(lines.encode(encoding)), notes=notes)
+        assert found == ["ascii"] * 3 + [GERMAN, "Größe"]
+        (note,) = notes
+        assert note.startswith(f"{tmp_path / name}: not UTF-8, read as {encoding.upper()} by the look of it")
+    notes = []
+    damaged = pack(lines.encode() + b'{"text": "caf\xe9"}\n')
+    assert read(tmp_path / name, damaged, notes=notes)[3:] == [GERMAN, "Größe", "caf\ufffd"]
+    assert notes == [f"{tmp_path / name}: not UTF-8 throughout, 1 broken places were replaced by U+FFFD"]
+    assert read(tmp_path / name, pack(lines.encode("cp1252")), encoding="cp1252")[-1] == "Größe"
 
 
 def test_utf8_with_damage_stays_utf8(tmp_path):

@@ -9,7 +9,7 @@ import codecs
 import io
 import re
 from importlib.util import find_spec
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from .text import OnNote, decode, marked_encoding
 
@@ -68,7 +68,7 @@ class Found(NamedTuple):
     is_guess: bool = False
 
 
-def find_encoding(file: BinaryIO) -> Found:
+def find_encoding(file: io.BufferedIOBase) -> Found:
     """The encoding of the bytes of a file, which is read from its beginning in blocks."""
     head = file.read(HEAD)
     if marked := marked_encoding(head):
@@ -108,7 +108,7 @@ def _is_text(head: bytes, encoding: str) -> bool:
     return all(character.isprintable() or character.isspace() for character in text)
 
 
-def text_encoding(file: BinaryIO, named: str | None, on_note: OnNote) -> str:
+def text_encoding(file: io.BufferedIOBase, named: str | None, on_note: OnNote) -> str:
     """The encoding of a text: by its byte order mark, else `named`, else as found. A guess is noted."""
     if named and not marked_encoding(file.read(4)):
         return named
@@ -172,7 +172,7 @@ def _of_page(name: bytes) -> str | None:
     return found if _OF_PAGES.fullmatch(found) else None
 
 
-def _sample(file: BinaryIO) -> bytes:
+def _sample(file: io.BufferedIOBase) -> bytes:
     file.seek(0)
     sample = bytearray()
     while len(sample) < SAMPLE and (line := file.readline(SAMPLE)):
