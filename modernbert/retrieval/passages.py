@@ -240,12 +240,15 @@ SENTENCE_ENDS = "。！？｡"
 """No space follows them."""
 
 _CLOSING = "\"')\\]”’»›）」』】*_"
-_PLACE = re.compile(rf"\s+|[{SENTENCE_ENDS}][{_CLOSING}]*(?![{_CLOSING}\s])")
-_LIST_ITEM = re.compile(r"(?:[-*+•‣◦–]|\(?[0-9]{1,3}[.)]|\(?[A-Za-z][.)]|#\.)[ \t]")
-_SENTENCE_END = re.compile(rf"[.!?:…؟۔।॥։።{SENTENCE_ENDS}][{_CLOSING}]*$")
+_PLACE = re.compile(rf"\s+|(?:[{SENTENCE_ENDS}]|．(?!\d))[{_CLOSING}]*(?![{_CLOSING}\s])")
+_ROMAN = "[ivxlcIVXLC]{2,6}"
+_LIST_ITEM = re.compile(rf"(?:[-*+•‣◦–]|\(?(?:[0-9]{{1,3}}|[A-Za-z]|{_ROMAN})[.)]|#\.)[ \t]")
+_APART = re.compile(r"[»›](?!\S)")  # French has a space before the end of a quotation, German none after its beginning.
+_SENTENCE_END = re.compile(rf"[.!?:…؟۔।॥։።．{SENTENCE_ENDS}][{_CLOSING}]*(?:\s[»›])?$")
 # An initial, a common abbreviation, or the number of a list item.
 _NO_SENTENCE_END = re.compile(
-    r"(?:(?<!\w)(?:[^\W\d_]|[MD]r|Mrs|Ms|Prof|St|Fig|No|vs|cf|al)|(?<![^\n])[ \t]*\(?\d{1,3})[.)]$"
+    r"(?:(?<!\w)(?:[^\W\d_]|[MD]r|Mrs|Ms|Prof|St|Fig|No|vs|cf|al)"
+    rf"|(?<![^\n])[ \t]*\(?(?:\d{{1,3}}|{_ROMAN}))[.)]$"
 )
 
 
@@ -305,6 +308,7 @@ def _judge(text: str, start: int, end: int) -> Border:
     if "\n" in blank and _LIST_ITEM.match(text, end):
         return Border(4, start)
     begin = max(0, start - CLOSED)
-    if _SENTENCE_END.search(text, begin, start) and not _NO_SENTENCE_END.search(text, begin, start):
+    is_end = _SENTENCE_END.search(text, begin, start) and not _APART.match(text, end)
+    if is_end and not _NO_SENTENCE_END.search(text, begin, start):
         return Border(3, start)
     return Border(2 if "\n" in blank else 1, start)
