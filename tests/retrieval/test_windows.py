@@ -217,16 +217,23 @@ def test_cuts_fall_at_sentence_ends_of_other_scripts(default, text):
     assert all(one.startswith(text.strip()) and one.endswith(text.strip()) for one in found)
 
 
+SHORTENED = ["Jan. 5", "approx. 30", "etc. and", "Inc. said", "etc.) and", "Abb. 3", "… and", "Gov. Smith", "Mt. Fuji"]
 PLAIN = "Of the old lighthouse the keeper told in {} all that he knew {} and more than that to the ships"
 
 
 @pytest.mark.parametrize(
-    "inside", ["e.g. J. R. Smith", "Dr. Smith", "Fig. 3", "U.S. waters", "version 3.14 here", "a.b.c"]
+    "inside", ["e.g. J. R. Smith", "Dr. Smith", "Fig. 3", "U.S. waters", "version 3.14 here", "a.b.c", *SHORTENED]
 )
 def test_a_period_is_not_always_the_end_of_a_sentence(default, inside):
     text = " ".join(PLAIN.format(number, inside) + "." for number in range(60))
     found = [window.passage.text for window in windows(default, [text_file(text)])]
     assert all(one.startswith("Of the") and one.endswith("the ships.") for one in found)
+
+
+def test_a_text_of_small_letters_is_cut_at_its_periods(default):
+    text = "\n".join(KEEPER.format(number, ".").lower().replace("climbed ", "climbed\n") for number in range(60))
+    found = [window.passage.text for window in windows(default, [text_file(text)])]
+    assert all(one.startswith("the keeper") and one.endswith("the ships.") for one in found)
 
 
 def test_no_character_is_lost_before_between_and_after_cuts(default):
