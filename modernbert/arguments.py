@@ -26,6 +26,7 @@ LOADING: dict[str, Known] = {
     "trust_remote_code": BOTH,  # code of a repository is never run
     "low_cpu_mem_usage": BOTH,  # never two copies of the weights
     "weights_only": BOTH,  # always
+    "reference_compile": BOTH,  # of transformers 4: torch.compile of parts of ModernBERT
     "attn_implementation": Known((), "the fastest attention of the device is always used; leave it out"),
     "config": Known((), "give the fields that change, such as attention_dropout=0.1"),
     "force_download": Known((False,), "delete the repository from the cache of the hub first"),

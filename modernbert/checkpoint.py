@@ -42,7 +42,9 @@ DTYPE = ("dtype", "torch_dtype")  # keys of config.json in transformers 5 and 4
 UNDO = {
     r"\.(base_layer|lora_|modules_to_save|original_module)": "merge the adapter first, with merge_and_unload() of peft",
     r"\.parametrizations\.": "call torch.nn.utils.parametrize.remove_parametrizations first",
+    r"\.weight_u$": "call torch.nn.utils.remove_spectral_norm first",
     r"_(orig|mask)$": "call torch.nn.utils.prune.remove first",
+    r"\.weight_[gv]$": "call torch.nn.utils.remove_weight_norm first",
     r"_flat_param": "gather the tensors, with get_model_state_dict of torch.distributed, and pass state_dict",
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..inference.session import Session
 from ..late_interaction import Ragged
 from ..progress import progress_bar
-from .documents.find import find_files, read_file
+from .documents.find import find_files, path_list, read_file
 from .documents.reading import Reading
 from .documents.records import is_records
 from .documents.text import OnNote, file_name
@@ -78,6 +78,7 @@ def index(
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """
     _check_output(output)
+    paths = path_list(paths)
     reading = Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)
     roots, named = _roots(paths), [os.path.abspath(path) for path in paths]
     total = _total_size(paths, Path(output), exclude, gitignore)
@@ -132,7 +133,8 @@ def index(
 
 
 def forget(paths: Paths, output: str | os.PathLike[str]) -> Summary:
-    """Remove every document that was read from under `paths`, which need not exist. Raises OSError as `index` does."""
+    """Remove every document that was read from under `paths`, which need not exist. Raises as `index` does."""
+    paths = path_list(paths)
     folder, roots = Path(output), _roots(paths)
     read_manifest(folder)  # Raises if there is no store, before `open_draft` makes one.
     with open_draft(folder, {"forget": [os.path.abspath(path) for path in paths]}) as draft:

@@ -240,12 +240,15 @@ SENTENCE_ENDS = "。！？｡"
 """No space follows them."""
 
 _CLOSING = "\"')\\]”’»›）」』】*_"
-_PLACE = re.compile(rf"\s+|[{SENTENCE_ENDS}][{_CLOSING}]*(?![{_CLOSING}\s])")
-_LIST_ITEM = re.compile(r"(?:[-*+•‣◦–]|\(?[0-9]{1,3}[.)]|\(?[A-Za-z][.)]|#\.)[ \t]")
-_SENTENCE_END = re.compile(rf"[.!?:…؟۔।॥։።{SENTENCE_ENDS}][{_CLOSING}]*$")
+_PLACE = re.compile(rf"\s+|(?:[{SENTENCE_ENDS}]|．(?!\d))[{_CLOSING}]*(?![{_CLOSING}\s])")
+_ROMAN = "[ivxlcIVXLC]{2,6}"
+_LIST_ITEM = re.compile(rf"(?:[-*+•‣◦–]|\(?(?:[0-9]{{1,3}}|[A-Za-z]|{_ROMAN})[.)]|#\.)[ \t]")
+_APART = re.compile(r"[»›](?!\S)")  # French has a space before the end of a quotation, German none after its beginning.
+_SENTENCE_END = re.compile(rf"[.!?:…؟۔।॥։።．{SENTENCE_ENDS}][{_CLOSING}]*(?:\s[»›])?$")
 # An initial, a common abbreviation, or the number of a list item.
 _NO_SENTENCE_END = re.compile(
-    r"(?:(?<!\w)(?:[^\W\d_]|[MD]r|Mrs|Ms|Prof|St|Fig|No|vs|cf|al)|(?<![^\n])[ \t]*\(?\d{1,3})[.)]$"
+    r"(?:(?<!\w)(?:[^\W\d_]|[MD]r|Mrs|Ms|Mme|Prof|Gov|Sen|Gen|Col|Capt|Lt|Rev|St|Mt|Fig|No|vs|cf|al)"
+    rf"|(?<![^\n])[ \t]*\(?(?:\d{{1,3}}|{_ROMAN}))[.)]$"
 )
 
 
@@ -253,7 +256,8 @@ class Border(NamedTuple):
     """A place between two tokens.
 
     Attributes:
-        quality: 5 paragraph, 4 list item, 3 sentence, 2 line, 1 space, 0 inside a word, -1 inside a character.
+        quality: 6 paragraph, 5 list item, 4 sentence, 3 perhaps a sentence, 2 line, 1 space, 0 inside a word,
+            -1 inside a character.
         at: the character that the text after it begins with.
     """
 
@@ -299,12 +303,14 @@ def _judge(text: str, start: int, end: int) -> Border:
     """A border at white space, or after a mark that ends a sentence without white space."""
     blank = text[start:end]
     if not blank.isspace():
-        return Border(3, end)
+        return Border(4, end)
     if blank.count("\n") > 1:
-        return Border(5, start)
+        return Border(6, start)
     if "\n" in blank and _LIST_ITEM.match(text, end):
-        return Border(4, start)
-    begin = max(0, start - CLOSED)
-    if _SENTENCE_END.search(text, begin, start) and not _NO_SENTENCE_END.search(text, begin, start):
-        return Border(3, start)
+        return Border(5, start)
+    begin, after = max(0, start - CLOSED), text[end : end + 1]
+    is_end = _SENTENCE_END.search(text, begin, start) and not _APART.match(text, end)
+    if is_end and not _NO_SENTENCE_END.search(text, begin, start):
+        # An abbreviation may be before a small letter or a number, but some texts have small letters only.
+        return Border(3 if after.islower() or after.isdigit() else 4, start)
     return Border(2 if "\n" in blank else 1, start)

@@ -40,6 +40,9 @@ class EncodedQuery:
 def encode_queries(session: Session, texts: Iterable[str]) -> list[EncodedQuery]:
     """Tokenise and encode queries once, with what `explain` needs. Warns as `tokenize`."""
     found = _list(texts)
+    for number, text in enumerate(found):
+        if not isinstance(text, str):
+            raise ValueError(f"queries[{number}] is {text!r:.80}; give a text")
     tokens = tokenize(session, found, _names(range(len(found))), spans=True)
     vectors = encode_tokens(session, tokens)
     return [EncodedQuery(*query) for query in zip(found, vectors, tokens.spans, strict=True)]
@@ -69,6 +72,16 @@ def check_search(queries: Iterable[str | EncodedQuery], top_k: int) -> list[str 
             raise ValueError(f"queries[{number}] is {query!r:.80}; give a text, or what `encode` made of one")
     check_top_k(top_k)
     return found
+
+
+def check_run(queries: Mapping[str, str], top_k: int) -> None:
+    """Raise ValueError for what no run takes: no dict of ids and texts, or a wrong `top_k`."""
+    if not isinstance(queries, Mapping):
+        raise ValueError(f"queries must be a dict of ids and texts, got one {type(queries).__name__}")
+    for name, text in queries.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(f"queries[{name!r:.80}] is {text!r:.80}; give an id and a text, both as texts")
+    check_top_k(top_k)
 
 
 def check_top_k(top_k: int) -> None:

@@ -50,13 +50,13 @@ _ASCII = re.compile("[-\x02]")
 _GONE = re.compile(f"[{_INVISIBLE}]")
 _KEPT_JOINER = re.compile(f"[{_JOINED}]")
 _SPECIAL = re.compile(  # Each part begins with a class of characters, which makes the search fast.
-    rf"[{_HYPHENS}{_SOFT}](?<={_LETTER}.)[ \t]*\r?\n[ \t]*(?={_LETTER})"
+    rf"[{_HYPHENS}{_SOFT}](?<={_LETTER}.)[ \t]*\r?\n\f?[ \t]*(?={_LETTER})"
     rf"|[{_INVISIBLE}]+|[{_JOINERS}]+|[{_RAISED}]+|[{_HYPHENS[1:]}]|[{_COMPATIBLE}][\uff9e\uff9f]?"
     rf"|[{''.join(_ACCENTS)}](?:(?<=\w.) )?[A-Za-z\u0131]"
 )
 
 # For words that may be compounds. Letters are only looked at from the beginning of a word, and so not twice.
-_BROKEN = re.compile(rf"(?<!{_LETTER}){_LETTER}+[{_HYPHENS}][ \t]*\r?\n[ \t]*{_LETTER}+")
+_BROKEN = re.compile(rf"(?<!{_LETTER}){_LETTER}+[{_HYPHENS}][ \t]*\r?\n\f?[ \t]*{_LETTER}+")
 _WORD = re.compile(f"{_LETTER}+")
 _COMPOUND = re.compile(rf"(?<!{_LETTER})({_LETTER}+)[{_HYPHENS}](?=({_LETTER}+))")
 # A hyphen in front of one of these belongs to a shortened word: "pre- and post-war", "Vor- und Nachteile".

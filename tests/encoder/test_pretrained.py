@@ -146,6 +146,7 @@ TAKEN = {
     "low_cpu_mem_usage": [True, False],
     "use_safetensors": [True],
     "weights_only": [True],
+    "reference_compile": [False, True],
     "output_hidden_states": [False],
     "return_dict": [True],
     "force_download": [False],

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from folders import check_refused, tree
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.prune import l1_unstructured
 
 from modernbert import ColBERT, Encoder, Tokenizer
 
@@ -138,7 +139,7 @@ def parametrize(model: Model) -> None:
 
 
 def prune(model: Model) -> None:
-    nn.utils.prune.l1_unstructured(model.base_model.get_submodule("layers.0.mlp.Wi"), "weight", 3)
+    l1_unstructured(model.base_model.get_submodule("layers.0.mlp.Wi"), "weight", 3)
 
 
 def replicate(model: Model) -> None:
@@ -155,6 +156,14 @@ CHANGED: dict[str, tuple[Callable[[Model], object], str]] = {
     "quantized": (quantize, r"layers\.0\.mlp\.Wi\._packed_params.* is a (tuple|dtype|ScriptObject); a plain tensor"),
     "parametrized": (parametrize, r"0\.mlp\.Wi\.parametrizations.*; call torch\.nn\.utils\.parametrize\.remove"),
     "pruned": (prune, r"0\.mlp\.Wi\.weight_orig.*; call torch\.nn\.utils\.prune\.remove first"),
+    "a norm of a weight": (
+        lambda model: nn.utils.weight_norm(model.base_model.get_submodule("layers.0.mlp.Wi")),
+        r"0\.mlp\.Wi\.weight_g.*; call torch\.nn\.utils\.remove_weight_norm first",
+    ),
+    "a spectral norm": (
+        lambda model: nn.utils.spectral_norm(model.base_model.get_submodule("layers.0.mlp.Wi")),
+        r"0\.mlp\.Wi\.weight_u.*; call torch\.nn\.utils\.remove_spectral_norm first",
+    ),
     "replicated": (replicate, r"missing.*layers\.0\.attn"),
     "LoRA": (peft, r"0\.mlp\.Wi\.base_layer.*; merge the adapter first, with merge_and_unload\(\) of peft"),
     "DoRA": (lambda model: peft(model, use_dora=True), r"lora_magnitude.*; merge the adapter first"),
@@ -165,7 +174,7 @@ CHANGED: dict[str, tuple[Callable[[Model], object], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_changed_model_is_refused_with_what_to_do(kind: type[Model], name: str, tmp_path: Path) -> None:
     change, words = CHANGED[name]

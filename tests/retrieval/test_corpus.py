@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
+from modernbert.retrieval import forget, index
 from modernbert.retrieval.documents.find import Key, find_files, read_file, read_texts
 
 DEMO = files("modernbert") / "assets" / "demo" / "corpus.jsonl.gz"
@@ -83,6 +85,31 @@ def test_a_path_that_is_not_there_is_said_before_anything_is_read(tmp_path):
     write(tmp_path, {"a.md": "text"})
     with pytest.raises(FileNotFoundError, match="no such file or folder: nowhere"):
         next(find_files([tmp_path, "nowhere"]))
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        ("/docs", r"paths must be a list, got '/docs'; write \[path\]"),
+        (Path("/docs"), r"paths must be a list, got PosixPath\('/docs'\)"),
+        (b"/docs", "paths must be a list, got b'/docs'"),
+        (None, "paths must be a list, got one NoneType"),
+        ({"/docs": 1}, "paths must be a list, got one dict"),
+        (["/", None], r"paths\[1\] is None; give a path as a text"),
+        ([b"/docs"], r"paths\[0\] is b'/docs'"),
+        ([["/docs"]], r"paths\[0\] is \['/docs'\]"),
+    ],
+)
+def test_paths_are_a_list_of_paths(tmp_path, paths, words):
+    """The letters of "/docs" are paths, and the first is the whole disk."""
+    for call in (
+        lambda: list(find_files(paths)),
+        lambda: index(paths, tmp_path / "store"),
+        lambda: forget(paths, tmp_path / "store"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
@@ -254,12 +281,12 @@ def test_fields_of_records_are_metadata(tmp_path):
 def test_broken_utf8_is_replaced_and_said(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 and \xff; a real \xef\xbf\xbd is not counted")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfbyte order mark")
-    (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "na\xefve \\ud800"}\n')
+    (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "na\xefve \\ud800 \xc3\xa9"}\n')
     notes = []
     assert [document.text for document in read(tmp_path, on_note=notes.append)] == [
         "caf\ufffd and \ufffd; a real \ufffd is not counted",
         "byte order mark",
-        "na\ufffdve ?",
+        "na\ufffdve ? é",
     ]
     assert notes == [
         f"{tmp_path}/a.txt: not UTF-8 throughout, 2 broken places were replaced by U+FFFD",

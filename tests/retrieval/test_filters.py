@@ -13,6 +13,7 @@ from stores import write_corpus
 
 from modernbert.cli.converse import parse_fields
 from modernbert.retrieval import Store, index
+from modernbert.retrieval.store import fields
 
 RECORDS = {
     "a": {
@@ -237,3 +238,36 @@ def test_a_number_of_any_length_is_compared(colbert, tmp_path):
         assert found(opened, {"big": 2**63 + 1}) == "a"
         assert found(opened, {"big": 2**63}) == ""
     assert json.loads(json.dumps(records))
+
+
+def test_the_values_of_a_field_are_read_once(colbert, tmp_path, monkeypatch):
+    """At 100,000 documents, each new value took over a second; now only the first one of a field does."""
+    records = [{"_id": f"d{i}", "text": f"owl {i}", "metadata": {"year": i, "tags": [f"t{i % 3}"]}} for i in range(9)]
+    index([write_corpus(tmp_path / "corpus.jsonl", records)], tmp_path / "store", colbert)
+    parsed = []
+    monkeypatch.setattr(fields, "_find", lambda *given, find=fields._find: parsed.append(given[1]) or find(*given))
+    with Store(tmp_path / "store", colbert) as opened:
+
+        def found(**where):
+            return {hit.passage.id for hit in opened.search(["owl"], where=where)[0]}
+
+        for year in range(9):
+            assert found(year=year) == {f"d{year}"}
+        assert found(year={">": 6}) == {"d7", "d8"}
+        assert parsed == ["year"] * 9
+        assert found(year={">": 3}, tags="t1") == {"d4", "d7"}
+        assert found(tags="t2", year={"<": 4}) == {"d2"}
+        assert parsed == ["year"] * 9 + ["year", "tags"] * 9
+        with pytest.raises(ValueError, match="cannot be compared"):
+            found(year="soon")
+
+
+def test_fields_of_long_texts_are_not_kept(colbert, tmp_path, monkeypatch):
+    monkeypatch.setattr(fields, "LARGEST", 300)
+    records = [{"_id": f"d{i}", "text": f"owl {i}", "metadata": {"long": f"{i} " + "x" * 99}} for i in range(9)]
+    index([write_corpus(tmp_path / "corpus.jsonl", records)], tmp_path / "store", colbert)
+    with Store(tmp_path / "store", colbert) as opened:
+        for number in (0, 8):
+            (hit,) = opened.search(["owl"], where={"long": f"{number} " + "x" * 99})[0]
+            assert hit.passage.id == f"d{number}"
+        assert not opened._selection._fields._kept

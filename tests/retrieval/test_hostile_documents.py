@@ -110,10 +110,11 @@ def test_an_empty_file_of_records_has_none(tmp_path, suffix, content):
         b"\x7fELF\x02\x01\x01" + b"\0" * 9,
         b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
         gzip.compress(b"text " * 100),
-        "no mark".encode("utf-16-le"),
+        b"name.txt\0other.txt\0",
+        "no text\x01".encode("utf-16-le"),
         b"x" * 8191 + b"\0",
     ],
-    ids=["elf", "png", "gzip", "utf-16", "late"],  # not gzip's bytes, which contain the time
+    ids=["elf", "png", "gzip", "names", "control", "late"],  # not gzip's bytes, which contain the time
 )
 @pytest.mark.parametrize("suffix", ["", ".txt", ".py", ".bin"])
 def test_a_binary_file_is_refused(tmp_path, suffix, content):

@@ -97,3 +97,30 @@ def test_queries_of_any_iterable(store: Store) -> None:
 def test_wrong_queries_are_named(store: Store, queries: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         store.search(queries)
+    with pytest.raises(ValueError, match=words):
+        store.encode(queries)
+
+
+@pytest.mark.parametrize(
+    ("queries", "words"),
+    [
+        (["owl"], "queries must be a dict of ids and texts, got one list"),
+        ("owl", "queries must be a dict of ids and texts, got one str"),
+        ({"q": None}, r"queries\['q'\] is None; give an id and a text"),
+        ({"q": ["owl"]}, r"queries\['q'\] is \['owl'\]"),
+        ({1: "owl"}, r"queries\[1\] is 'owl'; give an id and a text, both as texts"),
+    ],
+)
+def test_wrong_queries_of_a_run_are_named(store: Store, queries: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        store.run(queries)
+
+
+def test_what_is_not_a_hit_is_named(store: Store) -> None:
+    """The list of hits in place of one, and a passage in place of its hit."""
+    hits = store.search(["owl"])[0]
+    for wrong in (hits, hits[0].passage, None, 1):
+        with pytest.raises(ValueError, match=r"hit is .*; give one of the hits of a search"):
+            store.explain("owl", wrong)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"queries\[0\] is \['owl'\]"):
+        store.explain(["owl"], hits[0])  # pyright: ignore

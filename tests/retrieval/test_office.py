@@ -264,6 +264,26 @@ def test_opendocument():
     )
 
 
+def test_alternative_texts_of_pictures_are_read_as_on_web_pages():
+    """Once, although files repeat them, and not the names of files, which programs put there."""
+    picture = "<w:p><w:r><w:drawing><wp:docPr id='1' descr='{0}'/><pic:cNvPr descr='{0}'/></w:drawing></w:r></w:p>"
+    old = "<w:p><w:r><w:pict><v:shape alt='A mouse&#10;asleep'/></w:pict></w:r></w:p>"
+    body = picture.format("A red owl") + picture.format("C:\\pictures\\owl 3.JPG ") + paragraph("Owls hunt.") + old
+    assert text(".docx", word(body)) == "A red owl\n\nOwls hunt.\n\nA mouse asleep"
+    inline = "<w:p><w:r><w:t>see</w:t><w:drawing><wp:docPr descr='# an owl'/></w:drawing><w:t>here</w:t></w:r></w:p>"
+    assert text(".docx", word(inline)) == "see # an owl here"
+    drawn = "<p:pic><p:nvPicPr><p:cNvPr id='2' name='Picture 1' descr='# A red owl'/></p:nvPicPr></p:pic>"
+    assert text(".pptx", slides(shape("Owls", kind="title") + drawn)) == "# Owls\n\n\\# A red owl"
+    described = "<svg:title>A red owl</svg:title><svg:desc>It hunts.</svg:desc>"
+    frame = f"<draw:frame draw:style-name='g'><draw:image/>{described}</draw:frame>"
+    for content, found in (
+        (f"<office:text><text:p>See{frame}</text:p></office:text>", "A red owl\n\nIt hunts.\n\nSee"),
+        (f"<office:presentation><draw:page>{frame}</draw:page></office:presentation>", "A red owl\n\nIt hunts."),
+        ("<office:text><text:p>On <text:title>Owls</text:title>.</text:p></office:text>", "On Owls."),
+    ):
+        assert text(".odt", opened(content)) == found
+
+
 def test_office_files_are_found_in_folders_without_the_locks_of_open_ones(tmp_path):
     for name in ("a.docx", "b.PPTX", "c.xlsx", "d.odt", "~$a.docx", ".~lock.d.odt#", "e.doc"):
         (tmp_path / name).write_bytes(b"")

@@ -6,7 +6,15 @@ import io
 
 import pytest
 from pypdf import PdfReader, PdfWriter
-from pypdf.generic import ArrayObject, DecodedStreamObject, DictionaryObject, NameObject, TextStringObject
+from pypdf.generic import (
+    ArrayObject,
+    DecodedStreamObject,
+    DictionaryObject,
+    NameObject,
+    NullObject,
+    NumberObject,
+    TextStringObject,
+)
 
 from modernbert import ColBERT
 from modernbert.retrieval.documents.find import read_file
@@ -85,6 +93,90 @@ def test_a_field_inherits_from_the_fields_above_it_and_a_circle_ends():
     file = io.BytesIO()
     writer.write(file)
     assert read_pdf(file.getvalue(), pytest.fail)[1] == "Form\nColour: grey, brown"
+
+
+def annotated(*annotations: DictionaryObject, page: str = "Form") -> bytes:
+    """A PDF with one page and these annotations."""
+    writer = PdfWriter(clone_from=io.BytesIO(pdf(page)))
+    writer.pages[0][NameObject("/Annots")] = ArrayObject([writer._add_object(one) for one in annotations])
+    file = io.BytesIO()
+    writer.write(file)
+    return file.getvalue()
+
+
+def entries(**values: object) -> DictionaryObject:
+    """A dictionary of a PDF; texts that begin with a slash are names."""
+    found = DictionaryObject()
+    for key, value in values.items():
+        text = TextStringObject(value) if isinstance(value, str) else value
+        found[NameObject(f"/{key}")] = NameObject(text) if isinstance(text, str) and text.startswith("/") else text
+    return found
+
+
+def listed(*texts: object) -> ArrayObject:
+    return ArrayObject([TextStringObject(text) if isinstance(text, str) else text for text in texts])
+
+
+def test_a_chosen_option_is_read_as_it_is_shown():
+    """The value is the name of an option, or its number."""
+    options = listed(listed("DE", "Germany"), listed("FR", "France"), "Spain")
+    for kind, value, shown in (
+        ("/Ch", "DE", "Germany"),
+        ("/Ch", listed("FR", "DE"), "France, Germany"),
+        ("/Ch", "Spain", "Spain"),
+        ("/Ch", "elsewhere", "elsewhere"),
+        ("/Btn", "/2", "Spain"),
+    ):
+        raw = annotated(entries(Subtype="/Widget", FT=kind, T="country", V=value, Opt=options))
+        assert read_pdf(raw, pytest.fail)[1] == f"Form\ncountry: {shown}"
+
+
+def test_a_long_value_may_be_a_stream():
+    stream = DecodedStreamObject()
+    stream.set_data(b"Owls hunt\rat night.")
+    writer = PdfWriter(clone_from=io.BytesIO(annotated(entries(Subtype="/Widget", T="notes"))))
+    writer.pages[0]["/Annots"][0].get_object()[NameObject("/V")] = writer._add_object(stream)
+    file = io.BytesIO()
+    writer.write(file)
+    assert read_pdf(file.getvalue(), pytest.fail)[1] == "Form\nnotes: Owls hunt\nat night."
+
+
+def test_comments_are_read_like_those_of_office_files():
+    raw = annotated(
+        entries(Subtype="/FreeText", Contents="typed on the page"),
+        entries(Subtype="/Text", Contents="a note"),
+        entries(Subtype="/Highlight", Contents=" "),
+        entries(Subtype="/Link", Contents="an address"),
+        entries(Subtype="/Popup", Contents="a note"),
+        NullObject(),
+    )
+    assert read_pdf(raw, pytest.fail)[1] == "Form\ntyped on the page\na note"
+
+
+def test_a_page_with_nothing_for_annotations_is_read():
+    writer = PdfWriter(clone_from=io.BytesIO(pdf("Owls")))
+    writer.pages[0][NameObject("/Annots")] = NullObject()
+    file = io.BytesIO()
+    writer.write(file)
+    assert read_pdf(file.getvalue(), pytest.fail)[1] == "Owls"
+
+
+def test_glyphs_are_read_by_their_letters():
+    """pypdf knows ligatures by one name each, and no small capitals: o/f_f_ice, /a.sc, /one.oldstyle."""
+    names = ("f_f_i", "f_j", "T_h", "a.sc", "one.oldstyle", "f_f.alt", ".notdef", "fi", "uni0041")
+    writer = PdfWriter(clone_from=io.BytesIO(pdf("x")))
+    page = writer.pages[0]
+    font = entries(Type="/Font", Subtype="/Type1", BaseFont="/ABCDEF+TeXGyreTermes")
+    names = [NumberObject(1), *(NameObject(f"/{name}") for name in names)]
+    font[NameObject("/Encoding")] = entries(Differences=ArrayObject(names))
+    page["/Resources"]["/Font"][NameObject("/G")] = font
+    stream = DecodedStreamObject()
+    stream.set_data(b"BT /G 9 Tf 20 700 Td (o\x01ce \x02ord \x03e \x04 \x05 o\x06 \x08n \x09) Tj ET")
+    page[NameObject("/Contents")] = writer._add_object(stream)
+    file = io.BytesIO()
+    writer.write(file)
+    for _ in range(2):
+        assert read_pdf(file.getvalue(), pytest.fail)[1] == "office fjord The a 1 off ﬁn A"
 
 
 def test_a_form_that_is_broken_does_not_take_the_page_with_it():

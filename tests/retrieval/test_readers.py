@@ -56,7 +56,7 @@ def <b>owl</b>():
 <table><thead><tr><th>owl</th><th>cm</th></tr></thead>
 <tbody><tr><td><p>Barn</p></td><td><p>36</p></td></tr><tr><td></td><td>20</td></tr></tbody></table>
 <dl><dt>pellet</dt><dd>what is left of a mouse</dd></dl>
-<img src="owl.png" alt="An owl on a branch">
+<img src="owl.png" alt="An owl on a branch"><img src="2.png" alt="DSC 17.JPG">
 <h2>C#</h2>
 <p># no heading either</p>
 <p>---</p>
@@ -339,18 +339,23 @@ def test_a_broken_pdf_is_called_so(raw, message):
         read_pdf(raw, pytest.fail)
 
 
-def encrypted(user: str, owner: str) -> bytes:
+def encrypted(user: str, owner: str | None, algorithm: str = "RC4-128") -> bytes:
     writer = PdfWriter(clone_from=io.BytesIO(pdf("A secret owl")))
-    writer.encrypt(user, owner, algorithm="RC4-128")
+    writer.encrypt(user, owner, algorithm=algorithm)
     file = io.BytesIO()
     writer.write(file)
     return file.getvalue()
 
 
-def test_an_encrypted_pdf_is_read_if_no_password_is_asked_for():
-    assert read_pdf(encrypted("", "owner"), pytest.fail)[1] == "A secret owl"
-    with pytest.raises(ValueError, match="an encrypted PDF; save it without its password first"):
-        read_pdf(encrypted("user", "owner"), pytest.fail)
+@pytest.mark.parametrize("algorithm", ["RC4-40", "RC4-128", "AES-128", "AES-256-R5", "AES-256"])
+def test_an_encrypted_pdf_is_read_if_no_password_is_asked_for(algorithm):
+    if algorithm.startswith("AES"):
+        pytest.importorskip("cryptography")
+    for owner in ("owner", "", None):
+        assert read_pdf(encrypted("", owner, algorithm), pytest.fail)[1] == "A secret owl"
+    for owner in ("owner", "", None):
+        with pytest.raises(ValueError, match="an encrypted PDF; save it without its password first"):
+            read_pdf(encrypted("user", owner, algorithm), pytest.fail)
 
 
 def test_an_encryption_that_takes_another_package_says_which():
@@ -358,11 +363,27 @@ def test_an_encryption_that_takes_another_package_says_which():
     try:
         import cryptography
     except ImportError:
-        with pytest.raises(ValueError, match="an encrypted PDF; to read it, pip install cryptography"):
+        with pytest.raises(ValueError, match=r"an encrypted PDF; to read it: pip install 'modernbert\[retrieval\]'"):
             read_pdf(raw, pytest.fail)
     else:
         assert cryptography
         assert read_pdf(raw, pytest.fail)[1] == "Nobody may print this."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"/Filter /Standard", b"/Filter /Adobe.PubSec", "a PDF of a kind that pypdf does not read .*; print it"),
+        (b"/V 2", b"/V 9", "a PDF of a kind that pypdf does not read .*V=9"),
+        (b"/U <", b"/X <", "a broken PDF .*/U entry"),
+        (b"/Encrypt ", b"/Encrypt 99", "a broken PDF .*/Encrypt entry"),
+    ],
+)
+def test_a_damaged_encryption_is_an_error(old, new, message):
+    raw = encrypted("", "owner")
+    assert old in raw
+    with pytest.raises(ValueError, match=message):
+        read_pdf(raw.replace(old, new), pytest.fail)
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.html", "lxml"), ("a.pdf", "pypdf")])

@@ -23,6 +23,7 @@ SPELLED = {
     "financial office": ["ﬁnancial oﬃce", "financial\u00a0office", "ﬁnancial\u2009o\ufb03ce", "financial\u3000office"],
     "hydroelectric": ["hydro-\nelectric", "hydro-\r\n   electric", "hydro\u00ad\nelectric", "hydro¬\nelectric"],
     "hydroelectric dams": ["hydro\x02\r\nelectric dams", "hydro\ufffe\nelectric dams", "hydro\u2010\nelectric dams"],
+    "hydroelectric lifetime": ["hydro-\n\felectric lifetime", "hydro\u00ad\n\felectric life-\n\ftime"],  # next pages
     "well-known": ["well\u2011known", "well\u2010known"],
     "shelfful": ["shelf\u200cful", "shelf\u200dful"],
     "CO2 in 5 m2": ["CO₂ in 5 m²", "ＣＯ２ in 5 ㎡"],

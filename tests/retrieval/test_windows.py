@@ -175,7 +175,7 @@ def default() -> ColBERT:
 KEEPER = (
     "The keeper number {} of the old lighthouse climbed the tower every evening and lit the big lamp for the ships{}"
 )
-ENDS = [".", "!", "?", "…", ".”", '."', ".)", ".**", " (really)."]
+ENDS = [".", "!", "?", "…", ".”", '."', ".)", ".**", " (really).", ". »", "\u00a0!\u202f»"]
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -189,7 +189,9 @@ def test_cuts_fall_at_sentence_ends_with_the_model_that_ships(default, end):
     assert all(passage.text == text[passage.start : passage.end] for passage in found)
 
 
-@pytest.mark.parametrize("mark", ["- ", "* ", "+ ", "• ", "1. ", "2) ", "(3) ", "  - ", "- [ ] ", "a. "])
+@pytest.mark.parametrize(
+    "mark", ["- ", "* ", "+ ", "• ", "1. ", "2) ", "(3) ", "  - ", "- [ ] ", "a. ", "iv. ", "(XII) "]
+)
 def test_cuts_fall_at_list_items_with_the_model_that_ships(default, mark):
     text = "".join(f"{mark}{KEEPER.format(number, '; e.g. so.')}\n" for number in range(40))
     found = [window.passage for window in windows(default, [text_file(text)])]
@@ -200,7 +202,14 @@ def test_cuts_fall_at_list_items_with_the_model_that_ships(default, mark):
 
 @pytest.mark.parametrize(
     "text",
-    ["「猫は夜に狩りをする。」", "猫は夜に狩りをする！", "क्या बिल्ली रात में शिकार करती है। ", "هل القط يصيد ليلا؟ "],
+    [
+        "「猫は夜に狩りをする。」",
+        "猫は夜に狩りをする！",
+        "猫は．３．５で狩りをする．",
+        "»Die Eule jagt nachts.« ",
+        "क्या बिल्ली रात में शिकार करती है। ",
+        "هل القط يصيد ليلا؟ ",
+    ],
 )
 def test_cuts_fall_at_sentence_ends_of_other_scripts(default, text):
     found = [window.passage.text for window in windows(default, [text_file(text * 120)])]
@@ -208,16 +217,23 @@ def test_cuts_fall_at_sentence_ends_of_other_scripts(default, text):
     assert all(one.startswith(text.strip()) and one.endswith(text.strip()) for one in found)
 
 
+SHORTENED = ["Jan. 5", "approx. 30", "etc. and", "Inc. said", "etc.) and", "Abb. 3", "… and", "Gov. Smith", "Mt. Fuji"]
 PLAIN = "Of the old lighthouse the keeper told in {} all that he knew {} and more than that to the ships"
 
 
 @pytest.mark.parametrize(
-    "inside", ["e.g. J. R. Smith", "Dr. Smith", "Fig. 3", "U.S. waters", "version 3.14 here", "a.b.c"]
+    "inside", ["e.g. J. R. Smith", "Dr. Smith", "Fig. 3", "U.S. waters", "version 3.14 here", "a.b.c", *SHORTENED]
 )
 def test_a_period_is_not_always_the_end_of_a_sentence(default, inside):
     text = " ".join(PLAIN.format(number, inside) + "." for number in range(60))
     found = [window.passage.text for window in windows(default, [text_file(text)])]
     assert all(one.startswith("Of the") and one.endswith("the ships.") for one in found)
+
+
+def test_a_text_of_small_letters_is_cut_at_its_periods(default):
+    text = "\n".join(KEEPER.format(number, ".").lower().replace("climbed ", "climbed\n") for number in range(60))
+    found = [window.passage.text for window in windows(default, [text_file(text)])]
+    assert all(one.startswith("the keeper") and one.endswith("the ships.") for one in found)
 
 
 def test_no_character_is_lost_before_between_and_after_cuts(default):

@@ -9,7 +9,7 @@ import codecs
 import io
 import re
 from importlib.util import find_spec
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from .text import OnNote, decode, marked_encoding
 
@@ -19,6 +19,9 @@ SAMPLE = 1 << 16
 
 BLOCK = 1 << 20
 """Bytes that are checked at a time."""
+
+HEAD = 1 << 13
+"""Bytes at the beginning in which a NUL means that a file is UTF-16 without a mark, or not a text."""
 
 FEW = 2
 """Broken places of a page that are damage and do not refute that it is UTF-8, as it declares."""
@@ -35,9 +38,15 @@ _WIDER = {  # the encoding that browsers use in place of a narrower one; keys ar
     "shift_jis": "cp932",
     "euc_kr": "cp949",
 }
-# What chardet chooses from: with all that it knows, short texts often become those of a Mac or of DOS.
-_GUESSED = [f"cp{number}" for number in (*range(1250, 1258), 866, 874, 932, 949)]
-_GUESSED += ["koi8-r", "koi8-u", "iso8859-2", "iso8859-5", "euc-jp", "gb18030", "big5"]
+# With all that chardet knows, short texts are often of a rare encoding. So it chooses from all only where letters are
+# many, and if it chooses another than these, once more from the usual ones.
+_RARE = {"iso8859-6", *(f"cp{number}" for number in (437, 850, 852, 855, 857, 858, 860, 861, 863, 865))}
+_RARE |= {f"mac-{script}" for script in ("cyrillic", "greek", "iceland", "latin2", "roman", "turkish")}
+_USUAL = [f"cp{number}" for number in (*range(1250, 1258), 866, 874, 932, 949)]
+_USUAL += ["koi8-r", "koi8-u", "iso8859-2", "iso8859-5", "euc-jp", "gb18030", "big5"]
+LETTERS = 8
+"""Bytes that are not ASCII from which on an encoding may be a rare one."""
+
 UNSURE = 0.03
 """The confidence of chardet below which there are too few letters to tell, so that what browsers assume is likelier."""
 
@@ -59,10 +68,13 @@ class Found(NamedTuple):
     is_guess: bool = False
 
 
-def find_encoding(file: BinaryIO) -> Found:
+def find_encoding(file: io.BufferedIOBase) -> Found:
     """The encoding of the bytes of a file, which is read from its beginning in blocks."""
-    if marked := marked_encoding(file.read(4)):
+    head = file.read(HEAD)
+    if marked := marked_encoding(head):
         return Found(marked)
+    if wide := utf16_without_mark(head):
+        return Found(wide, is_guess=True)
     file.seek(0)
     decoder, is_japanese = codecs.getincrementaldecoder(UTF8)(), False
     try:
@@ -75,7 +87,28 @@ def find_encoding(file: BinaryIO) -> Found:
     return Found("iso2022_jp", is_guess=True) if is_japanese else Found(UTF8)
 
 
-def text_encoding(file: BinaryIO, named: str | None, on_note: OnNote) -> str:
+def utf16_without_mark(head: bytes) -> str | None:
+    """UTF-16 in the order of bytes in which the beginning of a file is text, or None. Most such text has a NUL.
+
+    Text with NULs, such as a list of names that end in one, is UTF-16 by accident. So most characters are Latin, or the
+    bytes are not text without their NULs.
+    """
+    head = head[: len(head) // 2 * 2]
+    count, name = max((head[1::2].count(0), "utf-16-le"), (head[::2].count(0), "utf-16-be"))
+    is_other = count <= len(head) // 4 and _is_text(head.replace(b"\0", b""), UTF8)
+    return name if count and not is_other and _is_text(head, name) else None
+
+
+def _is_text(head: bytes, encoding: str) -> bool:
+    """Whether the bytes, of which the last character may be cut, are printable characters and white space."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)
+
+
+def text_encoding(file: io.BufferedIOBase, named: str | None, on_note: OnNote) -> str:
     """The encoding of a text: by its byte order mark, else `named`, else as found. A guess is noted."""
     if named and not marked_encoding(file.read(4)):
         return named
@@ -139,7 +172,7 @@ def _of_page(name: bytes) -> str | None:
     return found if _OF_PAGES.fullmatch(found) else None
 
 
-def _sample(file: BinaryIO) -> bytes:
+def _sample(file: io.BufferedIOBase) -> bytes:
     file.seek(0)
     sample = bytearray()
     while len(sample) < SAMPLE and (line := file.readline(SAMPLE)):
@@ -163,7 +196,10 @@ def _guess(sample: bytes) -> str:
         return WESTERN
     import chardet
 
-    found = chardet.detect(sample, include_encodings=_GUESSED, compat_names=False)
+    has_many = len(sample.translate(None, bytes(range(128)))) >= LETTERS
+    found = chardet.detect(sample, compat_names=False) if has_many else None
+    if not found or found["encoding"] not in _RARE:
+        found = chardet.detect(sample, include_encodings=_USUAL, compat_names=False)
     name = codecs.lookup(found["encoding"] or WESTERN).name
     name = _WIDER.get(name, name)
     is_same = sample.decode(name, "replace") == sample.decode(WESTERN, "replace")

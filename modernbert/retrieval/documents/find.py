@@ -8,7 +8,7 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,19 @@ class Key(NamedTuple):
     line: int | None
 
 
+def path_list(paths: Paths) -> list[str | os.PathLike[str]]:
+    """The paths as a list. Raises ValueError for one path, whose letters would be paths, and for what is not one."""
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise ValueError(f"paths must be a list, got {paths!r:.80}; write [path]")
+    if isinstance(paths, Mapping) or not isinstance(paths, Iterable):
+        raise ValueError(f"paths must be a list, got one {type(paths).__name__}")
+    found = list(paths)
+    for number, path in enumerate(found):
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"paths[{number}] is {path!r:.80}; give a path as a text")
+    return found
+
+
 def find_files(
     paths: Paths,
     *,
@@ -78,11 +91,11 @@ def find_files(
     Raises:
         FileNotFoundError: a path does not exist.
         OSError: a path cannot be examined.
-        ValueError: `exclude` has what is not a pattern. All are raised before anything else.
+        ValueError: `exclude` has what is not a pattern, or `paths` are not a list. All are raised before anything else.
     """
     excluded = Excluded(exclude)
     roots: dict[str, bool] = {}
-    for path in paths:
+    for path in path_list(paths):
         try:
             roots[os.path.abspath(path)] = stat.S_ISDIR(os.stat(path).st_mode)
         except FileNotFoundError:

@@ -54,6 +54,7 @@ _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
 _LISTS = frozenset({"dir", "menu", "ol", "ul"})
 _BLOCKS = frozenset(_BLOCK_TAGS.split()) | _LISTS | _HEADINGS.keys()
 _SPACES = re.compile(r"[^\S ]\s*| \s+")
+_FILE_NAME = re.compile(r"\.(?:avif|bmp|emf|gif|jpe?g|png|svg|tiff?|webp|wmf)\s*$", re.IGNORECASE)
 _MARKUP = re.compile(r"#{1,6}( |$)|```|~~~|([-=])\2{2,}$")
 
 
@@ -106,7 +107,7 @@ class MarkdownWriter:
             self._end_block()
             self._begin_block(tag, attributes)
         elif tag == "img":
-            self._words.append(f" {attributes.get('alt', '')} ")
+            self._words.append(f" {alternative(attributes.get('alt', ''))} ")
         elif tag == "a":
             self._link, self._in_link = len(self._words), True
         for mark, is_marked in enumerate(MARKS):
@@ -213,6 +214,11 @@ class MarkdownWriter:
 def escaped(line: str) -> str:
     """A line of text in a form that is not a mark of markdown."""
     return "\\" + line if _MARKUP.match(line) else line
+
+
+def alternative(text: str) -> str:
+    """The alternative text of a picture on one line; "" if it is only the name of a file."""
+    return "" if _FILE_NAME.search(text) else _words(text)
 
 
 def _words(text: str) -> str:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .archive import attribute
-from .html import escaped
+from .html import alternative, escaped
 
 _PARAGRAPHS = frozenset({"p", "h", "comment"})  # a comment of a workbook has no paragraphs
 _ROWS = frozenset({"tr", "table-row"})
 _CELLS = frozenset({"tc", "table-cell"})
 _SHAPES = frozenset({"sp", "graphicFrame", "frame"})
+_PICTURES = frozenset({"docPr", "cNvPr", "shape"})  # They have the alternative text as an attribute.
 _SPACES = {"tab": " ", "ptab": " ", "s": " ", "noBreakHyphen": "-", "br": "\n", "cr": "\n", "line-break": "\n"}
 # A second form of the same shape, text that was deleted or moved away, contents, marks of footnotes, the names and
 # dates of comments, the pronunciation of a text, and how a paragraph was before a change.
@@ -81,9 +82,10 @@ class TextWriter:
         self._cells: list[list[Block]] = []  # for each open cell its blocks
         self._rows: list[list[list[Block]]] = []  # for each open row its cells
         self._open: list[_Paragraph] = []
-        self._runs = self._skipped = self._lists = 0
+        self._runs = self._skipped = self._lists = self._frames = 0
         self._is_item = self._is_workbook = self._has_page = False
         self._shape = ""  # the kind of the shape that is being read
+        self._described = ""  # the last alternative text: files repeat it
         self.title = ""
         if is_opendocument:
             self._styles["Title"] = Style(1, is_title=True)
@@ -102,7 +104,7 @@ class TextWriter:
             self._skipped += 1
         elif name == "t":
             self._runs += 1
-        elif name in _PARAGRAPHS:
+        elif self._is_paragraph(name):
             self._open.append(self._begin(name, attributes))
         elif name in _SPACES:
             self._write(_SPACES[name])
@@ -116,13 +118,15 @@ class TextWriter:
             self._mark(self._open[-1], name, attribute(attributes, "val"))
         elif name == "ph":
             self._shape = attributes.get("type", "body")
+        elif name in _PICTURES:
+            self._describe(alternative(attributes.get("descr") or attributes.get("alt") or ""))
 
     def end(self, name: str) -> None:
         if self._skipped:
             self._skipped -= 1
         elif name == "t":
             self._runs -= 1
-        elif name in _PARAGRAPHS:
+        elif self._is_paragraph(name):
             self._end_paragraph(self._open.pop())
         elif name in _CELLS:
             blocks = self._cells.pop()
@@ -134,6 +138,7 @@ class TextWriter:
             self._end_row([blocks for blocks in self._rows.pop() if blocks])
         elif name in _SHAPES:
             self._shape = ""
+            self._frames -= self._is_opendocument
         elif name == "list" and self._is_opendocument:
             self._lists -= 1
 
@@ -150,6 +155,7 @@ class TextWriter:
             self._is_item = True
         elif name == "frame":
             self._shape = attribute(attributes, "class")
+            self._frames += 1
         elif name == "spreadsheet":
             self._is_workbook = True
         elif name == "page" or (name == "table" and self._is_workbook and not self._rows):
@@ -158,6 +164,20 @@ class TextWriter:
             self._has_page = True
             if name == "table":
                 self._add([Block(OTHER, "## ", " ".join(attribute(attributes, "name").split()))])
+
+    def _is_paragraph(self, name: str) -> bool:
+        """Also the two alternative texts of a picture of OpenDocument."""
+        return name in _PARAGRAPHS or (self._frames > 0 and name in ("title", "desc"))
+
+    def _describe(self, text: str) -> None:
+        """Take the alternative text of a picture, in a paragraph or beside all."""
+        if text == self._described:
+            return
+        self._described = text
+        if self._open:
+            self._write(f" {text} ")
+        elif text:
+            self._add([Block(OTHER, "", escaped(text))])
 
     def _is_margin(self, attributes: Mapping[str, str]) -> bool:
         """Whether a shape or field repeats what is around all slides, such as their numbers."""

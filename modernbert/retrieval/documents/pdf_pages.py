@@ -1,4 +1,4 @@
-"""The pages of a PDF as text: with what is filled into their forms, and without the lines around the text."""
+"""The pages of a PDF as text: with their comments and filled-in forms, and without the lines around the text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pypdf import PageObject
+    from pypdf.generic import DictionaryObject
 
 EDGE = 2
 """Lines at the top and at the bottom of a page that may be running heads."""
@@ -22,6 +23,7 @@ PAGES = 3
 ANCESTORS = 8
 """Levels of form fields above a field of a page, from which it inherits."""
 
+_NOT_COMMENTS = frozenset({"/Link", "/Popup"})  # They repeat the address of a link, and the text of a comment.
 _NUMBER = re.compile(r"\d+")
 _SYMBOLS = re.compile(r"(?:^|\+)(?:CMSY|CMBSY|LMMathSymbols|MSYM|TeX-cmsy)", re.IGNORECASE)
 
@@ -46,27 +48,78 @@ class MinusSigns:
         return "".join(part + sign for part, sign in zip(parts, [*signs, ""], strict=True))
 
 
-def form_values(page: PageObject, on_work: Callable[[int], None]) -> Iterator[str]:
-    """What is filled into the form fields of a page, as `label: value`. `on_work` is called with operators of work."""
+def filled_in(page: PageObject, on_work: Callable[[int], None]) -> Iterator[str]:
+    """What was added to a page: comments, and what is filled into its form fields, as `label: value`.
+
+    `on_work` is called with operators of work.
+    """
+    from pypdf.generic import ArrayObject, NullObject
+
+    annotations = page.get("/Annots", NullObject()).get_object()
+    for annotation in annotations if isinstance(annotations, ArrayObject) else ():
+        on_work(20)
+        found = annotation.get_object()
+        if isinstance(found, NullObject) or (kind := found.get("/Subtype")) in _NOT_COMMENTS:
+            continue
+        text = _field(found, on_work) if kind == "/Widget" else found.get("/Contents")
+        if isinstance(text, str) and text.strip():
+            on_work(len(text) // 16)
+            yield "\n".join(text.strip().splitlines())
+
+
+def _field(field: DictionaryObject, on_work: Callable[[int], None]) -> str:
+    """The label and value of a form field; "" if it is empty."""
+    from pypdf.generic import ArrayObject, NameObject, StreamObject, create_string_object
+
+    found = dict[str, object]()
+    for _ in range(ANCESTORS):
+        found = {key: field[key] for key in ("/TU", "/T", "/V", "/Opt") if key in field} | found
+        field = _inner(field, "/Parent")
+    value, shown = found.get("/V"), dict[str, object]()
+    # A list has the names of options as its value, and buttons have their numbers, where they are shown as other texts.
+    listed = found.get("/Opt")
+    options = [option.get_object() for option in listed] if isinstance(listed, ArrayObject) else []
+    on_work(len(options))
+    for number, option in enumerate(options):
+        is_pair = isinstance(option, list) and len(option) == 2
+        shown[str(option[0]) if is_pair else f"/{number}"] = option[1] if is_pair else option
+    if isinstance(value, StreamObject):
+        value = create_string_object(value.get_data())
+    values = [shown.get(one, one) for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    texts = (one[1:] if isinstance(one, NameObject) else one for one in values if isinstance(one, str))
+    chosen = ", ".join(one for one in texts if one not in ("", "Off"))
+    label = found.get("/TU") or found.get("/T")
+    return f"{label}: {chosen}" if label and chosen.strip() else chosen
+
+
+def name_glyphs(page: PageObject, on_work: Callable[[int], None]) -> None:
+    """Give glyphs of the page's fonts the names of their letters: `f_f_i` becomes ffi, and `a.sc` (small capital) a.
+
+    pypdf knows these names only, and writes others into the text.
+    """
     from pypdf.generic import ArrayObject, NameObject
 
-    for annotation in page.get("/Annots", ArrayObject()).get_object():
-        on_work(20)
-        field, found = annotation.get_object(), dict[str, object]()
-        if field.get("/Subtype") != "/Widget":
+    fonts = _inner(_inner(page, "/Resources"), "/Font")
+    for key in fonts:
+        differences = _inner(_inner(fonts, key), "/Encoding").get("/Differences")
+        if not isinstance(differences, ArrayObject):
             continue
-        for _ in range(ANCESTORS):
-            found = {key: field[key] for key in ("/TU", "/T", "/V") if key in field} | found
-            if "/Parent" not in field:
-                break
-            field = field["/Parent"]
-        label, value = found.get("/TU") or found.get("/T"), found.get("/V")
-        values = value if isinstance(value, list) else [value]
-        texts = (one[1:] if isinstance(one, NameObject) else one for one in values if isinstance(one, str))
-        chosen = ", ".join(one for one in texts if one not in ("", "Off"))
-        if chosen.strip():
-            on_work(len(chosen) // 16)
-            yield f"{label}: {chosen}" if label else chosen
+        on_work(len(differences) // 16)
+        for at, name in enumerate(differences):
+            stem = str(name).partition(".")[0]
+            letters = stem[1:].split("_")
+            if len(letters) > 1 and all(len(letter) == 1 for letter in letters):
+                differences[at] = NameObject("".join(letters))
+            elif 1 < len(stem) < len(str(name)):
+                differences[at] = NameObject(stem)
+
+
+def _inner(above: DictionaryObject, key: str) -> DictionaryObject:
+    """The dictionary at a key; an empty one if there is none."""
+    from pypdf.generic import DictionaryObject, NullObject
+
+    found = above.get(key, NullObject()).get_object()
+    return found if isinstance(found, DictionaryObject) else DictionaryObject()
 
 
 def without_running_heads(pages: Sequence[str]) -> list[str]:

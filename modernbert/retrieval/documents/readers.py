@@ -12,20 +12,21 @@ from collections.abc import Callable, Mapping
 
 from ..headings import SHEETS, SLIDES, WORD
 from ..passages import HTML, NOTEBOOK, OFFICE, PAGE_BREAK, PDF
-from .encodings import text_encoding
+from .encodings import HEAD, text_encoding, utf16_without_mark
 from .html import read_html
 from .notebook import read_notebook
 from .office import read_opendocument, read_sheets, read_slides, read_word
-from .pdf_pages import MinusSigns, form_values, without_running_heads
+from .pdf_pages import MinusSigns, filled_in, name_glyphs, without_running_heads
 from .text import OnNote, decode, marked_encoding, replaced, storable
 
 
 def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[str, str]:
     """A text in any encoding, of which `text_encoding` chooses one: `named` if it is given.
 
-    A NUL near the beginning means that this is not a text file, unless it is one in the encoding `named`.
+    A NUL near the beginning means that this is not a text file, unless it is one in UTF-16 or the encoding `named`.
     """
-    if named is None and marked_encoding(raw) is None and b"\0" in raw[:8192]:
+    head = raw[:HEAD]
+    if named is None and b"\0" in head and not (marked_encoding(head) or utf16_without_mark(head)):
         raise ValueError(
             "a binary file; supported are text, markdown, notebooks, HTML, PDF, Office files of today's formats, "
             "source code, JSON lines and CSV"
@@ -34,15 +35,15 @@ def read_plain(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[s
     text, count = decode(raw, encoding)
     if count:
         on_note(replaced(count, encoding))
-    return "", text
+    return "", text if "\n" in text else text.replace("\r", "\n")  # Macs of before 2001 ended lines so.
 
 
 def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     """Its title and its text, with `PAGE_BREAK` before every page but the first.
 
-    The title only if the first page contains it: many PDFs have a wrong one. The values of form fields are lines at the
-    end of their pages. Running heads are left out after their first page, and so are the pages that unpack to far more
-    than a file of this size holds.
+    The title only if the first page contains it: many PDFs have a wrong one. Comments and the values of form fields are
+    lines at the end of their pages. Running heads are left out after their first page, and so are the pages that unpack
+    to far more than a file of this size holds.
     """
     from pypdf import Configuration, PdfReader, apply_configuration
     from pypdf.errors import DependencyError, FileNotDecryptedError
@@ -71,10 +72,11 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
                     page = reader.pages[number]
                     content = page.get_contents()
                     work.count(100 + len(content.get_data() if content else b"") // 16)
+                    name_glyphs(page, work.count)
                     minus = MinusSigns()
                     text = page.extract_text(visitor_operand_before=work.visit, visitor_text=minus.visit)
                     pages[-1] = storable(minus.put(text)).replace(PAGE_BREAK, " ").strip()
-                    values = map(storable, dict.fromkeys(form_values(page, work.count)))
+                    values = map(storable, dict.fromkeys(filled_in(page, work.count)))
                     pages[-1] = "\n".join([pages[-1], *values]).strip()
                 # pypdf may raise any exception on a broken file; its documentation does not list them.
                 except Exception as error:
@@ -84,7 +86,9 @@ def read_pdf(raw: bytes, on_note: OnNote) -> tuple[str, str]:
     except FileNotDecryptedError as error:
         raise ValueError("an encrypted PDF; save it without its password first") from error
     except DependencyError as error:
-        raise ValueError(f"an encrypted PDF; to read it, pip install cryptography ({error})") from error
+        raise ValueError(f"an encrypted PDF; to read it: pip install 'modernbert[retrieval]' ({error})") from error
+    except NotImplementedError as error:
+        raise ValueError(f"a PDF of a kind that pypdf does not read ({error}); print it into a new PDF") from error
     except Exception as error:
         raise ValueError(f"a broken PDF ({type(error).__name__}: {error}); fetch or save it again") from error
     finally:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..passages import Document
-from .encodings import text_encoding
+from .encodings import HEAD, text_encoding, utf16_without_mark
 from .parquet import PARQUET
 from .parquet import read_rows as read_parquet
 from .reading import DEFAULT, Reading, column_name
 from .tables import DELIMITERS, TAB, read_rows
 from .text import OnNote, decode, file_name, gzip_errors, marked_encoding, replaced, storable
 
-JSON_LINES = (".jsonl", ".jsonl.gz")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 TABLES = {".csv": DELIMITERS, ".tsv": TAB + DELIMITERS}  # suffix to the delimiters that are tried
 
 LARGEST = 1 << 28
@@ -92,20 +92,27 @@ def read_lines(
     Only a newline ends a line, except in a file without any: Excel writes tables "for Macintosh" with carriage returns.
 
     `on_bytes` is called with the number of bytes of the file that were read for each line. A byte order mark counts
-    more than `encoding`; None: UTF-8.
+    more than `encoding`; None: UTF-8, or from the first line on that is not, what `text_encoding` finds.
     """
     name, count, done = file_name(path), 0, 0
     is_packed = path.suffix.lower() == ".gz"
     largest = LARGEST // 4 if is_packed else LARGEST  # A small file may unpack to a line of any length.
     with open(path, "rb") as file, gzip_errors(name):
         stream = gzip.GzipFile(fileobj=file) if is_packed else file
-        encoding = marked_encoding(stream.peek(4)[:4]) or encoding or "utf-8-sig"
+        head = stream.peek(HEAD)[:HEAD]
+        is_utf8 = not encoding and not marked_encoding(head)  # as far as is known
+        encoding = marked_encoding(head) or encoding or "utf-8-sig"
+        if is_utf8 and utf16_without_mark(head):
+            encoding = _guessed(path, on_note)
         if not encoding.startswith("utf-8"):  # In UTF-16 and UTF-32 a byte 10 is not always a line end.
             stream = io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
         while raw := stream.readline(largest + 1):
             if len(raw) > largest:
                 raise ValueError(f"{name}: a line of more than {largest >> 20} MiB; cut it into several records")
-            line, bad = decode(raw) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
+            line, bad = decode(raw, encoding) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
+            if bad and is_utf8 and isinstance(raw, bytes):
+                is_utf8, encoding = False, _guessed(path, on_note)  # The lines before are ASCII, most likely.
+                line, bad = decode(raw, encoding)
             del raw  # Free the bytes now: the caller may hold the line for a while.
             count += bad
             position, is_first = file.tell(), not done
@@ -118,6 +125,13 @@ def read_lines(
         on_bytes(file.tell() - done)
     if count:
         on_note(f"{name}: {replaced(count, encoding)}")
+
+
+def _guessed(path: Path, on_note: OnNote) -> str:
+    """The encoding of a file of lines, which is noted if it is not UTF-8."""
+    with open(path, "rb") as file:
+        stream = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+        return text_encoding(stream, None, lambda message: on_note(f"{file_name(path)}: {message}"))
 
 
 def json_record(line: str, name: str, number: int, reading: Reading = DEFAULT) -> Document:

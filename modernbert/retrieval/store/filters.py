@@ -13,14 +13,15 @@ import operator
 import re
 import sqlite3
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 
-Scalar = str | int | float | bool | None
+from .fields import NULL, Fields, Scalar, Value, nfc
 
 RANGES: Mapping[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -36,16 +37,6 @@ FIELDS = 20
 _NUMBER = re.compile(r"-?\d{1,300}(\.\d+)?([eE][-+]?\d+)?", re.ASCII)
 _DATE = re.compile(r"\d{4}-\d\d", re.ASCII)
 _BOOLEANS = {"true": True, "false": False}
-
-
-class Value(NamedTuple):
-    """A value, and its type by JSON: 1 and True are equal to Python, and so are their keys in a cache."""
-
-    type: str
-    value: Scalar
-
-
-NULL = Value("null", None)
 
 
 class Condition(NamedTuple):
@@ -139,25 +130,21 @@ def path_pattern(path: str) -> str:
     return nfc(absolute.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
 
-def nfc(text: str) -> str:
-    """A text in the form in which texts are compared."""
-    return text if text.isascii() else normalize("NFC", text)
-
-
-def numbers_where(table: sqlite3.Connection, wanted: Sequence[Condition]) -> np.ndarray:
+def numbers_where(table: sqlite3.Connection, fields: Fields, wanted: Sequence[Condition]) -> np.ndarray:
     """`[N]` int64, increasing: the numbers of the documents that fulfil all conditions.
 
     Raises ValueError for a field that no document has, and for a value that cannot be compared with any of a field.
     """
     checks = [_Check(one) for one in wanted]
     found = array("q")
-    for number, text in table.execute("SELECT number, metadata FROM documents ORDER BY number"):
-        metadata = json.loads(text)
-        held = [check.holds(metadata) for check in checks]  # A list: each learns what its field holds in all documents.
+    numbers = table.execute("SELECT number FROM documents ORDER BY number")
+    for (number,), rows in zip(numbers, fields.values([one.field for one in wanted]), strict=True):
+        # A list: each learns what its field holds in all documents.
+        held = [check.holds(values) for check, values in zip(checks, rows, strict=True)]
         if all(held):
             found.append(number)
     for check in checks:
-        check.finish(table)
+        check.finish(fields)
     return np.array(found, dtype=np.int64)
 
 
@@ -169,20 +156,19 @@ class _Check:
         self._is_known = False
         self._unlike: dict[Value, Value] = {}  # for each wanted value a value that cannot be compared with it
         self._alike: set[Value] = set()  # the wanted values that could be compared with something
+        self.holds = lru_cache(maxsize=1 << 12)(self._holds)  # Documents mostly have values that others have too.
 
-    def holds(self, metadata: dict[str, Any]) -> bool:
-        found = [_stored(value) for value in _find(metadata, self._wanted.field)]
+    def _holds(self, found: tuple[Value, ...]) -> bool:
         self._is_known |= bool(found)
         # A missing field is like null. All are compared, because `_compare` learns from it.
         hits = [self._compare(value, wanted) for value in found or [NULL] for wanted in self._wanted.values]
         return any(hits) != (self._wanted.operator == "!=")
 
-    def finish(self, table: sqlite3.Connection) -> None:
+    def finish(self, fields: Fields) -> None:
         """Raise ValueError if no document has the field, or if a wanted value could be compared with none in it."""
         field = self._wanted.field
         if not self._is_known:
-            rows = table.execute("SELECT DISTINCT metadata FROM documents")
-            known = sorted({name for (text,) in rows for name in _names(json.loads(text))})
+            known = fields.names()
             listed = ", ".join(known[:FIELDS]) + (", ..." if len(known) > FIELDS else "")
             raise ValueError(f"no document has the field {field!r}; the fields are: {listed or 'none'}")
         for wanted, stored in self._unlike.items():
@@ -233,45 +219,3 @@ def _as_type(kind: str, value: Value) -> Scalar:
     if not _NUMBER.fullmatch(text):
         return None
     return int(text) if text.removeprefix("-").isdigit() else float(text)
-
-
-def _stored(value: Scalar) -> Value:
-    if value is None:
-        return NULL
-    if isinstance(value, bool):
-        return Value("boolean", value)
-    return Value("text", nfc(value)) if isinstance(value, str) else Value("number", value)
-
-
-def _find(value: Any, field: str) -> Iterator[Scalar]:
-    """The values of a field: those in lists one at a time, and None for an empty list."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _find(item, field)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            key = nfc(key)
-            if key == field:
-                yield from _scalars(inner)
-            elif field.startswith(f"{key}."):
-                yield from _find(inner, field[len(key) + 1 :])
-
-
-def _scalars(value: Any) -> Iterable[Scalar]:
-    """The values in a list, in lists in it too; objects have none."""
-    if isinstance(value, list):
-        return [scalar for item in value for scalar in _scalars(item)] if value else [None]
-    return [] if isinstance(value, dict) else [value]
-
-
-def _names(value: Any, above: str = "") -> Iterator[str]:
-    """The fields that `_find` finds."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _names(item, above)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            name = f"{above}{key}"
-            if _scalars(inner):
-                yield name
-            yield from _names(inner, f"{name}.")

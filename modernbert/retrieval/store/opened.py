@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import quote
 
-from .filters import nfc
+from .fields import nfc
 from .format import SHARDS, Manifest, Shard, verify
 
 

@@ -16,7 +16,7 @@ from ...inference.encode import encode_tokens
 from ...late_interaction import Ragged, maxsim
 from ..explain import TokenMatch, match
 from ..passages import Passage
-from ..queries import EncodedQuery, check_search, check_top_k, encode_queries, query_vectors, tokenize
+from ..queries import EncodedQuery, check_run, check_search, encode_queries, query_vectors, tokenize
 from .filters import PATH, Where, conditions, path_pattern
 from .folder import check_name
 from .format import read_manifest
@@ -165,7 +165,13 @@ class Store:
         return [self._hits(found) for found in best]
 
     def explain(self, query: str | EncodedQuery, hit: Hit) -> list[TokenMatch]:
-        """For each token of `query` the most similar token of one of its hits; contributions sum to the score."""
+        """For each token of `query` the most similar token of one of its hits; contributions sum to the score.
+
+        Raises ValueError as `search`, KeyError for a hit of another store.
+        """
+        (query,) = check_search([query], 1)
+        if not isinstance(hit, Hit):
+            raise ValueError(f"hit is {hit!r:.80}; give one of the hits of a search")
         select = "SELECT shard, row FROM passages WHERE number = ?"
         found = self._files.table.execute(select, (hit.passage_id,)).fetchone()
         if found is None:
@@ -183,9 +189,9 @@ class Store:
         """For each query id its `top_k` documents, best first, as document id to score: a run for `evaluate`.
 
         A document scores as its best passage. `path` as in `search`. Raises ValueError if documents of several files
-        share an id.
+        share an id, or if an argument is not one of these.
         """
-        check_top_k(top_k)
+        check_run(queries, top_k)
         _check_filters("document", path)
         among, values = (f"WHERE {PATH}", [path_pattern(path)]) if path else ("", [])
         shared = self._files.table.execute(

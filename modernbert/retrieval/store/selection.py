@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from .copies import Copies
+from .fields import Fields
 from .filters import Condition, numbers_at, numbers_where
 from .opened import OpenFiles
 
@@ -15,7 +16,8 @@ class Selection:
     """Selects passages in the files of a store."""
 
     def __init__(self, files: OpenFiles) -> None:
-        self._files = files
+        self._files, self._fields = files, Fields(files.table)
+        self._rows = lru_cache(maxsize=1024)(self._read)
         self._in_shard = lru_cache(maxsize=1024)(self._select)
         self._documents = lru_cache(maxsize=8)(self._choose)
 
@@ -38,15 +40,17 @@ class Selection:
     def _select(
         self, number: int, by: str, path: str | None, wanted: tuple[Condition, ...], copies: bool
     ) -> np.ndarray:
-        counted = "document" if by == "document" else "number"
-        found = self._files.table.execute(
-            f"SELECT {counted}, shard, row, document FROM passages WHERE shard = ? ORDER BY row", (number,)
-        )
-        ids_N4 = np.array(found.fetchall(), dtype=np.int64).reshape(-1, 4)
-        chosen_M = self._documents(path, wanted, copies)
+        rows_N4, chosen_M = self._rows(number), self._documents(path, wanted, copies)
         if chosen_M is not None:
-            ids_N4 = ids_N4[np.isin(ids_N4[:, 3], chosen_M)]
-        return np.ascontiguousarray(ids_N4[:, :3])
+            rows_N4 = rows_N4[np.isin(rows_N4[:, 1], chosen_M)]
+        return np.ascontiguousarray(rows_N4[:, [1 if by == "document" else 0, 2, 3]])
+
+    def _read(self, number: int) -> np.ndarray:
+        """`[N, 4]` int64: the passages in a shard, by number, document, shard and row."""
+        found = self._files.table.execute(
+            "SELECT number, document, shard, row FROM passages WHERE shard = ? ORDER BY row", (number,)
+        )
+        return np.array(found.fetchall(), dtype=np.int64).reshape(-1, 4)
 
     def _choose(self, path: str | None, wanted: tuple[Condition, ...], copies: bool) -> np.ndarray | None:
         """`[M]` int64, increasing: the numbers of the documents to search; None: all."""
@@ -54,7 +58,7 @@ class Selection:
         if path is not None:
             chosen_M = numbers_at(table, path)
         if wanted:
-            found = numbers_where(table, wanted)
+            found = numbers_where(table, self._fields, wanted)
             chosen_M = found if chosen_M is None else np.intersect1d(found, chosen_M, assume_unique=True)
         return chosen_M if copies else self._copies.without_older(chosen_M)
 
