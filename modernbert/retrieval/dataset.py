@@ -66,8 +66,11 @@ def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Da
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a data set that are meant by the name of one."""
-    return [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    """The files of a data set that are meant by the name of one. Raises FileNotFoundError if there is none."""
+    found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    if not found:
+        raise FileNotFoundError(f"no such file: {path}")
+    return found
 
 
 def parts_pattern(path: Path) -> str:
@@ -89,7 +92,7 @@ def read_queries(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises ValueError with file and line for a broken record or a repeated id.
     """
     queries: dict[str, str] = {}
-    for where, record in _records(Path(path)):
+    for where, record in numbered_records(Path(path)):
         name = record.get("_id", record.get("id")) if isinstance(record, dict) else None
         if isinstance(name, bool) or not isinstance(name, (str, int)) or not isinstance(record.get("text"), str):
             shown = json.dumps(record, ensure_ascii=False, default=str)[:80]
@@ -126,7 +129,7 @@ def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
 
 def _table_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Place, query, document and grade of each line but the header of a BEIR file."""
-    for number, (where, line) in enumerate(_lines(path)):
+    for number, (where, line) in enumerate(numbered_lines(path)):
         columns = line.rstrip("\r\n").split("\t")
         is_beir = len(columns) == 3
         fields = columns if is_beir else line.split()
@@ -139,7 +142,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
 
 def _record_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Place, query, document and grade of each record."""
-    for where, record in _records(path):
+    for where, record in numbered_records(path):
         ids = [record.get(key) for key in ("query-id", "corpus-id")] if isinstance(record, dict) else [None]
         if not all(isinstance(name, (str, int)) for name in ids):
             shown = json.dumps(record, ensure_ascii=False, default=str)[:80]
@@ -188,21 +191,21 @@ def _missing(name: str, folder: Path) -> FileNotFoundError:
     )
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def numbered_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Place and content of each record in JSON lines or parquet, in all parts of the file."""
     for part in parts(path):
         if part.suffix.lower() == PARQUET:
             for number, row in enumerate(read_rows(part), start=1):
                 yield f"{part}, row {number}", row
             continue
-        for where, line in _lines(part):
+        for where, line in numbered_lines(part):
             try:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error}); expected one JSON object a line") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """File and line number of every line that is not blank, as text for messages, and the line."""
     for part in parts(path):
         with gzip_errors(str(part)), gzip.open(part) if part.suffix == ".gz" else part.open("rb") as lines:
