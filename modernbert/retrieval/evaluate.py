@@ -44,8 +44,7 @@ class Metric:
 def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -> None:
     """Write a TREC run: `query Q0 document rank score tag`, ranks from 1, best first. Atomic.
 
-    Scores are written as float32. Tools rank a run by its scores and break ties by document id, each in a different
-    way. To give them all the same ranks, a tied score is lowered to the next float32.
+    Scores are written as float32, without ties: see `untied`.
 
     Raises:
         ValueError: an id is empty or contains white space, which the format does not allow, or a score is not finite.
@@ -53,15 +52,26 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -
     """
     with replacing(Path(os.path.realpath(path))) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         for query, scores in run.items():
-            last = np.float32(np.inf)
-            for rank, (document, score) in enumerate(_ranked(scores), start=1):
+            for rank, (document, score) in enumerate(untied(scores).items(), start=1):
                 for name in (query, document, tag):
                     if problem := run_problem(name):
                         raise ValueError(problem)
                 if not math.isfinite(score):
                     raise ValueError(f"the score of query {query}, document {document} is {score}, which is not finite")
-                last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
-                file.write(f"{query} Q0 {document} {rank} {last!s} {tag}\n")
+                file.write(f"{query} Q0 {document} {rank} {np.float32(score)!s} {tag}\n")
+
+
+def untied(scores: dict[str, float]) -> dict[str, float]:
+    """The scores of a query in float32, best first.
+
+    Tools rank by scores and break ties by document id, each in a different way. To give them all the same ranks, a
+    tied score is lowered to the next float32.
+    """
+    found, last = {}, np.float32(np.inf)
+    for document, score in _ranked(scores):
+        last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
+        found[document] = float(last)
+    return found
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
