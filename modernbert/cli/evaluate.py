@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 def evaluate(
     dataset: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="In the layout of BEIR or MTEB: corpus, queries, qrels/SPLIT.")
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="A folder with corpus, queries and qrels/SPLIT, as of BEIR or MTEB; or hf:NAME[:CONFIG] on the hub.",
+        ),
     ],
     model: Annotated[
         str | None,
@@ -52,6 +56,7 @@ def evaluate(
     from ..retrieval.dataset import find_dataset, parts, parts_pattern, read_qrels, read_queries
     from ..retrieval.evaluate import check_measures, without_identical_ids, write_run
     from ..retrieval.evaluate import evaluate as evaluate_run
+    from ..retrieval.hub_dataset import PREFIX
 
     run, per_query = run and output_file(run, "--run"), per_query and output_file(per_query, "--per-query")
     check_measures()
@@ -75,7 +80,16 @@ def evaluate(
     metrics = evaluate_run(found, judged, ignore_identical_ids=not keep_identical_ids, on_note=note)
     if as_json:
         rows = {m.name: {"mean": m.mean, "low": m.low, "high": m.high} for m in metrics}
-        print(json.dumps({"dataset": dataset.name, "queries": len(judged), **rows}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "dataset": dataset if dataset.startswith(PREFIX) else Path(dataset).name,
+                    "queries": len(judged),
+                    **rows,
+                },
+                indent=2,
+            )
+        )
     else:
         table = Table("", "mean", "95 % interval", box=None, header_style="dim")
         for m in metrics:

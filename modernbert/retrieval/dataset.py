@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from .documents.find import read_file
 from .documents.parquet import PARQUET, read_rows
 from .documents.text import file_name, gzip_errors
+from .hub_dataset import PREFIX, fetch
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 KINDS = {  # suffixes, the preferred first
@@ -39,7 +40,7 @@ class Dataset(NamedTuple):
 
 
 def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Dataset:
-    """The files of the data set in a folder.
+    """The files of the data set in a folder, or of `hf:NAME` or `hf:NAME:CONFIG`, which `datasets` loads: see `fetch`.
 
     The default `split` of the judgements is test, or else the only one. If the corpus or the queries have splits too,
     theirs is the same, or else the only one.
@@ -47,10 +48,14 @@ def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Da
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: there are several splits, and none of them is the right one.
+        ModuleNotFoundError: datasets is not installed.
     """
+    name = os.fspath(folder)
+    if name.startswith(PREFIX):
+        return Dataset(*fetch(name.removeprefix(PREFIX), split))
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+        raise FileNotFoundError(f"no such folder: {folder}; the name of a data set on the hub begins with {PREFIX}")
     corpora, queries, qrels = (_splits(folder, name) for name in ("corpus", "queries", "qrels"))
     for name, found in (("corpus", corpora), ("queries", queries)):
         if not found:
