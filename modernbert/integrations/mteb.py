@@ -81,7 +81,7 @@ class MtebColBERT:
                 if top_ranked is None:
                     run = opened.run(texts, top_k=top_k)
                 else:
-                    run = {name: _all_of(opened, text, top_ranked[name]) for name, text in texts.items()}
+                    run = {name: _among(opened, name, text, top_ranked[name]) for name, text in texts.items()}
         return {name: untied(scores) for name, scores in run.items()}
 
 
@@ -148,9 +148,9 @@ def _query_texts(queries: Rows) -> dict[str, str]:
     return {row["id"]: " ".join(filter(None, (row["text"], row.get("instruction")))) for row in queries}
 
 
-def _all_of(store: Store, text: str, documents: Sequence[str]) -> dict[str, float]:
-    wanted = set(documents)
-    (found,) = store.run({"query": text}, top_k=store.documents).values()
+def _among(store: Store, name: str, text: str, documents: Sequence[str]) -> dict[str, float]:
+    """The scores of some documents for a query."""
+    wanted, found = set(documents), store.run({name: text}, top_k=store.documents)[name]
     return {document: score for document, score in found.items() if document in wanted}
 
 
