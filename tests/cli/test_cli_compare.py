@@ -70,6 +70,23 @@ def test_a_run_that_lacks_a_query_is_named(modernbert, results, tmp_path):
     assert err == "note: queries that only the first has, which are left out: 1\n"
 
 
+def test_runs_are_taken_as_they_are(modernbert, tmp_path):
+    """`evaluate --run` has left out the documents with the id of their query, unless they were to be kept."""
+    (tmp_path / "qrels.txt").write_text("1 0 1 1\n2 0 2 1\n")
+    for name, scores in (("kept", "1 2"), ("other", "2 1")):
+        rows = [
+            f"{query} Q0 {document} {rank} {-rank} x\n"
+            for query in "12"
+            for rank, document in enumerate(scores.split())
+        ]
+        (tmp_path / f"{name}.trec").write_text("".join(rows))
+    runs = [tmp_path / "kept.trec", tmp_path / "other.trec"]
+    status, out, err = modernbert("compare", *runs, "--qrels", tmp_path / "qrels.txt", "--json")
+    assert (status, err) == (0, "")
+    row = json.loads(out)["MRR@10"]
+    assert (row["first"], row["second"]) == (0.75, 0.75)
+
+
 def test_what_is_not_there_or_of_the_other_kind_is_refused(modernbert, results):
     status, _, err = modernbert("compare", results / "gone", results / "a.jsonl")
     assert (status, f"no such file: {results / 'gone'}" in err) == (2, True)

@@ -76,18 +76,21 @@ def text(random, most=12) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Titles, documents longer than the model reads, graded judgements, and a document with the id of a query."""
+    """Titles, long documents, equal ones, graded judgements, and a document with the id of a query."""
     folder, random = tmp_path_factory.mktemp("beir"), np.random.default_rng(1)
     records = [{"_id": f"d{i}", "title": "the title" * (i % 3), "text": text(random) + f" {i}"} for i in range(60)]
     records += [{"_id": f"long{i}", "text": text(random, 400) + f" {i}"} for i in range(10)]
+    # Equal scores, whose order among tools is that of the ids, ascending or descending.
+    records[40:50] = [{"_id": name, "text": "river violin"} for name in "fcbeahgdij"]
     records += [{"_id": "q3", "text": "a document with the id of a query"}]
     write_corpus(folder / "corpus.jsonl", records)
-    write_corpus(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text(random)} for i in range(12)])
+    asked = ["river violin", *(text(random) for _ in range(11))]
+    write_corpus(folder / "queries.jsonl", [{"_id": f"q{i}", "text": one} for i, one in enumerate(asked)])
     (folder / "qrels").mkdir()
     lines = [
         f"q{i}\t{records[j]['_id']}\t{1 + j % 2}\n" for i in range(12) for j in random.choice(70, 3, replace=False)
     ]
-    (folder / "qrels" / "test.tsv").write_text("".join(lines))
+    (folder / "qrels" / "test.tsv").write_text("".join(lines) + "q0\tb\t1\n")
     return folder
 
 
@@ -126,7 +129,7 @@ def test_the_numbers_are_those_of_evaluate(models, folder, kind, capsys):
 
 @pytest.mark.parametrize("kind", ["colbert", "embedder"])
 def test_reranking_scores_only_the_candidates(models, folder, kind):
-    candidates = {f"q{i}": [f"d{i}", f"d{i + 7}", f"d{i + 20}"] for i in range(12)}
+    candidates = {f"q{i}": [f"d{i}", f"d{i + 7}", f"d{i + 20}"] for i in range(12)}  # before the equal ones
     task, model = BeirFolder(folder, candidates), adapter(models, kind)
     task.load_data()
     model.index(task.dataset["default"]["test"]["corpus"], **places(task))

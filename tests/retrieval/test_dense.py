@@ -121,7 +121,9 @@ def test_a_document_scores_as_its_best_window_wherever_groups_end(monkeypatch):
         assert whole[name] == pytest.approx(best, abs=1e-5)
     for size in (1, 70, 500):
         monkeypatch.setattr(dense, "TOKENS", size)
-        again = dense_run(Session(model), asked, long, top_k=3, on_note=lambda message: None)
+        notes: list[str] = []
+        again = dense_run(Session(model), asked, long, top_k=3, on_note=notes.append)
+        assert [note.rsplit(": ", 1)[1] for note in notes] == ["5"]
         for name, found in again.items():
             assert found == pytest.approx(dict(list(whole[name].items())[:3]), abs=1e-5)
 
