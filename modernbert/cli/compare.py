@@ -42,16 +42,8 @@ def compare(
         rows = {d.name: {key: value for key, value in asdict(d).items() if key in NUMBERS} for d in found}
         print(json.dumps({"queries": found[0].queries, **rows}, indent=2))
         return
-    table = Table(
-        f"{found[0].queries:,} queries",
-        "first",
-        "second",
-        "difference",
-        "95 % interval",
-        "p",
-        box=None,
-        header_style="dim",
-    )
+    columns = (f"{found[0].queries:,} queries", *NUMBERS[:3], "95 % interval", "p")
+    table = Table(*columns, box=None, header_style="dim")
     for d in found:
         numbers = f"{d.first:.4f}", f"{d.second:.4f}", f"{d.difference:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}"
         table.add_row(d.name, *numbers, f"{d.p:.4f}")

@@ -80,16 +80,8 @@ def evaluate(
     metrics = evaluate_run(found, judged, ignore_identical_ids=not keep_identical_ids, on_note=note)
     if as_json:
         rows = {m.name: {"mean": m.mean, "low": m.low, "high": m.high} for m in metrics}
-        print(
-            json.dumps(
-                {
-                    "dataset": dataset if dataset.startswith(PREFIX) else Path(dataset).name,
-                    "queries": len(judged),
-                    **rows,
-                },
-                indent=2,
-            )
-        )
+        name = dataset if dataset.startswith(PREFIX) else Path(dataset).name
+        print(json.dumps({"dataset": name, "queries": len(judged), **rows}, indent=2))
     else:
         table = Table("", "mean", "95 % interval", box=None, header_style="dim")
         for m in metrics:

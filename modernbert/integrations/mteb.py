@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
@@ -22,7 +22,7 @@ from ..heads.colbert import ColBERT
 from ..heads.embedder import Embedder
 from ..inference.session import Session
 from ..retrieval.build import index
-from ..retrieval.dense import SIMILARITIES, dense_run
+from ..retrieval.dense import dense_run, similarity_of
 from ..retrieval.evaluate import Run, untied
 from ..retrieval.passages import Document
 from ..retrieval.store.identity import load_model
@@ -32,13 +32,8 @@ if TYPE_CHECKING:
     from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]
 
 
-class Rows(Protocol):
-    """A `datasets.Dataset` of texts."""
-
-    column_names: list[str]
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[dict[str, str]]: ...
+Rows = Iterable[dict[str, str]]
+"""A `datasets.Dataset` of texts."""
 
 
 class PromptType(Protocol):
@@ -81,7 +76,7 @@ class MtebColBERT:
                 if top_ranked is None:
                     run = opened.run(texts, top_k=top_k)
                 else:
-                    run = {name: _among(opened, name, text, top_ranked[name]) for name, text in texts.items()}
+                    run = {name: _among(opened, name, text, top_ranked.get(name, ())) for name, text in texts.items()}
         return {name: untied(scores) for name, scores in run.items()}
 
 
@@ -98,7 +93,7 @@ class MtebEmbedder:
 
     def __init__(self, embedder: Embedder, *, name: str = "local/embedder") -> None:
         self._session = Session(embedder)
-        self._similarity = SIMILARITIES[embedder.config.similarity]
+        self._similarity = similarity_of(embedder)
         self.mteb_model_meta = _meta(embedder, name, _fingerprint(embedder), embedder.max_length)
 
     def encode(

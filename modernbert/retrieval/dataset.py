@@ -192,7 +192,7 @@ def _of_split(splits: dict[str, Path], chosen: str) -> Path:
 def _missing(name: str, folder: Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"no {name} or {name}.gz in {folder}: a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv, and "
-        "one of MTEB has folders corpus, queries and qrels"
+        f"one of MTEB has folders corpus, queries and qrels; {PREFIX}{folder} reads more layouts"
     )
 
 

@@ -26,13 +26,16 @@ from .windows import Window, cut_documents
 TOKENS = 1 << 18
 """Tokens of windows that are encoded and scored together."""
 
-SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Similarity = Callable[[Tensor, Tensor], Tensor]
+"""Vectors `[B, E]` and `[N, E]` to scores `[B, N]`, larger if more alike."""
+
+SIMILARITIES: dict[str, Similarity] = {
     "cosine": lambda x_BE, x_NE: F.normalize(x_BE, dim=-1) @ F.normalize(x_NE, dim=-1).T,
     "dot": lambda x_BE, x_NE: x_BE @ x_NE.T,
     "euclidean": lambda x_BE, x_NE: -torch.cdist(x_BE, x_NE),
     "manhattan": lambda x_BE, x_NE: -torch.cdist(x_BE, x_NE, p=1),
 }
-"""What `EmbedderConfig.similarity` can name: vectors `[B, E]` and `[N, E]` to scores `[B, N]`, larger if more alike."""
+"""What `EmbedderConfig.similarity` can name."""
 
 
 def dense_run(
@@ -56,9 +59,7 @@ def dense_run(
     """
     check_top_k(top_k)
     model, names, texts = session.model, list(queries), list(queries.values())
-    if model.config.similarity not in SIMILARITIES:
-        raise ValueError(f"the similarity of the model is {model.config.similarity!r}: set {', '.join(SIMILARITIES)}")
-    similarity = SIMILARITIES[model.config.similarity]
+    similarity = similarity_of(model)
     asked = model.tokenize(texts, prompt_name="query")
     warn_if_cut(asked, lambda index: f"query {names[index]!r} ({texts[index][:EXCERPT]!r} ...)")
     x_BE = session.encode_tokens(asked).values
@@ -85,6 +86,14 @@ def dense_run(
         name: {ids[row]: score for row, score in zip(found.ids_N3[:, 0].tolist(), found.scores_N.tolist(), strict=True)}
         for name, found in zip(names, best, strict=True)
     }
+
+
+def similarity_of(model: Embedder) -> Similarity:
+    """What compares the vectors of a model. Raises ValueError if it names nothing that is known here."""
+    name = model.config.similarity
+    if name not in SIMILARITIES:
+        raise ValueError(f"the similarity of the model is {name!r}: set {', '.join(SIMILARITIES)}")
+    return SIMILARITIES[name]
 
 
 def _distinct(documents: Iterable[Document]) -> Iterator[Document]:

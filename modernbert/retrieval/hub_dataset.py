@@ -88,14 +88,16 @@ def _parts(source: Source, config: str, split: str | None) -> Parts:
         return _beir(source, configs, config, prefix, split)
     if f"corpus-{config}" in configs and config in configs:
         return _mldr(source, config, split)
-    only = config or (configs[0] if len(configs) == 1 else "")
-    if only in configs and {"corpus", "queries", "qrels"} <= set(source.splits(only)):
-        return _long_embed(source, only, split)
+    only = configs[0] if len(configs) == 1 and not config else config
+    if only in configs:
+        if {*Parts._fields} <= set(source.splits(only)):
+            return _long_embed(source, only, split)
+        raise ValueError(
+            f"{source.name} {config}".rstrip() + f" has no {', '.join(Parts._fields)}: it cannot be searched"
+        )
     named = [name.removesuffix("-corpus") for name in configs if name.endswith("-corpus")] or [
         name for name in configs if not name.startswith("corpus-")
     ]
-    if config in named:
-        raise ValueError(f"{source.name}:{config} has no corpus, queries and qrels: it is not a set for retrieval")
     lacks = f"no config {config}" if config else "several sets"
     raise ValueError(
         f"{source.name} has {lacks}: name one of {', '.join(named)}, as in {PREFIX}{source.name}:{named[0]}"

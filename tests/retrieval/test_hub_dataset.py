@@ -292,8 +292,13 @@ def test_the_sets_are_named_if_none_of_them_is_chosen(tmp_path, layout, config, 
 
 def test_a_set_that_is_not_for_retrieval_is_named(tmp_path):
     write_parquet(tmp_path / "glue" / "cola" / "train-00000-of-00001.parquet", [{"sentence": "x", "label": 0}])
-    with pytest.raises(ValueError, match="glue:cola has no corpus, queries and qrels: it is not a set for retrieval"):
+    with pytest.raises(ValueError, match="glue cola has no corpus, queries, qrels: it cannot be searched"):
         read("glue:cola")
+    with pytest.raises(ValueError, match="glue has no corpus, queries, qrels: it cannot be searched"):
+        read("glue")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no corpus, queries, qrels"):
+        read("empty")
     for part in ("corpus", "queries", "qrels"):
         write_parquet(tmp_path / "odd" / part / "train-00000-of-00001.parquet", [{"sentence": "x", "label": 0}])
     with pytest.raises(ValueError, match="odd: corpus has sentence, label, but not _id or id or doc_id or docid"):
