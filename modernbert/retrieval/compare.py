@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,9 @@ from .documents.text import OnNote
 from .evaluate import RESAMPLES, SEED, Metric
 
 __all__ = ["compare", "read_metrics"]
+
+LARGEST = 1e100
+"""The largest number that a metric may be: not NaN, infinite, or an integer beyond the floats."""
 
 BLOCK = 1 << 20
 """Values that are resampled at a time, so that memory stays small."""
@@ -120,4 +122,4 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Metric]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST

@@ -61,6 +61,8 @@ def fetch(name: str, split: str | None) -> tuple[Path, Path, Path]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("to load data sets of the hub: pip install datasets") from error
     repository, colon, config = (name, "", "") if os.path.isdir(name) or ":" not in name else name.rpartition(":")
+    if not repository:
+        raise ValueError(f"{PREFIX}{name} has no name: give that of a data set on the hub, or a folder")
     try:
         parts = _parts(open_source(repository), config, split)
     except (OSError, RuntimeError, DatasetsError) as error:

@@ -117,6 +117,8 @@ def test_a_missing_scipy_is_named(monkeypatch):
         (['{"query": "q", "a": true}'], "line 1: expected"),
         (['{"query": "q", "a": "1"}'], "line 1: expected"),
         (['{"query": "q", "a": NaN}'], "line 1: expected"),
+        (['{"query": "q", "a": -Infinity}'], "line 1: expected"),
+        (['{"query": "q", "a": 1' + "0" * 400 + "}"], "line 1: expected"),
         (["[1]"], "line 1: expected"),
         (['{"query": "q", "a": 1}', '{"query": "q", "a": 1}'], "line 2: the query q comes twice"),
         (['{"query": "q", "a": 1}', '{"query": "r", "b": 1}'], "line 2: expected the metrics a, got b"),

@@ -299,6 +299,9 @@ def test_a_set_that_is_not_for_retrieval_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no corpus, queries, qrels"):
         read("empty")
+    for name in ("", ":en"):
+        with pytest.raises(ValueError, match=f"hf:{name} has no name"):
+            read(name)
     for part in ("corpus", "queries", "qrels"):
         write_parquet(tmp_path / "odd" / part / "train-00000-of-00001.parquet", [{"sentence": "x", "label": 0}])
     with pytest.raises(ValueError, match="odd: corpus has sentence, label, but not _id or id or doc_id or docid"):
