@@ -50,13 +50,33 @@ def write_parquet(file, found):
     datasets.Dataset.from_list(found).to_parquet(file)
 
 
-def write_readme(folder, configs: dict[str, dict[str, str]]):
+INFO = """
+dataset_info:
+- config_name: corpus
+  features:
+  - name: _id
+    dtype: string
+  - name: title
+    dtype: string
+  - name: text
+    dtype: string
+  splits:
+  - name: corpus
+    num_bytes: 120
+    num_examples: 3
+  download_size: 120
+  dataset_size: 120
+"""
+
+
+def write_readme(folder, configs: dict[str, dict[str, str]], info: str = ""):
     """The header that names the files of each config and split, as on the hub."""
     lines = ["---", "configs:"]
     for config, splits in configs.items():
         lines += [f"- config_name: '{config}'", "  data_files:"]
         for split, path in splits.items():
             lines += [f"  - split: {split}", f"    path: {path}"]
+    lines += [*info.splitlines()]
     (folder / "README.md").write_text("\n".join([*lines, "---", "# A data set", ""]))
 
 
@@ -69,7 +89,7 @@ def beir(folder):
     """BeIR/scifact, and BeIR/scifact-qrels beside it. Queries have an empty title."""
     write_parquet(folder / "corpus" / "corpus-00000-of-00001.parquet", CORPUS)
     write_parquet(folder / "queries" / "queries-00000-of-00001.parquet", [{**row, "title": ""} for row in ASKED])
-    write_readme(folder, {"corpus": {"corpus": "corpus/corpus-*"}, "queries": {"queries": "queries/queries-*"}})
+    write_readme(folder, {"corpus": {"corpus": "corpus/corpus-*"}, "queries": {"queries": "queries/queries-*"}}, INFO)
     judged = folder.with_name(f"{folder.name}-qrels")
     judged.mkdir()
     (judged / "README.md").write_text("---\nlanguage:\n- en\n---\n")
