@@ -6,27 +6,34 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeGuard
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import TOP_RUN, EngineOption, JsonOption, ModelOption
+from .options import TOP_RUN, EngineOption, JsonOption
 from .output import output_file
 from .show import note
 from .temporary import temporary_store
 
 if TYPE_CHECKING:
-    from ..retrieval.evaluate import Qrels
+    from ..retrieval.evaluate import Qrels, Run
     from ..retrieval.store.search import Store
 
 
 def evaluate(
     dataset: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="In the layout of BEIR or MTEB: corpus, queries, qrels/SPLIT.")
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="A folder with corpus, queries and qrels/SPLIT, as of BEIR or MTEB; or hf:NAME[:CONFIG] on the hub.",
+        ),
     ],
-    model: ModelOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="ColBERT or Embedder, folder or hub id.", show_default="the built-in model"),
+    ] = None,
     engine: EngineOption = None,
     split: Annotated[
         str | None, typer.Option(help="The judgements to use.", show_default="test, or the only one")
@@ -49,6 +56,7 @@ def evaluate(
     from ..retrieval.dataset import find_dataset, parts, parts_pattern, read_qrels, read_queries
     from ..retrieval.evaluate import check_measures, without_identical_ids, write_run
     from ..retrieval.evaluate import evaluate as evaluate_run
+    from ..retrieval.hub_dataset import PREFIX
 
     run, per_query = run and output_file(run, "--run"), per_query and output_file(per_query, "--per-query")
     check_measures()
@@ -59,13 +67,21 @@ def evaluate(
     unfit = _check(corpus, judged, texts)
     if run and unfit:
         note(f"--run is left out: {unfit}")
-    with _corpus_store(parts(corpus), index, model, engine) as store:
-        # The store may also hold other documents. One more than a run has, because one may have the id of the query.
-        found = store.run(judged_queries, top_k=TOP_RUN + 1, path=parts_pattern(corpus))
+    # One more than a run has, because one may have the id of the query.
+    if _is_embedder(model):
+        for option, value in (("--index", index), ("--engine", engine)):
+            if value:
+                raise ValueError(f"{option} is for a ColBERT, and {model} is an Embedder: leave it out")
+        found = _dense_run(parts(corpus), judged_queries, model)
+    else:
+        with _corpus_store(parts(corpus), index, model, engine) as store:
+            # The store may also hold other documents.
+            found = store.run(judged_queries, top_k=TOP_RUN + 1, path=parts_pattern(corpus))
     metrics = evaluate_run(found, judged, ignore_identical_ids=not keep_identical_ids, on_note=note)
     if as_json:
         rows = {m.name: {"mean": m.mean, "low": m.low, "high": m.high} for m in metrics}
-        print(json.dumps({"dataset": dataset.name, "queries": len(judged), **rows}, indent=2))
+        name = dataset if dataset.startswith(PREFIX) else Path(dataset).name
+        print(json.dumps({"dataset": name, "queries": len(judged), **rows}, indent=2))
     else:
         table = Table("", "mean", "95 % interval", box=None, header_style="dim")
         for m in metrics:
@@ -109,6 +125,26 @@ def _check(corpus: Path, judged: Qrels, texts: dict[str, str]) -> str | None:
         if count:
             note(f"{what}: {count:,}")
     return unfit
+
+
+def _is_embedder(model: str | None) -> TypeGuard[str]:
+    from ..checkpoint import locate
+    from ..heads.folders import class_of
+
+    return model is not None and class_of(locate(model)) == "Embedder"
+
+
+def _dense_run(corpus: Sequence[Path], queries: dict[str, str], model: str) -> Run:
+    from ..heads.embedder import Embedder
+    from ..inference.session import Session
+    from ..progress import progress_bar
+    from ..retrieval.dense import dense_run
+    from ..retrieval.documents.find import read_file
+
+    session = Session(Embedder.from_pretrained(model))
+    with progress_bar("encoding", sum(part.stat().st_size for part in corpus), None, unit="bytes") as on_bytes:
+        documents = (document for part in corpus for document in read_file(part, on_bytes=on_bytes, on_note=note))
+        return dense_run(session, queries, documents, top_k=TOP_RUN + 1, on_note=note)
 
 
 @contextmanager

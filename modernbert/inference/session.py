@@ -17,7 +17,7 @@ from modernbert_kernels.dispatch import forced
 from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_tokens
 from ..modules import Linear, is_plain
 from ..packed import Packed, check_packed, check_rows
-from ..packing import Tokens
+from ..packing import Tokenized, Tokens
 from .batches import CPU_TOKENS, micro_batches, split_rows, token_budget
 from .callers import callers, check_process, map_callers
 from .encode import Caller, Modules, TextModel, encode_texts, encode_tokens, placement, stream_texts
@@ -126,12 +126,14 @@ class Session(Generic[M]):
 
     def encode_tokens(
         self,
-        tokens: Tokens,
+        tokens: Tokenized,
         *,
         batch_tokens: int | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> Ragged:
         """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts.
+
+        Each text of `Texts` has one row.
 
         The same tokens give the same bits in every session on a machine: no layout of a weight is chosen by measuring.
         """

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from .documents.find import read_file
 from .documents.parquet import PARQUET, read_rows
 from .documents.text import file_name, gzip_errors
+from .hub_dataset import PREFIX, fetch
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 KINDS = {  # suffixes, the preferred first
@@ -39,7 +40,7 @@ class Dataset(NamedTuple):
 
 
 def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Dataset:
-    """The files of the data set in a folder.
+    """The files of the data set in a folder, or of `hf:NAME` or `hf:NAME:CONFIG`, which `datasets` loads: see `fetch`.
 
     The default `split` of the judgements is test, or else the only one. If the corpus or the queries have splits too,
     theirs is the same, or else the only one.
@@ -47,10 +48,14 @@ def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Da
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: there are several splits, and none of them is the right one.
+        ModuleNotFoundError: datasets is not installed.
     """
+    name = os.fspath(folder)
+    if name.startswith(PREFIX):
+        return Dataset(*fetch(name.removeprefix(PREFIX), split))
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+        raise FileNotFoundError(f"no such folder: {folder}; the name of a data set on the hub begins with {PREFIX}")
     corpora, queries, qrels = (_splits(folder, name) for name in ("corpus", "queries", "qrels"))
     for name, found in (("corpus", corpora), ("queries", queries)):
         if not found:
@@ -66,8 +71,11 @@ def find_dataset(folder: str | os.PathLike[str], split: str | None = None) -> Da
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a data set that are meant by the name of one."""
-    return [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    """The files of a data set that are meant by the name of one. Raises FileNotFoundError if there is none."""
+    found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    if not found:
+        raise FileNotFoundError(f"no such file: {path}")
+    return found
 
 
 def parts_pattern(path: Path) -> str:
@@ -89,7 +97,7 @@ def read_queries(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises ValueError with file and line for a broken record or a repeated id.
     """
     queries: dict[str, str] = {}
-    for where, record in _records(Path(path)):
+    for where, record in numbered_records(Path(path)):
         name = record.get("_id", record.get("id")) if isinstance(record, dict) else None
         if isinstance(name, bool) or not isinstance(name, (str, int)) or not isinstance(record.get("text"), str):
             shown = json.dumps(record, ensure_ascii=False, default=str)[:80]
@@ -126,7 +134,7 @@ def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
 
 def _table_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Place, query, document and grade of each line but the header of a BEIR file."""
-    for number, (where, line) in enumerate(_lines(path)):
+    for number, (where, line) in enumerate(numbered_lines(path)):
         columns = line.rstrip("\r\n").split("\t")
         is_beir = len(columns) == 3
         fields = columns if is_beir else line.split()
@@ -139,7 +147,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
 
 def _record_rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Place, query, document and grade of each record."""
-    for where, record in _records(path):
+    for where, record in numbered_records(path):
         ids = [record.get(key) for key in ("query-id", "corpus-id")] if isinstance(record, dict) else [None]
         if not all(isinstance(name, (str, int)) for name in ids):
             shown = json.dumps(record, ensure_ascii=False, default=str)[:80]
@@ -184,25 +192,25 @@ def _of_split(splits: dict[str, Path], chosen: str) -> Path:
 def _missing(name: str, folder: Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"no {name} or {name}.gz in {folder}: a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv, and "
-        "one of MTEB has folders corpus, queries and qrels"
+        f"one of MTEB has folders corpus, queries and qrels; {PREFIX}{folder} reads more layouts"
     )
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def numbered_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Place and content of each record in JSON lines or parquet, in all parts of the file."""
     for part in parts(path):
         if part.suffix.lower() == PARQUET:
             for number, row in enumerate(read_rows(part), start=1):
                 yield f"{part}, row {number}", row
             continue
-        for where, line in _lines(part):
+        for where, line in numbered_lines(part):
             try:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error}); expected one JSON object a line") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """File and line number of every line that is not blank, as text for messages, and the line."""
     for part in parts(path):
         with gzip_errors(str(part)), gzip.open(part) if part.suffix == ".gz" else part.open("rb") as lines:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ..files import replacing
-from .dataset import find_dataset, read_qrels, read_queries
+from .dataset import find_dataset, numbered_lines, read_qrels, read_queries
 from .documents.text import OnNote
 
-__all__ = ["evaluate", "find_dataset", "read_qrels", "read_queries", "write_run"]
+__all__ = ["evaluate", "find_dataset", "read_qrels", "read_queries", "read_run", "write_run"]
 
 Run = dict[str, dict[str, float]]
 """Query id to document id to score. Among equal scores, the document that comes first is ranked first."""
@@ -35,12 +35,16 @@ class Metric:
     high: float
     per_query: dict[str, float]
 
+    @classmethod
+    def of(cls, name: str, per_query: dict[str, float]) -> Metric:
+        """The metric with these values."""
+        return cls(name, *_mean(np.array([*per_query.values()])), per_query)
+
 
 def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -> None:
     """Write a TREC run: `query Q0 document rank score tag`, ranks from 1, best first. Atomic.
 
-    Scores are written as float32. Tools rank a run by its scores and break ties by document id, each in a different
-    way. To give them all the same ranks, a tied score is lowered to the next float32.
+    Scores are written as float32, without ties: see `untied`.
 
     Raises:
         ValueError: an id is empty or contains white space, which the format does not allow, or a score is not finite.
@@ -48,15 +52,52 @@ def write_run(path: str | os.PathLike[str], run: Run, tag: str = "modernbert") -
     """
     with replacing(Path(os.path.realpath(path))) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         for query, scores in run.items():
-            last = np.float32(np.inf)
-            for rank, (document, score) in enumerate(_ranked(scores), start=1):
+            for rank, (document, score) in enumerate(untied(scores).items(), start=1):
                 for name in (query, document, tag):
                     if problem := run_problem(name):
                         raise ValueError(problem)
                 if not math.isfinite(score):
                     raise ValueError(f"the score of query {query}, document {document} is {score}, which is not finite")
-                last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
-                file.write(f"{query} Q0 {document} {rank} {last!s} {tag}\n")
+                file.write(f"{query} Q0 {document} {rank} {np.float32(score)!s} {tag}\n")
+
+
+def untied(scores: dict[str, float]) -> dict[str, float]:
+    """The scores of a query in float32, best first.
+
+    Tools rank by scores and break ties by document id, each in a different way. To give them all the same ranks, a
+    tied score is lowered to the next float32.
+    """
+    found, last = {}, np.float32(np.inf)
+    for document, score in _ranked(scores):
+        last = min(np.float32(score), np.nextafter(last, np.float32(-np.inf)))
+        found[document] = float(last)
+    return found
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """A TREC run. Its ranks are not read: the order is that of the scores, and of the lines among equal scores.
+
+    Raises ValueError with file and line for a broken line or a document that comes twice for a query.
+    """
+    run: Run = {}
+    for where, line in numbered_lines(Path(path)):
+        fields = line.split()
+        if len(fields) != 6:
+            raise ValueError(f"{where}: expected the 6 columns of a TREC run, got {len(fields)}: {line.strip()[:80]}")
+        query, document = fields[0], fields[2]
+        try:
+            score = float(fields[4])
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise ValueError(f"{where}: the score must be a number, got {fields[4]!r:.80}")
+        found = run.setdefault(query, {})
+        if document in found:
+            raise ValueError(f"{where}: the document {document} comes twice for the query {query}")
+        found[document] = score
+    if not run:
+        raise ValueError(f"{path} holds no result")
+    return run
 
 
 def run_problem(name: str) -> str | None:
@@ -125,7 +166,7 @@ def evaluate(
     names = {ir_measures.parse_measure(theirs): ours for ours, theirs in METRICS.items()}
     for metric in ir_measures.iter_calc(list(names), qrels, ranked):
         values[names[metric.measure]][metric.query_id] = float(metric.value)
-    return [Metric(name, *_mean(np.array([*found.values()])), found) for name, found in values.items()]
+    return [Metric.of(name, found) for name, found in values.items()]
 
 
 def _mean(values: np.ndarray) -> tuple[float, float, float]:

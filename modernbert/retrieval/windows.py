@@ -7,7 +7,7 @@ tokens of text on either side, whose rows are dropped. MaxSim scores each passag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -19,8 +19,11 @@ import torch
 
 from ..heads.colbert import ColBERT
 from ..packing import Tokens, pack
+from . import spelling
 from .passages import CONVERTED, PAGE_BREAK, PAGES, SECTION, TITLE, Document, Passage, border, cut, merged_sections
-from .spelling import tokenize
+
+Tokenize = Callable[[Sequence[str]], Tokens]
+"""All of each text to its tokens, with their spans."""
 
 OVERLAP = 16
 """Tokens of context on either side of a passage. 0, 16 and 32 gave the same nDCG@10 within 0.006 (cranfield, cacm)."""
@@ -54,11 +57,17 @@ class Window(NamedTuple):
 
 def windows(colbert: ColBERT, documents: Iterable[Document]) -> Iterator[Window]:
     """The windows of documents, in order. An empty document has none; one that fits into the model has one."""
-    fewest = min(FEWEST, colbert.config.document_length // 16)
+    whole = partial(spelling.tokenize, partial(colbert.tokenize_documents, truncate=False))
+    return cut_documents(documents, whole, colbert.config.document_length)
+
+
+def cut_documents(documents: Iterable[Document], tokenize: Tokenize, limit: int) -> Iterator[Window]:
+    """The windows of documents for any model that reads `limit` tokens, special tokens and all."""
+    fewest = min(FEWEST, limit // 16)
     parts = chain.from_iterable(_parts(document, fewest) for document in documents)
     while group := _group(parts):
-        for whole in _tokenize(colbert, group):
-            yield from _cut(whole, colbert.config.document_length)
+        for whole in _tokenize(tokenize, group):
+            yield from _cut(whole, limit)
 
 
 def batch(windows: Sequence[Window]) -> Tokens:
@@ -124,10 +133,9 @@ def _group(parts: Iterator[Passage]) -> list[Passage]:
     return group
 
 
-def _tokenize(colbert: ColBERT, passages: Sequence[Passage]) -> Iterator[Window]:
+def _tokenize(tokenize: Tokenize, passages: Sequence[Passage]) -> Iterator[Window]:
     """Each passage as one window of any length."""
-    whole = partial(colbert.tokenize_documents, truncate=False)
-    tokens = tokenize(whole, [passage.content for passage in passages])
+    tokens = tokenize([passage.content for passage in passages])
     ids, keeps = [rows.split(tokens.batch.lengths) for rows in (tokens.batch.input_ids, tokens.keep)]
     spans = [np.array([span or NOWHERE for span in row]) for row in tokens.spans]
     del tokens  # As Python objects, the spans take many times as much memory.

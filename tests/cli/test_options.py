@@ -9,7 +9,16 @@ from modernbert.cli import app
 
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
-NUMBER_OF_OPTIONS = {"search": 19, "index": 13, "evaluate": 8, "export": 0, "encode": 4, "info": 0, "demo": 0}
+NUMBER_OF_OPTIONS = {
+    "search": 19,
+    "index": 13,
+    "evaluate": 8,
+    "compare": 2,
+    "export": 0,
+    "encode": 4,
+    "info": 0,
+    "demo": 0,
+}
 """An option more needs a reason that is worth the reading of everybody who calls --help."""
 
 
