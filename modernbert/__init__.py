@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from modernbert.heads.colbert import ColBERT
     from modernbert.heads.embedder import Embedder
     from modernbert.heads.masked_lm import MaskedLM
+    from modernbert.heads.reranker import Reranker
     from modernbert.heads.token_classifier import TokenClassifier
     from modernbert.inference.session import Session
     from modernbert.late_interaction import Ragged, maxsim
@@ -29,6 +30,7 @@ __all__ = [
     "MaskedLM",
     "Packed",
     "Ragged",
+    "Reranker",
     "SequenceClassifier",
     "Session",
     "TokenClassifier",
@@ -47,6 +49,7 @@ _HOME = {
     "MaskedLM": "modernbert.heads.masked_lm",
     "Packed": "modernbert.packing",
     "Ragged": "modernbert.late_interaction",
+    "Reranker": "modernbert.heads.reranker",
     "SequenceClassifier": "modernbert.heads.classifier",
     "Session": "modernbert.inference.session",
     "TokenClassifier": "modernbert.heads.token_classifier",

@@ -72,3 +72,24 @@ class HeadOutput(NamedTuple):
 
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
+
+
+class SpanOutput(NamedTuple):
+    """What `QuestionAnswering` gives with positions or for padded tensors.
+
+    Attributes:
+        loss: a scalar in float32 or better; None without positions.
+        start_logits, end_logits: of each token, `[B, S]` for a padded caller, zero in padding, or `[T]` for a `Packed`.
+    """
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+
+    keys, values, items, get, to_tuple = _keys, _values, _items, _get, _to_tuple
+
+    def __getitem__(self, key: Any) -> Any:
+        return _found(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
