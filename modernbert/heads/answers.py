@@ -89,7 +89,9 @@ def _spans(
 ) -> Iterator[tuple[int, int, float]]:
     """The `top_k` best spans of characters of a window with their scores, best first, each once."""
     offsets = [where for where, owner in zip(window.offsets, window.sequence_ids, strict=True) if owner == 1]
-    width = min(max_tokens, max(1, len(offsets)))
+    if not offsets:
+        return
+    width = min(max_tokens, len(offsets))
     start_N, end_N = logits_N2.unbind(1)
     # Row n has the spans that begin at token n, of 1, 2, ... tokens.
     scores_NW = start_N[:, None] + F.pad(end_N, (0, width - 1), value=-torch.inf).unfold(0, width, 1)

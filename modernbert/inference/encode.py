@@ -136,16 +136,16 @@ def warn_of(cut: Cut) -> None:
 
 def encode_tokens(
     caller: Caller,
-    tokens: Tokens,
+    tokens: Tokenized,
     *,
     batch_tokens: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Ragged:
     """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts.
 
-    Raises TypeError for what is not `Tokens`.
+    `Texts` have one row each. Raises TypeError for what is neither these nor `Tokens`.
     """
-    if not isinstance(tokens, Tokens):
+    if not isinstance(tokens, Tokenized):
         what = f"tokens must be Tokens, as of tokenize_queries(texts), got {type(tokens).__name__}"
         raise TypeError(f"{what}: encode_queries takes texts")
     return Ragged.from_list(list(_encode(caller, [tokens], batch_tokens, advance)))
