@@ -30,7 +30,7 @@ class QuestionAnswering(Pretrained):
     """An encoder, and a classifier that gives every token two logits, of being the first and the last of the answer.
 
     Parameter names are those of `ModernBertForQuestionAnswering`, which loads what this saves, and the reverse.
-    `answers.py` turns logits into answers.
+    `answer.py` turns logits into answers.
 
     Args:
         encoder: taken over, not copied. New layers get its device, dtype and mode.

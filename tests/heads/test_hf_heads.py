@@ -269,10 +269,12 @@ def test_each_loads_what_the_other_saved(any_task: str, name: str, tmp_path: Pat
     assert again.config.architectures == [f"ModernBertFor{any_task}"]
     if any_task in TASKS[1:]:
         assert again.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+    # MKL multiplies by one column in an order that depends on where the numbers are in memory.
+    atol = 1e-6 if any_task == "MultipleChoice" else 0
     with torch.inference_mode():
-        torch.testing.assert_close(result(loaded, any_task), result(ours, any_task), rtol=0, atol=0)
+        torch.testing.assert_close(result(loaded, any_task), result(ours, any_task), rtol=0, atol=atol)
         got, wanted = result(again.eval(), any_task), result(theirs, any_task)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
 
 
 def test_a_round_trip_changes_no_byte(any_task: str, tmp_path: Path) -> None:

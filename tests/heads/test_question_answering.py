@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.models.modernbert import modeling_modernbert
 
 from modernbert import Encoder, QuestionAnswering, Tokenizer, pack
-from modernbert.heads.answers import Answer, answer
+from modernbert.heads.answer import Answer, answer
 from modernbert.outputs import SpanOutput
 
 BACKBONE = Path(__file__).parents[1] / "fixtures" / "colbert" / "backbone"
