@@ -68,7 +68,8 @@ def find_entities(
     texts = list_of_texts(texts)
     limit = longest(tokenizer, model.base_model.config) if max_length is None else max_length
     windows = tokenizer.encode_windows(texts, max_length=limit, stride=stride)
-    units = [_units(window, texts[window.text], strategy) for window in windows]
+    unknown = tokenizer.unk_token_id
+    units = [_units(window, texts[window.text], unknown, strategy) for window in windows]
     if strategy == "first":  # no other row of a word leaves the last layer
         read = [{rows[0] for rows in of_window} for of_window in units]
     else:
@@ -86,13 +87,13 @@ def find_entities(
     return [_apart(of_text) if index in several else of_text for index, of_text in enumerate(found)]
 
 
-def _units(window: TextWindow, text: str, strategy: str) -> list[list[int]]:
+def _units(window: TextWindow, text: str, unknown: int | None, strategy: str) -> list[list[int]]:
     """The rows of each word, or of each token alone."""
     units: list[list[int]] = []
     for row, ((start, _), owner) in enumerate(zip(window.offsets, window.sequence_ids, strict=True)):
         if owner is None:
             continue
-        within = start > 0 and " " not in text[start - 1 : start + 1]
+        within = start > 0 and " " not in text[start - 1 : start + 1] and window.ids[row] != unknown
         if units and within and strategy in WORDS:
             units[-1].append(row)
         else:

@@ -21,6 +21,7 @@ TEXTS = [
     "\N{GRINNING FACE}\N{GRINNING FACE} antidisestablishmentarianism",
     "  two  blanks\n\nand a line-break\tand a tab ",
     "x",
+    "a word[UNK]goes on [SEP] and [CLS]on[MASK]",
     " ".join(["The incomprehensibilities of New York are O'Neill's."] * 9),
 ]
 SCHEMES = {

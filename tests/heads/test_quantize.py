@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.quantization import quantize_embeddings
 
+from modernbert import Embedder, Encoder, Tokenizer
 from modernbert.heads.quantize import DTYPES, Precision, quantize, ranges_of
 
+BACKBONE = Path(__file__).parents[1] / "fixtures" / "colbert" / "backbone"
 PRECISIONS: list[Precision] = ["int8", "uint8", "binary", "ubinary"]
 
 
@@ -34,6 +39,27 @@ def test_numbers_outside_of_the_ranges_are_at_their_ends() -> None:
     got = quantize(torch.tensor([[-9.0, -9.0], [999.0, 9.0], [0.0, 0.0], [255.0, 300.0]]), "uint8", ranges)
     assert got.tolist() == [[0, 0], [255, 9], [0, 0], [255, 255]]
     assert quantize(torch.tensor([[1.0, -1, 0, 1, -1, -1, -1, -1, 2]]), "ubinary").tolist() == [[0b10010000, 0b10000000]]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_embedder_gives_what_their_encode_gives(precision: Precision, tmp_path: Path) -> None:
+    """Levels may differ by one where a float is at the edge of two."""
+    torch.manual_seed(0)
+    model = Embedder(Encoder.from_pretrained(BACKBONE), Tokenizer.from_pretrained(BACKBONE)).eval()
+    model.save_pretrained(tmp_path)
+    texts = [f"text {place} of the calibration" * (1 + place % 3) for place in range(40)]
+    wanted = SentenceTransformer(str(tmp_path), device="cpu").encode(texts, precision=precision, batch_size=64)
+    ranges = ranges_of(model.encode(texts)) if "int8" in precision else None
+    got = model.encode(texts, precision=precision, ranges=ranges)
+    assert (got.dtype, got.shape) == (DTYPES[precision], wanted.shape)
+    if "int8" in precision:
+        apart = (got.to(torch.int16) - torch.from_numpy(wanted).to(torch.int16)).abs()
+        assert apart.max() <= 1
+        assert (apart == 0).float().mean() > 0.98
+    else:
+        assert np.array_equal(got.numpy(), wanted)
+    with pytest.raises(ValueError, match="precision is 'int4'"):
+        model.encode(iter(texts), precision="int4")  # pyright: ignore[reportArgumentType]
 
 
 def test_wrong_arguments() -> None:
