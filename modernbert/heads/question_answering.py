@@ -134,7 +134,12 @@ def _checked(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] 
     if start is None or end is None:
         raise ValueError("pass both start_positions and end_positions, or neither")
     for name, given in (("start_positions", start), ("end_positions", end)):
-        if given.is_floating_point() or given.dtype is torch.bool or given.dim() not in (1, 2) or given.shape[1:] > (1,):
+        if (
+            given.is_floating_point()
+            or given.dtype is torch.bool
+            or given.dim() not in (1, 2)
+            or given.shape[1:] > (1,)
+        ):
             raise ValueError(f"{name} must be integers of shape [B], got {given.dtype} of shape {tuple(given.shape)}")
     return start.flatten(), end.flatten()
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Reranker(Pretrained):
     """A `SequenceClassifier` with one label, which reads query and document together, and its `Tokenizer`.
 
-    `from_pretrained` loads a folder of a `CrossEncoder`, such as gte-reranker-modernbert's, and `save_pretrained` writes
-    one. Its scores equal those of `CrossEncoder.predict`.
+    `from_pretrained` loads a folder of a `CrossEncoder` of sentence-transformers, such as gte-reranker-modernbert-base,
+    and `save_pretrained` writes one. Its scores equal those of `CrossEncoder.predict`.
 
     Args:
         classifier, tokenizer: taken over, not copied.
@@ -61,18 +61,12 @@ class Reranker(Pretrained):
     def _content(self, state: Mapping[str, Tensor] | None) -> Content:
         if state is not None:
             state = {name.removeprefix("classifier."): tensor for name, tensor in state.items()}
-        return reranker_files.content(self._classifier._content(state), self.tokenizer, self.config)
+        return reranker_files.content(_plain(self.classifier)._content(state), self.tokenizer, self.config)
 
     @property
     def base_model(self) -> Backbone:
         """The encoder."""
-        return self._classifier.base_model
-
-    @property
-    def _classifier(self) -> SequenceClassifier:
-        classifier = unwrapped(self.classifier)
-        assert isinstance(classifier, SequenceClassifier)
-        return classifier
+        return _plain(self.classifier).base_model
 
     def forward(self, batch: Packed | Texts, *, rows: None = None) -> Tensor:
         """B packed pairs to their logits `[B, 1]`, without the activation. `classifier` has the loss.
@@ -146,3 +140,10 @@ class Reranker(Pretrained):
     def max_length(self) -> int:
         """Tokens of a pair that are read, with special tokens."""
         return self.config.max_length or longest(self.tokenizer, self.base_model.config)
+
+
+def _plain(classifier: nn.Module) -> SequenceClassifier:
+    """The classifier without wrappers, such as that of `torch.compile`."""
+    classifier = unwrapped(classifier)
+    assert isinstance(classifier, SequenceClassifier)
+    return classifier

@@ -47,7 +47,9 @@ class RerankerConfig(Settings):
         for name, prompt in self.prompts.items():
             TEXT.check(f"prompts: {name}", prompt)
         if self.default_prompt is not None and self.default_prompt not in self.prompts:
-            raise ValueError(f"default_prompt is {self.default_prompt!r:.80}, but prompts has {', '.join(self.prompts)}")
+            raise ValueError(
+                f"default_prompt is {self.default_prompt!r:.80}, but prompts has {', '.join(self.prompts)}"
+            )
         object.__setattr__(self, "prompts", dict(self.prompts))
 
     @property

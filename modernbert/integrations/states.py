@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 import modernbert_kernels as ops
 
-from ..encoder import Encoder, Rope, take_rows
+from ..encoder import Encoder, Layer, Rope, take_rows
 from ..modules import add_norm
 from ..packed import check_packed, check_rows
 from ..packing import Packed
@@ -43,7 +44,9 @@ def hidden_states(
     check_packed(batch)
     if rows is not None:
         check_rows(rows, batch.num_tokens)
-    ropes = {theta: Rope(*ops.rotary_table(batch.positions, theta, encoder.config.head_dim)) for theta in encoder.thetas}
+    ropes = {
+        theta: Rope(*ops.rotary_table(batch.positions, theta, encoder.config.head_dim)) for theta in encoder.thetas
+    }
     x_TD, delta_TD = encoder.embeddings(batch.input_ids, inputs_embeds), None
     last, found = max(wanted, default=-1), {}
     for place in range(last + 1):
@@ -76,7 +79,7 @@ def attention_maps(encoder: Encoder, batch: Packed, *, layers: Sequence[int] | N
 
 def maps_of_layer(encoder: Encoder, batch: Packed, place: int, state_TD: Tensor) -> list[Tensor]:
     """The maps of one layer, which reads the residual stream `state_TD`."""
-    layer, config = encoder.layers[place], encoder.config
+    layer, config = cast("Layer", encoder.layers[place]), encoder.config
     h_TD = state_TD if layer.attn_norm is None else layer.attn_norm(state_TD)
     qkv_T3HK = layer.attn.Wqkv(h_TD).unflatten(1, (3, config.num_attention_heads, config.head_dim))
     table = ops.rotary_table(batch.positions, encoder.thetas[place], config.head_dim)

@@ -96,6 +96,6 @@ def _padded_maps(padded_BHSS: Tensor, maps: list[Tensor], batch: Packed) -> Tens
     """`[H, n, n]` of each text, put into `[B, H, S, S]`."""
     assert batch.padded_rows is not None
     columns = (batch.padded_rows % max(1, padded_BHSS.shape[-1])).split(batch.lengths)
-    for padded_HSS, map_Hnn, column_n in zip(padded_BHSS, maps, columns, strict=True):
-        padded_HSS[:, column_n[:, None], column_n] = map_Hnn
+    for text, (map_Hnn, column_n) in enumerate(zip(maps, columns, strict=True)):
+        padded_BHSS[text][:, column_n[:, None], column_n] = map_Hnn
     return padded_BHSS

@@ -83,9 +83,7 @@ def test_each_strategy_is_theirs(strategy: Strategy, host: Host) -> None:
 @pytest.mark.parametrize(("max_length", "stride"), [(30, 0), (30, 7), (12, 5)])
 def test_windows_of_long_texts_are_theirs(strategy: Strategy, max_length: int, stride: int, host: Host) -> None:
     options = {"aggregation_strategy": strategy, "stride": stride}
-    got = find_entities(
-        host.ours, host.tokenizer, TEXTS, strategy=strategy, max_length=max_length, stride=stride
-    )
+    got = find_entities(host.ours, host.tokenizer, TEXTS, strategy=strategy, max_length=max_length, stride=stride)
     for text, found in zip(TEXTS, got, strict=True):
         assert_same(found, host.wanted(text, max_length, **options))
 

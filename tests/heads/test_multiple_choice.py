@@ -90,7 +90,11 @@ def test_only_the_rows_that_are_read_leave_the_last_layer() -> None:
 def test_wrong_arguments() -> None:
     _, ours = head_twins("MultipleChoice")
     calls: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-        ((pack(TEXTS),), {"labels": torch.tensor([0, 0, 0, 0])}, "of 4 questions, but 6 texts are not as many for each"),
+        (
+            (pack(TEXTS),),
+            {"labels": torch.tensor([0, 0, 0, 0])},
+            "of 4 questions, but 6 texts are not as many for each",
+        ),
         ((pack(TEXTS),), {"labels": torch.tensor([0, 3])}, r"labels\[1\] is 3, but there are 3 classes"),
         ((pack(TEXTS),), {"labels": torch.tensor([0.0, 1.0])}, "labels must be integers"),
         ((pack(TEXTS),), {"rows": torch.tensor([0])}, "leave out rows"),

@@ -38,7 +38,9 @@ def test_numbers_outside_of_the_ranges_are_at_their_ends() -> None:
     ranges = torch.tensor([[0.0, 0.0], [255.0, 0.0]])
     got = quantize(torch.tensor([[-9.0, -9.0], [999.0, 9.0], [0.0, 0.0], [255.0, 300.0]]), "uint8", ranges)
     assert got.tolist() == [[0, 0], [255, 9], [0, 0], [255, 255]]
-    assert quantize(torch.tensor([[1.0, -1, 0, 1, -1, -1, -1, -1, 2]]), "ubinary").tolist() == [[0b10010000, 0b10000000]]
+    assert quantize(torch.tensor([[1.0, -1, 0, 1, -1, -1, -1, -1, 2]]), "ubinary").tolist() == [
+        [0b10010000, 0b10000000]
+    ]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -68,7 +70,10 @@ def test_wrong_arguments() -> None:
         (lambda: quantize(vectors, "int4"), "precision is 'int4', but must be one of int8, uint8, binary"),
         (lambda: quantize(vectors, "int8"), r"int8 needs ranges \[2, 8\], as of ranges_of.*, got none"),
         (lambda: quantize(vectors, "uint8", ranges_of(torch.randn(3, 7))), r"got shape \(2, 7\)"),
-        (lambda: quantize(vectors[0], "binary"), r"vectors must be floats \[N, E\], got torch\.float32 of shape \(8,\)"),
+        (
+            lambda: quantize(vectors[0], "binary"),
+            r"vectors must be floats \[N, E\], got torch\.float32 of shape \(8,\)",
+        ),
         (lambda: quantize(vectors.to(torch.int8), "binary"), "vectors must be floats"),
         (lambda: ranges_of(vectors[:0]), r"at least one, got shape \(0, 8\)"),
     ):

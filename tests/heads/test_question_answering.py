@@ -154,7 +154,10 @@ def test_wrong_arguments() -> None:
     batch, five = pack(TEXTS), torch.zeros(5, dtype=torch.int64)
     calls: list[tuple[dict[str, Any], str]] = [
         ({"start_positions": five}, "pass both start_positions and end_positions, or neither"),
-        ({"start_positions": five, "end_positions": five.float()}, r"end_positions must be integers of shape \[B\], got"),
+        (
+            {"start_positions": five, "end_positions": five.float()},
+            r"end_positions must be integers of shape \[B\], got",
+        ),
         ({"start_positions": five[:, None].expand(5, 2), "end_positions": five}, "start_positions must be integers"),
         ({"start_positions": five[:4], "end_positions": five[:4]}, "there are 4 positions, but 5 texts"),
         ({"start_positions": five, "end_positions": five, "rows": five}, "leave out rows"),
@@ -177,7 +180,9 @@ def test_a_head_on_an_encoder_of_another_task_has_two_labels() -> None:
 # Answers
 
 QUESTION = "How do I fold a tensor?"
-CONTEXT = "  Fold it in the middle.\n\n" + "The gradient of the norm is a vector. " * 12 + "It ends \N{GRINNING FACE} here.  "
+CONTEXT = (
+    "  Fold it in the middle.\n\n" + "The gradient of the norm is a vector. " * 12 + "It ends \N{GRINNING FACE} here.  "
+)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +202,8 @@ def reference(
     model: QuestionAnswering, question: str, context: str, *, max_length: int, stride: int, max_tokens: int
 ) -> tuple[float, dict[tuple[int, int], float]]:
     """`postprocess_qa_predictions` of transformers' run_qa.py with an n_best of all: the score of no answer, and the
-    best of each span. Windows are those of transformers' tokenizer, and logits those of one window alone."""
+    best of each span. Windows are those of transformers' tokenizer, and logits those of one window alone.
+    """
     theirs = AutoTokenizer.from_pretrained(BACKBONE)
     encoded = theirs(
         question, context, truncation="only_second", max_length=max_length, stride=stride,

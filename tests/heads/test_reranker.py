@@ -23,7 +23,14 @@ from modernbert.truncation import TruncationWarning
 
 BACKBONE = Path(__file__).parents[1] / "fixtures" / "colbert" / "backbone"
 QUERY = "how do I fold a tensor"
-DOCUMENTS = ["Fold it in the middle.", "", "the gradient " * 30, " blanks ", "\N{GRINNING FACE} x", "Fold it in the middle."]
+DOCUMENTS = [
+    "Fold it in the middle.",
+    "",
+    "the gradient " * 30,
+    " blanks ",
+    "\N{GRINNING FACE} x",
+    "Fold it in the middle.",
+]
 SETTINGS = "config_sentence_transformers.json"
 
 

@@ -76,7 +76,11 @@ def test_states_have_gradients_and_take_embeddings(eager: tuple[ModernBertModel,
 
 def test_wrong_layers_and_rows(eager: tuple[ModernBertModel, Encoder]) -> None:
     _, ours = eager
-    for layers, words in (([5], "layers has 5, but this encoder has 0 to 4"), ([0, -6], "has -6"), ([True], "has True")):
+    for layers, words in (
+        ([5], "layers has 5, but this encoder has 0 to 4"),
+        ([0, -6], "has -6"),
+        ([True], "has True"),
+    ):
         with pytest.raises(ValueError, match=words):
             hidden_states(ours, pack(TEXTS), layers=layers)
     with pytest.raises(ValueError, match="layers has 4, but this encoder has 0 to 3"):
