@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from modernbert.heads.colbert import ColBERT
     from modernbert.heads.embedder import Embedder
     from modernbert.heads.masked_lm import MaskedLM
+    from modernbert.heads.multiple_choice import MultipleChoice
+    from modernbert.heads.question_answering import QuestionAnswering
+    from modernbert.heads.reranker import Reranker
     from modernbert.heads.token_classifier import TokenClassifier
     from modernbert.inference.session import Session
     from modernbert.late_interaction import Ragged, maxsim
@@ -27,8 +30,11 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "MaskedLM",
+    "MultipleChoice",
     "Packed",
+    "QuestionAnswering",
     "Ragged",
+    "Reranker",
     "SequenceClassifier",
     "Session",
     "TokenClassifier",
@@ -45,8 +51,11 @@ _HOME = {
     "Encoder": "modernbert.encoder",
     "EncoderConfig": "modernbert.config",
     "MaskedLM": "modernbert.heads.masked_lm",
+    "MultipleChoice": "modernbert.heads.multiple_choice",
     "Packed": "modernbert.packing",
+    "QuestionAnswering": "modernbert.heads.question_answering",
     "Ragged": "modernbert.late_interaction",
+    "Reranker": "modernbert.heads.reranker",
     "SequenceClassifier": "modernbert.heads.classifier",
     "Session": "modernbert.inference.session",
     "TokenClassifier": "modernbert.heads.token_classifier",

@@ -246,7 +246,7 @@ NOISE = (
     "torch_dtype attn_implementation _attn_implementation _attn_implementation_autoset reference_compile",
     "deterministic_flash_attn gradient_checkpointing sparse_pred_ignore_index use_cache",
     "repad_logits_with_grad chunk_size_feed_forward return_dict output_attentions output_hidden_states",
-    "tie_last_hidden_states",
+    "tie_last_hidden_states sentence_transformers sbert_ce_default_activation_function",
     "is_decoder is_encoder_decoder pruned_heads layer_norm_eps position_embedding_type hidden_act",
 )
 

@@ -53,6 +53,28 @@ class EncoderOutput(NamedTuple):
         return key in self.keys()
 
 
+class AttentionOutput(NamedTuple):
+    """What `integrations.transformers` gives that was asked for maps of attention.
+
+    Attributes:
+        last_hidden_state, hidden_states: as in `EncoderOutput`.
+        attentions: of each layer `[B, H, S, S]`: in row i the weights with which token i reads each token; zero in
+            padding.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    keys, values, items, get, to_tuple = _keys, _values, _items, _get, _to_tuple
+
+    def __getitem__(self, key: Any) -> Any:
+        return _found(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+
 class HeadOutput(NamedTuple):
     """What a head gives that was called with labels or with padded tensors.
 
@@ -64,6 +86,27 @@ class HeadOutput(NamedTuple):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+
+    keys, values, items, get, to_tuple = _keys, _values, _items, _get, _to_tuple
+
+    def __getitem__(self, key: Any) -> Any:
+        return _found(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+
+class SpanOutput(NamedTuple):
+    """What `QuestionAnswering` gives with positions or for padded tensors.
+
+    Attributes:
+        loss: a scalar in float32 or better; None without positions.
+        start_logits, end_logits: of each token, `[B, S]` for a padded caller, zero in padding, or `[T]` for a `Packed`.
+    """
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
 
     keys, values, items, get, to_tuple = _keys, _values, _items, _get, _to_tuple
 

@@ -11,13 +11,23 @@ from hf_twin import BIASES, TINY, hf_dict, make_loud
 from torch import Tensor, nn
 from transformers import ModernBertConfig
 
-from modernbert import Encoder, EncoderConfig, MaskedLM, SequenceClassifier, TokenClassifier
+from modernbert import (
+    Encoder,
+    EncoderConfig,
+    MaskedLM,
+    MultipleChoice,
+    QuestionAnswering,
+    SequenceClassifier,
+    TokenClassifier,
+)
 
-Head = MaskedLM | SequenceClassifier | TokenClassifier
+Head = MaskedLM | SequenceClassifier | TokenClassifier | QuestionAnswering | MultipleChoice
 HEADS: dict[str, type[Head]] = {
     "MaskedLM": MaskedLM,
     "SequenceClassification": SequenceClassifier,
     "TokenClassification": TokenClassifier,
+    "QuestionAnswering": QuestionAnswering,
+    "MultipleChoice": MultipleChoice,
 }
 OF_HEADS = (
     "decoder_bias tie_word_embeddings classifier_pooling classifier_activation classifier_bias classifier_dropout"
@@ -33,6 +43,9 @@ CONFIGS = {
 }
 
 
+SPANS = {"id2label": {"0": "start", "1": "end"}, "label2id": {"start": 0, "end": 1}}
+
+
 def written(config: EncoderConfig, **settings: object) -> dict[str, Any]:
     """config.json of a head, by hand."""
     return hf_dict(config, 5) | {name: getattr(config, name) for name in OF_HEADS.split()} | LABELS | settings
@@ -41,6 +54,7 @@ def written(config: EncoderConfig, **settings: object) -> dict[str, Any]:
 def head_twins(task: str, config: EncoderConfig = SMALL, **settings: object) -> tuple[nn.Module, Head]:
     """`ModernBertFor<task>` and our head in evaluation mode, with parameters of their own."""
     torch.manual_seed(0)
+    settings = (SPANS if task == "QuestionAnswering" else {}) | settings
     hf = ModernBertConfig.from_dict(written(config, **settings))
     theirs = getattr(transformers, f"ModernBertFor{task}")._from_config(hf, attn_implementation="sdpa").eval()
     make_loud(theirs)

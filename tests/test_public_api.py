@@ -30,7 +30,17 @@ PRETRAINED = {  # members of every model that `from_pretrained` loads
     "save_pretrained": ("(self, folder, *, state_dict=None, max_shard_size=None, is_main_process=True, **options)"),
     "set_input_embeddings": "(self, value)",
 }
-MODELS = ("ColBERT", "Embedder", "Encoder", "MaskedLM", "SequenceClassifier", "TokenClassifier")
+MODELS = (
+    "ColBERT",
+    "Embedder",
+    "Encoder",
+    "MaskedLM",
+    "MultipleChoice",
+    "QuestionAnswering",
+    "Reranker",
+    "SequenceClassifier",
+    "TokenClassifier",
+)
 FROZEN = {
     **{f"modernbert.{model}.{name}": row for model in MODELS for name, row in PRETRAINED.items()},
     "modernbert.ColBERT": "(encoder, tokenizer, dense, config)",
@@ -51,7 +61,8 @@ FROZEN = {
     "modernbert.Embedder": "(encoder, tokenizer, dense=(), config=None)",
     "modernbert.Embedder.document_ids": "(self, texts)",
     "modernbert.Embedder.encode": (
-        "(self, texts, *, prompt_name=None, prompt=None, batch_tokens=None, progress=None, devices=None)"
+        "(self, texts, *, prompt_name=None, prompt=None, precision=None, ranges=None, batch_tokens=None, "
+        "progress=None, devices=None)"
     ),
     "modernbert.Embedder.encode_documents": "(self, texts, *, batch_tokens=None, progress=None, devices=None)",
     "modernbert.Embedder.encode_queries": "(self, texts, *, batch_tokens=None, progress=None, devices=None)",
@@ -97,6 +108,11 @@ FROZEN = {
     "modernbert.MaskedLM.from_config": "(config)",
     "modernbert.MaskedLM.get_output_embeddings": "(self)",
     "modernbert.MaskedLM.loss": "(self, batch, labels, rows=None, *, reduction='mean')",
+    "modernbert.MultipleChoice": "(encoder, *, head=None)",
+    "modernbert.MultipleChoice.config": "property",
+    "modernbert.MultipleChoice.forward": (
+        "(self, batch=None, attention_mask=None, rows=None, labels=None, input_ids=None)"
+    ),
     "modernbert.Packed": (
         "(input_ids, positions, cu_seqlens, lengths, max_seqlen, key_lengths=None, "
         "padded_rows=None, padded_length=None, recorded_rows=None)"
@@ -106,10 +122,23 @@ FROZEN = {
     "modernbert.Packed.rows_of": "(self, indices)",
     "modernbert.Packed.select": "(self, indices)",
     "modernbert.Packed.to": "(self, device, *, non_blocking=False)",
+    "modernbert.QuestionAnswering": "(encoder, *, head=None)",
+    "modernbert.QuestionAnswering.config": "property",
+    "modernbert.QuestionAnswering.forward": (
+        "(self, batch=None, attention_mask=None, rows=None, start_positions=None, end_positions=None, input_ids=None)"
+    ),
     "modernbert.Ragged": "(values, offsets)",
     "modernbert.Ragged.from_list": "(matrices)",
     "modernbert.Ragged.pin_memory": "(self)",
     "modernbert.Ragged.to": "(self, device, *, non_blocking=False)",
+    "modernbert.Reranker": "(classifier, tokenizer, config=None)",
+    "modernbert.Reranker.forward": "(self, batch, *, rows=None)",
+    "modernbert.Reranker.max_length": "property",
+    "modernbert.Reranker.rank": (
+        "(self, query, documents, *, top_k=None, batch_tokens=None, progress=None, devices=None)"
+    ),
+    "modernbert.Reranker.score": "(self, query, documents, *, batch_tokens=None, progress=None, devices=None)",
+    "modernbert.Reranker.tokenize": "(self, documents, *, query, spans=False)",
     "modernbert.SequenceClassifier": "(encoder, *, labels=None, problem_type=None, head=None)",
     "modernbert.SequenceClassifier.config": "property",
     "modernbert.SequenceClassifier.forward": (

@@ -87,7 +87,7 @@ def _head_facts(folder: Path, config: EncoderConfig) -> dict[str, str]:
         from ..heads.labels import label_names
 
         facts["labels"] = ", ".join(label_names(config))
-    if kind == "SequenceClassifier":
+    if kind in ("SequenceClassifier", "MultipleChoice"):
         facts["pooling"] = config.classifier_pooling
     return facts
 

@@ -25,6 +25,7 @@ from .embedder_files import EmbedderConfig
 from .folders import check_class
 from .module_files import check_widths
 from .pooling import encode_and_pool
+from .quantize import Precision, quantize
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,16 +103,19 @@ class Embedder(Pretrained):
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        precision: Precision | None = None,
+        ranges: Tensor | None = None,
         batch_tokens: int | None = None,
         progress: bool | None = None,
         devices: Sequence[str] | None = None,
     ) -> Tensor:
-        """Texts to their vectors, `[N, E]` float32 on the CPU, in the order given.
+        """Texts to their vectors, `[N, E]` float32 on the CPU, in the order given; with a `precision` in less memory.
 
         Args:
             texts: `str` in an order: a list, a generator, a column of pandas, an array of strings.
             prompt_name: of the prompt in `config.prompts`; None: `config.default_prompt`, if there is one.
             prompt: is put in front of every text, in the place of one with a name.
+            precision, ranges: as in `quantize.quantize`, such as "binary"; None: float32.
             batch_tokens: tokens of one forward pass; None: a good value for the device.
             progress: show a bar on stderr; None: for long work on a terminal.
             devices: encode in one process for each, such as `["cuda:0", "cuda:1"]`; None: here. As the processes are
@@ -120,12 +124,15 @@ class Embedder(Pretrained):
         Raises:
             TypeError: one str, a mapping, a set, or something in the place of a text, with its index.
             ValueError: a prompt that has no such name, or two prompts; half a surrogate pair in a text, a device that
-                is not there, or a vector that is not finite, with the index of its text.
+                is not there, or a vector that is not finite, with the index of its text; `precision` as `quantize`.
             RuntimeError: the process was forked after this thread had encoded, or a process for a device has died.
         """
         tokenize = partial(Embedder.tokenize, prompt=self._prompt(prompt_name, prompt))
         options = {"devices": devices, "batch_tokens": batch_tokens, "progress": progress}
-        return encode_here_or_on(self, tokenize, texts, dim=self.dim, **options).values
+        if precision is None:
+            return encode_here_or_on(self, tokenize, texts, dim=self.dim, **options).values
+        quantize(torch.zeros(0, self.dim, device="cpu"), precision, ranges)  # refuses them before the work
+        return quantize(encode_here_or_on(self, tokenize, texts, dim=self.dim, **options).values, precision, ranges)
 
     def encode_queries(
         self,

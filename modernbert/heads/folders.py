@@ -13,12 +13,18 @@ ARCHITECTURES = {
     "ModernBertForMaskedLM": "MaskedLM",
     "ModernBertForSequenceClassification": "SequenceClassifier",
     "ModernBertForTokenClassification": "TokenClassifier",
+    "ModernBertForQuestionAnswering": "QuestionAnswering",
+    "ModernBertForMultipleChoice": "MultipleChoice",
     "HF_ColBERT": "ColBERT",
 }
 # The kinds of models of sentence-transformers and PyLate, as SETTINGS names them.
 MODELS = {"ColBERT": "ColBERT", "MultiVectorEncoder": "ColBERT", "SentenceTransformer": "Embedder"}
+ALSO = {"Reranker": "SequenceClassifier"}  # classes that read the folders of another one too
 NEW_HEAD = {
     "MaskedLM": "MaskedLM(encoder)",
+    "MultipleChoice": "MultipleChoice(encoder)",
+    "QuestionAnswering": "QuestionAnswering(encoder)",
+    "Reranker": "Reranker(SequenceClassifier(encoder, labels=1), tokenizer)",
     "SequenceClassifier": "SequenceClassifier(encoder, labels=[...])",
     "TokenClassifier": "TokenClassifier(encoder, labels=[...])",
 }
@@ -49,7 +55,7 @@ def check_class(folder: Path, wanted: str) -> None:
     An encoder alone is refused for the classes in `NEW_HEAD`; the others say what it lacks.
     """
     found = class_of(folder)
-    if found in (None, wanted) or (found == "Encoder" and wanted not in NEW_HEAD):
+    if found in (None, wanted, ALSO.get(wanted)) or (found == "Encoder" and wanted not in NEW_HEAD):
         return
     todo = f": load it with {found}.from_pretrained" if found in {*ARCHITECTURES.values(), *MODELS.values()} else ""
     if wanted in NEW_HEAD:

@@ -49,7 +49,7 @@ def _counts(batch: Packed) -> Tensor:
     return batch.cu_seqlens.diff() if batch.key_lengths is None else batch.key_lengths
 
 
-def _places(batch: Packed) -> tuple[Tensor, Tensor]:
+def places(batch: Packed) -> tuple[Tensor, Tensor]:
     """Of each token its text, and its place in it from 0, `[T]` each."""
     token_T = torch.arange(batch.num_tokens, device=batch.cu_seqlens.device, dtype=batch.cu_seqlens.dtype)
     text_T = torch.bucketize(token_T, batch.cu_seqlens[1:], right=True)
@@ -59,7 +59,7 @@ def _places(batch: Packed) -> tuple[Tensor, Tensor]:
 def _pool(x_TD: Tensor, batch: Packed, mode: str) -> Tensor:
     if batch.key_lengths is None:
         return ops.pool(x_TD, batch.cu_seqlens, mode)
-    text_T, place_T = _places(batch)
+    text_T, place_T = places(batch)
     counted_T = place_T < batch.key_lengths[text_T]
     ends = torch.nn.functional.pad(batch.key_lengths.cumsum(0, dtype=torch.int32), (1, 0))
     return ops.pool(x_TD[counted_T], ends, mode)
@@ -69,7 +69,7 @@ def _mean(x_TD: Tensor, batch: Packed) -> Tensor:
     if not (torch.compiler.is_compiling() or recorded()):
         return _pool(x_TD, batch, "mean")
     # In tensor operations alone: the lengths of a text are not constants of the program.
-    text_T, place_T = _places(batch)
+    text_T, place_T = places(batch)
     count_B = _counts(batch)
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     weight_T = (place_T < count_B[text_T]).to(dtype)
@@ -85,7 +85,7 @@ def _mean_sqrt(x_TD: Tensor, batch: Packed) -> Tensor:
 
 def _weighted_mean(x_TD: Tensor, batch: Packed) -> Tensor:
     """Weights 1, 2, 3, ... from the first token on. Their mean is (n + 1) / 2."""
-    weight_T1 = (_places(batch)[1] + 1)[:, None]
+    weight_T1 = (places(batch)[1] + 1)[:, None]
     mean_BD = _mean(_wide(x_TD) * weight_T1, batch)
     return (mean_BD * 2 / (_counts(batch).to(mean_BD.dtype) + 1)[:, None]).to(x_TD.dtype)
 

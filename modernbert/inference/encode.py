@@ -143,9 +143,9 @@ def encode_tokens(
 ) -> Ragged:
     """The scored rows of each text of `tokens`, `[n_i, E]` float32 on the CPU; `advance` gets counts of texts.
 
-    Raises TypeError for what is neither `Tokens` nor `Texts`.
+    `Texts` have one row each. Raises TypeError for what is neither these nor `Tokens`.
     """
-    if not isinstance(tokens, (Tokens, Texts)):
+    if not isinstance(tokens, Tokenized):
         what = f"tokens must be Tokens, as of tokenize_queries(texts), got {type(tokens).__name__}"
         raise TypeError(f"{what}: encode_queries takes texts")
     return Ragged.from_list(list(_encode(caller, [tokens], batch_tokens, advance)))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-import modernbert_kernels as ops
+from modernbert_kernels.dispatch import recorded
 
-from ..encoder import Encoder, EncoderOutput, Rope, no_states
-from ..modules import add_norm
+from ..encoder import Encoder, EncoderOutput, no_states
+from ..outputs import AttentionOutput
 from ..packing import Packed, unpack
 from ..padded import pack_padded
+from .states import check_size, hidden_states, maps_of_layer
 
 # torch.export.save writes only classes that are registered by name.
 _pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
@@ -41,7 +40,7 @@ class TransformersEncoder(nn.Module):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> EncoderOutput:
+    ) -> EncoderOutput | AttentionOutput:
         """`[B, S]` ids to `[B, S, D]` rows, zero in padding.
 
         Args:
@@ -51,7 +50,9 @@ class TransformersEncoder(nn.Module):
             position_ids: `[B, S]` rotary positions; default 0, 1, 2, ... from each sequence's first real token.
             inputs_embeds: `[B, S, D]` in place of the embedding table's rows, before their norm.
             output_hidden_states: also return N + 1 tensors `[B, S, D]`: the embeddings, the residual stream after each
-                layer but the last, and `last_hidden_state` (as transformers 5).
+                layer but the last, and `last_hidden_state` (as transformers 5). `states.hidden_states` gives those of
+                chosen layers.
+            output_attentions: an `AttentionOutput`, of at most `states.MOST_TOKENS` tokens with padding.
 
         Where `torch.export`, `torch.onnx` or `torch.jit.trace` records a program, ids and the numbers in masks are not
         checked, and every op is its reference.
@@ -63,25 +64,38 @@ class TransformersEncoder(nn.Module):
             raise TypeError("torch.fx.symbolic_trace cannot follow lengths and masks: use torch.export")
         if token_type_ids is not None:
             raise ValueError("token_type_ids: ModernBERT has no token types; leave the argument out")
-        if output_attentions:
-            raise ValueError("output_attentions: attention probabilities are never materialised here")
+        if output_attentions and (recorded() or torch.compiler.is_compiling()):
+            raise ValueError("output_attentions: maps are not made where a program is recorded or compiled")
         if return_dict is False:
             raise ValueError("return_dict=False: the output is a named tuple already; index it instead")
         masks = {"query_mask": query_mask, "position_ids": position_ids}
         batch = pack_padded(input_ids, attention_mask, inputs_embeds, self.config, **masks)
         embeds_TD = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[batch.padded_rows]
+        if output_attentions:
+            return self._with_attentions(batch, embeds_TD, output_hidden_states)
         if not output_hidden_states:
             return EncoderOutput(unpack(self.encoder(batch, inputs_embeds=embeds_TD), batch), no_states())
         states = tuple(unpack(state_TD, batch) for state_TD in hidden_states(self.encoder, batch, embeds_TD))
         return EncoderOutput(states[-1], states)
 
+    def _with_attentions(
+        self, batch: Packed, embeds_TD: Tensor | None, output_hidden_states: bool | None
+    ) -> AttentionOutput:
+        assert batch.padded_length is not None
+        check_size(len(batch) * batch.padded_length)
+        states = hidden_states(self.encoder, batch, embeds_TD)
+        maps = (maps_of_layer(self.encoder, batch, place, state) for place, state in enumerate(states[:-1]))
+        length = batch.padded_length
+        zeros_BHSS = states[0].new_zeros(len(batch), self.config.num_attention_heads, length, length)
+        attentions = tuple(_padded_maps(zeros_BHSS.clone(), of_layer, batch) for of_layer in maps)
+        padded = tuple(unpack(state_TD, batch) for state_TD in states)
+        return AttentionOutput(padded[-1], padded if output_hidden_states else None, attentions)
 
-def hidden_states(encoder: Encoder, batch: Packed, inputs_embeds: Tensor | None = None) -> Iterator[Tensor]:
-    """The N + 1 tensors `[T, D]` on the way of `Encoder.forward`, whose loop this is."""
-    width = encoder.config.head_dim
-    rope_of = {theta: Rope(*ops.rotary_table(batch.positions, theta, width)) for theta in set(encoder.thetas)}
-    x_TD, delta_TD = encoder.embeddings(batch.input_ids, inputs_embeds), None
-    for layer, theta in zip(encoder.layers, encoder.thetas, strict=True):
-        yield x_TD if delta_TD is None else x_TD + delta_TD
-        x_TD, delta_TD = layer(x_TD, delta_TD, batch, rope_of[theta])
-    yield add_norm(x_TD, delta_TD, encoder.final_norm)[1]
+
+def _padded_maps(padded_BHSS: Tensor, maps: list[Tensor], batch: Packed) -> Tensor:
+    """`[H, n, n]` of each text, put into `[B, H, S, S]`."""
+    assert batch.padded_rows is not None
+    columns = (batch.padded_rows % max(1, padded_BHSS.shape[-1])).split(batch.lengths)
+    for text, (map_Hnn, column_n) in enumerate(zip(maps, columns, strict=True)):
+        padded_BHSS[text][:, column_n[:, None], column_n] = map_Hnn
+    return padded_BHSS

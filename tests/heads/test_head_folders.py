@@ -12,7 +12,18 @@ from head_twin import SMALL, head_twins
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as models
 
-from modernbert import ColBERT, Embedder, Encoder, MaskedLM, SequenceClassifier, TokenClassifier, Tokenizer
+from modernbert import (
+    ColBERT,
+    Embedder,
+    Encoder,
+    MaskedLM,
+    MultipleChoice,
+    QuestionAnswering,
+    Reranker,
+    SequenceClassifier,
+    TokenClassifier,
+    Tokenizer,
+)
 from modernbert.cli import main
 from modernbert.heads.dense import Dense
 from modernbert.heads.embedder import EmbedderConfig
@@ -21,7 +32,16 @@ from modernbert.pretrained import Pretrained
 
 BACKBONE = Path(__file__).parents[1] / "fixtures" / "colbert" / "backbone"
 CLASSES: dict[str, type[Pretrained]] = {
-    kind.__name__: kind for kind in (ColBERT, Embedder, MaskedLM, SequenceClassifier, TokenClassifier)
+    kind.__name__: kind
+    for kind in (
+        ColBERT,
+        Embedder,
+        MaskedLM,
+        MultipleChoice,
+        QuestionAnswering,
+        SequenceClassifier,
+        TokenClassifier,
+    )
 }
 
 
@@ -33,8 +53,8 @@ def save(name: str, folder: Path) -> Path:
     elif name == "Embedder":
         config = EmbedderConfig(pooling=("cls", "mean"), prompts={"query": "q: "}, width=10)
         Embedder(encoder, tokenizer, [Dense(128, 12, bias=True)], config).save_pretrained(folder)
-    elif name == "MaskedLM":
-        MaskedLM(encoder).save_pretrained(folder)
+    elif name in ("MaskedLM", "MultipleChoice", "QuestionAnswering"):
+        CLASSES[name](encoder).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     else:
         CLASSES[name](encoder, labels=["no", "yes"]).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     return folder
@@ -82,6 +102,19 @@ def test_a_cross_encoder_is_a_classifier(tmp_path: Path) -> None:
     SequenceClassifier.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("found", [name for name in CLASSES if name != "SequenceClassifier"])
+def test_a_reranker_is_read_from_classifiers_alone(found: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    words = rf"holds an? {found}, not a Reranker: load it with {found}\.from_pretrained, or put a new head"
+    with pytest.raises(ValueError, match=words):
+        Reranker.from_pretrained(folders[found])
+    encoder, tokenizer = Encoder.from_pretrained(BACKBONE), Tokenizer.from_pretrained(BACKBONE)
+    Reranker(SequenceClassifier(encoder, labels=1), tokenizer).save_pretrained(tmp_path)
+    assert class_of(tmp_path) == "SequenceClassifier"
+    if found not in ("ColBERT", "Embedder"):
+        with pytest.raises(ValueError, match=rf"holds a SequenceClassifier, not a {found}"):
+            CLASSES[found].from_pretrained(tmp_path)
+
+
 INFO = {
     "ColBERT": ["head +64 -> 8", "query +prefix"],
     "Embedder": [
@@ -92,6 +125,8 @@ INFO = {
         "q: ",
     ],
     "MaskedLM": ["head +MaskedLM"],
+    "MultipleChoice": ["head +MultipleChoice", "pooling +cls"],
+    "QuestionAnswering": ["head +QuestionAnswering"],
     "SequenceClassifier": ["head +SequenceClassifier", "labels +no, yes", "pooling +cls"],
     "TokenClassifier": ["head +TokenClassifier", "labels +no, yes"],
 }
@@ -114,5 +149,5 @@ def test_info_names_the_head(name: str, folders: dict[str, Path], capsys: pytest
 def test_info_of_a_head_that_no_class_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save("TokenClassifier", tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["ModernBertForQuestionAnswering"]}))
-    assert "ModernBertForQuestionAnswering" in info(tmp_path, capsys)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["ModernBertForSpans"]}))
+    assert "ModernBertForSpans" in info(tmp_path, capsys)

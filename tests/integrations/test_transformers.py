@@ -51,7 +51,6 @@ def test_every_argument_of_transformers_has_a_meaning_or_is_refused_by_name(enco
         assert torch.equal(out[0], wanted)
     for name, value in (
         ("token_type_ids", torch.zeros_like(IDS)),
-        ("output_attentions", True),
         ("return_dict", False),
     ):
         with pytest.raises(ValueError, match=f"^{name}"):
