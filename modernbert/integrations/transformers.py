@@ -1,8 +1,9 @@
-"""The encoder with the signature of transformers' `ModernBertModel`, which can be exported too."""
+"""A model of transformers with our packed forward; and our encoder with the signature of a model of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,43 @@ from ..encoder import Encoder, EncoderOutput, Rope, no_states
 from ..modules import add_norm
 from ..packing import Packed, unpack
 from ..padded import pack_padded
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def pack_in_place(model: M) -> M:
+    """Let every `ModernBertModel` of transformers in `model` compute packed, and return `model`.
+
+    Only classes of modules change. Parameters, hooks, adapters (those of now and later ones), gradient checkpointing,
+    copies, pickles and saved files are those of the model as it was. `unpack_in_place` is the way back.
+
+    The numbers are those of transformers with `attn_implementation="sdpa"` wherever the host reads them, up to the
+    order of sums; other rows of padding are zero. Dropout draws other random numbers.
+
+    Args:
+        model: a `ModernBertModel`, or a module with one or more inside: an `AutoModelFor...`, a `CrossEncoder`, a
+            `SentenceTransformer`, a `MultiVectorEncoder`, PyLate's `ColBERT`, a `PeftModel`, a module of yours.
+
+    Raises:
+        TypeError: there is none inside, one that is wrapped or sharded already, or one that is quantised.
+        ValueError: a setting of its config that is not implemented.
+        ImportError: transformers is not installed.
+    """
+    from .in_place import pack
+
+    return pack(model)
+
+
+def unpack_in_place(model: M) -> M:
+    """Undo `pack_in_place`: the model computes as transformers wrote it. A model that is not packed stays as it is.
+
+    Raises:
+        TypeError: as `pack_in_place`.
+    """
+    from .in_place import unpack_all
+
+    return unpack_all(model)
+
 
 # torch.export.save writes only classes that are registered by name.
 _pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
