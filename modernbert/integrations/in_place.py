@@ -180,9 +180,9 @@ def _options(model: ModernBertModel, given: dict[str, Any]) -> dict[str, bool]:
     for name in given.keys() - options.keys() - {*IGNORED, *FLAT}:
         if given[name] is not None and given[name] is not False:
             raise TypeError(f"{name}: a packed model does not take this argument; {todo}")
+    if recorded():
+        raise ValueError(f"a program of a packed model cannot be recorded; {todo}")
     if not torch.compiler.is_compiling():
-        if recorded():
-            raise ValueError(f"a program of a packed model cannot be recorded; {todo}")
         _check_layers(model)
     return {name: bool(value) for name, value in options.items()}
 
@@ -198,8 +198,8 @@ def _packed(
     """The batch with every row that a host may read: see `_read_under_mask`."""
     if flat:
         return _joined(input_ids, attention_mask, position_ids, flat)
-    hidden_BS = None
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+    hidden_BS, tokens = None, inputs_embeds if input_ids is None else input_ids
+    if isinstance(attention_mask, Tensor) and tokens is not None and attention_mask.shape == tokens.shape[:2]:
         hidden_BS = _read_under_mask(model, input_ids, attention_mask)
     masks = {"hidden_mask": hidden_BS, "position_ids": position_ids}
     return pack_padded(input_ids, attention_mask, inputs_embeds, model.config, **masks)
@@ -312,11 +312,22 @@ def _check_parts(name: str, inner: theirs.ModernBertModel) -> None:
 
 def _in_place(name: str, inner: theirs.ModernBertModel, model: nn.Module) -> InPlace:
     """What the model needs to know of its config and of the modules around it."""
-    around = [each for path, each in model.named_modules() if f"{name}.".startswith(f"{path}." if path else "")]
-    prefixes = {getattr(each, "document_prefix_id", None) for each in around} - {None}
-    prefixes -= {getattr(each, "query_prefix_id", None) for each in around}
+    around = [each for path, each in model.named_modules() if not path or f"{name}.".startswith(f"{path}.")]
     return InPlace(
         EncoderConfig.from_hf(inner.config.to_dict()),
         reads_padding=any(isinstance(each, theirs.ModernBertForQuestionAnswering) for each in around),
-        document_prefix=next(iter(prefixes), None),
+        document_prefix=next((prefix for each in around if (prefix := _document_prefix(each)) is not None), None),
     )
+
+
+def _document_prefix(host: Any) -> int | None:
+    """The token that PyLate, or a `MultiVectorEncoder`, puts behind [CLS] in documents; None if queries may have it."""
+    if hasattr(host, "document_prefix_id"):
+        query, document = host.query_prefix_id, host.document_prefix_id
+        return document if None not in (query, document) and query != document else None
+    prompts, tokenizer = getattr(host, "prompts", None), getattr(host, "tokenizer", None)
+    if not isinstance(prompts, dict) or not prompts.get("query") or not hasattr(tokenizer, "get_added_vocab"):
+        return None
+    document = tokenizer.get_added_vocab().get(prompts.get("document"))
+    query = tokenizer(prompts["query"], add_special_tokens=False)["input_ids"]
+    return None if document in query else document
