@@ -334,17 +334,16 @@ def test_dropout_is_drawn_in_training_only() -> None:
 
 @pytest.mark.parametrize("mode", ["compile(model)", "model.compile()"])
 def test_the_host_is_compiled(mode: str) -> None:
-    """transformers' own compiled model has one graph for each of these batches; packed, it is that of all others."""
-    model = pack_in_place(model_of("ModernBertModel", replace(TINY, num_hidden_layers=2)))
+    """The padding is dropped in front of the graph."""
+    model = pack_in_place(model_of("ModernBertModel", replace(TINY, num_hidden_layers=1)))
     wanted = {batch: model(*BATCHES[batch])[0] for batch in ("right", "one")}
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(model, backend="eager") if mode == "compile(model)" else model
     if mode == "model.compile()":
-        compiled = model
-        model.compile(backend="aot_eager", dynamic=True)
+        model.compile(backend="eager")
     for batch, rows in wanted.items():
         got = compiled(*BATCHES[batch])[0]
         assert_close([got], [rows])
-        grads = [torch.autograd.grad((x * x).sum(), list(model.parameters())) for x in (got, rows)]
+        grads = [list(torch.autograd.grad((x * x).sum(), list(model.parameters()))) for x in (got, rows)]
         assert_close(*grads)
 
 
