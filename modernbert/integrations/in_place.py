@@ -176,7 +176,9 @@ def _options(model: ModernBertModel, given: dict[str, Any]) -> dict[str, bool]:
     if options["is_causal"]:
         raise ValueError(f"is_causal: a packed model sees both directions; {todo}")
     if not isinstance(options["output_hidden_states"], bool | None):
-        raise ValueError(f"output_hidden_states is {options['output_hidden_states']!r}: a packed model takes True; {todo}")
+        raise ValueError(
+            f"output_hidden_states is {options['output_hidden_states']!r}: a packed model takes True; {todo}"
+        )
     for name in given.keys() - options.keys() - {*IGNORED, *FLAT}:
         if given[name] is not None and given[name] is not False:
             raise TypeError(f"{name}: a packed model does not take this argument; {todo}")
@@ -244,13 +246,14 @@ def _unpacked(x_TD: Tensor, batch: Packed) -> Tensor:
 
 
 def _check_layers(model: theirs.ModernBertModel) -> None:
-    """Raise TypeError for a quantised layer: what it gives depends on the texts beside, or on a layout of its own."""
+    """Raise TypeError for quantised weights: what such a layer gives for a row may depend on the rows beside it."""
     for i, layer in enumerate(model.layers):
-        for name in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"):
-            linear = layer.get_submodule(name)
+        for linear in (layer.attn.Wqkv, layer.attn.Wo, layer.mlp.Wi, layer.mlp.Wo):
+            if type(linear) is nn.Linear:
+                continue
             dtypes = [parameter.dtype for parameter in linear.parameters()]
             if not dtypes or not all(dtype.is_floating_point for dtype in dtypes):
-                raise TypeError(f"layers.{i}.{name} is a quantised {type(linear).__name__}: leave this model unpacked")
+                raise TypeError(f"layer {i} has a quantised {type(linear).__name__}: leave this model unpacked")
 
 
 # The way in and out
@@ -288,7 +291,9 @@ def _models_in(model: nn.Module) -> list[tuple[str, theirs.ModernBertModel]]:
         raise TypeError(f"model must be a torch.nn.Module with a ModernBertModel inside, got a {type(model).__name__}")
     found = [(name, each) for name, each in model.named_modules() if isinstance(each, theirs.ModernBertModel)]
     if not found:
-        raise TypeError(f"this {type(model).__name__} has no ModernBertModel of transformers inside, so it stays as it is")
+        raise TypeError(
+            f"this {type(model).__name__} has no ModernBertModel of transformers inside, so it stays as it is"
+        )
     return found
 
 

@@ -30,7 +30,9 @@ def pack_in_place(model: M) -> M:
 
     Args:
         model: a `ModernBertModel`, or a module with one or more inside: an `AutoModelFor...`, a `CrossEncoder`, a
-            `SentenceTransformer`, a `MultiVectorEncoder`, PyLate's `ColBERT`, a `PeftModel`, a module of yours.
+            `SentenceTransformer`, a `MultiVectorEncoder`, PyLate's `ColBERT`, a `PeftModel`, a module of yours. Give
+            the outermost one, as what is around a `ModernBertModel` tells which rows are read: the first one of each
+            text and tokens under the mask that are not padding; the head for questions reads padding too.
 
     Raises:
         TypeError: there is none inside, one that is wrapped or sharded already, or one that is quantised.

@@ -6,17 +6,20 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from head_twin import CONFIGS, written
 from hf_twin import BIASES, TINY, exact_rotary, make_loud, pad, random_ids
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import ModernBertConfig, ModernBertModel
 from transformers.initialization import no_init_weights
 from transformers.models.modernbert import modeling_modernbert
@@ -91,7 +94,9 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for name, value in wanted.items():
         # A gradient is a sum over all tokens, so it is compared by its own size.
         allowed = TOLERANCE * max(1.0, value.abs().nan_to_num().max().item())
-        torch.testing.assert_close(got[name], value, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], value, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # Numbers
@@ -358,6 +363,40 @@ def test_outputs_have_the_shape_that_the_config_asks_for() -> None:
     assert torch.equal(states[-1], last)
 
 
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks(kind: str) -> None:
+    """Wrapped and sharded after it was packed; before that, classes are others, and it is refused."""
+    model = model_of("ModernBertForMaskedLM")
+    wanted = run(model, "MaskedLM", *BATCHES["right"])
+    pack_in_place(model)
+    model.zero_grad()
+    labels = labels_of("MaskedLM", *BATCHES["right"])
+    ids, mask = BATCHES["right"]
+    if kind == "ddp":
+        loss = nn.parallel.DistributedDataParallel(model)(ids, attention_mask=mask, **labels).loss
+    else:
+        for part in (*model.model.layers, model):
+            fully_shard(part)
+        loss = model(ids, attention_mask=mask, **labels).loss
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    grads = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+    assert_same({"loss": loss.detach(), **grads}, {name: wanted[name] for name in ("loss", *grads)})
+    if kind == "fsdp":
+        with pytest.raises(TypeError, match=r"FSDPModernBertEncoderLayer .*sharding.* before"):
+            unpack_in_place(model)
+
+
 # What is refused
 
 
@@ -465,7 +504,7 @@ def test_quantised_layers_are_refused(packed_first: bool) -> None:
     if packed_first:
         pack_in_place(model)
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(TypeError, match=r"layers\.0\.attn\.Wqkv is a quantised"):
+    with pytest.raises(TypeError, match="layer 0 has a quantised"):
         quantised(*BATCHES["right"]) if packed_first else pack_in_place(quantised)
     if packed_first:
         assert unpack_in_place(quantised)(*BATCHES["right"])[0].isfinite().all()

@@ -1,4 +1,4 @@
-"""Training a packed model with the trainers of transformers and sentence-transformers: the steps are those of before."""
+"""A packed model under the trainers of transformers and sentence-transformers: the steps are those of before."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from modernbert.integrations.transformers import pack_in_place, unpack_in_place
 
 pytest.importorskip("pylate")
 
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset
 from pylate import losses, models, utils
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
