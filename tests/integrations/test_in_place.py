@@ -353,14 +353,33 @@ def test_the_host_is_compiled(mode: str) -> None:
 
 
 def test_outputs_have_the_shape_that_the_config_asks_for() -> None:
-    model = pack_in_place(bare())
+    """Also where transformers has put its hooks for hidden states on the layers before."""
+    model = bare()
     ids, mask = BATCHES["right"]
+    wanted = outputs(model, ids, mask, rows=mask.bool())
+    assert_close(outputs(pack_in_place(model), ids, mask, rows=mask.bool()), wanted)
     assert isinstance(model(ids, mask, return_dict=False), tuple)
     assert model(ids, mask).hidden_states is None
     model.config.output_hidden_states, model.config.return_dict = True, False
     last, states = model(ids, mask)
     assert len(states) == 5
     assert torch.equal(states[-1], last)
+
+
+def test_noise_of_the_embeddings_is_refused() -> None:
+    model = pack_in_place(bare())
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    with pytest.raises(ValueError, match="^neftune_noise_alpha"):
+        model(*BATCHES["right"])
+
+
+def test_keys_that_others_keep_in_a_config() -> None:
+    """sentence-transformers writes its settings of a CrossEncoder there."""
+    model = bare()
+    model.config.sentence_transformers = {"version": "6.2.0"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pack_in_place(model)
 
 
 @pytest.fixture
