@@ -62,7 +62,7 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 
 def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """`(x + delta, norm(x + delta))`, in one kernel if the norm is plain."""
-    if delta_TD is not None and is_plain(norm, Norm):
+    if delta_TD is not None and (is_plain(norm, Norm) or is_plain(norm, nn.LayerNorm)):
         return ops.add_layer_norm(x_TD, delta_TD, norm.weight, norm.bias, norm.eps)
     x_TD = x_TD if delta_TD is None else x_TD + delta_TD
     return x_TD, norm(x_TD)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from modernbert_kernels.dispatch import recorded
 
-from .config import EncoderConfig
 from .masks import check_padded
 from .packed import Packed
 from .packing import in_front_of_graph, pack, padded_ids
+
+
+class Vocabulary(Protocol):
+    """What this file needs of an `EncoderConfig`, or of a config of transformers."""
+
+    vocab_size: int
+    pad_token_id: int | None
 
 
 def pack_padded(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
-    config: EncoderConfig,
+    config: Vocabulary,
     *,
     query_mask: Tensor | None = None,
+    hidden_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Packed:
     """`pack` that keeps tokens under the mask, such as the unattended [MASK] tokens of query expansion.
@@ -36,13 +44,15 @@ def pack_padded(
     Args:
         input_ids, attention_mask, position_ids: as in `pack`.
         query_mask: as in `pack`; None: found as above.
+        hidden_mask: `[B, S]` bool, in place of what is found as above: the tokens under the mask that are not padding,
+            on either side of the real ones.
         inputs_embeds: `[B, S, D]` in place of ids.
 
     Raises:
         ValueError, TypeError: as `pack`; tokens under the mask on both sides of the real tokens.
     """
     if torch.compiler.is_compiling() and not recorded():
-        options = {"query_mask": query_mask, "position_ids": position_ids}
+        options = {"query_mask": query_mask, "hidden_mask": hidden_mask, "position_ids": position_ids}
         return in_front_of_graph(pack_padded, input_ids, attention_mask, inputs_embeds, config, **options)
     ids_BS = padded_ids(input_ids, inputs_embeds)
     if recorded():
@@ -53,7 +63,9 @@ def pack_padded(
                 query_mask = query_mask & (input_ids != (config.pad_token_id or 0))
         return pack(ids_BS, attention_mask, query_mask=query_mask, position_ids=position_ids)
     check_padded(ids_BS, attention_mask, None, position_ids)
-    hidden_BS = None if query_mask is not None else _hidden_tokens(input_ids, attention_mask, config)
+    hidden_BS = hidden_mask
+    if hidden_BS is None and query_mask is None:
+        hidden_BS = _hidden_tokens(input_ids, attention_mask, config)
     if attention_mask is None or hidden_BS is None:
         options = {"query_mask": query_mask, "position_ids": position_ids, "vocab_size": config.vocab_size}
         return pack(ids_BS, attention_mask, **options)
@@ -83,7 +95,7 @@ def pack_padded(
     return replace(batch, padded_rows=rows_T // length * length + order_BS.flatten()[rows_T])
 
 
-def _hidden_tokens(input_ids: Tensor | None, mask_BS: Tensor | None, config: EncoderConfig) -> Tensor | None:
+def _hidden_tokens(input_ids: Tensor | None, mask_BS: Tensor | None, config: Vocabulary) -> Tensor | None:
     """`[B, S]` bool, the tokens under the mask that are not padding; None if there are none."""
     if mask_BS is None:
         return None

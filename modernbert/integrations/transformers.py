@@ -1,6 +1,8 @@
-"""The encoder with the signature of transformers' `ModernBertModel`, which can be exported too."""
+"""A model of transformers with our packed forward; and our encoder with the signature of a model of transformers."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,45 @@ from ..outputs import AttentionOutput
 from ..packing import Packed, unpack
 from ..padded import pack_padded
 from .states import check_size, hidden_states, maps_of_layer
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def pack_in_place(model: M) -> M:
+    """Let every `ModernBertModel` of transformers in `model` compute packed, and return `model`.
+
+    Only classes of modules change. Parameters, hooks, adapters (those of now and later ones), gradient checkpointing,
+    copies, pickles and saved files are those of the model as it was. `unpack_in_place` is the way back.
+
+    The numbers are those of transformers with `attn_implementation="sdpa"` wherever the host reads them, up to the
+    order of sums; other rows of padding are zero. Dropout draws other random numbers.
+
+    Args:
+        model: a `ModernBertModel`, or a module with one or more inside: an `AutoModelFor...`, a `CrossEncoder`, a
+            `SentenceTransformer`, a `MultiVectorEncoder`, PyLate's `ColBERT`, a `PeftModel`, a module of yours. Give
+            the outermost one, as what is around a `ModernBertModel` tells which rows are read: the first one of each
+            text and tokens under the mask that are not padding; the head for questions reads padding too.
+
+    Raises:
+        TypeError: there is none inside, one that is wrapped or sharded already, or one that is quantised.
+        ValueError: a setting of its config that is not implemented.
+        ImportError: transformers is not installed.
+    """
+    from .in_place import pack
+
+    return pack(model)
+
+
+def unpack_in_place(model: M) -> M:
+    """Undo `pack_in_place`: the model computes as transformers wrote it. A model that is not packed stays as it is.
+
+    Raises:
+        TypeError: as `pack_in_place`.
+    """
+    from .in_place import unpack_all
+
+    return unpack_all(model)
+
 
 # torch.export.save writes only classes that are registered by name.
 _pytree._register_namedtuple(EncoderOutput, serialized_type_name="modernbert.EncoderOutput")
