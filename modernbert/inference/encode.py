@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..late_interaction import Ragged, check_count
 from ..modules import Norm
-from ..packing import Packed, Texts, Tokenized, Tokens
+from ..packing import Packed, Tokenized, Tokens
 from ..progress import progress_bar
 from ..texts import check_unicode
 from ..truncation import Cut, watched
