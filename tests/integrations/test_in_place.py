@@ -369,7 +369,7 @@ def test_outputs_have_the_shape_that_the_config_asks_for() -> None:
 def test_noise_of_the_embeddings_is_refused() -> None:
     model = pack_in_place(bare())
     model.get_input_embeddings().neftune_noise_alpha = 5.0
-    with pytest.raises(ValueError, match="^neftune_noise_alpha"):
+    with pytest.raises(ValueError, match=r"^neftune_noise_alpha"):
         model(*BATCHES["right"])
 
 
