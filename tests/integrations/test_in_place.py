@@ -422,7 +422,7 @@ def test_ranks(kind: str) -> None:
 def test_arguments_that_are_refused() -> None:
     model = pack_in_place(bare())
     ids, mask = BATCHES["right"]
-    ignored = {"token_type_ids": ids, "num_items_in_batch": 3, "labels": None, "use_cache": False}
+    ignored = {"token_type_ids": ids, "num_items_in_batch": 3, "batch_size": 5, "labels": None, "use_cache": False}
     assert torch.equal(model(ids, mask, output_attentions=False, **ignored)[0], model(ids, mask)[0])
     for name, value in (
         ("output_attentions", True),
