@@ -337,12 +337,15 @@ def test_dropout_is_drawn_in_training_only() -> None:
     assert not same_as(model, model)
 
 
-@pytest.mark.parametrize("mode", ["compile(model)", "model.compile()"])
+@pytest.mark.parametrize("mode", ["compile(model)", "model.compile()", "before"])
 def test_the_host_is_compiled(mode: str) -> None:
-    """The padding is dropped in front of the graph."""
-    model = pack_in_place(model_of("ModernBertModel", replace(TINY, num_hidden_layers=1)))
+    """Padding is dropped in front of the graph, also of a model that was compiled before it was packed."""
+    model = model_of("ModernBertModel", replace(TINY, num_hidden_layers=1))
+    compiled = model if mode == "model.compile()" else torch.compile(model, backend="eager")
+    if mode == "before":
+        compiled(*BATCHES["right"])
+    pack_in_place(model)
     wanted = {batch: model(*BATCHES[batch])[0] for batch in ("right", "one")}
-    compiled = torch.compile(model, backend="eager") if mode == "compile(model)" else model
     if mode == "model.compile()":
         model.compile(backend="eager")
     for batch, rows in wanted.items():
