@@ -1,7 +1,7 @@
 """The classes of transformers' ModernBERT with a packed forward, which `in_place.py` gives to a live model.
 
-They keep the names of those that they replace and hold nothing, so that parameters, hooks, adapters, copies and files
-are those of the model as it was, and everything is looked up when it is called.
+They keep the names of those that they replace and have no weights of their own, so that parameters, hooks, adapters,
+copies and files are those of the model as it was, and everything is looked up when it is called.
 """
 
 from __future__ import annotations
