@@ -66,7 +66,7 @@ def pack_padded(
     hidden_BS = hidden_mask
     if hidden_BS is None and query_mask is None:
         hidden_BS = _hidden_tokens(input_ids, attention_mask, config)
-    if attention_mask is None or hidden_BS is None:
+    if attention_mask is None or hidden_BS is None or not hidden_BS.any():
         options = {"query_mask": query_mask, "position_ids": position_ids, "vocab_size": config.vocab_size}
         return pack(ids_BS, attention_mask, **options)
 
@@ -110,7 +110,7 @@ def _hidden_tokens(input_ids: Tensor | None, mask_BS: Tensor | None, config: Voc
         hidden_BS &= behind_BS
     else:  # what no table has a row for cannot be scored: it is padding, or `pack` refuses it
         hidden_BS &= behind_BS | ((input_ids >= 0) & (input_ids < config.vocab_size))
-    return hidden_BS if hidden_BS.any() else None
+    return hidden_BS
 
 
 def _first(mask_BS: Tensor) -> Tensor:

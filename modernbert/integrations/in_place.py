@@ -1,4 +1,4 @@
-"""A live model of transformers takes the classes of `packed_classes.py`, with which it computes packed, or leaves them."""
+"""A live model of transformers takes the classes of `packed_classes.py`, which compute packed, or leaves them."""
 
 from __future__ import annotations
 

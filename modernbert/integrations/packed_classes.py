@@ -1,7 +1,7 @@
 """The classes of transformers' ModernBERT with a packed forward, which `in_place.py` gives to a live model.
 
-They keep the names of those that they replace and hold nothing, so that parameters, hooks, adapters, copies and files
-are those of the model as it was, and everything is looked up when it is called.
+They keep the names of those that they replace and have no weights of their own, so that parameters, hooks, adapters,
+copies and files are those of the model as it was, and everything is looked up when it is called.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..padded import pack_padded
 
 M = TypeVar("M", bound=nn.Module)
 
-IGNORED = ("token_type_ids", "num_items_in_batch", "seq_idx")
-"""Arguments that change nothing in transformers' encoder either."""
+IGNORED = ("token_type_ids", "num_items_in_batch", "seq_idx", "batch_size", "seq_len")
+"""Arguments that change nothing in transformers' encoder either; the last two are those of transformers 4."""
 
 
 @dataclass(frozen=True)
@@ -161,23 +161,18 @@ def _kinds(config: EncoderConfig) -> Iterator[tuple[float, int | None]]:
         yield config.rope_theta(layer), None if config.is_global(layer) else config.window
 
 
-def _options(model: ModernBertModel, given: dict[str, Any]) -> dict[str, bool]:
+def _options(model: ModernBertModel, given: dict[str, Any]) -> dict[str, Any]:
     """`output_hidden_states` and `return_dict`, by default as the config has them. Other arguments are refused."""
-    options = {
-        "output_hidden_states": given.get("output_hidden_states"),
-        "output_attentions": given.get("output_attentions"),
-        "return_dict": given.get("return_dict"),
-        "is_causal": given.get("is_causal"),
-    }
-    for name, default in (("return_dict", True), *((name, False) for name in options if name != "return_dict")):
-        if options[name] is None:
-            options[name] = getattr(model.config, name, default)
+    options = {"output_hidden_states": False, "output_attentions": False, "is_causal": False, "return_dict": True}
+    for name, default in options.items():
+        value = given.get(name)
+        options[name] = getattr(model.config, name, default) if value is None else value
     todo = "call modernbert.integrations.transformers.unpack_in_place(model) first"
     if options["output_attentions"]:
         raise ValueError(f"output_attentions: a packed model never materialises attention probabilities; {todo}")
     if options["is_causal"]:
         raise ValueError(f"is_causal: a packed model sees both directions; {todo}")
-    if not isinstance(options["output_hidden_states"], bool | None):
+    if not isinstance(options["output_hidden_states"], bool):
         raise ValueError(
             f"output_hidden_states is {options['output_hidden_states']!r}: a packed model takes True; {todo}"
         )
@@ -188,7 +183,7 @@ def _options(model: ModernBertModel, given: dict[str, Any]) -> dict[str, bool]:
         raise ValueError(f"a program of a packed model cannot be recorded; {todo}")
     if hasattr(model.get_input_embeddings(), "neftune_noise_alpha"):
         raise ValueError(f"neftune_noise_alpha: this noise depends on the padded length; {todo}")
-    return {name: bool(value) for name, value in options.items()}
+    return options
 
 
 def _packed(

@@ -337,12 +337,15 @@ def test_dropout_is_drawn_in_training_only() -> None:
     assert not same_as(model, model)
 
 
-@pytest.mark.parametrize("mode", ["compile(model)", "model.compile()"])
+@pytest.mark.parametrize("mode", ["compile(model)", "model.compile()", "before"])
 def test_the_host_is_compiled(mode: str) -> None:
-    """The padding is dropped in front of the graph."""
-    model = pack_in_place(model_of("ModernBertModel", replace(TINY, num_hidden_layers=1)))
+    """Padding is dropped in front of the graph, also of a model that was compiled before it was packed."""
+    model = model_of("ModernBertModel", replace(TINY, num_hidden_layers=1))
+    compiled = model if mode == "model.compile()" else torch.compile(model, backend="eager")
+    if mode == "before":
+        compiled(*BATCHES["right"])
+    pack_in_place(model)
     wanted = {batch: model(*BATCHES[batch])[0] for batch in ("right", "one")}
-    compiled = torch.compile(model, backend="eager") if mode == "compile(model)" else model
     if mode == "model.compile()":
         model.compile(backend="eager")
     for batch, rows in wanted.items():
@@ -369,7 +372,7 @@ def test_outputs_have_the_shape_that_the_config_asks_for() -> None:
 def test_noise_of_the_embeddings_is_refused() -> None:
     model = pack_in_place(bare())
     model.get_input_embeddings().neftune_noise_alpha = 5.0
-    with pytest.raises(ValueError, match="^neftune_noise_alpha"):
+    with pytest.raises(ValueError, match=r"^neftune_noise_alpha"):
         model(*BATCHES["right"])
 
 
@@ -422,7 +425,7 @@ def test_ranks(kind: str) -> None:
 def test_arguments_that_are_refused() -> None:
     model = pack_in_place(bare())
     ids, mask = BATCHES["right"]
-    ignored = {"token_type_ids": ids, "num_items_in_batch": 3, "labels": None, "use_cache": False}
+    ignored = {"token_type_ids": ids, "num_items_in_batch": 3, "batch_size": 5, "labels": None, "use_cache": False}
     assert torch.equal(model(ids, mask, output_attentions=False, **ignored)[0], model(ids, mask)[0])
     for name, value in (
         ("output_attentions", True),

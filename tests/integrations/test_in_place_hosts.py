@@ -139,6 +139,33 @@ def test_multi_vector_encoder_of_a_pylate_folder(name: str, tmp_path: Path) -> N
     assert rows == [tokens]
 
 
+def joined(model: Any) -> Any:
+    """As sentence-transformers sets it where it finds FlashAttention: texts come as one row, without padding."""
+    model[0].data_collator = transformers.DataCollatorWithFlattening(
+        return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True
+    )
+    model[0].can_flatten_inputs, model[0]._flatten_position_offset = True, 0
+    return model
+
+
+@pytest.mark.parametrize("kind", ["one vector", "many vectors", "sparse"])
+def test_texts_that_the_host_joins_stay_joined(kind: str, folder: Callable[[str], str]) -> None:
+    torch.manual_seed(0)
+    if kind == "sparse":
+        layers = [sparse_modules.MLMTransformer(folder("ModernBertForMaskedLM")), sparse_modules.SpladePooling()]
+        model = SparseEncoder(modules=layers, device="cpu")
+    elif kind == "one vector":
+        layers = [modules.Transformer(folder("ModernBertModel")), modules.Pooling(64, ("cls", "mean", "lasttoken"))]
+        model = SentenceTransformer(modules=layers, device="cpu")
+    else:
+        layers = [modules.Transformer(folder("ModernBertModel")), vector_modules.MultiVectorMask([".", ","])]
+        model = MultiVectorEncoder(modules=layers, device="cpu")
+    wanted = vectors_of(model)
+    features = joined(pack_in_place(model)).preprocess(TEXTS)
+    assert features["input_ids"].shape == (1, int(features["cu_seq_lens_q"][-1]))
+    assert_same(vectors_of(model), wanted)
+
+
 def computed_rows(model: nn.Module) -> list[int]:
     rows = []
     model.layers[1].mlp.Wi.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))

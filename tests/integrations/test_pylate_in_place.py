@@ -153,3 +153,16 @@ def test_two_steps_of_the_trainer(name: str, model_of: Callable[[str], models.Co
     # AdamW divides a gradient by its size, so that the rounding of one that is almost zero becomes a step.
     differences = torch.cat([(x - y).abs().flatten() for x, y in zip(packed, weights, strict=True)])
     assert differences.mean() < 1e-6
+
+
+def test_the_snippet_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_readme.py plays the other blocks of the page, in an environment without PyLate."""
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    code = page.partition("\n```py\n")[2].partition("\n```\n")[0]
+    assert "pack_in_place(model)" in code
+    ColBERT.default().save_pretrained(tmp_path / "my-colbert")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/compatibility.md", "exec"), names)
+    ours = ColBERT.default().encode_queries(["what moves downhill?"])[0]
+    torch.testing.assert_close(torch.as_tensor(names["queries"][0]), ours, rtol=0, atol=TOLERANCE)
