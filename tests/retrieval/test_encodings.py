@@ -248,6 +248,8 @@ def test_rare_encodings_are_found_too(tmp_path, encoding):
         "the “house” isn’t theirs…",
         "René Goulaine met Cramér",
         "it cost £5 and 6½ sacks",
+        "I don’t, you don’t, he don’t, and she didn’t: they don’t, so we don’t and can’t and won’t. " * 3,
+        "Chávez came, and Chávez went. So Chávez it was. " * 6,
     ],
 )
 def test_signs_in_english_are_not_letters_of_dos(tmp_path, text):

@@ -101,6 +101,7 @@ def name_glyphs(page: PageObject, on_work: Callable[[int], None]) -> None:
 
     fonts = _inner(_inner(page, "/Resources"), "/Font")
     for key in fonts:
+        on_work(1)
         differences = _inner(_inner(fonts, key), "/Encoding").get("/Differences")
         if not isinstance(differences, ArrayObject):
             continue
