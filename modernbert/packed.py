@@ -98,6 +98,8 @@ def rows_of(lengths: Sequence[int], indices: Sequence[int]) -> Tensor:
 
 def check_rows(rows: Tensor, num_tokens: int) -> None:
     """Rows of a batch that are asked for; those on a GPU are trusted, as a look at them would wait for it."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows must be a tensor, got one {type(rows).__name__}")
     if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"rows must be a vector of int32 or int64, got {rows.dtype} of shape {tuple(rows.shape)}")
     if not rows.is_cpu or rows.numel() == 0 or torch.compiler.is_compiling() or recorded():
@@ -113,6 +115,10 @@ def check_packed(batch: Packed) -> None:
     """
     if torch.compiler.is_compiling() or recorded():
         return
+    ends_B1 = batch.cu_seqlens
+    if ends_B1.dim() != 1 or ends_B1.dtype not in (torch.int32, torch.int64) or not ends_B1.numel():
+        shape = tuple(ends_B1.shape)
+        raise ValueError(f"cu_seqlens of a Packed must be a vector of int32, got {ends_B1.dtype} of shape {shape}")
     tokens, count, lengths = batch.num_tokens, len(batch), tuple(batch.lengths)
     keys = batch.key_lengths
     if batch.input_ids.dim() != 1 or batch.positions.shape != batch.input_ids.shape:

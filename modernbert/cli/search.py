@@ -92,6 +92,8 @@ def search(
         )
     if (index is None) == (not paths):
         raise ValueError("say where to search: files and folders after the query, or a store: --index STORE")
+    if query is not None and not query.strip():
+        raise ValueError("the query is empty: give a question in quotes")
     if (queries is None) != (run is None) or (queries and (query or index is None)):
         raise ValueError("a run needs --index STORE, --queries FILE and --run FILE, and no query")
     if queries and run:

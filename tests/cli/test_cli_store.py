@@ -152,6 +152,8 @@ def test_the_page_is_written(modernbert, store, tmp_path):
     [
         (["search", "owls"], "say where to search"),
         (["search", "owls", "docs", "--index", "store"], "say where to search"),
+        (["search", "", "--index", "store"], "the query is empty: give a question in quotes"),
+        (["search", " \n", "docs"], "the query is empty: give a question in quotes"),
         (["search", "owls", "--index", "nowhere"], "nowhere does not exist; make one with: modernbert index PATH..."),
         (["search", "owls", "--index", "docs"], "docs holds no store; make one with: modernbert index PATH..."),
         (["search", "--index", "store", "--queries", "q.jsonl"], "a run needs --index STORE, --queries FILE"),

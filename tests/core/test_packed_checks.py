@@ -31,6 +31,9 @@ WRONG: dict[str, tuple[Callable[[Packed], Packed], str]] = {
     "an end beyond": (lambda b: replace(b, cu_seqlens=ints(0, 14, 50), lengths=()), "from 0 to its 44 tokens"),
     "a start of its own": (lambda b: replace(b, cu_seqlens=ints(2, 14, 44), lengths=()), "from 0 to its 44 tokens"),
     "a fall": (lambda b: replace(b, cu_seqlens=ints(0, 60, 14, 44), lengths=()), "must rise"),
+    "ends as fractions": (lambda b: replace(b, cu_seqlens=b.cu_seqlens.float()), "vector of int32, got torch.float32"),
+    "no ends": (lambda b: replace(b, cu_seqlens=ints()), r"vector of int32, got torch.int32 of shape \(0,\)"),
+    "ends in rows": (lambda b: replace(b, cu_seqlens=b.cu_seqlens[None]), r"vector of int32, .* of shape \(1, 3\)"),
     "other lengths": (lambda b: replace(b, lengths=(20, 24)), r"are \[20, 24\], but those of cu_seqlens \[14, 30\]"),
     "a longest that is not": (lambda b: replace(b, max_seqlen=29), "up to max_seqlen, which is 29"),
     "fewer positions": (lambda b: replace(b, positions=b.positions[:-1]), r"got shapes \(44,\) and \(43,\)"),
@@ -89,3 +92,10 @@ def test_what_the_host_knows_is_checked_on_every_device() -> None:
 def test_long_lists_are_shortened() -> None:
     with pytest.raises(ValueError, match=r"got \[0, 1, 2, 3, 4, 5, 6, 7, \.\.\., 40\]"):
         check_packed(replace(pack([[1]] * 40), input_ids=torch.zeros(41).long(), positions=torch.zeros(41).long()))
+
+
+def test_rows_that_are_not_a_tensor_are_named() -> None:
+    encoder = Encoder(CONFIG).eval()
+    for call in (encoder, Session(encoder)):
+        with pytest.raises(TypeError, match="rows must be a tensor, got one list"):
+            call(BATCH, rows=[0, 14])  # pyright: ignore

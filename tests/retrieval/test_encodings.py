@@ -85,6 +85,14 @@ def test_a_byte_order_mark_counts_more_than_a_name(tmp_path, encoding):
             assert read(tmp_path / name, mark + content.encode(encoding), encoding=named) == [found]
 
 
+def test_files_with_a_mark_may_follow_each_other(tmp_path):
+    """As `cat` joins them. The mark of the second one is not a character of its first cell."""
+    mark = codecs.BOM_UTF8
+    assert read(tmp_path / "a.csv", mark + b"text\nowl\n" + mark + "größer\n".encode()) == ["owl", "größer"]
+    assert read(tmp_path / "b.csv", b"text\nowl\n" + mark + "größer\n".encode()) == ["owl", "größer"]
+    assert read(tmp_path / "a.jsonl", b'{"text": "owl"}\n' + mark + b'{"text": "mouse"}\n') == ["owl", "mouse"]
+
+
 def test_legacy_text_and_tables_are_read_and_noted(tmp_path):
     """F18: what Windows programs write by default became U+FFFD."""
     for name, content, found in (
@@ -248,6 +256,8 @@ def test_rare_encodings_are_found_too(tmp_path, encoding):
         "the “house” isn’t theirs…",
         "René Goulaine met Cramér",
         "it cost £5 and 6½ sacks",
+        "I don’t, you don’t, he don’t, and she didn’t: they don’t, so we don’t and can’t and won’t. " * 3,
+        "Chávez came, and Chávez went. So Chávez it was. " * 6,
     ],
 )
 def test_signs_in_english_are_not_letters_of_dos(tmp_path, text):

@@ -27,9 +27,19 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "documents"
 PATHS = {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
+EMPTY = "a page without text; if a script writes its text, save it from a browser"
+
+
 def markdown(page: str | bytes) -> str:
-    raw = page if isinstance(page, bytes) else page.encode()
-    return read_html(raw, pytest.fail)[1]
+    return read_page(page)[1]
+
+
+def read_page(page: str | bytes) -> tuple[str, str]:
+    """Title and text. A page without text is noted, and nothing else."""
+    notes: list[str] = []
+    found = read_html(page if isinstance(page, bytes) else page.encode(), notes.append)
+    assert notes == [EMPTY] * (not found[1])
+    return found
 
 
 PAGE = """\
@@ -155,7 +165,7 @@ def test_navigation_is_left_out_unless_there_is_nothing_else():
 
 def test_the_title_of_a_page_counts_unless_it_has_one_first_level_heading():
     def title(page):
-        return read_html(f"<title>\n Night &amp;\n owls</title>{page}".encode(), pytest.fail)[0]
+        return read_page(f"<title>\n Night &amp;\n owls</title>{page}")[0]
 
     assert title("<p>x") == title("<h1>A</h1><h1>B</h1>") == title("<h1> <img></h1>") == "Night & owls"
     assert title("<h1>A</h1><h2>B</h2>") == title("<nav><h1>N</h1></nav><h1><div>A</div></h1>") == ""
@@ -252,6 +262,29 @@ OWLS = (
     "Owls at night\nAn owl turns its head far and hears a mouse un-\nder the snow."
     "\n\fНочью сова охотится. Η κουκουβάγια. Naïve café.\n\f\n\fLast page"
 )
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<title>Owls</title><div id=root></div><noscript>Enable JavaScript.</noscript><script>owl()</script>",
+        "<html><frameset><frame src=a.html></frameset><noframes><body>Use frames.</body></noframes></html>",
+        "<html></html>",
+        "<!-- owls -->",
+    ],
+)
+def test_a_page_without_text_is_noted(page):
+    notes = []
+    assert read_html(page.encode(), notes.append)[1] == ""
+    assert notes == [EMPTY]
+
+
+def test_what_is_deleted_or_said_twice_is_read_once():
+    """As in Office files; a formula has its source in an annotation."""
+    formula = "<math><mi>E</mi><mo>=</mo><mi>m</mi><annotation encoding='application/x-tex'>E=m</annotation></math>"
+    page = f"<p>The <del>old</del><ins>new</ins> law: {formula}"
+    assert read_html(page.encode(), pytest.fail)[1] == "The new law: E=m"
+    assert read_html(b"<p><del>all of it</del>", pytest.fail)[1] == "all of it"
 
 
 def test_the_text_of_a_pdf_is_the_one_it_was_made_of():

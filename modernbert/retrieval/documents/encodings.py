@@ -45,7 +45,9 @@ _RARE |= {f"mac-{script}" for script in ("cyrillic", "greek", "iceland", "latin2
 _USUAL = [f"cp{number}" for number in (*range(1250, 1258), 866, 874, 932, 949)]
 _USUAL += ["koi8-r", "koi8-u", "iso8859-2", "iso8859-5", "euc-jp", "gb18030", "big5"]
 LETTERS = 8
-"""Bytes that are not ASCII from which on an encoding may be a rare one."""
+"""Letters that are not ASCII from which on an encoding may be a rare one, if they are not all the same."""
+
+_NO_LETTERS = bytes([*range(128), 0x85, *range(0x91, 0x98), 0x99])  # ASCII, and … ‘ ’ “ ” • – — ™ of Windows
 
 UNSURE = 0.03
 """The confidence of chardet below which there are too few letters to tell, so that what browsers assume is likelier."""
@@ -196,8 +198,9 @@ def _guess(sample: bytes) -> str:
         return WESTERN
     import chardet
 
-    has_many = len(sample.translate(None, bytes(range(128)))) >= LETTERS
-    found = chardet.detect(sample, compat_names=False) if has_many else None
+    letters = sample.translate(None, _NO_LETTERS)
+    may_be_rare = len(letters) >= LETTERS and len(set(letters)) > 1
+    found = chardet.detect(sample, compat_names=False) if may_be_rare else None
     if not found or found["encoding"] not in _RARE:
         found = chardet.detect(sample, include_encodings=_USUAL, compat_names=False)
     name = codecs.lookup(found["encoding"] or WESTERN).name

@@ -35,11 +35,13 @@ def read_html(raw: bytes, on_note: OnNote, named: str | None = None) -> tuple[st
         title, markdown = parser.close()
         if markdown:
             break
+    else:
+        on_note("a page without text; if a script writes its text, save it from a browser")
     return title, markdown
 
 
-_UNSEEN_TAGS = "audio canvas embed iframe noscript object script style svg template video"
-_NOISY_TAGS = "button datalist footer nav select textarea"
+_UNSEEN_TAGS = "audio canvas embed iframe noframes noscript object script style svg template video"
+_NOISY_TAGS = "annotation annotation-xml button datalist del footer nav select textarea"  # annotations repeat formulas
 _BLOCK_TAGS = """
     address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption figure form
     head header hr html legend li listing main p pre section summary table tbody td tfoot th thead title tr

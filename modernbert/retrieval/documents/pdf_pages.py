@@ -95,12 +95,13 @@ def _field(field: DictionaryObject, on_work: Callable[[int], None]) -> str:
 def name_glyphs(page: PageObject, on_work: Callable[[int], None]) -> None:
     """Give glyphs of the page's fonts the names of their letters: `f_f_i` becomes ffi, and `a.sc` (small capital) a.
 
-    pypdf knows these names only, and writes others into the text.
+    pypdf writes the name of a glyph into the text if it does not know it.
     """
     from pypdf.generic import ArrayObject, NameObject
 
     fonts = _inner(_inner(page, "/Resources"), "/Font")
     for key in fonts:
+        on_work(1)
         differences = _inner(_inner(fonts, key), "/Encoding").get("/Differences")
         if not isinstance(differences, ArrayObject):
             continue

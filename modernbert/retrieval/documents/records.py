@@ -109,10 +109,10 @@ def read_lines(
         while raw := stream.readline(largest + 1):
             if len(raw) > largest:
                 raise ValueError(f"{name}: a line of more than {largest >> 20} MiB; cut it into several records")
-            line, bad = decode(raw, encoding) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
+            line, bad = _line(raw, encoding) if isinstance(raw, bytes) else (storable(raw), raw.count("\ufffd"))
             if bad and is_utf8 and isinstance(raw, bytes):
                 is_utf8, encoding = False, _guessed(path, on_note)  # The lines before are ASCII, most likely.
-                line, bad = decode(raw, encoding)
+                line, bad = _line(raw, encoding)
             del raw  # Free the bytes now: the caller may hold the line for a while.
             count += bad
             position, is_first = file.tell(), not done
@@ -125,6 +125,11 @@ def read_lines(
         on_bytes(file.tell() - done)
     if count:
         on_note(f"{name}: {replaced(count, encoding)}")
+
+
+def _line(raw: bytes, encoding: str) -> tuple[str, int]:
+    """As `decode`. Files that begin with a byte order mark may follow each other in one."""
+    return decode(raw, "utf-8-sig" if encoding.startswith("utf-8") else encoding)
 
 
 def _guessed(path: Path, on_note: OnNote) -> str:
