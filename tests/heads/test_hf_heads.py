@@ -411,7 +411,10 @@ def test_a_session(any_task: str) -> None:
         session.encode_queries(["one"])
 
 
-@pytest.mark.parametrize(("name", "pooling"), [*((name, "cls") for name in TASKS), ("SequenceClassification", "mean")])
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [*((name, "cls") for name in HEADS), ("SequenceClassification", "mean"), ("MultipleChoice", "mean")],
+)
 def test_compiled(name: str, pooling: str) -> None:
     """The packed entrance in one graph, for batches of any lengths; with labels too, and padded."""
     _, ours = head_twins(name, replace(SMALL, num_hidden_layers=1, classifier_pooling=pooling))
