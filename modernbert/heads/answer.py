@@ -87,7 +87,10 @@ def answer(
 def _spans(
     window: TextWindow, context: str, logits_N2: Tensor, top_k: int, max_tokens: int
 ) -> Iterator[tuple[int, int, float]]:
-    """The `top_k` best spans of characters of a window with their scores, best first, each once."""
+    """The `top_k` best spans of characters of a window with their scores, best first.
+
+    A span of which the tokens share characters, as those of an emoji do, may come again with a lower score.
+    """
     offsets = [where for where, owner in zip(window.offsets, window.sequence_ids, strict=True) if owner == 1]
     if not offsets:
         return
@@ -104,6 +107,6 @@ def _spans(
         start, stop = offsets[first][0], offsets[first + more][1]
         text = context[start:stop]
         start, stop = start + len(text) - len(text.lstrip()), stop - len(text) + len(text.rstrip())
-        if start < stop and (start, stop) not in seen:
+        if start < stop:
             seen.add((start, stop))
             yield start, stop, score
