@@ -45,7 +45,7 @@ def answer(
     """For each (question, context) the `top_k` best answers, best first, without white space around them.
 
     A long context is read in windows, each with the question. The score of [CLS] is the lowest of all windows, as in
-    the evaluation of SQuAD 2. Of a text without tokens, and of overlapping windows, no answer comes twice.
+    the evaluation of SQuAD 2, and an answer in two windows has its better score.
 
     Args:
         no_answer: the score of an empty answer, which is among those of each pair. 0 is the rule of SQuAD 2, and minus
@@ -73,8 +73,8 @@ def answer(
     null = [torch.inf] * len(pairs)
     for window, logits_N2 in zip(windows, logits, strict=True):
         text = window.text
-        null[text] = min(null[text], logits_N2[0].sum().item())
-        for start, stop, score in _spans(window, pairs[text][1], logits_N2[1:], top_k, max_tokens):
+        null[text] = min(null[text], logits_N2[:1].sum().item())
+        for start, stop, score in _spans(window, pairs[text][1], logits_N2, top_k, max_tokens):
             found[text][start, stop] = max(score, found[text].get((start, stop), score))
     answers = []
     for (_, context), spans, without in zip(pairs, found, null, strict=True):
@@ -87,12 +87,15 @@ def answer(
 def _spans(
     window: TextWindow, context: str, logits_N2: Tensor, top_k: int, max_tokens: int
 ) -> Iterator[tuple[int, int, float]]:
-    """The `top_k` best spans of characters of a window with their scores, best first, each once."""
+    """The `top_k` best spans of characters of a window with their scores, best first.
+
+    A span of which the tokens share characters, as those of an emoji do, may come again with a lower score.
+    """
     offsets = [where for where, owner in zip(window.offsets, window.sequence_ids, strict=True) if owner == 1]
     if not offsets:
         return
     width = min(max_tokens, len(offsets))
-    start_N, end_N = logits_N2.unbind(1)
+    start_N, end_N = logits_N2[-len(offsets) :].unbind(1)  # in front of these is [CLS]
     # Row n has the spans that begin at token n, of 1, 2, ... tokens.
     scores_NW = start_N[:, None] + F.pad(end_N, (0, width - 1), value=-torch.inf).unfold(0, width, 1)
     best = scores_NW.flatten().sort(descending=True, stable=True)
@@ -104,6 +107,6 @@ def _spans(
         start, stop = offsets[first][0], offsets[first + more][1]
         text = context[start:stop]
         start, stop = start + len(text) - len(text.lstrip()), stop - len(text) + len(text.rstrip())
-        if start < stop and (start, stop) not in seen:
+        if start < stop:
             seen.add((start, stop))
             yield start, stop, score

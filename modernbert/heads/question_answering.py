@@ -14,6 +14,7 @@ from torch.nn.functional import dropout
 from ..checkpoint import Content
 from ..config import EncoderConfig
 from ..encoder import Encoder
+from ..masks import is_whole
 from ..outputs import SpanOutput
 from ..packing import Packed, pack, padded_ids, unpack
 from ..pretrained import Pretrained
@@ -134,12 +135,7 @@ def _checked(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] 
     if start is None or end is None:
         raise ValueError("pass both start_positions and end_positions, or neither")
     for name, given in (("start_positions", start), ("end_positions", end)):
-        if (
-            given.is_floating_point()
-            or given.dtype is torch.bool
-            or given.dim() not in (1, 2)
-            or given.shape[1:] > (1,)
-        ):
+        if not is_whole(given) or given.shape[1:] not in ((), (1,)):
             raise ValueError(f"{name} must be integers of shape [B], got {given.dtype} of shape {tuple(given.shape)}")
     return start.flatten(), end.flatten()
 

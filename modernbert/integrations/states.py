@@ -40,12 +40,12 @@ def hidden_states(
         ValueError: a layer that is not there; what `Encoder` refuses.
     """
     count = len(encoder.layers)
-    wanted = _places("layers", layers, count + 1)
+    wanted = _places(layers, count + 1)
     check_packed(batch)
     if rows is not None:
         check_rows(rows, batch.num_tokens)
     ropes = {
-        theta: Rope(*ops.rotary_table(batch.positions, theta, encoder.config.head_dim)) for theta in encoder.thetas
+        theta: Rope(*ops.rotary_table(batch.positions, theta, encoder.config.head_dim)) for theta in set(encoder.thetas)
     }
     x_TD, delta_TD = encoder.embeddings(batch.input_ids, inputs_embeds), None
     last, found = max(wanted, default=-1), {}
@@ -72,7 +72,7 @@ def attention_maps(encoder: Encoder, batch: Packed, *, layers: Sequence[int] | N
         ValueError: more than `MOST_TOKENS` tokens, or a layer that is not there; what `Encoder` refuses.
     """
     check_size(batch.num_tokens)
-    places = _places("layers", layers, len(encoder.layers))
+    places = _places(layers, len(encoder.layers))
     states = hidden_states(encoder, batch, layers=places)
     return [maps_of_layer(encoder, batch, place, state) for place, state in zip(places, states, strict=True)]
 
@@ -111,9 +111,9 @@ def _sum(x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
     return x_TD if delta_TD is None else x_TD + delta_TD
 
 
-def _places(name: str, given: Sequence[int] | None, count: int) -> list[int]:
-    """Indices into a list of `count`, as positive numbers."""
+def _places(given: Sequence[int] | None, count: int) -> list[int]:
+    """Layers among `count`, as positive numbers; None: all."""
     for place in given or ():
         if not isinstance(place, int) or isinstance(place, bool) or not -count <= place < count:
-            raise ValueError(f"{name} has {place!r:.60}, but this encoder has 0 to {count - 1}")
+            raise ValueError(f"layers has {place!r:.60}, but this encoder has 0 to {count - 1}")
     return list(range(count)) if given is None else [place % count for place in given]

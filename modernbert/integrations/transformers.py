@@ -122,13 +122,15 @@ class TransformersEncoder(nn.Module):
     def _with_attentions(
         self, batch: Packed, embeds_TD: Tensor | None, output_hidden_states: bool | None
     ) -> AttentionOutput:
-        assert batch.padded_length is not None
-        check_size(len(batch) * batch.padded_length)
-        states = hidden_states(self.encoder, batch, embeds_TD)
-        maps = (maps_of_layer(self.encoder, batch, place, state) for place, state in enumerate(states[:-1]))
         length = batch.padded_length
+        assert length is not None
+        check_size(len(batch) * length)
+        states = hidden_states(self.encoder, batch, embeds_TD)
         zeros_BHSS = states[0].new_zeros(len(batch), self.config.num_attention_heads, length, length)
-        attentions = tuple(_padded_maps(zeros_BHSS.clone(), of_layer, batch) for of_layer in maps)
+        attentions = tuple(
+            _padded_maps(zeros_BHSS.clone(), maps_of_layer(self.encoder, batch, place, state), batch)
+            for place, state in enumerate(states[:-1])
+        )
         padded = tuple(unpack(state_TD, batch) for state_TD in states)
         return AttentionOutput(padded[-1], padded if output_hidden_states else None, attentions)
 

@@ -411,7 +411,10 @@ def test_a_session(any_task: str) -> None:
         session.encode_queries(["one"])
 
 
-@pytest.mark.parametrize(("name", "pooling"), [*((name, "cls") for name in TASKS), ("SequenceClassification", "mean")])
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [*((name, "cls") for name in HEADS), ("SequenceClassification", "mean"), ("MultipleChoice", "mean")],
+)
 def test_compiled(name: str, pooling: str) -> None:
     """The packed entrance in one graph, for batches of any lengths; with labels too, and padded."""
     _, ours = head_twins(name, replace(SMALL, num_hidden_layers=1, classifier_pooling=pooling))
@@ -428,15 +431,23 @@ def test_compiled(name: str, pooling: str) -> None:
     torch.testing.assert_close(losses(IDS, MASK).logits, ours(IDS, MASK).logits, rtol=0, atol=1e-4)
 
 
-def test_lora_of_peft(task: str) -> None:
+def packed_loss(model: nn.Module, task: str) -> Tensor:
+    if task == "QuestionAnswering":
+        ends = torch.tensor([len(text) - 1 for text in TEXTS])
+        return model(pack(TEXTS), start_positions=ends // 2, end_positions=ends).loss
+    if task == "MultipleChoice":
+        return model(pack(TEXTS[1:]), labels=torch.tensor([1, 0])).loss
+    return model(pack(TEXTS), labels=packed_labels(task)).loss
+
+
+def test_lora_of_peft(any_task: str) -> None:
     peft = pytest.importorskip("peft")
-    _, ours = head_twins(task)
-    labels = packed_labels(task)
-    last = "decoder" if task == "MaskedLM" else "classifier"
+    _, ours = head_twins(any_task)
+    last = "decoder" if any_task == "MaskedLM" else "classifier"
     config = peft.LoraConfig(target_modules=["Wqkv", "Wo", "dense"], modules_to_save=[last])
     model = peft.get_peft_model(copy.deepcopy(ours), config)
-    before = model(pack(TEXTS), labels=labels).loss
-    torch.testing.assert_close(before, ours(pack(TEXTS), labels=labels).loss, rtol=1e-5, atol=1e-6)
+    before = packed_loss(model, any_task)
+    torch.testing.assert_close(before, packed_loss(ours, any_task), rtol=1e-5, atol=1e-6)
     before.backward()
     trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     assert any("lora_B" in name and "Wqkv" in name for name in trained)
@@ -446,8 +457,8 @@ def test_lora_of_peft(task: str) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.02)
-    wanted = model(pack(TEXTS), labels=labels).loss
-    torch.testing.assert_close(model.merge_and_unload()(pack(TEXTS), labels=labels).loss, wanted, rtol=1e-4, atol=0)
+    wanted = packed_loss(model, any_task)
+    torch.testing.assert_close(packed_loss(model.merge_and_unload(), any_task), wanted, rtol=1e-4, atol=0)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -456,7 +467,14 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, task: str) -> None:
         ids = torch.tensor(random_ids([12] * 8, 100))
         mask = torch.ones_like(ids)
-        self.rows = {"input_ids": ids, "attention_mask": mask, "labels": some_labels(task, mask, classes(task))}
+        self.rows = {"input_ids": ids, "attention_mask": mask}
+        if task == "QuestionAnswering":
+            self.rows |= {"start_positions": torch.arange(8), "end_positions": torch.arange(8) + 4}
+        elif task == "MultipleChoice":
+            ids = torch.tensor(random_ids([12] * 16, 100)).view(8, 2, 12)
+            self.rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(8) % 2}
+        else:
+            self.rows["labels"] = some_labels(task, mask, classes(task))
 
     def __len__(self) -> int:
         return 8
@@ -465,12 +483,12 @@ class Rows(torch.utils.data.Dataset):
         return {name: rows[index] for name, rows in self.rows.items()}
 
 
-def test_trainer_of_transformers(task: str, tmp_path: Path) -> None:
+def test_trainer_of_transformers(any_task: str, tmp_path: Path) -> None:
     """Its losses are those of transformers' model, with accumulation, evaluation and a checkpoint to resume from."""
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
-    theirs, ours = head_twins(task)
+    theirs, ours = head_twins(any_task)
     losses = {}
     for name, model in {"theirs": theirs, "ours": ours}.items():
         arguments = TrainingArguments(
@@ -478,20 +496,24 @@ def test_trainer_of_transformers(task: str, tmp_path: Path) -> None:
             learning_rate=1e-3, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, save_steps=2,
             eval_strategy="steps", eval_steps=3, seed=1, max_grad_norm=1.0,
         )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, train_dataset=Rows(task), eval_dataset=Rows(task))
+        trainer = Trainer(model=model, args=arguments, train_dataset=Rows(any_task), eval_dataset=Rows(any_task))
         trainer.train()
         history = trainer.state.log_history
         losses[name] = [row["loss"] for row in history if "loss" in row] + [
             row["eval_loss"] for row in history if "eval_loss" in row
         ]
     assert len(losses["ours"]) == 4
-    if task == "MaskedLM":
+    if any_task == "MaskedLM":
         assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-2)
     else:
-        # transformers' classifiers promise the loss over all steps of accumulation, but give that of each.
-        assert 2 * losses["ours"][0] == pytest.approx(losses["theirs"][0], rel=0.1)
+        # transformers' classifiers promise the loss over all steps of accumulation, but give that of each. Where there
+        # are no `labels`, its Trainer divides.
+        twice = 1 if any_task == "QuestionAnswering" else 2
+        assert twice * losses["ours"][0] == pytest.approx(losses["theirs"][0], rel=0.1)
         assert losses["ours"][-1] == pytest.approx(losses["theirs"][-1], rel=0.1)
-    resumed = Trainer(model=head_twins(task)[1], args=arguments, train_dataset=Rows(task), eval_dataset=Rows(task))
+    resumed = Trainer(
+        model=head_twins(any_task)[1], args=arguments, train_dataset=Rows(any_task), eval_dataset=Rows(any_task)
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
     for got, wanted in zip(resumed.model.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from accuracy import assert_accurate
 from head_twin import CONFIGS, SMALL, head_twins
@@ -290,6 +292,20 @@ def test_characters_of_several_tokens(model: QuestionAnswering, tokenizer: Token
     """Tokens of one emoji have the same characters: they are one answer."""
     ((first, *others),) = answer(model, tokenizer, [("what", "\N{GRINNING FACE}")], top_k=9)
     assert (first.text, first.start, first.stop, others) == ("\N{GRINNING FACE}", 0, 1, [])
+
+
+def test_a_tokenizer_without_special_tokens(model: QuestionAnswering, tokenizer: Tokenizer) -> None:
+    """The first row may be of the context, or not be there."""
+    backend = copy.deepcopy(tokenizer._backend)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    plain = Tokenizer(backend)
+    assert plain.encode_batch([("", "")])[0].ids == []
+    ((best,), none) = answer(model, plain, [("", "Fold it."), ("", "")], max_tokens=1)
+    (ids,) = (encoding.ids for encoding in plain.encode_batch(["Fold it."]))
+    with torch.inference_mode():
+        scores = model(pack([ids])).sum(1)
+    assert best.score == pytest.approx((scores.max() - scores[0]).item(), abs=1e-4)
+    assert (none, best.text in "Fold it.") == ([], True)
 
 
 def test_the_config_of_the_twins_is_that_of_two_labels() -> None:
