@@ -24,7 +24,7 @@ from modernbert.heads.folders import class_of
 from modernbert.train.claim import claim_folder
 from modernbert.train.data import choose_pairs
 from modernbert.train.examples import read_texts
-from modernbert.train.mining import Filter, Random, Source, mine
+from modernbert.train.mining import Filter, Random, Source, mine, quotas_of
 from modernbert.train.mining_bm25 import BM25
 from modernbert.train.mining_vectors import Vectors
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
@@ -63,6 +63,10 @@ def main(config: Config) -> int:
     mix = config.mix or (1.0,) * len(config.sources)
     if not config.sources or len(mix) != len(config.sources):
         raise ValueError(f"--mix has {len(mix)} shares for {len(config.sources)} sources: give one for each")
+    quotas_of(mix, config.negatives)  # refuses what cannot be, before models encode for hours
+    most = config.depth * len(config.sources)
+    if config.negatives > most:
+        raise ValueError(f"--depth {config.depth} gives {most} candidates at most, fewer than --negatives: raise it")
     torch.set_num_threads(config.threads)
     output = claim_folder(config.output, "mine", fixed(config) | inputs(config))
     pairs = choose_pairs(config.pairs, exclude_sources=config.exclude_sources, decontaminate_against=())

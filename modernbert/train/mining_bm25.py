@@ -87,6 +87,8 @@ class BM25:
         index = self._bm25s.BM25(k1=constant + growing, b=growing / (constant + growing))
         vocabulary = {str(word): word for word in range(words)}
         index.index(_Corpus(_Lists(rows), vocabulary), create_empty_token=False, show_progress=False)
+        # Not read by `get_scores_from_ids`, and as large as all words for each block.
+        index.vocab_dict, index.unique_token_ids_set = {}, set()
         counts_of_block_V = np.diff(index.scores["indptr"])
         weights_V = _idf(counts_V, self._passages) / _idf(counts_of_block_V, len(rows))
         index.scores["data"] *= np.repeat(weights_V, counts_of_block_V).astype(np.float32)
