@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from modernbert.checkpoint import locate
 from modernbert.config import SIZE
@@ -32,7 +33,7 @@ from modernbert.train.passages import PassageFile
 from modernbert.train.reading import digest, files
 from modernbert.train.start import hash_of
 
-WORDS, ANY = "bm25", "random"
+WORDS, ANY, LOCK = "bm25", "random", ".lock"
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,16 @@ def main(config: Config) -> int:
     torch.set_num_threads(config.threads)
     output = claim_folder(config.output, "mine", fixed(config) | inputs(config))
     pairs = choose_pairs(config.pairs, exclude_sources=config.exclude_sources, decontaminate_against=())
-    count = mine(
-        pairs,
-        output,
-        lambda passages: list(zip(sources(config, passages, output), mix, strict=True)),
-        negatives=config.negatives,
-        depth=config.depth,
-        filter=Filter(config.share or None, config.margin, config.eligible),
-        more=Further(config.passages),
-    )
+    with FileLock(output / LOCK):  # a second run waits: BM25 makes its blocks anew
+        count = mine(
+            pairs,
+            output,
+            lambda passages: list(zip(sources(config, passages, output), mix, strict=True)),
+            negatives=config.negatives,
+            depth=config.depth,
+            filter=Filter(config.share or None, config.margin, config.eligible),
+            more=Further(config.passages),
+        )
     print(f"{count:,} of {len(pairs):,} pairs have {config.negatives} negatives, in {output / 'rows'}", flush=True)
     return count
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import replacing
 from .mining import Candidates, best_first, parts_of
 from .passages import PassageFile
 from .ragged import RaggedBuilder, RaggedIds
@@ -76,7 +77,8 @@ class BM25:
             counts_V = np.pad(counts_V, (0, len(self._tokenizer.word_to_id) - len(counts_V)))
             counts_V += np.bincount(different, minlength=len(counts_V))
         rows = built.build()
-        np.savez(self._words(number), values=rows.values, offsets=rows.offsets)
+        with replacing(self._words(number)) as beside, beside.open("wb") as file:
+            np.savez(file, values=rows.values, offsets=rows.offsets)
         return _Statistics(counts_V, len(rows.values))
 
     def _index(self, number: int, words: int, counts_V: np.ndarray, mean_length: float) -> Any:
@@ -94,7 +96,8 @@ class BM25:
         index.scores["data"] *= np.repeat(weights_V, counts_of_block_V).astype(np.float32)
         for name in ("data", "indices", "indptr"):
             file = self._folder / f"{name}-{number:06d}.npy"
-            np.save(file, index.scores[name])
+            with replacing(file) as beside, beside.open("wb") as part:
+                np.save(part, index.scores[name])
             index.scores[name] = np.load(file, mmap_mode="r")
         return index
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from worker_runs import TinyRun
 
+from modernbert.files import replacing
 from modernbert.train import checkpoints
 from modernbert.train.averaging import EMA
 from modernbert.train.claim import RUN, claim_folder
@@ -158,6 +159,14 @@ def test_a_full_disk_is_told_with_the_file():
         pytest.skip("no /dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
         append(Path("/dev/full"), "row\n")
+
+
+def test_a_disk_that_is_full_for_numpy_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device \(9 requested and 4 written\): .*a\.npy'"):
+        with replacing(tmp_path / "a.npy") as beside:
+            beside.write_bytes(b"half")
+            raise OSError("9 requested and 4 written")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_full_for_pytorch_keeps_the_checkpoint_before(tmp_path, monkeypatch):
