@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from worker_runs import TinyRun
 
-from modernbert.files import replacing
 from modernbert.train import checkpoints
 from modernbert.train.averaging import EMA
 from modernbert.train.claim import RUN, claim_folder
@@ -28,6 +27,7 @@ from modernbert.train.log import append
 from modernbert.train.loop import BatchLoss
 from modernbert.train.optim import load_moments
 from modernbert.train.options import option, parse
+from modernbert.train.passages import write_passages
 from modernbert.train.reading import digest, files, versions
 from modernbert.train.shards import write_shards
 from modernbert.train.stages import STAGES
@@ -161,12 +161,17 @@ def test_a_full_disk_is_told_with_the_file():
         append(Path("/dev/full"), "row\n")
 
 
-def test_a_disk_that_is_full_for_numpy_is_told_with_the_file(tmp_path):
-    with pytest.raises(OSError, match=r"No space left on device \(9 requested and 4 written\): .*a\.npy'"):
-        with replacing(tmp_path / "a.npy") as beside:
-            beside.write_bytes(b"half")
-            raise OSError("9 requested and 4 written")
-    assert not list(tmp_path.iterdir())
+def test_a_disk_that_is_full_for_numpy_is_told_with_the_file(tmp_path, monkeypatch):
+    def full(file, values):
+        file.write(b"half")
+        raise OSError(f"{len(values)} requested and 4 written")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device \(2 requested and 4 written\): .*passages\.offsets\.npy'"
+    ):
+        write_passages(lambda: iter(["a"]), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["passages.txt"]
 
 
 def test_a_disk_that_is_full_for_pytorch_keeps_the_checkpoint_before(tmp_path, monkeypatch):
