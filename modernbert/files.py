@@ -102,6 +102,8 @@ def flush(*paths: Path) -> None:
 
 def _name(error: OSError, path: Path, beside: Path) -> None:
     """Give an error without a path, as that of a full disk, or with the hidden one, the path that was to be written."""
+    if error.errno is None and "requested and" in str(error):  # numpy, of a full disk
+        error.errno, error.strerror = errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({error})"
     if error.errno is not None and error.filename in (None, str(beside)):
         error.filename = str(path)
 

@@ -40,12 +40,16 @@ from modernbert.train.prepare import prepare
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.start import KEEP, hash_of, start_colbert
-from modernbert.train.teacher import Teacher, write_scores
+from modernbert.train.teacher import Teacher, identity_of_scores, write_scores
 from modernbert.train.teacher_folder import identity_of
 from modernbert.train.validation import Validation
 
 DIMS = {"17m": 48, "32m": 64}
 """The width of the vectors of the published models, which differ in nothing else here."""
+
+
+PATIENCE = 14 * 24 * 60.0
+"""Minutes for which the other ranks wait while the first one asks the teacher. One that has died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,13 @@ def main(config: Config) -> ColBERT:
         raise ValueError("--teacher-model fills the folder --teacher, which is not given")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with ranks(config.device) as group:
-        group.on_first(lambda: ask(config))
+    with ranks(config.device, timeout_minutes=PATIENCE if config.teacher_model else 30.0) as group:
+        batches_of(config, group)  # refuses what cannot be
         made_of = group.on_first(lambda: inputs(config))
         output = group.on_first(lambda: claim_folder(config.output, "colbert", fixed(config) | made_of))
         model = build(config).to(group.device).train()
         prepare(model, group)
+        group.on_first(lambda: ask(config))
         group.on_first(lambda: len(read(config, model, made_of, output).lengths))
         rows = read(config, model, made_of, output)
         train(config, model, rows, made_of, output, group)
@@ -116,8 +121,18 @@ def main(config: Config) -> ColBERT:
 
 def triples(config: Config) -> Iterator[Pair]:
     """The rows of `--rows` for a teacher, with as many negatives as are used."""
-    found = read_triples(config.rows, exclude_sources=config.exclude_sources, skip_empty=True)
-    return (pair for pair in data.at_most(found, config.ways - 1) if len(pair.negatives) == config.ways - 1)
+    return cut(config, read_triples(config.rows, exclude_sources=config.exclude_sources, skip_empty=True))
+
+
+def cut(config: Config, pairs: Iterator[Pair]) -> Iterator[Pair]:
+    """The first `--ways` documents of each pair that has as many. ValueError: none has."""
+    count = 0
+    for pair in pairs:
+        if len(pair.negatives) >= config.ways - 1:
+            count += 1
+            yield pair._replace(negatives=pair.negatives[: config.ways - 1], scores=pair.scores[: config.ways])
+    if not count:
+        raise ValueError(f"no row of {config.rows} has {config.ways} documents: give a smaller --ways")
 
 
 def ask(config: Config) -> None:
@@ -135,9 +150,7 @@ def asked_of(pair: Pair) -> list[tuple[str, str]]:
 def scored(config: Config) -> Iterator[Pair]:
     """The rows with a teacher's scores: those of the rows, or those of the folder `--teacher`."""
     if not config.teacher:
-        for pair in read_scored(config.rows, exclude_sources=config.exclude_sources, skip_empty=True):
-            if len(pair.scores) >= config.ways:
-                yield pair._replace(negatives=pair.negatives[: config.ways - 1], scores=pair.scores[: config.ways])
+        yield from cut(config, read_scored(config.rows, exclude_sources=config.exclude_sources, skip_empty=True))
         return
     teacher = Teacher(config.teacher)
     for pair in triples(config):
@@ -146,7 +159,9 @@ def scored(config: Config) -> Iterator[Pair]:
 
 def inputs(config: Config) -> dict[str, object]:
     """What the run starts from. Folders may move, and that of the teacher may grow."""
-    teacher = identity_of(config.teacher) if config.teacher else None
+    model = config.teacher_model
+    known = identity_of_scores(model, config.teacher_length) if model else None
+    teacher = known or (identity_of(config.teacher) if config.teacher else None)
     rows = data.digest(data.pair_files(config.rows))
     return {"hash of the inputs": rows, "hash of the model": hash_of(config.model), "teacher": teacher}
 
@@ -174,6 +189,15 @@ def read(config: Config, model: ColBERT, made_of: dict[str, object], output: Pat
     return data.kept(output / "tokens.npz", made_of, make)
 
 
+def batches_of(config: Config, group: Ranks) -> int:
+    """The batches of a step on each rank."""
+    accumulate, rest = divmod(config.batch_queries, config.rank_queries * group.world_size)
+    if rest or not accumulate:
+        each = f"{config.rank_queries} queries of each of {group.world_size} ranks"
+        raise ValueError(f"--batch-queries {config.batch_queries} cannot be cut into --rank-queries, {each}")
+    return accumulate
+
+
 def train(
     config: Config,
     model: ColBERT,
@@ -183,10 +207,6 @@ def train(
     group: Ranks,
 ) -> None:
     """From the last checkpoint to the last step."""
-    accumulate, rest = divmod(config.batch_queries, config.rank_queries * group.world_size)
-    if rest or not accumulate:
-        each = f"{config.rank_queries} queries of each of {group.world_size} ranks"
-        raise ValueError(f"--batch-queries {config.batch_queries} cannot be cut into --rank-queries, {each}")
     batches = Sampler(
         rows.lengths, max_rows=config.rank_queries, seed=config.seed, rank=group.rank, world_size=group.world_size
     )
@@ -202,7 +222,7 @@ def train(
         schedule=partial(
             warmup_stable_decay, total=steps, warmup=config.warmup * steps, decay=(1 - config.warmup) * steps
         ),
-        accumulate=accumulate,
+        accumulate=batches_of(config, group),
         autocast=config.autocast,
         validation=validation(config, model),
         ranks=group,

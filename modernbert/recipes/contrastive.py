@@ -39,7 +39,7 @@ from modernbert.train.examples import Pair, read_pairs, read_triples
 from modernbert.train.grad_cache import grad_cache, token_chunks
 from modernbert.train.in_batch import in_batch_info_nce
 from modernbert.train.loop import BatchLoss, fit
-from modernbert.train.losses import info_nce, kl_distill
+from modernbert.train.losses import kl_distill, softmax_loss
 from modernbert.train.optim import adamw
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
 from modernbert.train.prepare import prepare as share
@@ -295,14 +295,15 @@ def batch_loss(
     with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
         scores_BN = maxsim(vectors(model, queries), vectors(model, documents))
     scores_BB = scores_BN[:, :count]
-    negatives_BN = scores_BN[:, count:] if len(documents) > count else None
-    loss = info_nce(scores_BB, groups_N[:count].to(device), negatives_BN=negatives_BN, temperature=config.temperature)
+    groups_N, places_B = groups_N.to(device), torch.arange(count, device=device)
+    same_BN = groups_N[:count, None] == groups_N
+    loss = softmax_loss(scores_BN, places_B, same_BN, temperature=config.temperature)
     index_B2 = pairs.teacher_index[batch]
     if teacher is not None and index_B2.min() >= 0:
         teacher_BB = (teacher[index_B2[:, 0]] @ teacher[index_B2[:, 1]].T).to(device)
         kl = kl_distill(scores_BB / config.temperature, teacher_BB / config.teacher_temperature)
         loss = (1 - config.teacher_weight) * loss + config.teacher_weight * kl
-    first_B = scores_BN.argmax(1) == torch.arange(count, device=device)
+    first_B = scores_BN.argmax(1) == places_B
     size = queries.batch.num_tokens + documents.batch.num_tokens
     return BatchLoss(loss, size, {"in_batch_accuracy": first_B.float().mean()}, count=count)
 
@@ -327,11 +328,10 @@ def large_loss(
 
 def tokens_of(model: ColBERT, pairs: data.TokenizedPairs, batch: np.ndarray) -> tuple[Tokens, Tokens, Tensor]:
     """The queries, their positives followed by the negatives of all of them, and the group of each document."""
-    documents, groups = pairs.positives.select(batch), pairs.positive_groups[batch]
+    documents, groups = pairs.positives.select(batch), pairs.groups(batch)
     if pairs.negatives is not None and pairs.negative_offsets is not None:
         negatives = [n for i in batch for n in range(*pairs.negative_offsets[i : i + 2])]
         documents += pairs.negatives.select(negatives)
-        groups = np.concatenate([groups, np.full(len(negatives), -1)])  # a group without a query
     queries = model.query_tokens(pairs.queries.select(batch))
     return queries, model.document_tokens(documents), torch.as_tensor(groups, device="cpu")
 

@@ -39,10 +39,13 @@ from modernbert.train.reading import files
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.start import hash_of, start_embedder
-from modernbert.train.teacher import Teacher, text_key, write_teacher
+from modernbert.train.teacher import Teacher, identity_of_vectors, text_key, write_teacher
 from modernbert.train.teacher_folder import identity_of
 from modernbert.train.validation import Validation
 from modernbert.train.vector_losses import DistillationHead, embedding_l2
+
+PATIENCE = 14 * 24 * 60.0
+"""Minutes for which the other ranks wait while the first one asks the teacher. One that has died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,12 @@ def main(config: Config) -> Embedder:
     check_values(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with ranks(config.device) as group:
-        group.on_first(lambda: ask(config))
+    with ranks(config.device, timeout_minutes=PATIENCE if config.teacher_model else 30.0) as group:
+        batches_of(config, group)  # refuses what cannot be
         made_of = group.on_first(lambda: inputs(config))
         output = group.on_first(lambda: claim_folder(config.output, "distill", fixed(config) | made_of))
         embedder = start_embedder(config.model, max_length=config.max_length)
+        group.on_first(lambda: ask(config))
         lessons = read(config, embedder)
         assert lessons.teacher.width is not None  # `read` has seen to it
         student = Student(embedder, lessons.teacher.width).to(group.device).train()
@@ -123,7 +127,8 @@ def ask(config: Config) -> None:
 def inputs(config: Config) -> dict[str, object]:
     """What the run starts from. Folders may move, and that of the teacher may grow."""
     texts = digest(file for source in config.texts for file in files(source))
-    teacher = identity_of(config.teacher)
+    model = config.teacher_model
+    teacher = identity_of_vectors(model, config.teacher_length) if model else identity_of(config.teacher)
     return {"hash of the inputs": texts, "hash of the model": hash_of(config.model), "teacher": teacher}
 
 
@@ -144,14 +149,19 @@ def read(config: Config, embedder: Embedder) -> Lessons:
     return Lessons(ids, rows, teacher)
 
 
-def train(
-    config: Config, student: Student, lessons: Lessons, made_of: dict[str, object], output: Path, group: Ranks
-) -> None:
-    """From the last checkpoint to the last step."""
+def batches_of(config: Config, group: Ranks) -> int:
+    """The batches of a step on each rank."""
     accumulate, rest = divmod(config.batch_texts, config.rank_texts * group.world_size)
     if rest or not accumulate:
         each = f"{config.rank_texts} texts of each of {group.world_size} ranks"
         raise ValueError(f"--batch-texts {config.batch_texts} cannot be cut into --rank-texts, {each}")
+    return accumulate
+
+
+def train(
+    config: Config, student: Student, lessons: Lessons, made_of: dict[str, object], output: Path, group: Ranks
+) -> None:
+    """From the last checkpoint to the last step."""
     batches = Sampler(
         lessons.ids.lengths,
         max_rows=config.rank_texts,
@@ -173,7 +183,7 @@ def train(
         schedule=partial(
             warmup_stable_decay, total=steps, warmup=config.warmup * steps, decay=(1 - config.warmup) * steps
         ),
-        accumulate=accumulate,
+        accumulate=batches_of(config, group),
         autocast=config.autocast,
         validation=validation(config, student.embedder),
         ranks=group,

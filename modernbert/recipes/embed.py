@@ -102,6 +102,8 @@ def main(config: Config) -> Embedder:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     with ranks(config.device) as group:
+        if point.batch_pairs % group.world_size:
+            raise ValueError(f"--batch-pairs {point.batch_pairs} cannot be cut into {group.world_size} ranks")
         made_of = group.on_first(lambda: inputs(config))
         output = group.on_first(lambda: claim_folder(config.output, "embed", fixed(config) | made_of))
         model = start_embedder(config.model, max_length=point.max_length).to(group.device).train()
@@ -156,12 +158,9 @@ def train(
     group: Ranks,
 ) -> None:
     """From the last checkpoint to the last step. A batch is of one source."""
-    rows, rest = divmod(point.batch_pairs, group.world_size)
-    if rest:
-        raise ValueError(f"--batch-pairs {point.batch_pairs} cannot be cut into {group.world_size} ranks")
     batches = Sampler(
         pairs.lengths,
-        max_rows=rows,
+        max_rows=point.batch_pairs // group.world_size,
         sources=pairs.sources,
         seed=config.seed,
         rank=group.rank,
@@ -202,14 +201,13 @@ def validation(config: Config, model: Embedder) -> Validation | None:
 def batch_loss(
     config: Config, point: Published, model: Embedder, pairs: data.TokenizedPairs, group: Ranks, batch: np.ndarray
 ) -> BatchLoss:
-    """InfoNCE over the documents of all ranks, and AnglE over each query with its own documents."""
+    """InfoNCE over the documents of all ranks, and AnglE over each query of all ranks with its own documents."""
     documents, offsets = pairs.documents(batch)
     # The positives first, as the loss wants them, then all negatives.
     is_first = np.isin(np.arange(len(documents)), offsets[:-1])
     order = np.argsort(~is_first, kind="stable").tolist()
     query_N = torch.from_numpy(np.repeat(np.arange(len(batch)), np.diff(offsets))[order])
-    groups_N = torch.full((len(documents),), -1, device="cpu")  # of negatives: a group without a query
-    groups_N[: len(batch)] = torch.from_numpy(pairs.positive_groups[batch])
+    groups_N = torch.from_numpy(pairs.groups(batch))
     texts = pack(pairs.queries.select(batch)), pack([documents[place] for place in order])
 
     def score(x_BE: Tensor, y_NE: Tensor) -> Tensor:
@@ -219,7 +217,9 @@ def batch_loss(
         if point.angle_weight:
             similarity_N = angle_similarity(x_BE[query_N.to(x_BE.device)].float(), y_NE.float())
             labels_N = (torch.arange(len(query_N), device=similarity_N.device) < len(batch)).float()
-            loss = loss + point.angle_weight * cosent(similarity_N, labels_N)
+            # Each similarity is compared with those of the whole batch, so that ranks do not change the loss.
+            of_all = [gather_rows(each, group) for each in (similarity_N, labels_N)]
+            loss = loss + point.angle_weight * cosent(*of_all)
         return loss
 
     def encode(chunk: Packed) -> Tensor:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from modernbert.checkpoint import locate
 from modernbert.config import SIZE
@@ -24,7 +25,7 @@ from modernbert.heads.folders import class_of
 from modernbert.train.claim import claim_folder
 from modernbert.train.data import choose_pairs
 from modernbert.train.examples import read_texts
-from modernbert.train.mining import Filter, Random, Source, mine
+from modernbert.train.mining import Filter, Random, Source, mine, quotas_of
 from modernbert.train.mining_bm25 import BM25
 from modernbert.train.mining_vectors import Vectors
 from modernbert.train.options import AMOUNT, COUNT, SHARE, check_values, fixed, option, parse, run
@@ -32,7 +33,7 @@ from modernbert.train.passages import PassageFile
 from modernbert.train.reading import digest, files
 from modernbert.train.start import hash_of
 
-WORDS, ANY = "bm25", "random"
+WORDS, ANY, LOCK = "bm25", "random", ".lock"
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,23 @@ def main(config: Config) -> int:
     mix = config.mix or (1.0,) * len(config.sources)
     if not config.sources or len(mix) != len(config.sources):
         raise ValueError(f"--mix has {len(mix)} shares for {len(config.sources)} sources: give one for each")
+    quotas_of(mix, config.negatives)  # refuses what cannot be, before models encode for hours
+    most = config.depth * len(config.sources)
+    if config.negatives > most:
+        raise ValueError(f"--depth {config.depth} gives {most} candidates at most, fewer than --negatives: raise it")
     torch.set_num_threads(config.threads)
     output = claim_folder(config.output, "mine", fixed(config) | inputs(config))
     pairs = choose_pairs(config.pairs, exclude_sources=config.exclude_sources, decontaminate_against=())
-    count = mine(
-        pairs,
-        output,
-        lambda passages: list(zip(sources(config, passages, output), mix, strict=True)),
-        negatives=config.negatives,
-        depth=config.depth,
-        filter=Filter(config.share or None, config.margin, config.eligible),
-        more=Further(config.passages),
-    )
+    with FileLock(output / LOCK):  # a second run waits: BM25 makes its blocks anew
+        count = mine(
+            pairs,
+            output,
+            lambda passages: list(zip(sources(config, passages, output), mix, strict=True)),
+            negatives=config.negatives,
+            depth=config.depth,
+            filter=Filter(config.share or None, config.margin, config.eligible),
+            more=Further(config.passages),
+        )
     print(f"{count:,} of {len(pairs):,} pairs have {config.negatives} negatives, in {output / 'rows'}", flush=True)
     return count
 

@@ -21,6 +21,7 @@ from .examples import Pair as Pair
 from .examples import read_pairs as read_pairs
 from .examples import read_texts
 from .options import check_same
+from .passages import passage_key
 from .ragged import CHUNK, RaggedBuilder, chunks
 from .ragged import RaggedIds as RaggedIds
 from .reading import digest as digest
@@ -139,6 +140,8 @@ class TokenizedPairs:
         teacher_index: int [N, 2], the rows of query and positive in the teacher's vectors, or -1.
         negatives: ids of the negatives of all pairs; None: no pair has any.
         negative_offsets: int [N + 1]: pair i has the negatives from `negative_offsets[i]` to `negative_offsets[i + 1]`.
+        negative_groups: int, of each negative the group of a pair of the same source whose positive it is, but for case
+            and white space; -1: it is not one. A mined negative of one pair is often the positive of another.
         scores: float32, of each pair the teacher's score of the positive and of the negatives; None: no teacher's.
     """
 
@@ -150,6 +153,7 @@ class TokenizedPairs:
     teacher_index: np.ndarray
     negatives: RaggedIds | None = None
     negative_offsets: np.ndarray | None = None
+    negative_groups: np.ndarray | None = None
     scores: np.ndarray | None = None
 
     @classmethod
@@ -176,6 +180,10 @@ class TokenizedPairs:
                 "sources": np.array([sources.setdefault(pair.source, len(sources)) for pair in chunk]),
                 "groups": np.array([text_key(repr((pair.source, pair.group))) for pair in chunk], np.uint64),
                 "teacher_index": np.stack(known, axis=1),
+                "positive_keys": np.array([_key_in(pair.source, pair.positive) for pair in chunk], np.uint64),
+                "negative_keys": np.array(
+                    [_key_in(pair.source, n) for pair in chunk for n in pair.negatives], np.uint64
+                ),
                 "counts": counts,
                 "scored": np.array([len(pair.scores) for pair in chunk]),
                 "scores": np.array([score for pair in chunk for score in pair.scores], np.float32),
@@ -188,15 +196,19 @@ class TokenizedPairs:
         if scored.any() and not (scored == counts + 1).all():
             row = int((scored != counts + 1).argmax())
             raise ValueError(f"pair {row} has {scored[row]} scores for {counts[row] + 1} documents, others have all")
+        groups = _in_order(arrays["groups"])
         return cls(
             queries=built[0].build(),
             positives=built[1].build(),
             lengths=arrays["lengths"],
             sources=arrays["sources"],
-            positive_groups=_in_order(arrays["groups"]),
+            positive_groups=groups,
             teacher_index=arrays["teacher_index"],
             negatives=built[2].build() if counts.any() else None,
             negative_offsets=np.concatenate([[0], np.cumsum(counts)]) if counts.any() else None,
+            negative_groups=_groups_of(arrays["negative_keys"], arrays["positive_keys"], groups)
+            if counts.any()
+            else None,
             scores=arrays["scores"] if scored.any() else None,
         )
 
@@ -212,6 +224,13 @@ class TokenizedPairs:
                 found += self.negatives.select(range(*self.negative_offsets[i : i + 2]))
             offsets.append(len(found))
         return found, np.array(offsets)
+
+    def groups(self, batch: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int, the group of each positive, then of each negative of these pairs, for `in_batch_info_nce`."""
+        parts = [self.positive_groups[batch]]
+        if self.negative_groups is not None and self.negative_offsets is not None:
+            parts += [self.negative_groups[slice(*self.negative_offsets[i : i + 2])] for i in batch]
+        return np.concatenate(parts)
 
     def teacher_scores(self, batch: Iterable[int]) -> np.ndarray:
         """float32, the teacher's scores of `documents(batch)`. ValueError: the pairs have none."""
@@ -251,6 +270,7 @@ class TokenizedPairs:
             teacher_index=arrays["teacher_index"],
             negatives=sides.get("negatives"),
             negative_offsets=arrays.get("negative_offsets"),
+            negative_groups=arrays.get("negative_groups"),
             scores=arrays.get("scores"),
         )
 
@@ -293,6 +313,17 @@ def _tokenize(
     ids = ids_of([text[: 32 * longest] for text in texts])
     built.add(ids)
     return np.array(tokens_of(ids).batch.lengths, np.int64)
+
+
+def _key_in(source: str, text: str) -> int:
+    return text_key(f"{passage_key(text)} {source}")
+
+
+def _groups_of(keys: np.ndarray, positive_keys: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The group of the first positive with each key; -1 if there is none."""
+    known, first = np.unique(positive_keys, return_index=True)
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[places] == keys, groups[first[places]], -1)
 
 
 def _in_order(keys: np.ndarray) -> np.ndarray:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from ..texts import Text
 from .reading import Row, Source, lines, parse_rows
@@ -21,6 +22,8 @@ SIGNAL = re.compile(
     r"rating|instruction|prompt)s?([_-]?\d+)?([_-].*)?"
 )
 NEGATIVE = re.compile(r"negatives?|negative_\d+")
+LARGEST = float(np.finfo(np.float32).max)
+"""A label or a score beyond it is an infinity where it is used."""
 
 
 class EmptyText(ValueError):
@@ -129,9 +132,8 @@ def read_texts(source: Source, *, names: Mapping[str, str] | None = None, skip_e
 
 def read_all_texts(source: Source) -> Iterator[str]:
     """Every text of each row that is not empty: its "text"; the texts of pairs, triples, and documents with scores."""
-    fields = ("text", "query", "positive", "negative", "negatives", "documents")
-    for texts in parse_rows(source, lambda row: [_texts_of(row.fields, name) for name in fields if name in row.fields]):
-        yield from (text for found in texts for text in found if text.strip())
+    for texts in parse_rows(source, lambda row: _all_texts(row.fields)):
+        yield from (text for text in texts if text.strip())
 
 
 def read_labelled(
@@ -259,9 +261,17 @@ def _class(value: object, labels: Sequence[str]) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
-    raise ValueError(f'"{name}" must be a finite number, got {value!r:.60}')
+    raise ValueError(f'"{name}" must be a finite number, got {value!r:.60}; those beyond {LARGEST:.1e} are not')
+
+
+def _all_texts(fields: Mapping[str, object]) -> list[str]:
+    negatives = sorted(filter(NEGATIVE.fullmatch, fields), key=lambda name: (len(name), name))
+    names = [name for name in ("text", "query", "positive", *negatives, "documents") if name in fields]
+    if not names:
+        raise ValueError(f'a row needs "text", or the fields of a pair, got keys {sorted(fields)}')
+    return [text for name in names for text in _texts_of(fields, name)]
 
 
 def _texts_of(fields: Mapping[str, object], name: str) -> list[str]:
@@ -270,7 +280,9 @@ def _texts_of(fields: Mapping[str, object], name: str) -> list[str]:
     texts: list[object] = value if isinstance(value, list) else [value]
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise ValueError(f'"{name}" must be a string, or a list of them, got {wrong[0]!r:.60}')
-    return [text for text in texts if isinstance(text, str)]
+    found = [text for text in texts if isinstance(text, str)]
+    "".join(found).encode()  # as in `_text`
+    return found
 
 
 def _texts(fields: Mapping[str, object], name: str) -> list[str]:

@@ -8,6 +8,7 @@ read a part at a time: memory holds some numbers for each pair and passage, and 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -163,6 +164,10 @@ def mine(
         ValueError: no pair is left, or there are none.
     """
     passages = write_passages(lambda: chain((pair.positive for pair in pairs), more), folder)
+    if negatives >= len(passages):
+        raise ValueError(
+            f"{negatives} negatives of each pair are more than {len(passages):,} passages offer: ask for fewer"
+        )
     known = Positives(pairs, passages)
     output = folder / "rows"
     output.mkdir(exist_ok=True)
@@ -214,8 +219,8 @@ def _pools(
 
 def quotas_of(shares: Sequence[float], negatives: int) -> list[int]:
     """How many negatives each source gives: whole numbers, those with the largest remainders rounded up."""
-    if not sum(shares) > 0 or min(shares) < 0:
-        raise ValueError(f"the shares of the sources must be 0 or more and not all 0, got {list(shares)}")
+    if not 0 < sum(shares) < math.inf or min(shares) < 0:
+        raise ValueError(f"the shares of the sources must be finite, 0 or more and not all 0, got {list(shares)}")
     exact = np.array(shares) / sum(shares) * negatives
     quotas = np.floor(exact).astype(int)
     for place in np.argsort(quotas - exact, kind="stable")[: negatives - quotas.sum()]:

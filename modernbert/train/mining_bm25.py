@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import replacing
 from .mining import Candidates, best_first, parts_of
 from .passages import PassageFile
 from .ragged import RaggedBuilder, RaggedIds
@@ -76,7 +77,8 @@ class BM25:
             counts_V = np.pad(counts_V, (0, len(self._tokenizer.word_to_id) - len(counts_V)))
             counts_V += np.bincount(different, minlength=len(counts_V))
         rows = built.build()
-        np.savez(self._words(number), values=rows.values, offsets=rows.offsets)
+        with replacing(self._words(number)) as beside, beside.open("wb") as file:
+            np.savez(file, values=rows.values, offsets=rows.offsets)
         return _Statistics(counts_V, len(rows.values))
 
     def _index(self, number: int, words: int, counts_V: np.ndarray, mean_length: float) -> Any:
@@ -87,12 +89,15 @@ class BM25:
         index = self._bm25s.BM25(k1=constant + growing, b=growing / (constant + growing))
         vocabulary = {str(word): word for word in range(words)}
         index.index(_Corpus(_Lists(rows), vocabulary), create_empty_token=False, show_progress=False)
+        # Not read by `get_scores_from_ids`, and as large as all words for each block.
+        index.vocab_dict, index.unique_token_ids_set = {}, set()
         counts_of_block_V = np.diff(index.scores["indptr"])
         weights_V = _idf(counts_V, self._passages) / _idf(counts_of_block_V, len(rows))
         index.scores["data"] *= np.repeat(weights_V, counts_of_block_V).astype(np.float32)
         for name in ("data", "indices", "indptr"):
             file = self._folder / f"{name}-{number:06d}.npy"
-            np.save(file, index.scores[name])
+            with replacing(file) as beside, beside.open("wb") as part:
+                np.save(part, index.scores[name])
             index.scores[name] = np.load(file, mmap_mode="r")
         return index
 

@@ -125,6 +125,8 @@ def _shard(encoder: Encoder, passages: PassageFile, folder: Path, number: int, s
     lengths, vectors = folder / f"lengths-{number:06d}.npy", folder / f"vectors-{number:06d}.npy"
     if not vectors.exists():
         encoded = _ragged(encoder.encode_documents(passages.select(range(start, stop)), progress=False))
+        if not bool(encoded.values.isfinite().all()):
+            raise ValueError("a vector of a passage is not finite, and would pass any filter: use another model")
         # The lengths first: a shard whose vectors are there is whole.
         arrays = {lengths: encoded.offsets.diff().numpy(), vectors: encoded.values.half().numpy()}
         for file, array in arrays.items():

@@ -51,7 +51,7 @@ def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[st
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
             return encoder.encode(part, batch_size=128, convert_to_tensor=True)
 
-    return fill(folder, texts, answer, _identity(model, max_length))
+    return fill(folder, texts, answer, identity_of_vectors(model, max_length))
 
 
 def write_scores(
@@ -66,7 +66,9 @@ def write_scores(
         model: the folder of a `ColBERT`; or the folder or the name of a cross-encoder of sentence-transformers.
 
     Raises:
-        ValueError, FileExistsError: as `fill`. ModuleNotFoundError: sentence-transformers is not installed.
+        ValueError, FileExistsError: as `fill`.
+        ValueError: the model is not a cross-encoder: its scores would be those of a new, random head.
+        ModuleNotFoundError: sentence-transformers is not installed.
     """
     scorers: list[Callable[[list[tuple[str, str]]], Tensor]] = []
 
@@ -75,8 +77,7 @@ def write_scores(
             scorers.append(_colbert(model) if is_colbert(model) else _cross_encoder(model, max_length))
         return scorers[0](part)
 
-    length = None if is_colbert(model) else max_length
-    return fill(folder, pairs, answer, _identity(model, length))
+    return fill(folder, pairs, answer, identity_of_scores(model, max_length))
 
 
 def is_colbert(model: str) -> bool:
@@ -84,8 +85,13 @@ def is_colbert(model: str) -> bool:
     return has_file(Path(model) / "config.json") and class_of(Path(model)) == "ColBERT"
 
 
-def _identity(model: str, max_length: int | None) -> dict[str, object]:
-    """The name of a model on the hub, or a hash of its files."""
+def identity_of_scores(model: str, max_length: int) -> dict[str, object]:
+    """What `write_scores` calls this teacher in its folder."""
+    return identity_of_vectors(model, None if is_colbert(model) else max_length)
+
+
+def identity_of_vectors(model: str, max_length: int | None) -> dict[str, object]:
+    """What `write_teacher` calls this teacher in its folder: the name of a model on the hub, or a hash of its files."""
     path = Path(model)
     if path.is_dir():
         return {"model": path.name, "hash": digest_folder(path), "max_length": max_length}
@@ -100,6 +106,12 @@ def _sentence_transformer(model: str, max_length: int) -> SentenceTransformer:
 
 def _cross_encoder(model: str, max_length: int) -> Callable[[list[tuple[str, str]]], Tensor]:
     scorer = _sentence_transformers().CrossEncoder(model, max_length=max_length)
+    # transformers puts a new head on a model of another class, and warns.
+    there, used = scorer.config.architectures, type(scorer[0].model).__name__
+    if there and used not in there:
+        raise ValueError(
+            f"{model} holds a {there[0]}, not a cross-encoder, whose class is {used}: give another teacher"
+        )
     # Logits: a sigmoid, the default of many, has no differences left between good documents.
     logits = torch.nn.Identity()
 

@@ -260,6 +260,21 @@ def test_bm25_scores_do_not_depend_on_the_blocks(block, tmp_path):
         np.testing.assert_allclose(found.positive_B[place], wanted[rows[place]], rtol=1e-5, atol=1e-6)
 
 
+def test_a_block_of_bm25_does_not_keep_the_vocabulary(tmp_path):
+    """It is as large as all words: with a million passages, gigabytes over all blocks."""
+    pytest.importorskip("bm25s")
+    from modernbert.train.mining_bm25 import BM25
+
+    made = BM25(write_passages(lambda: [f"word{i}" for i in range(40)], tmp_path), tmp_path / "bm25", block=4)
+    assert len(made._indexes) == 10
+    assert not any(
+        len(kept)
+        for index in made._indexes
+        for kept in vars(index).values()
+        if isinstance(kept, (dict, set)) and kept is not index.scores
+    )
+
+
 def test_mined_rows_are_read_as_pairs_of_a_trainer(tmp_path):
     pairs = pairs_of(toy_pairs(12))
     mine(pairs, tmp_path, lambda passages: [(Random(len(passages)), 1)], negatives=2)

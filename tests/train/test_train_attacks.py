@@ -27,6 +27,7 @@ from modernbert.train.log import append
 from modernbert.train.loop import BatchLoss
 from modernbert.train.optim import load_moments
 from modernbert.train.options import option, parse
+from modernbert.train.passages import write_passages
 from modernbert.train.reading import digest, files, versions
 from modernbert.train.shards import write_shards
 from modernbert.train.stages import STAGES
@@ -158,6 +159,19 @@ def test_a_full_disk_is_told_with_the_file():
         pytest.skip("no /dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
         append(Path("/dev/full"), "row\n")
+
+
+def test_a_disk_that_is_full_for_numpy_is_told_with_the_file(tmp_path, monkeypatch):
+    def full(file, values):
+        file.write(b"half")
+        raise OSError(f"{len(values)} requested and 4 written")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device \(2 requested and 4 written\): .*passages\.offsets\.npy'"
+    ):
+        write_passages(lambda: iter(["a"]), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["passages.txt"]
 
 
 def test_a_disk_that_is_full_for_pytorch_keeps_the_checkpoint_before(tmp_path, monkeypatch):

@@ -77,6 +77,11 @@ BAD = {
     "a NaN": (read_scored, SCORED | {"scores": [1, math.nan, 2]}, r'"scores\[1\]" must be a finite number, got nan'),
     "an infinity": (read_scored, SCORED | {"scores": [1, 2, -math.inf]}, r'"scores\[2\]" .*got -inf'),
     "a huge number": (read_scored, SCORED | {"scores": [1, 10**400, 3]}, r'"scores\[1\]" must be a finite number'),
+    "a score beyond float32": (
+        read_scored,
+        SCORED | {"scores": [1, 1e39, 3]},
+        r'"scores\[1\]" must be a finite number',
+    ),
     "a score in words": (read_scored, SCORED | {"scores": [1, "2", 3]}, r'"scores\[1\]" must be a finite number'),
     "a score that is true": (read_scored, SCORED | {"scores": [True, 2, 3]}, r'"scores\[0\]" must be a finite number'),
     "one document": (read_scored, SCORED | {"documents": ["a"], "scores": [1]}, '"documents" has 1 texts'),
