@@ -109,7 +109,7 @@ def main(source: str, output: str) -> None:
     pairs = [pair for pair in pairs if pair.group not in groups and pair.positive not in texts]
     write_rows(folder / "pairs" / "pairs.jsonl", (row(pair) for pair in [*pairs, *new_pairs(pairs, rng)]))
 
-    passages = list(dict.fromkeys([pair.positive for pair in held + rng.sample(pairs, OTHERS)]))
+    passages = list(dict.fromkeys([pair.positive for pair in held + rng.sample(pairs, min(OTHERS, len(pairs)))]))
     numbers = {text: f"d{number}" for number, text in enumerate(passages)}
     validation = folder / "validation"
     write_rows(validation / "corpus.jsonl", ({"_id": numbers[text], "title": "", "text": text} for text in passages))

@@ -29,6 +29,8 @@ HEADS: dict[str, type[Head]] = {
     "QuestionAnswering": QuestionAnswering,
     "MultipleChoice": MultipleChoice,
 }
+LABELLED = ("MaskedLM", "SequenceClassification", "TokenClassification")
+"""Those that take `[B, S]` ids with labels, and give logits."""
 OF_HEADS = (
     "decoder_bias tie_word_embeddings classifier_pooling classifier_activation classifier_bias classifier_dropout"
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ ARGUMENTS = {
     "export": ("encoder.pt2",),
     "glue": ("RTE", "train.tsv", "dev.tsv", "start", "1", "1"),
     "pretrain": ("texts.jsonl", "texts.jsonl", "2", "1"),
+    "query_styles": ("pairs.jsonl", "styles"),
 }
 
 
@@ -86,3 +89,34 @@ def test_glue(run, tmp_path):
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / name).write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
     assert len(re.findall(r"seed 0  (?:ours|theirs)\s+score [01]\.\d{4}", run("glue"))) == 2
+
+
+def test_query_styles(run, tmp_path):
+    """New queries for the passages of the pairs that are not held out."""
+    draw, words = random.Random(0), [f"{a}{b}ing" for a in ("walk", "pack", "cod", "read") for b in "bdfgklmn"]
+    passages = [". ".join(" ".join(draw.choices(words, k=9)).capitalize() for _ in range(4)) + "." for _ in range(150)]
+    rows = [{"query": f"what is {i}?", "positive": text, "source": "qa"} for i, text in enumerate(passages)]
+    code = {"query": "Returns the number of open files of a process.", "source": "pydoc"}
+    rows += [{**code, "positive": f"def files_{i}(process): ..."} for i in range(150)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({**row, "group": str(row)}) + "\n" for row in rows))
+    run("query_styles")
+    found = [json.loads(line) for line in (tmp_path / "styles" / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    sources = Counter(row["source"] for row in found)
+    assert sources == {"qa": 50, "pydoc": 50, "searches": 50, "keywords": 50, "sentences": 50}
+    for row in found:
+        asked = set(row["query"].split())
+        if row["source"] == "searches":
+            assert {"return", "number"} <= asked
+        if row["source"] == "keywords":
+            assert asked <= set(re.findall(r"\w+", row["positive"].lower()))
+        if row["source"] == "sentences":
+            assert row["query"] not in row["positive"]
+            assert any(row["query"] in passage for passage in passages)
+    queries = [
+        json.loads(line)["text"] for line in (tmp_path / "styles/validation/queries.jsonl").read_text().splitlines()
+    ]
+    assert len(queries) == 200
+    assert not {row["positive"] for row in found if row["source"] in ("qa", "pydoc")} & {
+        json.loads(line)["text"]
+        for line in (tmp_path / "styles/validation/corpus.jsonl").read_text().splitlines()[:200]
+    }

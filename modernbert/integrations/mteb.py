@@ -106,11 +106,11 @@ class MtebEmbedder:
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
         """`[B, N]`: each vector of the first with each of the second."""
-        return self._similarity(*map(torch.atleast_2d, map(torch.as_tensor, (embeddings1, embeddings2))))
+        return self._similarity(*map(torch.atleast_2d, map(_tensor, (embeddings1, embeddings2))))
 
     def similarity_pairwise(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
         """`[N]`: each vector of the first with the one of the second that has its place."""
-        pairs = zip(torch.as_tensor(embeddings1), torch.as_tensor(embeddings2), strict=True)
+        pairs = zip(_tensor(embeddings1), _tensor(embeddings2), strict=True)
         return torch.cat([self._similarity(x_E[None], y_E[None])[0] for x_E, y_E in pairs])
 
     def index(self, corpus: Rows, **options: object) -> None:
@@ -163,6 +163,10 @@ def _meta(model: ColBERT | Embedder, name: str, revision: str, max_tokens: int) 
         "framework": ["PyTorch"],
     }
     return ModelMeta.create_empty(known)
+
+
+def _tensor(vectors: np.ndarray | Tensor) -> Tensor:
+    return torch.as_tensor(vectors, device="cpu")
 
 
 def _fingerprint(model: Embedder) -> str:

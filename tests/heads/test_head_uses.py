@@ -1,4 +1,4 @@
-"""Autocast of every head, and the uses of ColBERT that tests of other heads have: compiled, copied, pickled."""
+"""Autocast of heads, and the uses of ColBERT that tests of other heads have: compiled, copied, pickled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
-from head_twin import CONFIGS, HEADS, head_twins
+from head_twin import CONFIGS, LABELLED, head_twins
 from hf_twin import make_loud, pad, random_ids
 from torch import Tensor
 
@@ -25,7 +25,7 @@ QUERIES = ["How do I fold a tensor?", "", "the gradient of the norm", "a " * 60]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["tied", "untied"])
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", LABELLED)
 def test_autocast_of_a_head(task: str, name: str, dtype: torch.dtype) -> None:
     """No worse than twice transformers' own error, in training and in inference."""
     theirs, ours = head_twins(task, CONFIGS[name])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from folders import tree
-from head_twin import HEADS, SMALL, head_twins, some_labels, written
+from head_twin import LABELLED, SMALL, head_twins, some_labels, written
 from hf_twin import make_loud, pad, random_ids, twins
 from torch import Tensor, nn
 from transformers import ModernBertConfig
@@ -163,7 +163,7 @@ def test_lora_of_our_encoder(options: dict[str, Any]) -> None:
     assert type(merged.layers[0].attn.Wqkv) is type(ours.layers[0].attn.Wqkv)
 
 
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", LABELLED)
 def test_lora_of_our_heads(task: str) -> None:
     theirs, ours = head_twins(task)
     plain, model = (train(peft.get_peft_model(each, lora())) for each in (theirs, ours))
