@@ -60,7 +60,8 @@ def write_shards(
     """
     folder = output_folder(folder)
     request = _request(source, tokenizer, names, characters)
-    if folder.exists() and not (folder / MANIFEST).exists() and (others := _others(folder)):
+    # The names first, as another caller may be beginning.
+    if folder.exists() and (others := _others(folder)) and not (folder / MANIFEST).exists():
         raise FileExistsError(f"{folder} holds {others[0]} and no shards: choose a new folder for shards")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):

@@ -126,7 +126,8 @@ def fill(
         FileExistsError: the folder holds files, and is not that of a teacher.
     """
     folder = output_folder(folder)
-    if folder.exists() and identity_of(folder) is None and (others := _others(folder)):
+    # The names first, as another caller may be beginning.
+    if folder.exists() and (others := _others(folder)) and identity_of(folder) is None:
         raise FileExistsError(f"{folder} holds {', '.join(others[:3])} of another program; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):

@@ -189,6 +189,20 @@ def test_of_two_callers_one_writes_and_the_other_waits(tokenizer, corpus, tmp_pa
     assert numbers == sorted(set(numbers))
 
 
+def test_a_caller_that_looks_while_another_begins(tokenizer, corpus, tmp_path, monkeypatch):
+    """What the other has written since is not of another program."""
+    names = writer._others
+
+    def begun_since(folder):
+        monkeypatch.setattr(writer, "_others", names)
+        write_shards(corpus, tokenizer, folder, characters=3000)
+        return names(folder)
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(writer, "_others", begun_since)
+    write_shards(corpus, tokenizer, tmp_path / "out", characters=3000)
+
+
 def test_shards_of_another_tokenizer_are_refused_with_both_names(tokenizer, corpus, tmp_path):
     other = train_tokenizer(iter(["another text"]), vocab_size=320)
     write_shards(corpus, tokenizer, tmp_path / "out")

@@ -37,6 +37,20 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
+def test_a_caller_that_looks_while_another_begins(tmp_path, monkeypatch):
+    """What the other has written since is not of another program."""
+    names, asked = teacher_folder._others, Asked()
+
+    def begun_since(folder):
+        monkeypatch.setattr(teacher_folder, "_others", names)
+        fill(folder, TEXTS, asked, ME)
+        return names(folder)
+
+    monkeypatch.setattr(teacher_folder, "_others", begun_since)
+    fill(tmp_path, TEXTS, asked, ME)
+    assert asked.texts == TEXTS
+
+
 def test_each_text_is_asked_once_and_found_again(tmp_path):
     asked = Asked()
     teacher = fill(tmp_path, iter(TEXTS + TEXTS[:3]), asked, ME)
