@@ -178,7 +178,7 @@ def test_separators_of_lines_in_texts_are_kept(made, tmp_path):  # noqa: F811
     for i, row in enumerate(rows):
         row["positive"] += [" a\u2028b", " \x85 c", "\r d", " \x00 e", "\x0b f"][i % 5]
     pairs = write_rows(tmp_path / "a.jsonl", rows)
-    mine.main(mine.Config(pairs=str(pairs), output=str(tmp_path / "out"), sources=("random",), negatives=3))
+    mine.main(mine.Config(pairs=str(pairs), output=str(tmp_path / "out"), sources=("random",), negatives=3, threads=1))
     found = list(read_triples(tmp_path / "out" / "rows"))
     assert [row.positive for row in found] == [row["positive"] for row in rows]
     assert {text for row in found for text in row.negatives} <= {row["positive"] for row in rows}
@@ -205,4 +205,4 @@ def test_of_two_runs_in_one_folder_one_waits(made, tmp_path, monkeypatch):  # no
         return 1
 
     monkeypatch.setattr(mine, "mine", mined)
-    assert mine.main(mine.Config(pairs=str(made / "pairs"), output=str(tmp_path / "out"))) == 1
+    assert mine.main(mine.Config(pairs=str(made / "pairs"), output=str(tmp_path / "out"), threads=1)) == 1
