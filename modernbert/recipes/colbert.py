@@ -40,16 +40,12 @@ from modernbert.train.prepare import prepare
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.start import KEEP, hash_of, start_colbert
-from modernbert.train.teacher import Teacher, identity_of_scores, write_scores
+from modernbert.train.teacher import PATIENCE, Teacher, identity_of_scores, write_scores
 from modernbert.train.teacher_folder import identity_of
 from modernbert.train.validation import Validation
 
 DIMS = {"17m": 48, "32m": 64}
 """The width of the vectors of the published models, which differ in nothing else here."""
-
-
-PATIENCE = 14 * 24 * 60.0
-"""Minutes for which the other ranks wait while the first one asks the teacher. One that has died is noticed at once."""
 
 
 @dataclass(frozen=True)

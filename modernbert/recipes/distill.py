@@ -39,13 +39,10 @@ from modernbert.train.reading import files
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
 from modernbert.train.start import hash_of, start_embedder
-from modernbert.train.teacher import Teacher, identity_of_vectors, text_key, write_teacher
+from modernbert.train.teacher import PATIENCE, Teacher, identity_of_vectors, text_key, write_teacher
 from modernbert.train.teacher_folder import identity_of
 from modernbert.train.validation import Validation
 from modernbert.train.vector_losses import DistillationHead, embedding_l2
-
-PATIENCE = 14 * 24 * 60.0
-"""Minutes for which the other ranks wait while the first one asks the teacher. One that has died is noticed at once."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from modernbert.config import SIZE
 from modernbert.heads.colbert import ColBERT
 from modernbert.heads.embedder import Embedder
 from modernbert.heads.folders import class_of
-from modernbert.train.claim import claim_folder
+from modernbert.train.claim import LOCK, claim_folder
 from modernbert.train.data import choose_pairs
 from modernbert.train.examples import read_texts
 from modernbert.train.mining import Filter, Random, Source, mine, quotas_of
@@ -33,7 +33,7 @@ from modernbert.train.passages import PassageFile
 from modernbert.train.reading import digest, files
 from modernbert.train.start import hash_of
 
-WORDS, ANY, LOCK = "bm25", "random", ".lock"
+WORDS, ANY = "bm25", "random"
 
 
 @dataclass(frozen=True)

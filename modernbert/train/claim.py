@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..files import output_folder, replacing
 from ..json_files import has_file, read_json
 from .options import check_same
 
-RUN = "run.json"
+RUN, LOCK = "run.json", ".lock"
 
 
 def claim_folder(output: str | os.PathLike[str], recipe: str, settings: Mapping[str, object]) -> Path:
@@ -40,3 +41,16 @@ def claim_folder(output: str | os.PathLike[str], recipe: str, settings: Mapping[
     with replacing(folder / RUN) as beside:
         beside.write_text(json.dumps(request, indent=2), encoding="utf-8")
     return folder
+
+
+def foreign_names(folder: Path, half: re.Pattern[str], is_ours: Callable[[], bool]) -> list[str]:
+    """The names in a folder of another program; none in one that is ours, or that is not there.
+
+    Args:
+        half: half-written files of ours, which do not count.
+    """
+    if not folder.exists():
+        return []
+    # The names first, as another caller may be beginning.
+    names = [name for name in sorted(os.listdir(folder)) if name != LOCK and not half.fullmatch(name)]
+    return [] if is_ours() else names

@@ -19,13 +19,13 @@ from filelock import FileLock
 from ..files import half_written, output_folder, replacing
 from ..json_files import read_json
 from ..tokenizer import Tokenizer
+from .claim import LOCK, foreign_names
 from .corpus import MANIFEST, ids_file, lengths_file, tokenizer_hash
 from .corpus import Shards as Shards
 from .examples import read_texts
 from .ragged import RaggedBuilder, chunks
 from .reading import Source, files
 
-LOCK = ".lock"
 HALF = half_written(r"\d{6}\.(ids|lengths)\.npy|manifest\.json")
 CHARACTERS = 1 << 26
 """Characters of a shard: about 16 million tokens."""
@@ -60,8 +60,7 @@ def write_shards(
     """
     folder = output_folder(folder)
     request = _request(source, tokenizer, names, characters)
-    # The names first, as another caller may be beginning.
-    if folder.exists() and (others := _others(folder)) and not (folder / MANIFEST).exists():
+    if others := foreign_names(folder, HALF, (folder / MANIFEST).exists):
         raise FileExistsError(f"{folder} holds {others[0]} and no shards: choose a new folder for shards")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):
@@ -124,10 +123,6 @@ def _is_finished(folder: Path, request: Mapping[str, object]) -> bool:
         what = "; ".join(f"{name} is {there.get(name)!r}, now {request[name]!r}" for name in differs)
         raise ValueError(f"{folder} has other shards: {what}. Choose another folder, or delete this one")
     return there.get("shards") is not None
-
-
-def _others(folder: Path) -> list[str]:
-    return [name for name in sorted(os.listdir(folder)) if name != LOCK and not HALF.fullmatch(name)]
 
 
 def _cut(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

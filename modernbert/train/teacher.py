@@ -31,6 +31,9 @@ from .teacher_folder import text_key as text_key
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+PATIENCE = 14 * 24 * 60.0
+"""Minutes for which the other ranks wait while the first one asks a teacher. One that has died is noticed at once."""
+
 
 def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[str], *, max_length: int = 96) -> Teacher:
     """Add to a folder the vectors of texts by a sentence-transformers model, cut to `max_length` tokens.

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from ..files import half_written, output_folder, replacing
 from ..json_files import read_json
+from .claim import LOCK, foreign_names
 from .options import as_json
 
 ABOUT = "teacher.json"
-LOCK = ".lock"
 HALF = half_written(r"(keys|values)-\d{6}\.npy|teacher\.json")
 PART = 4_096
 """Texts of a part, which is what a run that was killed asks for again."""
@@ -126,8 +126,7 @@ def fill(
         FileExistsError: the folder holds files, and is not that of a teacher.
     """
     folder = output_folder(folder)
-    # The names first, as another caller may be beginning.
-    if folder.exists() and (others := _others(folder)) and identity_of(folder) is None:
+    if others := foreign_names(folder, HALF, lambda: identity_of(folder) is not None):
         raise FileExistsError(f"{folder} holds {', '.join(others[:3])} of another program; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / LOCK):
@@ -166,10 +165,6 @@ def _read_part(file: Path) -> tuple[np.ndarray, np.ndarray]:
         shapes = f"{keys.dtype} {keys.shape} and {values.dtype} {values.shape}"
         raise ValueError(f"{file.parent}: {file.name} must be uint64, as long as {beside.name}, got {shapes}")
     return keys, values
-
-
-def _others(folder: Path) -> list[str]:
-    return [name for name in sorted(os.listdir(folder)) if name != LOCK and not HALF.fullmatch(name)]
 
 
 def identity_of(folder: str | os.PathLike[str]) -> Mapping[str, object] | None:

@@ -191,15 +191,15 @@ def test_of_two_callers_one_writes_and_the_other_waits(tokenizer, corpus, tmp_pa
 
 def test_a_caller_that_looks_while_another_begins(tokenizer, corpus, tmp_path, monkeypatch):
     """What the other has written since is not of another program."""
-    names = writer._others
+    names = os.listdir
 
     def begun_since(folder):
-        monkeypatch.setattr(writer, "_others", names)
+        monkeypatch.setattr(os, "listdir", names)
         write_shards(corpus, tokenizer, folder, characters=3000)
         return names(folder)
 
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(writer, "_others", begun_since)
+    monkeypatch.setattr(os, "listdir", begun_since)
     write_shards(corpus, tokenizer, tmp_path / "out", characters=3000)
 
 

@@ -39,14 +39,14 @@ def content(folder):
 
 def test_a_caller_that_looks_while_another_begins(tmp_path, monkeypatch):
     """What the other has written since is not of another program."""
-    names, asked = teacher_folder._others, Asked()
+    names, asked = os.listdir, Asked()
 
     def begun_since(folder):
-        monkeypatch.setattr(teacher_folder, "_others", names)
+        monkeypatch.setattr(os, "listdir", names)
         fill(folder, TEXTS, asked, ME)
         return names(folder)
 
-    monkeypatch.setattr(teacher_folder, "_others", begun_since)
+    monkeypatch.setattr(os, "listdir", begun_since)
     fill(tmp_path, TEXTS, asked, ME)
     assert asked.texts == TEXTS
 
