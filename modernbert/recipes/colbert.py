@@ -102,16 +102,16 @@ def main(config: Config) -> ColBERT:
     with ranks(config.device, timeout_minutes=PATIENCE if config.teacher_model else 30.0) as group:
         batches_of(config, group)  # refuses what cannot be
         made_of = group.on_first(lambda: inputs(config))
-        output = group.on_first(lambda: claim_folder(config.output, "colbert", fixed(config) | made_of))
-        model = build(config).to(group.device).train()
-        prepare(model, group)
-        group.on_first(lambda: ask(config))
-        group.on_first(lambda: len(read(config, model, made_of, output).lengths))
-        rows = read(config, model, made_of, output)
-        train(config, model, rows, made_of, output, group)
-        model.eval()
-        model.config = replace(model.config, document_length=config.document_length)
-        group.on_first(lambda: model.save_pretrained(output / "model"))
+        with claim_folder(config.output, "colbert", fixed(config) | made_of, group) as output:
+            model = build(config).to(group.device).train()
+            prepare(model, group)
+            group.on_first(lambda: ask(config))
+            group.on_first(lambda: len(read(config, model, made_of, output).lengths))
+            rows = read(config, model, made_of, output)
+            train(config, model, rows, made_of, output, group)
+            model.eval()
+            model.config = replace(model.config, document_length=config.document_length)
+            group.on_first(lambda: model.save_pretrained(output / "model"))
     return model
 
 

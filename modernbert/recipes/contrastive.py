@@ -110,8 +110,10 @@ def main(config: Config) -> ColBERT:
     if not config.teacher and (config.teacher_model or config.teacher_pairs):
         raise ValueError("--teacher-model and --teacher-pairs are about the folder --teacher, which is not given")
     torch.set_num_threads(config.threads)
-    with ranks(config.device) as group:
-        output = group.on_first(lambda: claim_folder(config.output, "contrastive", fixed(config)))
+    with (
+        ranks(config.device) as group,
+        claim_folder(config.output, "contrastive", fixed(config), group) as output,
+    ):
         if not group.is_alone:
             group.on_first(lambda: write_inputs(config, output))
         model = train(config, output, group)

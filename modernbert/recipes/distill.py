@@ -98,16 +98,16 @@ def main(config: Config) -> Embedder:
     with ranks(config.device, timeout_minutes=PATIENCE if config.teacher_model else 30.0) as group:
         batches_of(config, group)  # refuses what cannot be
         made_of = group.on_first(lambda: inputs(config))
-        output = group.on_first(lambda: claim_folder(config.output, "distill", fixed(config) | made_of))
-        embedder = start_embedder(config.model, max_length=config.max_length)
-        group.on_first(lambda: ask(config))
-        lessons = read(config, embedder)
-        assert lessons.teacher.width is not None  # `read` has seen to it
-        student = Student(embedder, lessons.teacher.width).to(group.device).train()
-        prepare(student, group)
-        train(config, student, lessons, made_of, output, group)
-        student.eval()
-        group.on_first(lambda: embedder.save_pretrained(output / "model"))
+        with claim_folder(config.output, "distill", fixed(config) | made_of, group) as output:
+            embedder = start_embedder(config.model, max_length=config.max_length)
+            group.on_first(lambda: ask(config))
+            lessons = read(config, embedder)
+            assert lessons.teacher.width is not None  # `read` has seen to it
+            student = Student(embedder, lessons.teacher.width).to(group.device).train()
+            prepare(student, group)
+            train(config, student, lessons, made_of, output, group)
+            student.eval()
+            group.on_first(lambda: embedder.save_pretrained(output / "model"))
     return embedder
 
 

@@ -105,14 +105,14 @@ def main(config: Config) -> Embedder:
         if point.batch_pairs % group.world_size:
             raise ValueError(f"--batch-pairs {point.batch_pairs} cannot be cut into {group.world_size} ranks")
         made_of = group.on_first(lambda: inputs(config))
-        output = group.on_first(lambda: claim_folder(config.output, "embed", fixed(config) | made_of))
-        model = start_embedder(config.model, max_length=point.max_length).to(group.device).train()
-        prepare(model, group)
-        group.on_first(lambda: len(read(config, point, model, made_of, output).lengths))
-        pairs = read(config, point, model, made_of, output)
-        train(config, point, model, pairs, made_of, output, group)
-        model.eval()
-        group.on_first(lambda: model.save_pretrained(output / "model"))
+        with claim_folder(config.output, "embed", fixed(config) | made_of, group) as output:
+            model = start_embedder(config.model, max_length=point.max_length).to(group.device).train()
+            prepare(model, group)
+            group.on_first(lambda: len(read(config, point, model, made_of, output).lengths))
+            pairs = read(config, point, model, made_of, output)
+            train(config, point, model, pairs, made_of, output, group)
+            model.eval()
+            group.on_first(lambda: model.save_pretrained(output / "model"))
     return model
 
 

@@ -111,12 +111,12 @@ def main(config: Config) -> dict[str, float]:
     with ranks(config.device) as group:
         if not config.grid:
             return train(with_published(config), group)
-        output = group.on_first(lambda: claim_folder(config.output, "finetune", fixed(config)))
-        config = replace(config, output=str(output))
-        found = {point: train(point, group) for point in points(config)}
-        best = max(found, key=lambda point: found[point]["score"])
-        group.on_first(lambda: write_scores(output, {**found[best], "best": Path(best.output).name}))
-        return found[best]
+        with claim_folder(config.output, "finetune", fixed(config), group) as output:
+            config = replace(config, output=str(output))
+            found = {point: train(point, group) for point in points(config)}
+            best = max(found, key=lambda point: found[point]["score"])
+            group.on_first(lambda: write_scores(output, {**found[best], "best": Path(best.output).name}))
+            return found[best]
 
 
 def point_of(config: Config) -> Published:
@@ -149,43 +149,43 @@ def train(config: Config, group: Ranks) -> dict[str, float]:
     learnt = read(config, config.train, tokenizer, labels_of(config))
     dev = read(config, config.dev, tokenizer, learnt.labels)
     settings = fixed(config) | {"hash of train and model": inputs(config), "labels": learnt.labels}
-    output = group.on_first(lambda: claim_folder(config.output, "finetune", settings))
-    model = build(config, learnt).to(group.device)
-    prepare(model, group)
-    rows, rest = divmod(point.batch_size, group.world_size)
-    if rest:
-        raise ValueError(f"--batch-size {point.batch_size} cannot be cut into {group.world_size} ranks")
-    batches = Sampler(learnt.lengths, max_rows=rows, seed=config.seed, rank=group.rank, world_size=group.world_size)
-    epoch = max(1, sum(len(batch) >= group.world_size for batch in batches.plan(1)))
-    steps = point.epochs * epoch
-    fit(
-        model,
-        # The paper's decay is decoupled from the learning rate: the rate at its highest gives back its number.
-        torch.optim.AdamW(
-            model.parameters(),
-            lr=point.learning_rate,
-            betas=(0.9, 0.98),
-            eps=1e-6,
-            weight_decay=point.weight_decay / point.learning_rate,
-        ),
-        batches,
-        partial(learnt.loss, model),
-        output=output,
-        settings=settings,
-        steps=steps,
-        schedule=partial(
-            warmup_stable_decay, total=steps, warmup=config.warmup * steps, decay=(1 - config.warmup) * steps
-        ),
-        autocast=config.autocast,
-        validation=Validation(partial(dev.scores, model), epoch, best="score", highest=True),
-        ranks=group,
-        save_minutes=config.save_minutes,
-    )
-    load_weights(output / BEST, model)
-    model.eval()
-    scores = dev.scores(model)
-    group.on_first(lambda: save(model, tokenizer, output, scores))
-    return scores
+    with claim_folder(config.output, "finetune", settings, group) as output:
+        model = build(config, learnt).to(group.device)
+        prepare(model, group)
+        rows, rest = divmod(point.batch_size, group.world_size)
+        if rest:
+            raise ValueError(f"--batch-size {point.batch_size} cannot be cut into {group.world_size} ranks")
+        batches = Sampler(learnt.lengths, max_rows=rows, seed=config.seed, rank=group.rank, world_size=group.world_size)
+        epoch = max(1, sum(len(batch) >= group.world_size for batch in batches.plan(1)))
+        steps = point.epochs * epoch
+        fit(
+            model,
+            # The paper's decay is decoupled from the learning rate: the rate at its highest gives back its number.
+            torch.optim.AdamW(
+                model.parameters(),
+                lr=point.learning_rate,
+                betas=(0.9, 0.98),
+                eps=1e-6,
+                weight_decay=point.weight_decay / point.learning_rate,
+            ),
+            batches,
+            partial(learnt.loss, model),
+            output=output,
+            settings=settings,
+            steps=steps,
+            schedule=partial(
+                warmup_stable_decay, total=steps, warmup=config.warmup * steps, decay=(1 - config.warmup) * steps
+            ),
+            autocast=config.autocast,
+            validation=Validation(partial(dev.scores, model), epoch, best="score", highest=True),
+            ranks=group,
+            save_minutes=config.save_minutes,
+        )
+        load_weights(output / BEST, model)
+        model.eval()
+        scores = dev.scores(model)
+        group.on_first(lambda: save(model, tokenizer, output, scores))
+        return scores
 
 
 def labels_of(config: Config) -> Sequence[str] | None:

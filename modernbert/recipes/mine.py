@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from modernbert.checkpoint import locate
 from modernbert.config import SIZE
 from modernbert.heads.colbert import ColBERT
 from modernbert.heads.embedder import Embedder
 from modernbert.heads.folders import class_of
-from modernbert.train.claim import LOCK, claim_folder
+from modernbert.train.claim import claim_folder
 from modernbert.train.data import choose_pairs
 from modernbert.train.examples import read_texts
 from modernbert.train.mining import Filter, Random, Source, mine, quotas_of
@@ -69,9 +68,8 @@ def main(config: Config) -> int:
     if config.negatives > most:
         raise ValueError(f"--depth {config.depth} gives {most} candidates at most, fewer than --negatives: raise it")
     torch.set_num_threads(config.threads)
-    output = claim_folder(config.output, "mine", fixed(config) | inputs(config))
-    pairs = choose_pairs(config.pairs, exclude_sources=config.exclude_sources, decontaminate_against=())
-    with FileLock(output / LOCK):  # a second run waits: BM25 makes its blocks anew
+    with claim_folder(config.output, "mine", fixed(config) | inputs(config)) as output:
+        pairs = choose_pairs(config.pairs, exclude_sources=config.exclude_sources, decontaminate_against=())
         count = mine(
             pairs,
             output,

@@ -90,20 +90,20 @@ def main(config: Config) -> MaskedLM:
     with ranks(config.device) as group:
         for stage in plan:  # raises now, and not after the stages before it
             rows_of_batch(config, stage, group)
-        output = group.on_first(lambda: claim_folder(config.output, "mlm", fixed(config)))
-        group.on_first(lambda: write_inputs(config, output))
-        tokenizer = Tokenizer.from_pretrained(output)
-        model = build(config, tokenizer).to(group.device)
-        prepare(model, group, compile=config.compile)
-        moments = None
-        for number, stage in enumerate(plan, start=1):
-            optimizer = begin(model, stage)
-            if moments is not None:
-                load_moments(optimizer, moments)
-            train(config, model, optimizer, tokenizer, output / f"stage-{number}", number, stage, group)
-            moments = optimizer.state_dict()
-        model.eval()
-        group.on_first(lambda: save(model, tokenizer, output / "model"))
+        with claim_folder(config.output, "mlm", fixed(config), group) as output:
+            group.on_first(lambda: write_inputs(config, output))
+            tokenizer = Tokenizer.from_pretrained(output)
+            model = build(config, tokenizer).to(group.device)
+            prepare(model, group, compile=config.compile)
+            moments = None
+            for number, stage in enumerate(plan, start=1):
+                optimizer = begin(model, stage)
+                if moments is not None:
+                    load_moments(optimizer, moments)
+                train(config, model, optimizer, tokenizer, output / f"stage-{number}", number, stage, group)
+                moments = optimizer.state_dict()
+            model.eval()
+            group.on_first(lambda: save(model, tokenizer, output / "model"))
     return model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..late_interaction import Ragged, maxsim
 from ..retrieval.dataset import find_dataset, parts, read_qrels, read_queries
 from ..retrieval.documents.find import read_file
-from ..retrieval.evaluate import check_measures, evaluate
+from ..retrieval.evaluate import Metric, check_measures, evaluate
 from ..truncation import TruncationWarning
 from .distributed import is_sharded
 
@@ -34,6 +34,14 @@ class Retriever(Protocol):
 def beir(
     folder: str | os.PathLike[str], model: Retriever, *, split: str | None = None, batch_tokens: int | None = None
 ) -> Callable[[], dict[str, float]]:
+    """The means of `beir_metrics`."""
+    measure = beir_metrics(folder, model, split=split, batch_tokens=batch_tokens)
+    return lambda: {metric.name: metric.mean for metric in measure()}
+
+
+def beir_metrics(
+    folder: str | os.PathLike[str], model: Retriever, *, split: str | None = None, batch_tokens: int | None = None
+) -> Callable[[], list[Metric]]:
     """Measures nDCG@10, MRR@10 and recall@100 on a data set in the layout of BEIR or MTEB, which is read now.
 
     Scores are exact, and documents are cut at the length of the model. `modernbert evaluate` cuts them into passages
@@ -54,7 +62,7 @@ def beir(
     ids = [document.id for document in documents]
     texts = [document.content for document in documents]
 
-    def measure() -> dict[str, float]:
+    def measure() -> list[Metric]:
         if isinstance(model, nn.Module) and any(map(is_sharded, model.parameters())):
             # Encoding runs in inference mode, and on a CPU in threads: neither fits the messages of `fully_shard`.
             raise ValueError(
@@ -67,7 +75,7 @@ def beir(
         # One more than are ranked, because one may be the query.
         scores, index = maxsim(wanted, found, top_k=TOP + 1)
         run = {name: _named(*row, ids) for name, row in zip(asked, zip(scores, index, strict=True), strict=True)}
-        return {metric.name: metric.mean for metric in evaluate(run, judged, on_note=_quiet)}
+        return evaluate(run, judged, on_note=_quiet)
 
     return measure
 

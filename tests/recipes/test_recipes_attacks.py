@@ -9,12 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from small_models import toy_pairs, write_rows
 from test_retriever_stages import STAGES, config, made  # noqa: F401  (a fixture)
 
-from modernbert.recipes import colbert, distill, embed, mine
+from modernbert.recipes import colbert, contrastive, distill, embed, mine
 from modernbert.train import data, teacher
 from modernbert.train.examples import Pair, read_all_texts, read_triples
 
@@ -196,13 +195,21 @@ def test_vectors_that_are_not_finite_are_not_mined_with(made, tmp_path, monkeypa
         mine.main(mine.Config(pairs=str(made / "pairs"), output=str(tmp_path / "out"), **options))
 
 
-def test_of_two_runs_in_one_folder_one_waits(made, tmp_path, monkeypatch):  # noqa: F811
-    """BM25 makes its blocks anew, which would take them from the other run."""
+@pytest.mark.parametrize("stage", [*STAGES, "contrastive", "mine"])
+def test_of_two_runs_in_one_folder_the_second_is_refused(made, tmp_path, monkeypatch, stage):  # noqa: F811
+    """Its checkpoints would replace those of the first one, and BM25 makes its blocks anew."""
+    recipe = {"contrastive": contrastive, "mine": mine, **STAGES}[stage]
+    if stage in STAGES:
+        first = config(made, tmp_path, stage)
+    else:
+        first = recipe.Config(pairs=str(made / "pairs"), output=str(tmp_path), threads=1)
 
-    def mined(*_, **__):
-        with pytest.raises(Timeout):
-            FileLock(tmp_path / "out" / ".lock").acquire(timeout=0)
-        return 1
+    def second(*_, **__):
+        with pytest.raises(BlockingIOError, match=f"another run is writing to {tmp_path}: wait until it has ended"):
+            recipe.main(first)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(mine, "mine", mined)
-    assert mine.main(mine.Config(pairs=str(made / "pairs"), output=str(tmp_path / "out"), threads=1)) == 1
+    monkeypatch.setattr(recipe, "mine" if stage == "mine" else "train", second)
+    for _ in range(2):  # what has ended holds nothing
+        with pytest.raises(KeyboardInterrupt):
+            recipe.main(first)

@@ -5,6 +5,8 @@ import errno
 import gzip
 import json
 import math
+import os
+import signal
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -206,19 +208,43 @@ def test_best_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_run_that_has_only_its_settings_may_begin_again_with_others(tmp_path):
-    folder = claim_folder(tmp_path / "out", "mlm", {"seed": 1})
+    def claim(recipe: str, settings: dict[str, object]) -> Path:
+        with claim_folder(tmp_path / "out", recipe, settings) as folder:
+            return folder
+
+    folder = claim("mlm", {"seed": 1})
     (folder / ".nfs0001").write_text("")
     for settings in ({"seed": 2}, {"seed": 2, "rate": 0.1}):
-        assert claim_folder(tmp_path / "out", "finetune", settings) == folder
+        assert claim("finetune", settings) == folder
         assert json.loads((folder / RUN).read_text()) == {"recipe": "finetune", **settings}
     (folder / "log.jsonl").write_text("")
-    assert claim_folder(folder, "finetune", settings) == folder
+    assert claim("finetune", settings) == folder
     for recipe, other, words in (("mlm", settings, "recipe is 'finetune', now 'mlm'"), ("finetune", {}, "rate is 0.1")):
         with pytest.raises(ValueError, match=rf"run\.json belongs to another run: {words}"):
-            claim_folder(folder, recipe, other)
+            claim(recipe, other)
     (folder / RUN).unlink()
     with pytest.raises(FileExistsError, match=rf"out holds log\.jsonl, but no {RUN} of a run"):
-        claim_folder(folder, "finetune", settings)
+        claim("finetune", settings)
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
+    """Also with other settings: those of the first run stay. A run that was killed holds nothing."""
+    out, settings = tmp_path / "out", {"seed": 1}
+    for other in (settings, {"seed": 2}):
+        with (
+            claim_folder(out, "mlm", settings),
+            pytest.raises(BlockingIOError, match=f"another run is writing to {out}"),
+        ):
+            claim_folder(out, "mlm", other).__enter__()
+        assert json.loads((out / RUN).read_text()) == {"recipe": "mlm", **settings}
+    with pytest.raises(KeyError), claim_folder(out, "mlm", settings):
+        raise KeyError
+    if not (killed := os.fork()):
+        claim_folder(out, "mlm", settings).__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(killed, 0)[1] == signal.SIGKILL
+    with claim_folder(out, "mlm", settings) as folder:
+        assert folder == out
 
 
 # Options and devices
