@@ -105,7 +105,7 @@ def main(config: Config) -> ColBERT:
         with claim_folder(config.output, "colbert", fixed(config) | made_of, group) as output:
             model = build(config).to(group.device).train()
             prepare(model, group)
-            group.on_first(lambda: ask(config))
+            group.on_first(lambda: ask(config, group.device))
             group.on_first(lambda: len(read(config, model, made_of, output).lengths))
             rows = read(config, model, made_of, output)
             train(config, model, rows, made_of, output, group)
@@ -131,11 +131,12 @@ def cut(config: Config, pairs: Iterator[Pair]) -> Iterator[Pair]:
         raise ValueError(f"no row of {config.rows} has {config.ways} documents: give a smaller --ways")
 
 
-def ask(config: Config) -> None:
+def ask(config: Config, device: torch.device) -> None:
     """Add to the teacher's folder the scores that it lacks, if its model is given."""
     if config.teacher_model:
         pairs = (asked for pair in triples(config) for asked in asked_of(pair))
-        write_scores(pairs, config.teacher_model, config.teacher, max_length=config.teacher_length)
+        options = {"max_length": config.teacher_length, "device": str(device)}
+        write_scores(pairs, config.teacher_model, config.teacher, **options)
 
 
 def asked_of(pair: Pair) -> list[tuple[str, str]]:

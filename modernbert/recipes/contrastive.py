@@ -216,7 +216,7 @@ def prepare(config: Config, output: Path) -> tuple[ColBERT, data.TokenizedPairs,
     if config.teacher and config.teacher_model:
         chosen = data.first_per_source(pairs, config.teacher_pairs)
         texts = token_texts(tokenizer) + [text for pair in chosen for text in (pair.query, pair.positive)]
-        write_teacher(texts, config.teacher_model, config.teacher)
+        write_teacher(texts, config.teacher_model, config.teacher, device=config.device)
     teacher = Teacher(config.teacher) if config.teacher else None
     model = build(config, tokenizer, teacher)
     tokens = data.TokenizedPairs.from_pairs(pairs, model, teacher)

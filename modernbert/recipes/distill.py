@@ -100,7 +100,7 @@ def main(config: Config) -> Embedder:
         made_of = group.on_first(lambda: inputs(config))
         with claim_folder(config.output, "distill", fixed(config) | made_of, group) as output:
             embedder = start_embedder(config.model, max_length=config.max_length)
-            group.on_first(lambda: ask(config))
+            group.on_first(lambda: ask(config, group.device))
             lessons = read(config, embedder)
             assert lessons.teacher.width is not None  # `read` has seen to it
             student = Student(embedder, lessons.teacher.width).to(group.device).train()
@@ -115,10 +115,11 @@ def texts(config: Config) -> Iterator[str]:
     return (text for source in config.texts for text in read_all_texts(source))
 
 
-def ask(config: Config) -> None:
+def ask(config: Config, device: torch.device) -> None:
     """Add to the teacher's folder what it lacks, if its model is given."""
     if config.teacher_model:
-        write_teacher(texts(config), config.teacher_model, config.teacher, max_length=config.teacher_length)
+        options = {"max_length": config.teacher_length, "device": str(device)}
+        write_teacher(texts(config), config.teacher_model, config.teacher, **options)
 
 
 def inputs(config: Config) -> dict[str, object]:

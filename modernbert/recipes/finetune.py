@@ -21,11 +21,8 @@ import torch
 
 from modernbert.checkpoint import locate
 from modernbert.config import FLAG, POSITIVE, SIZE
-from modernbert.encoder import Encoder
 from modernbert.files import replacing
 from modernbert.heads.classifier import SequenceClassifier
-from modernbert.heads.folders import class_of
-from modernbert.heads.masked_lm import MaskedLM
 from modernbert.heads.token_classifier import TokenClassifier
 from modernbert.tokenizer import Tokenizer
 from modernbert.train import glue
@@ -40,12 +37,10 @@ from modernbert.train.prepare import prepare
 from modernbert.train.reading import digest, files
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
+from modernbert.train.start import start_model
 from modernbert.train.validation import Validation
 
 Data = Texts | Words
-
-
-HEADS = {"MaskedLM": MaskedLM, "SequenceClassifier": SequenceClassifier, "TokenClassifier": TokenClassifier}
 
 
 class Published(NamedTuple):
@@ -211,9 +206,8 @@ def read(config: Config, file: str, tokenizer: Tokenizer, labels: Sequence[str] 
 def build(config: Config, learnt: Data) -> Classifier:
     """A new classifier on the encoder of `--model`, with the first layer of its head where it has one."""
     torch.manual_seed(config.seed)
-    kind = HEADS.get(class_of(locate(config.model)) or "")
-    start = Encoder.from_pretrained(config.model) if kind is None else kind.from_pretrained(config.model)
-    encoder, head = (start, None) if isinstance(start, Encoder) else (start.model, start.head)
+    start = start_model(config.model)
+    encoder, head = start.base_model, getattr(start, "head", None)
     if isinstance(learnt, Words):
         return TokenClassifier(encoder, labels=learnt.labels, head=head)
     problem = "single_label_classification" if learnt.labels else "regression"

@@ -67,6 +67,8 @@ def main(config: Config) -> int:
     most = config.depth * len(config.sources)
     if config.negatives > most:
         raise ValueError(f"--depth {config.depth} gives {most} candidates at most, fewer than --negatives: raise it")
+    if config.candidates and not any(map(is_colbert, config.sources)):
+        raise ValueError("--candidates is for MaxSim, and none of --sources is a ColBERT: leave it out")
     torch.set_num_threads(config.threads)
     with claim_folder(config.output, "mine", fixed(config) | inputs(config)) as output:
         pairs = choose_pairs(config.pairs, exclude_sources=config.exclude_sources, decontaminate_against=())
@@ -105,9 +107,12 @@ def sources(config: Config, passages: PassageFile, output: Path) -> Sequence[Sou
 def vectors(config: Config, passages: PassageFile, folder: Path, name: str) -> Vectors:
     """A model as a source. `--candidates` is for those that are a ColBERT."""
     folder.mkdir(exist_ok=True)
-    is_colbert = class_of(locate(name)) == "ColBERT"
-    model = (ColBERT if is_colbert else Embedder).from_pretrained(name, device=config.device)
-    return Vectors(model, passages, folder, candidates=config.candidates if is_colbert else 0)
+    model = (ColBERT if is_colbert(name) else Embedder).from_pretrained(name, device=config.device)
+    return Vectors(model, passages, folder, candidates=config.candidates if is_colbert(name) else 0)
+
+
+def is_colbert(name: str) -> bool:
+    return name not in (WORDS, ANY) and class_of(locate(name)) == "ColBERT"
 
 
 def inputs(config: Config) -> dict[str, object]:

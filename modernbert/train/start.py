@@ -21,6 +21,8 @@ from ..heads.embedder import Embedder
 from ..heads.embedder_files import EmbedderConfig
 from ..heads.folders import class_of
 from ..heads.masked_lm import MaskedLM
+from ..heads.multiple_choice import MultipleChoice
+from ..heads.question_answering import QuestionAnswering
 from ..heads.token_classifier import TokenClassifier
 from ..pretrained import Pretrained
 from ..tokenizer import CONFIG, Tokenizer
@@ -28,8 +30,9 @@ from .reading import digest_folder
 
 KEEP = "keep"
 
+CLASSIFIERS = (SequenceClassifier, TokenClassifier, MultipleChoice, QuestionAnswering)
 KINDS: Mapping[str, type[Pretrained]] = MappingProxyType(
-    {kind.__name__: kind for kind in (MaskedLM, SequenceClassifier, TokenClassifier, Embedder, ColBERT)}
+    {kind.__name__: kind for kind in (Encoder, MaskedLM, *CLASSIFIERS, Embedder, ColBERT)}
 )
 
 
@@ -52,10 +55,14 @@ def hash_of(name: str) -> str:
     return digest_folder(locate(name))
 
 
+def start_model(name: str) -> Pretrained:
+    """The model of a folder or hub id, of its own class, so that no tensor is left over."""
+    return KINDS.get(class_of(locate(name)) or "", Encoder).from_pretrained(name)
+
+
 def start_encoder(name: str) -> Encoder:
     """The encoder of a folder or hub id, without the head that may be there."""
-    kind = KINDS.get(class_of(locate(name)) or "", Encoder)  # by its class, so that no tensor is left over
-    encoder = kind.from_pretrained(name).base_model
+    encoder = start_model(name).base_model
     assert isinstance(encoder, Encoder)
     return encoder
 

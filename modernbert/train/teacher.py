@@ -35,11 +35,21 @@ PATIENCE = 14 * 24 * 60.0
 """Minutes for which the other ranks wait while the first one asks a teacher. One that has died is noticed at once."""
 
 
-def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[str], *, max_length: int = 96) -> Teacher:
+def write_teacher(
+    texts: Iterable[str],
+    model: str,
+    folder: str | os.PathLike[str],
+    *,
+    max_length: int = 96,
+    device: str | None = None,
+) -> Teacher:
     """Add to a folder the vectors of texts by a sentence-transformers model, cut to `max_length` tokens.
 
     The model computes under bfloat16 autocast, but in float32 on a CPU, where few are fast in bfloat16. It is loaded
     only if a vector is missing.
+
+    Args:
+        device: where it computes; None: where sentence-transformers or `ColBERT` does if nothing is named.
 
     Raises:
         ValueError, FileExistsError: as `fill`. ModuleNotFoundError: sentence-transformers is not installed.
@@ -48,7 +58,7 @@ def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[st
 
     def answer(part: list[str]) -> Tensor:
         if not encoders:
-            encoders.append(_sentence_transformer(model, max_length))
+            encoders.append(_sentence_transformer(model, max_length, device))
         (encoder,) = encoders
         kind = encoder.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
@@ -58,7 +68,12 @@ def write_teacher(texts: Iterable[str], model: str, folder: str | os.PathLike[st
 
 
 def write_scores(
-    pairs: Iterable[tuple[str, str]], model: str, folder: str | os.PathLike[str], *, max_length: int = 512
+    pairs: Iterable[tuple[str, str]],
+    model: str,
+    folder: str | os.PathLike[str],
+    *,
+    max_length: int = 512,
+    device: str | None = None,
 ) -> Teacher:
     """Add to a folder the scores of pairs of a query and a document, by a cross-encoder or by a `ColBERT` of ours.
 
@@ -67,6 +82,7 @@ def write_scores(
 
     Args:
         model: the folder of a `ColBERT`; or the folder or the name of a cross-encoder of sentence-transformers.
+        device: where it computes; None: where sentence-transformers or `ColBERT` does if nothing is named.
 
     Raises:
         ValueError, FileExistsError: as `fill`.
@@ -77,7 +93,7 @@ def write_scores(
 
     def answer(part: list[tuple[str, str]]) -> Tensor:
         if not scorers:
-            scorers.append(_colbert(model) if is_colbert(model) else _cross_encoder(model, max_length))
+            scorers.append(_colbert(model, device) if is_colbert(model) else _cross_encoder(model, max_length, device))
         return scorers[0](part)
 
     return fill(folder, pairs, answer, identity_of_scores(model, max_length))
@@ -101,14 +117,14 @@ def identity_of_vectors(model: str, max_length: int | None) -> dict[str, object]
     return {"model": model, "hash": None, "max_length": max_length}
 
 
-def _sentence_transformer(model: str, max_length: int) -> SentenceTransformer:
-    encoder = _sentence_transformers().SentenceTransformer(model)
+def _sentence_transformer(model: str, max_length: int, device: str | None) -> SentenceTransformer:
+    encoder = _sentence_transformers().SentenceTransformer(model, device=device)
     encoder.max_seq_length = max_length
     return encoder
 
 
-def _cross_encoder(model: str, max_length: int) -> Callable[[list[tuple[str, str]]], Tensor]:
-    scorer = _sentence_transformers().CrossEncoder(model, max_length=max_length)
+def _cross_encoder(model: str, max_length: int, device: str | None) -> Callable[[list[tuple[str, str]]], Tensor]:
+    scorer = _sentence_transformers().CrossEncoder(model, max_length=max_length, device=device)
     # transformers puts a new head on a model of another class, and warns.
     there, used = scorer.config.architectures, type(scorer[0].model).__name__
     if there and used not in there:
@@ -135,8 +151,8 @@ def _sentence_transformers() -> ModuleType:
     return sentence_transformers
 
 
-def _colbert(model: str) -> Callable[[list[tuple[str, str]]], Tensor]:
-    colbert = ColBERT.from_pretrained(model)
+def _colbert(model: str, device: str | None) -> Callable[[list[tuple[str, str]]], Tensor]:
+    colbert = ColBERT.from_pretrained(model, device=device)
 
     def answer(part: list[tuple[str, str]]) -> Tensor:
         encoded = []
@@ -145,7 +161,7 @@ def _colbert(model: str) -> Callable[[list[tuple[str, str]]], Tensor]:
         ):
             texts = list(dict.fromkeys(side))
             vectors = dict(zip(texts, encode(texts, progress=False), strict=True))
-            encoded.append(Ragged.from_list([vectors[text] for text in side]))
+            encoded.append(Ragged.from_list([vectors[text] for text in side]).to(colbert.device))
         return maxsim(*encoded, paired=True)
 
     return answer

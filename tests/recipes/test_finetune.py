@@ -1,5 +1,6 @@
 import json
 import random
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,10 @@ from folders import tree
 from modernbert.config import EncoderConfig
 from modernbert.encoder import Encoder
 from modernbert.heads.classifier import SequenceClassifier
+from modernbert.heads.embedder import Embedder
 from modernbert.heads.masked_lm import MaskedLM
+from modernbert.heads.multiple_choice import MultipleChoice
+from modernbert.heads.question_answering import QuestionAnswering
 from modernbert.heads.token_classifier import TokenClassifier
 from modernbert.recipes import finetune
 from modernbert.recipes.finetune import TASKS, Config, main, points, with_published
@@ -152,6 +156,24 @@ def test_the_head_of_a_masked_lm_is_kept(config, start):
     wanted = MaskedLM.from_pretrained(start).head.dense.weight
     assert torch.equal(model.head.dense.weight, wanted)
     assert model.config.classifier_pooling == "mean"
+
+
+@pytest.mark.parametrize("kind", [QuestionAnswering, MultipleChoice, Embedder])
+def test_a_model_of_any_kind_may_be_the_start(config, start, tmp_path, kind):
+    """The first layer of its head is kept, if it has one, and no tensor is left over."""
+    masked_lm, tokenizer = MaskedLM.from_pretrained(start), finetune.Tokenizer.from_pretrained(start)
+    first = Embedder(masked_lm.model, tokenizer) if kind is Embedder else kind(masked_lm.model)
+    first.save_pretrained(tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    settings = config("RTE", model=str(tmp_path / "first"))
+    learnt = finetune.read(settings, settings.train, tokenizer, ("a", "b"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = finetune.build(settings, learnt)
+    old, new = first.base_model.state_dict(), model.model.state_dict()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    if kind is not Embedder:
+        assert torch.equal(model.head.dense.weight, first.head.dense.weight)
 
 
 def test_a_fine_tuned_model_may_be_the_start(config, tmp_path):

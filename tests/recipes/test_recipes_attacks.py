@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +99,31 @@ def test_a_negative_that_answers_does_not_push(made, tmp_path):  # noqa: F811
     assert logs[1] < logs[0] + np.log(2.0) - 0.01  # log 2 if a positive were its own negative
 
 
+@pytest.mark.parametrize("kind", ["embedder", "colbert", "cross-encoder"])
+def test_a_teacher_is_on_the_device_of_the_run(made, tmp_path, monkeypatch, kind):  # noqa: F811
+    """The device "meta" is not a CPU, and is everywhere."""
+    seen = []
+
+    def load(name, device=None, **_):
+        seen.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(
+        sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=load, CrossEncoder=load)
+    )
+    monkeypatch.setattr(teacher.ColBERT, "from_pretrained", load)
+    if kind == "embedder":
+        run = replace(config(made, tmp_path, "distill"), teacher=str(tmp_path / "v"), teacher_model=str(made / "pairs"))
+        ask = distill.ask
+    else:
+        model = str(made / ("save_colbert" if kind == "colbert" else "save_masked_lm"))
+        changes = {"rows": str(made / "triples"), "teacher": str(tmp_path / "scores"), "teacher_model": model}
+        run, ask = config(made, tmp_path, "colbert", **changes), colbert.ask
+    with pytest.raises(KeyboardInterrupt):
+        ask(run, torch.device("meta"))
+    assert seen == ["meta"]
+
+
 @pytest.mark.parametrize("kind", ["masked_lm", "embedder"])
 def test_scores_of_a_new_head_are_refused(made, tmp_path, kind):  # noqa: F811
     pytest.importorskip("sentence_transformers")
@@ -159,6 +185,7 @@ IMPOSSIBLE = {
     "shares that are not numbers": ({"mix": (1.0, float("nan"))}, "must be finite"),
     "a share below 0": ({"mix": (1.0, -1.0)}, "0 or more"),
     "more than the depth": ({"negatives": 41, "depth": 20}, "--depth 20 gives 40 candidates at most"),
+    "candidates without MaxSim": ({"candidates": 99}, "--candidates is for MaxSim, and none of --sources is a ColBERT"),
     "more than there are": ({"negatives": 99}, "99 negatives of each pair are more than 96 passages"),
 }
 

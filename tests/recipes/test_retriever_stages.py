@@ -9,10 +9,11 @@ import pytest
 import torch
 from small_models import save_colbert, save_embedder, save_masked_lm, toy_pairs, write_rows
 
+from modernbert.heads import folders
 from modernbert.heads.colbert import ColBERT
 from modernbert.heads.embedder import Embedder
 from modernbert.recipes import colbert, contrastive, distill, embed, mine
-from modernbert.train import teacher
+from modernbert.train import start, teacher
 from modernbert.train.options import parse
 from modernbert.train.teacher_folder import fill
 
@@ -113,6 +114,11 @@ def test_a_stage_starts_from_any_checkpoint(made, tmp_path, stage, kind):
     for (name, wanted), got in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         torch.testing.assert_close(got, wanted, msg=name)
     assert isinstance(model, ColBERT if stage == "colbert" else Embedder)
+
+
+def test_every_class_of_a_folder_may_be_the_start():
+    """A head without a row would lose its tensors with a warning."""
+    assert set(start.KINDS) == {*folders.ARCHITECTURES.values(), *folders.MODELS.values()}
 
 
 def test_a_head_is_kept(made, tmp_path):

@@ -27,14 +27,14 @@ def test_a_written_teacher_folder_reads_back(tmp_path, monkeypatch):
         device = torch.device("cpu")
         max_seq_length = 0
 
-        def __init__(self, name):
-            assert name == "some-model"
+        def __init__(self, name, device):
+            assert (name, device) == ("some-model", "cpu")
 
         def encode(self, texts, **_):
             return torch.tensor([[len(text), 1.0] for text in texts])
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Stub))
-    write_teacher(["a", "four", "a", "ninechars"], "some-model", tmp_path)
+    write_teacher(["a", "four", "a", "ninechars"], "some-model", tmp_path, device="cpu")
     teacher = Teacher(tmp_path)
     assert len(teacher.keys) == 3
     index = teacher.index(["ninechars", "a"])
