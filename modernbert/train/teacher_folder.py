@@ -193,7 +193,10 @@ def _add(folder: Path, texts: Iterable[A], answer: Callable[[list[A]], np.ndarra
     known = np.sort(np.concatenate([np.zeros(0, np.uint64), *(keys for keys, _ in parts)]))
     shape = parts[0][1].shape[1:] if parts else None
     started, added = time.monotonic(), 0
-    for number, part in enumerate(_missing(texts, known), start=len(parts)):
+    # Not the number of parts: one that was damaged may have been deleted, and a script may count from 1.
+    numbers = (file.stem.removeprefix("keys-") for file in key_files(folder))
+    first = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    for number, part in enumerate(_missing(texts, known), start=first):
         values = _checked(answer(list(part.values())), list(part.values()), shape)
         keys = np.fromiter(part, np.uint64, len(part))
         shape = values.shape[1:]

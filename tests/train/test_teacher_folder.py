@@ -96,6 +96,19 @@ def test_a_full_disk_leaves_the_parts_before_it(tmp_path, monkeypatch):
     assert asked.texts == TEXTS[4:]
 
 
+@pytest.mark.parametrize("gone", ["000000", "000001"])
+def test_a_part_is_never_replaced(tmp_path, gone):
+    """The number of parts may be that of one of them: a damaged part was deleted, or a script counted from 1."""
+    fill(tmp_path, TEXTS, Asked(), ME)
+    for name in ("keys", "values"):
+        (tmp_path / f"{name}-{gone}.npy").unlink()
+    before = content(tmp_path)
+    found = fill(tmp_path, TEXTS, asked := Asked(), ME)
+    assert len(found.keys) == 11
+    assert len(asked.texts) == 4
+    assert before.items() <= content(tmp_path).items()
+
+
 def test_another_teacher_is_refused(tmp_path):
     fill(tmp_path, TEXTS[:1], Asked(), {"model": "a", "max_length": 96})
     before = content(tmp_path)
