@@ -12,10 +12,10 @@ ABLATION/rows has the metrics of each query, for `modernbert compare`.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -25,7 +25,7 @@ from modernbert.config import FLAG, SIZE
 from modernbert.files import replacing
 from modernbert.heads.colbert_files import ColBERTConfig
 from modernbert.heads.folders import class_of
-from modernbert.recipes import colbert, contrastive, distill, embed, mine, mlm
+from modernbert.recipes import colbert, contrastive, distill, mine, mlm
 from modernbert.retrieval.compare import compare, read_metrics
 from modernbert.retrieval.evaluate import Metric
 from modernbert.train.beir import beir_metrics
@@ -37,28 +37,27 @@ from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, wri
 from modernbert.train.vocabulary import train_cased_tokenizer, train_tokenizer
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-LENGTHS = {"query_length": 48, "document_length": 224}  # of the finished model
-TEXT, TRAINED = 64, 96  # tokens of a text of the sample on average, about; and at most
+LENGTHS: dict[str, Any] = {"query_length": 48, "document_length": 224}  # of the finished model
+TEXT, LONGEST = 64, 96  # tokens of a text in training: the mean, about, and the most
 WAYS = 8  # documents of a query for KL; half of them for contrastive learning with hard negatives
 STYLES = ("searches", "keywords", "sentences")  # the sources that examples/query_styles.py makes
-STAGES = ("mlm", "distill", "contrastive", "negatives", "kl")
-REPORT = ("mlm", "embed", "tune", "distill", "kl")  # the order of mxbai-edge: one vector a text until the last stage
-SHARES = {"contrastive": 2, "embed": 2}  # of the steps; of any other stage 1
+SHARES = {"mlm": 1, "distill": 1, "contrastive": 2, "negatives": 1, "kl": 1}
+"""The stages in their order, each with its share of the steps."""
 METRIC = "nDCG@10"
 
 
 def without(*names: str) -> tuple[str, ...]:
-    return tuple(name for name in STAGES if name not in names)
+    return tuple(name for name in SHARES if name not in names)
 
 
 @dataclass(frozen=True)
 class Row:
     """The settings of a row of the table."""
 
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = tuple(SHARES)
     token_vectors: bool = True  # the teacher's, as the first token embeddings
-    in_batch_kl: bool = False
-    optimizer: str = "adamw"  # of KL
+    in_batch_kl: bool = False  # on the teacher's cosines, during contrastive learning
+    optimizer: Literal["muon", "adamw"] = "adamw"  # of KL
     head: str = "residual"
     dim: int = 64
     lower_case: bool = True
@@ -83,13 +82,12 @@ ROWS = {
     "linear head": Row(head="linear"),
     "KL within the batch": Row(without("kl"), in_batch_kl=True),
     "no query styles": Row(styles=False),
-    "Muon for KL": Row(optimizer="muon"),
     "cased": Row(lower_case=False),
     "48 numbers": Row(dim=48),
     "128 numbers": Row(dim=128),
+    "Muon for KL": Row(optimizer="muon"),
     "96 numbers": Row(dim=96),
     "no contrastive": Row(without("contrastive")),
-    "order of the report": Row(REPORT),
 }
 
 
@@ -130,51 +128,51 @@ class Data:
     """What all rows learn from, made once: a sample of the pairs, and what is made of it."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self.folder, self.teacher, self.seed = folder, config.teacher, config.seed
-        self.pairs = folder / "pairs.jsonl"
-        self.mined, self.scored = folder / "mined" / "rows", folder / "scored.jsonl"
+        self.folder, self.teacher, self.vocab_size = folder, config.teacher, config.vocab_size
+        self.pairs, self.mined, self.scored = folder / "pairs.jsonl", folder / "mined", folder / "scored.jsonl"
         folder.mkdir(exist_ok=True)
         if not self.pairs.exists():
             write_rows(self.pairs, map(row_of, sample(config)))
-        self.tokenizers = {lower: self.tokenizer(lower, config.vocab_size) for lower in (True, False)}
-        tokens = [text for tokenizer in self.tokenizers.values() for text in token_texts(tokenizer)]
+        tokens = [text for lower in (True, False) for text in token_texts(self.tokenizer(lower))]
         write_teacher([*tokens, *self.all_texts()], config.teacher_model, config.teacher)
-        options = {"negatives": WAYS - 1, "sources": ("bm25", "random"), "mix": (0.7, 0.3), "threads": config.threads}
-        mine.main(mine.Config(str(self.pairs), str(folder / "mined"), seed=config.seed, **options))
+        options: dict[str, Any] = {"negatives": WAYS - 1, "sources": ("bm25", "random"), "mix": (0.7, 0.3)}
+        options |= {"seed": config.seed, "threads": config.threads}
+        mine.main(mine.Config(str(self.pairs), str(self.mined), **options))
         if not self.scored.exists():
             write_rows(self.scored, self.with_scores())
 
-    def all_texts(self, exclude_sources: tuple[str, ...] = ()) -> Iterator[str]:
-        pairs = read_pairs(self.pairs, exclude_sources=exclude_sources)
-        return (text for pair in pairs for text in (pair.query, pair.positive))
+    def all_texts(self, excluded: tuple[str, ...] = ()) -> Iterator[str]:
+        return (
+            text for pair in read_pairs(self.pairs, exclude_sources=excluded) for text in (pair.query, pair.positive)
+        )
 
     def texts(self, row: Row) -> str:
-        """The file of texts of masked LM and of distillation."""
-        file = self.folder / f"texts-{row.styles:d}.jsonl"
+        """The file of texts for masked LM and distillation."""
+        file = self.folder / f"texts-{'styles' if row.styles else 'plain'}.jsonl"
         if not file.exists():
             write_rows(file, ({"text": text} for text in self.all_texts(row.excluded)))
         return str(file)
 
-    def tokenizer(self, lower: bool, vocab_size: int) -> Tokenizer:
+    def tokenizer(self, lower: bool) -> Tokenizer:
         folder = self.folder / ("lower-case" if lower else "cased")
         if not (folder / "tokenizer.json").exists():
             train = train_tokenizer if lower else train_cased_tokenizer
-            train(self.all_texts(), vocab_size=vocab_size).save_pretrained(folder)
+            train(self.all_texts(), vocab_size=self.vocab_size).save_pretrained(folder)
         return Tokenizer.from_pretrained(folder)
 
     def with_scores(self) -> Iterator[dict[str, object]]:
         """The mined rows with the teacher's cosines."""
         teacher = Teacher(self.teacher)
-        for pair in read_triples(self.mined):
+        for pair in read_triples(self.mined / "rows"):
             documents = [pair.positive, *pair.negatives]
             query_1E, documents_NE = (teacher[teacher.index(texts)] for texts in ([pair.query], documents))
             scores = (documents_NE @ query_1E[0]).tolist()
             yield {"query": pair.query, "documents": documents, "scores": scores, "source": pair.source}
 
     def start(self, row: Row, seed: int) -> Path:
-        """An encoder that has learnt nothing but, perhaps, what each token means."""
-        tokenizer = self.tokenizers[row.lower_case]
-        folder = self.folder / f"start-{'lower-case' if row.lower_case else 'cased'}-{row.token_vectors:d}-{seed}"
+        """An encoder that has learnt nothing but, perhaps, what the teacher says of each token."""
+        tokenizer, kind = self.tokenizer(row.lower_case), "taught" if row.token_vectors else "random"
+        folder = self.folder / f"{kind}-{'lower-case' if row.lower_case else 'cased'}-{seed}"
         if not folder.exists():
             torch.manual_seed(seed)
             ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
@@ -214,23 +212,14 @@ class Stage:
     steps: int
 
     @property
-    def texts(self) -> int:
-        """Texts of a step."""
-        return max(2, self.config.tokens // TEXT)
+    def seed(self) -> int:
+        return self.config.seed + self.row.seed
 
-    def common(self, kind: type) -> dict[str, Any]:
-        """What the recipe with these settings shares with the others."""
-        options = {
-            "model": str(self.start),
-            "exclude_sources": self.row.excluded,
-            "steps": self.steps,
-            "seed": self.config.seed + self.row.seed,
-            "threads": self.config.threads,
-            "autocast": self.config.autocast,
-            "save_minutes": 60.0,
-            "output": "",
-        }
-        return {name: options[name] for name in options.keys() & {field.name for field in fields(kind)}}
+    @property
+    def common(self) -> dict[str, Any]:
+        """What all recipes are given."""
+        options = {"output": "", "seed": self.seed, "save_minutes": 60.0}
+        return options | {"threads": self.config.threads, "autocast": self.config.autocast}
 
     def done(self, recipe: Any, config: Any) -> Path:
         """The model of a recipe, trained if it is not there. The settings name its folder; the start is one of them."""
@@ -239,66 +228,58 @@ class Stage:
             recipe.main(replace(config, output=str(folder)))
         return folder / "model"
 
+    def with_head(self) -> str:
+        """The start, with a new head of the row if it is not a ColBERT."""
+        if class_of(self.start) == "ColBERT":
+            return str(self.start)
+        head, dim = self.row.head, self.row.dim
+        folder = Path(self.config.output, "runs", f"head-{digest(f'{self.start} {head} {dim} {self.seed}')}")
+        if not folder.exists():
+            torch.manual_seed(self.seed)
+            model = start_colbert(str(self.start), head=head, dim=dim, config=ColBERTConfig(**LENGTHS))
+            model.save_pretrained(folder)
+        return str(folder)
+
 
 def digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def masked_lm(stage: Stage) -> Path:
-    tokens = {"tokens": stage.steps * stage.config.tokens, "batch_tokens": stage.config.tokens}
-    options = stage.common(mlm.Config) | {
-        "model": "ettin-17m",
-        "start": str(stage.start),
-        "tokenizer": str(stage.start),
-    }
-    options |= {"longest": 256, "rank_tokens": stage.config.tokens, "dropout": 0.0, **tokens, **SHAPE}
-    return stage.done(mlm, mlm.Config(texts=stage.data.texts(stage.row), **options))
+    tokens, start = stage.config.tokens, str(stage.start)
+    options: dict[str, Any] = {"texts": stage.data.texts(stage.row), "start": start, "tokenizer": start, "dropout": 0.0}
+    options |= {"tokens": stage.steps * tokens, "batch_tokens": tokens, "rank_tokens": tokens, "longest": 256}
+    return stage.done(mlm, mlm.Config(model="ettin-17m", **options, **SHAPE, **stage.common))
 
 
 def l2_distillation(stage: Stage) -> Path:
-    options = {"batch_texts": stage.texts, "rank_texts": stage.texts, "max_length": TRAINED, "learning_rate": 1e-3}
-    return stage.done(
-        distill,
-        distill.Config(
-            (stage.data.texts(stage.row),), teacher=stage.data.teacher, **options, **stage.common(distill.Config)
-        ),
-    )
+    texts = max(1, stage.config.tokens // TEXT)
+    options: dict[str, Any] = {"texts": (stage.data.texts(stage.row),), "teacher": stage.data.teacher}
+    options |= {"batch_texts": texts, "rank_texts": texts, "max_length": LONGEST, "learning_rate": 1e-3}
+    options |= {"model": str(stage.start), "steps": stage.steps}
+    return stage.done(distill, distill.Config(**options, **stage.common))
 
 
 def contrastive_learning(stage: Stage, **changes: Any) -> Path:
-    """From the start with the head of the row, if it is not a ColBERT."""
-    options = {"start": with_head(stage), "dim": stage.row.dim, "batch_tokens": stage.config.tokens}
-    options |= {"train_document_length": TRAINED, "vocab_size": stage.config.vocab_size, **LENGTHS}
-    if stage.row.in_batch_kl:
-        options["teacher"] = stage.data.teacher
-    options |= {"pairs": str(stage.data.pairs), **changes}
-    return stage.done(contrastive, contrastive.Config(**options, **stage.common(contrastive.Config)))
+    options: dict[str, Any] = {"pairs": str(stage.data.pairs), "exclude_sources": stage.row.excluded}
+    options |= {"start": stage.with_head(), "dim": stage.row.dim, "steps": stage.steps}
+    options |= {"batch_tokens": stage.config.tokens, "train_document_length": LONGEST, **LENGTHS}
+    options |= {"teacher": stage.data.teacher if stage.row.in_batch_kl else "", **changes}
+    return stage.done(contrastive, contrastive.Config(**options, **stage.common))
 
 
 def hard_negatives(stage: Stage) -> Path:
-    """At half of the learning rate, as a second stage."""
-    changes = {"pairs": str(stage.data.mined), "hard_negatives": WAYS // 2, "learning_rate": 1e-3}
-    return contrastive_learning(stage, **changes)
+    mined = str(stage.data.mined / "rows")
+    return contrastive_learning(stage, pairs=mined, hard_negatives=WAYS // 2, learning_rate=1e-3)
 
 
 def kl(stage: Stage) -> Path:
-    queries = max(2, stage.config.tokens // (WAYS * TRAINED))
-    options = {"ways": WAYS, "batch_queries": queries, "rank_queries": queries, "optimizer": stage.row.optimizer}
-    options |= {"lower_case": stage.row.lower_case, "train_document_length": TRAINED, "learning_rate": 5e-4, **LENGTHS}
-    options |= stage.common(colbert.Config) | {"model": with_head(stage), "head": "keep"}
-    return stage.done(colbert, colbert.Config(str(stage.data.scored), **options))
-
-
-def one_vector(stage: Stage, **changes: Any) -> Path:
-    options = {"pairs": str(stage.data.pairs), "batch_pairs": stage.texts // 2, "learning_rate": 2e-3, **changes}
-    options |= {"max_length": TRAINED, "chunk_tokens": stage.config.tokens, **stage.common(embed.Config)}
-    return stage.done(embed, embed.Config(**options))
-
-
-def one_vector_tuned(stage: Stage) -> Path:
-    pairs = max(2, stage.texts // (2 + WAYS // 2))
-    options = {"pairs": str(stage.data.mined), "negatives": WAYS // 2, "batch_pairs": pairs, "learning_rate": 1e-3}
-    return one_vector(stage, stage="finetune", **options)
+    queries = max(1, stage.config.tokens // (WAYS * LONGEST))
+    options: dict[str, Any] = {"rows": str(stage.data.scored), "exclude_sources": stage.row.excluded, "ways": WAYS}
+    options |= {"model": stage.with_head(), "head": "keep", "lower_case": stage.row.lower_case, "steps": stage.steps}
+    options |= {"batch_queries": queries, "rank_queries": queries, "train_document_length": LONGEST, **LENGTHS}
+    options |= {"optimizer": stage.row.optimizer, "learning_rate": 5e-4}
+    return stage.done(colbert, colbert.Config(**options, **stage.common))
 
 
 RUNS: dict[str, Callable[[Stage], Path]] = {
@@ -307,36 +288,18 @@ RUNS: dict[str, Callable[[Stage], Path]] = {
     "contrastive": contrastive_learning,
     "negatives": hard_negatives,
     "kl": kl,
-    "embed": one_vector,
-    "tune": one_vector_tuned,
 }
 
 
-def with_head(stage: Stage) -> str:
-    """The start, with a new head of the row if it is not a ColBERT."""
-    if class_of(stage.start) == "ColBERT":
-        return str(stage.start)
-    row, seed = stage.row, stage.config.seed + stage.row.seed
-    folder = Path(stage.config.output, "runs", f"head-{digest(f'{stage.start} {row.head} {row.dim} {seed}')}")
-    if not folder.exists():
-        torch.manual_seed(seed)
-        start_colbert(str(stage.start), head=row.head, dim=row.dim, config=ColBERTConfig(**LENGTHS)).save_pretrained(
-            folder
-        )
-    return str(folder)
-
-
 def train(config: Config, data: Data, row: Row) -> Path:
-    """The model of a row."""
-    # What a row leaves out goes to its stage of contrastive learning, or to that with negatives.
-    shares = {name: SHARES.get(name, 1) for name in row.stages}
-    longest = max(shares, key=lambda name: (shares[name], name == "negatives"))
-    shares[longest] += sum(SHARES.get(name, 1) for name in STAGES) - sum(shares.values())
-    last, total = data.start(row, config.seed + row.seed), 0
-    for name in row.stages:
-        before, total = total, total + shares[name]
-        steps = [config.steps * each // sum(shares.values()) for each in (before, total)]
-        last = RUNS[name](Stage(config, data, row, last, steps[1] - steps[0]))
+    """The model of a row. The steps of what it leaves out go to its contrastive stage, or to that with negatives."""
+    shares = {name: SHARES[name] for name in row.stages}
+    contrastive_stage = "contrastive" if "contrastive" in shares else "negatives"
+    shares[contrastive_stage] += sum(SHARES.values()) - sum(shares.values())
+    last, done = data.start(row, config.seed + row.seed), 0
+    for name, share in shares.items():
+        steps = config.steps * (done + share) // sum(shares.values()) - config.steps * done // sum(shares.values())
+        last, done = RUNS[name](Stage(config, data, row, last, steps)), done + share
     return last
 
 
@@ -348,33 +311,33 @@ def files(config: Config, name: str) -> dict[str, Path]:
 
 def evaluate(config: Config, data: Data, name: str) -> None:
     missing = {each: file for each, file in files(config, name).items() if not file.exists()}
-    if missing:
-        print(f"row: {name}", flush=True)
-        model = ColBERT.from_pretrained(str(train(config, data, ROWS[name])))
-        for each, file in missing.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            metrics = beir_metrics(each, model)()
-            queries = metrics[0].per_query
-            write_rows(file, ({"query": q, **{m.name: m.per_query[q] for m in metrics}} for q in queries))
+    if not missing:
+        return
+    print(f"row: {name}", flush=True)
+    model = ColBERT.from_pretrained(train(config, data, ROWS[name]))
+    for each, file in missing.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        metrics = beir_metrics(each, model)()
+        queries = metrics[0].per_query
+        write_rows(file, ({"query": query, **{m.name: m.per_query[query] for m in metrics}} for query in queries))
 
 
 def table(config: Config, names: Sequence[str]) -> str:
-    """In Markdown: nDCG@10 of each row, and the difference to the first one with its interval."""
+    """In Markdown: nDCG@10 of each row, and the interval of the difference to the first one."""
     sets = [Path(each).name for each in (config.validation, *config.evaluate)]
-    lines = [f"| row | {' | '.join(sets)} | mean |", "|---" * (len(sets) + 2) + "|"]
-    first = [read_metrics(file) for file in files(config, names[0]).values()]
-    for name in names:
-        metrics = [read_metrics(file) for file in files(config, name).values()]
-        means = [of_set(each).mean for each in metrics]
-        cells = [f"{mean:.3f}" for mean in means]
+    lines = [f"| row | {' | '.join(sets)} | mean |", "| --- " * (len(sets) + 2) + "|"]
+    rows = {name: [ndcg(read_metrics(file)) for file in files(config, name).values()] for name in names}
+    for name, metrics in rows.items():
+        cells = [f"{metric.mean:.3f}" for metric in metrics]
         if name != names[0]:
-            changes = [compare([of_set(a)], [of_set(b)])[0] for a, b in zip(first, metrics, strict=True)]
+            changes = [compare([a], [b])[0] for a, b in zip(rows[names[0]], metrics, strict=True)]
             cells = [f"{cell} ({d.low:+.3f} to {d.high:+.3f})" for cell, d in zip(cells, changes, strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {sum(means) / len(means):.3f} |")
+        mean = sum(metric.mean for metric in metrics) / len(metrics)
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean:.3f} |")
     return "\n".join(lines)
 
 
-def of_set(metrics: Iterable[Metric]) -> Metric:
+def ndcg(metrics: Iterable[Metric]) -> Metric:
     return next(metric for metric in metrics if metric.name == METRIC)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -10,14 +11,19 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from small_models import WORDS, save_embedder, toy_pairs, write_rows
 
 from modernbert import ColBERT, EncoderConfig, MaskedLM
 from modernbert.train.vocabulary import train_cased_tokenizer
 
 ROOT = Path(__file__).parents[1]
+ABLATION = ["--pairs", "pairs.jsonl", "--teacher", "vectors", "--teacher-model", "teacher", "--validation", "held"]
+ABLATION += ["--output", "out", "--steps", "6", "--tokens", "600", "--vocab-size", "340", "--rows", "base", "no KL"]
 ARGUMENTS = {
+    "ablation": ABLATION,
     "encode": (),
     "search": ("how do I add a head?", str(ROOT / "CONTRIBUTING.md")),
     "finetune": ("tuned",),
@@ -120,3 +126,42 @@ def test_query_styles(run, tmp_path):
         json.loads(line)["text"]
         for line in (tmp_path / "styles/validation/corpus.jsonl").read_text().splitlines()[:200]
     }
+
+
+@pytest.mark.sweep
+def test_ablation(run, tmp_path):
+    """Each row is trained once, and then only printed."""
+    pytest.importorskip("sentence_transformers")
+    save_embedder(tmp_path / "teacher")
+    write_rows(tmp_path / "pairs.jsonl", toy_pairs(64))
+    write_rows(tmp_path / "held" / "corpus.jsonl", [{"_id": word, "text": f"the {word} was seen"} for word in WORDS])
+    write_rows(tmp_path / "held" / "queries.jsonl", [{"_id": word, "text": f"find {word[::-1]}"} for word in WORDS])
+    (tmp_path / "held" / "qrels").mkdir()
+    judged = [f"{word}\t{word}\t1" for word in WORDS]
+    (tmp_path / "held" / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged, ""]))
+    printed = run("ablation")
+    found = printed.splitlines()[-4:]
+    assert found[0] == "| row | held | mean |"
+    assert re.fullmatch(r"\| base \| [01]\.\d{3} \| [01]\.\d{3} \|", found[2])
+    assert re.fullmatch(r"\| no KL \| [01]\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\) \| [01]\.\d{3} \|", found[3])
+    kinds = Counter(path.name.split("-")[0] for path in (tmp_path / "out" / "runs").iterdir())
+    assert kinds == {"mlm": 1, "distill": 1, "head": 1, "contrastive": 4, "colbert": 1}  # "no KL" shares two stages
+    again = run("ablation")
+    assert again.splitlines()[-4:] == found
+    assert printed.count("row: ") == 2
+    assert "row: " not in again
+
+
+def test_rows_of_the_ablation_have_the_same_steps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    ablation = importlib.import_module("ablation")
+    config = ablation.Config("pairs", "teacher", "model", "held", str(tmp_path), steps=151)
+    data = SimpleNamespace(start=lambda row, seed: Path("start"))
+    seen: list[tuple[str, int]] = []
+    for name in ablation.SHARES:
+        monkeypatch.setitem(ablation.RUNS, name, lambda stage, name=name: seen.append((name, stage.steps)))
+    for row in ablation.ROWS.values():
+        seen.clear()
+        ablation.train(config, data, row)
+        assert [name for name, _ in seen] == list(row.stages)
+        assert sum(steps for _, steps in seen) == 151

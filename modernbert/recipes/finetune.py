@@ -37,7 +37,7 @@ from modernbert.train.prepare import prepare
 from modernbert.train.reading import digest, files
 from modernbert.train.sampling import Sampler
 from modernbert.train.schedules import warmup_stable_decay
-from modernbert.train.start import start_model
+from modernbert.train.start import encoder_of, start_model
 from modernbert.train.validation import Validation
 
 Data = Texts | Words
@@ -207,7 +207,7 @@ def build(config: Config, learnt: Data) -> Classifier:
     """A new classifier on the encoder of `--model`, with the first layer of its head where it has one."""
     torch.manual_seed(config.seed)
     start = start_model(config.model)
-    encoder, head = start.base_model, getattr(start, "head", None)
+    encoder, head = encoder_of(start), getattr(start, "head", None)
     if isinstance(learnt, Words):
         return TokenClassifier(encoder, labels=learnt.labels, head=head)
     problem = "single_label_classification" if learnt.labels else "regression"

@@ -62,7 +62,11 @@ def start_model(name: str) -> Pretrained:
 
 def start_encoder(name: str) -> Encoder:
     """The encoder of a folder or hub id, without the head that may be there."""
-    encoder = start_model(name).base_model
+    return encoder_of(start_model(name))
+
+
+def encoder_of(model: Pretrained) -> Encoder:
+    encoder = model.base_model
     assert isinstance(encoder, Encoder)
     return encoder
 
