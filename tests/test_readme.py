@@ -1,4 +1,4 @@
-"""README, docs and kernels/README.md are true: their blocks run, print what is shown, and name what exists."""
+"""README, docs, kernels/README.md and recipes/README.md are true: their blocks run and print what is shown."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import modernbert_kernels
 from modernbert_kernels import Op
 
 ROOT = Path(__file__).parents[1]
+HOMES = ("", "kernels", "modernbert/recipes")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [*(ROOT / home / "README.md" for home in HOMES), *sorted((ROOT / "docs").glob("*.md"))]
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
 OURS, END = "modernbert ", "\f"

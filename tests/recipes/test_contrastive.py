@@ -388,7 +388,7 @@ def test_two_ranks_score_the_documents_of_both(toy, tmp_path):
     words = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
     command = [*torchrun, sys.executable, "-m", "modernbert.recipes.contrastive", *words]
-    run = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr[-4000:]
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["model"]
     for name, wanted in one.state_dict().items():

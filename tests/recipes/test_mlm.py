@@ -152,7 +152,7 @@ def test_two_ranks_are_one_rank(config, tmp_path):
     one = main(replace(config, output=str(tmp_path / "one")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
     command = [*torchrun, sys.executable, "-m", "modernbert.recipes.mlm", *words(config)]
-    run = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr[-4000:]
     two = MaskedLM.from_pretrained(tmp_path / "out" / "model")
     for (name, wanted), got in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
