@@ -2,9 +2,11 @@
 
 python examples/query_styles.py PAIRS OUTPUT
 
-PAIRS is a folder of rows of query, positive, source and group. OUTPUT/pairs has these rows and new ones:
+PAIRS is a folder of rows of query, positive, source and group. OUTPUT/pairs has at most 25,000 rows of each source, so that
+no source outweighs the others, and new ones:
 
-- searches: for a function, the main words of its docstring as people type them into a search engine;
+- searches: for a function, the main words of its docstring as people type them into a search engine; half of the
+  functions have their docstring, as in real code;
 - keywords: for a passage, two to five of its rarest words;
 - sentences: for a passage, one of its sentences, which is taken out of it.
 
@@ -12,23 +14,26 @@ OUTPUT/validation is a BEIR folder: 100 queries of each source, whose groups are
 other passages.
 """
 
+import ast
 import json
 import math
 import random
 import re
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from bm25s.stopwords import STOPWORDS_EN_PLUS
 
+from modernbert.train.data import first_per_source
 from modernbert.train.examples import Pair, read_pairs
 
 LEFT_OUT = ("nl2bash",)  # GPL-3.0
 CODE = ("pydoc", "tldr-example", "tldr-page")
 KEYWORDS = SENTENCES = 40_000
-HELD_OUT, OTHERS = 100, 6_000
+MOST, HELD_OUT, OTHERS = 25_000, 100, 6_000
 
 SHAPES = [
     "python {}",
@@ -52,7 +57,23 @@ def search(pair: Pair, rng: random.Random) -> Pair | None:
     kept += [word for word in words[1:] if word not in STOPWORDS_EN_PLUS or rng.random() < 0.3]
     if len(kept) < 3:
         return None
-    return pair._replace(query=rng.choice(SHAPES).format(" ".join(kept[: rng.randint(3, 8)])), source="searches")
+    query = rng.choice(SHAPES).format(" ".join(kept[: rng.randint(3, 8)]))
+    function = documented(pair.positive, pair.query) if rng.random() < 0.5 else pair.positive
+    return pair._replace(query=query, positive=function, source="searches")
+
+
+def documented(function: str, docstring: str) -> str:
+    """A function with its docstring, where it can be parsed."""
+    lines = textwrap.dedent(function).splitlines()
+    try:
+        first = ast.parse("\n".join(lines)).body[0].body[0]
+    except (SyntaxError, AttributeError, IndexError):
+        return function
+    indent = lines[first.lineno - 1][: first.col_offset]
+    if indent.strip():  # on the line of its `def`
+        return function
+    lines.insert(first.lineno - 1, f'{indent}"""{docstring}"""')
+    return "\n".join(lines)
 
 
 def keywords(pair: Pair, rng: random.Random, rarity: dict[str, float]) -> Pair | None:
@@ -107,7 +128,8 @@ def main(source: str, output: str) -> None:
             held.append(pair)
     groups, texts = {pair.group for pair in held}, {pair.positive for pair in held}
     pairs = [pair for pair in pairs if pair.group not in groups and pair.positive not in texts]
-    write_rows(folder / "pairs" / "pairs.jsonl", (row(pair) for pair in [*pairs, *new_pairs(pairs, rng)]))
+    kept = first_per_source(pairs, MOST)
+    write_rows(folder / "pairs" / "pairs.jsonl", (row(pair) for pair in [*kept, *new_pairs(pairs, rng)]))
 
     passages = list(dict.fromkeys([pair.positive for pair in held + rng.sample(pairs, min(OTHERS, len(pairs)))]))
     numbers = {text: f"d{number}" for number, text in enumerate(passages)}

@@ -103,21 +103,24 @@ def test_query_styles(run, tmp_path):
     passages = [". ".join(" ".join(draw.choices(words, k=9)).capitalize() for _ in range(4)) + "." for _ in range(150)]
     rows = [{"query": f"what is {i}?", "positive": text, "source": "qa"} for i, text in enumerate(passages)]
     code = {"query": "Returns the number of open files of a process.", "source": "pydoc"}
-    rows += [{**code, "positive": f"def files_{i}(process): ..."} for i in range(150)]
+    rows += [{**code, "positive": f"def files_{i}(process):\n    return {i}"} for i in range(150)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({**row, "group": str(row)}) + "\n" for row in rows))
     run("query_styles")
     found = [json.loads(line) for line in (tmp_path / "styles" / "pairs" / "pairs.jsonl").read_text().splitlines()]
     sources = Counter(row["source"] for row in found)
     assert sources == {"qa": 50, "pydoc": 50, "searches": 50, "keywords": 50, "sentences": 50}
+    documented = Counter()
     for row in found:
         asked = set(row["query"].split())
         if row["source"] == "searches":
             assert {"return", "number"} <= asked
+            documented[code["query"] in row["positive"]] += 1
         if row["source"] == "keywords":
             assert asked <= set(re.findall(r"\w+", row["positive"].lower()))
         if row["source"] == "sentences":
             assert row["query"] not in row["positive"]
             assert any(row["query"] in passage for passage in passages)
+    assert min(documented.values()) > 10
     queries = [
         json.loads(line)["text"] for line in (tmp_path / "styles/validation/queries.jsonl").read_text().splitlines()
     ]
