@@ -119,9 +119,10 @@ def main(config: Config) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):  # a second run waits
         data = Data(config, output / "data")
-        for name in names:
-            evaluate(config, data, name)
-            print(table(config, names[: names.index(name) + 1]), flush=True)
+        for place, name in enumerate(names, start=1):
+            is_new = evaluate(config, data, name)
+            if is_new or place == len(names):
+                print(table(config, names[:place]), flush=True)
 
 
 class Data:
@@ -170,7 +171,7 @@ class Data:
             yield {"query": pair.query, "documents": documents, "scores": scores, "source": pair.source}
 
     def start(self, row: Row, seed: int) -> Path:
-        """An encoder that has learnt nothing but, perhaps, what the teacher says of each token."""
+        """An encoder that has learnt nothing but, perhaps, what each token means to the teacher."""
         tokenizer, kind = self.tokenizer(row.lower_case), "taught" if row.token_vectors else "random"
         folder = self.folder / f"{kind}-{'lower-case' if row.lower_case else 'cased'}-{seed}"
         if not folder.exists():
@@ -309,10 +310,11 @@ def files(config: Config, name: str) -> dict[str, Path]:
     return {each: folder / f"{Path(each).name}.jsonl" for each in (config.validation, *config.evaluate)}
 
 
-def evaluate(config: Config, data: Data, name: str) -> None:
+def evaluate(config: Config, data: Data, name: str) -> bool:
+    """Train and measure a row, if it is not done. Whether there was anything to do."""
     missing = {each: file for each, file in files(config, name).items() if not file.exists()}
     if not missing:
-        return
+        return False
     print(f"row: {name}", flush=True)
     model = ColBERT.from_pretrained(train(config, data, ROWS[name]))
     for each, file in missing.items():
@@ -320,6 +322,7 @@ def evaluate(config: Config, data: Data, name: str) -> None:
         metrics = beir_metrics(each, model)()
         queries = metrics[0].per_query
         write_rows(file, ({"query": query, **{m.name: m.per_query[query] for m in metrics}} for query in queries))
+    return True
 
 
 def table(config: Config, names: Sequence[str]) -> str:
