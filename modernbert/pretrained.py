@@ -32,7 +32,7 @@ class Backbone(Protocol):
 class Pretrained(nn.Module):
     """The base of `Encoder` and of every model that has one.
 
-    A model adds how it is read from a folder, `_read`, and what it writes, `_content`; with several formats `_content_in`.
+    A model adds how it is read from a folder, `_read`, and what it writes: `_content`, or for formats `_content_in`.
 
     Attributes:
         base_model_prefix: the name of the attribute that is the encoder, as transformers calls it.

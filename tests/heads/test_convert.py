@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from head_twin import SMALL
 from safetensors.torch import load_file
 
 from modernbert import ColBERT, Embedder, Encoder, Reranker, SequenceClassifier, TokenClassifier, Tokenizer
@@ -154,7 +153,7 @@ def test_pylate_reads_what_we_write_for_stanford(tmp_path: Path) -> None:
 
 
 def test_stanfords_colbert_reads_what_we_write_for_it(tmp_path: Path) -> None:
-    """Its class builds and loads the model, and its tokenizers give our ids."""
+    """colbert-ai 0.2.22, which needs transformers 4: its class loads the model, and its tokenizers give our ids."""
     base: Any = pytest.importorskip("colbert.modeling.base_colbert")
     tokenization: Any = pytest.importorskip("colbert.modeling.tokenization")
     ours = make()
@@ -163,10 +162,12 @@ def test_stanfords_colbert_reads_what_we_write_for_it(tmp_path: Path) -> None:
     assert torch.equal(theirs.linear.weight, ours.dense[0].linear.weight)
     state = theirs.bert.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in ours.encoder.state_dict().items())
-    ids, _ = tokenization.QueryTokenizer(theirs.colbert_config, verbose=0).tensorize(TEXTS)
-    assert ids.flatten().tolist() == ours.tokenize_queries(TEXTS).batch.input_ids.tolist()
     ids, mask = tokenization.DocTokenizer(theirs.colbert_config).tensorize(TEXTS)
     assert ids[mask.bool()].tolist() == ours.tokenize_documents(TEXTS).batch.input_ids.tolist()
+    ids, mask = tokenization.QueryTokenizer(theirs.colbert_config, verbose=0).tensorize(TEXTS)
+    assert ids.flatten().tolist() == ours.tokenize_queries(TEXTS).batch.input_ids.tolist()
+    rows = torch.nn.functional.normalize(theirs.linear(theirs.bert(ids, attention_mask=mask)[0]), dim=-1)
+    torch.testing.assert_close(ours.encode_queries(TEXTS).values, rows.detach().flatten(0, 1), rtol=0, atol=4e-6)
 
 
 def no_pad(model: ColBERT) -> ColBERT:
@@ -214,7 +215,7 @@ def save_each(folder: Path) -> dict[str, Path]:
         "Embedder": Embedder(encoder, tokenizer),
         "Encoder": encoder,
         "Reranker": Reranker(SequenceClassifier(Encoder.from_pretrained(BACKBONE), labels=1), tokenizer),
-        "TokenClassifier": TokenClassifier(Encoder(SMALL), labels=2),
+        "TokenClassifier": TokenClassifier(Encoder.from_pretrained(BACKBONE), labels=2),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
