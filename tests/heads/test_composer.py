@@ -1,7 +1,7 @@
 """Checkpoints of FlexBERT in Composer, both ways: the same bits, and the traps of its config.
 
-The names and settings were compared with the code of AnswerDotAI/ModernBERT, branch pretraining_documentation: its three
-classes load what `convert` writes with `strict=True`, and give our numbers.
+The names and settings were compared with the code of AnswerDotAI/ModernBERT, branch pretraining_documentation: its
+three classes load what `convert` writes with `strict=True`, and give our numbers.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def test_a_training_checkpoint_becomes_a_masked_lm(tmp_path: Path) -> None:
     ],
 )
 def test_the_theta_of_each_layer(changes: dict[str, Any], thetas: list[float]) -> None:
-    """AnswerDotAI/ModernBERT#209: models that its converter wrote gave NaN; it writes the -1 of "as global layers"."""
+    """AnswerDotAI/ModernBERT#215: its converter wrote -1, which means "as global layers", and all numbers were NaN."""
     config = from_flexbert(TRAINED | changes, "MaskedLM")
     assert [config.rope_theta(layer) for layer in range(4)] == thetas
     hf = config.to_hf()
