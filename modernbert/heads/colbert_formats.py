@@ -169,7 +169,7 @@ def _pad_token(tokenizer: Tokenizer) -> str:
 
 
 def _with_prefixes(tokenizer: Tokenizer, config: ColBERTConfig) -> dict[str, File]:
-    """The files of a tokenizer that lower-cases by itself, and finds a prefix at the beginning of a text."""
+    """The files of a tokenizer that lower-cases in tokenizer.json, and finds a prefix at the beginning of a text."""
     files: dict[str, File] = dict(tokenizer.files())
     content = files["tokenizer.json"]
     assert isinstance(content, bytes)
