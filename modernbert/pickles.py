@@ -126,7 +126,9 @@ def _called(path: Path, zipped: bool, most: int = MOST_OPCODES) -> set[str]:
         for count, (opcode, argument, _) in enumerate(opcodes):
             if count == most:
                 raise ValueError(f"it has more than {most:,} opcodes")
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:  # takes memory up to this place
+            if (
+                opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count
+            ):  # takes memory up to this place
                 raise ValueError(f"it stores at place {argument:,}, but has not so many objects")
             if opcode.name == "GLOBAL":
                 called.add(str(argument))

@@ -99,8 +99,7 @@ def stanford(
         ValueError: a head of several layers, a query without expansion, or another setting that it cannot say.
     """
     layer = unwrapped(dense[0])
-    projection = isinstance(layer, Dense) and layer.is_projection and layer.linear.bias is None
-    if len(dense) > 1 or not projection:
+    if len(dense) > 1 or not isinstance(layer, Dense) or not layer.is_projection or layer.linear.bias is not None:
         raise ValueError(f"the head of {STANFORD} is one matrix, without bias, activation or residual")
     if not config.do_query_expansion:
         raise ValueError(f"{STANFORD} fills every query up with [MASK], but this model has do_query_expansion=False")

@@ -133,7 +133,7 @@ def test_what_a_folder_for_stanford_holds(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["architectures"], config["model_type"]) == (["HF_ColBERT"], "modernbert")
     weights = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(weights.pop("linear.weight"), model.dense[0].linear.weight)
+    assert torch.equal(weights.pop("linear.weight"), model.state_dict()["dense.0.linear.weight"])
     assert {name.removeprefix("model.") for name in weights} == set(model.encoder.state_dict())
     assert all(name.startswith("model.") for name in weights)
     # Rows of the pad token get no vector there, so it must not be [MASK].
@@ -159,7 +159,7 @@ def test_stanfords_colbert_reads_what_we_write_for_it(tmp_path: Path) -> None:
     ours = make()
     ours.save_pretrained(tmp_path, format="stanford")
     theirs = base.BaseColBERT(str(tmp_path))
-    assert torch.equal(theirs.linear.weight, ours.dense[0].linear.weight)
+    assert torch.equal(theirs.linear.weight, ours.state_dict()["dense.0.linear.weight"])
     state = theirs.bert.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in ours.encoder.state_dict().items())
     ids, mask = tokenization.DocTokenizer(theirs.colbert_config).tensorize(TEXTS)
