@@ -84,7 +84,8 @@ def locate(
             raise FileNotFoundError(f"{folder} has no folder {subfolder!r}")
         return folder / subfolder
     if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; give the folder it is in")
+        todo = "give the folder it is in, or, of a checkpoint of Composer, one that `modernbert convert` wrote"
+        raise NotADirectoryError(f"{folder} is a file; {todo}")
     # Imported here because a local folder does not need the hub client, whose import takes longer than a small load.
     from . import hub
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,15 @@ class Backbone(Protocol):
 class Pretrained(nn.Module):
     """The base of `Encoder` and of every model that has one.
 
-    A model adds how it is read from a folder, `_read`, and what it writes, `_content`.
+    A model adds how it is read from a folder, `_read`, and what it writes: `_content`, or for formats `_content_in`.
 
     Attributes:
         base_model_prefix: the name of the attribute that is the encoder, as transformers calls it.
+        formats: the libraries whose folders `save_pretrained` writes, the usual one first.
     """
 
     base_model_prefix = "model"
+    formats: ClassVar[tuple[str, ...]] = ("transformers",)
 
     @classmethod
     def _read(cls, folder: Path, config: EncoderConfig, *, device: torch.device, dtype: torch.dtype) -> Self:
@@ -48,6 +50,10 @@ class Pretrained(nn.Module):
     def _content(self, state: Mapping[str, Tensor] | None) -> checkpoint.Content:
         """What to write, with the tensors of `state` in place of its own; for sharded ones all ranks call this."""
         raise NotImplementedError
+
+    def _content_in(self, format: str, state: Mapping[str, Tensor] | None) -> checkpoint.Content:
+        """What to write in one of `formats`. A class with several overrides this."""
+        return self._content(state)
 
     # Load and save
 
@@ -113,6 +119,7 @@ class Pretrained(nn.Module):
         self,
         folder: str | os.PathLike[str],
         *,
+        format: str | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str | None = None,
         is_main_process: bool = True,
@@ -124,24 +131,39 @@ class Pretrained(nn.Module):
         parallelism) are gathered: all ranks call this, the first one writes, and the others wait for it.
 
         Args:
+            format: one of `formats`, such as "stanford" for a ColBERT; None: the usual one.
             state_dict: the tensors to write, under the names of `self.state_dict()`, in place of the model's own.
             max_shard_size: the largest weight file, in bytes or such as "20GB"; None: 5 GB.
             is_main_process: whether to write at all, for tensors that are not sharded.
             options: other arguments of transformers, taken where they change nothing here, or refused by name.
 
         Raises:
-            ValueError: a model that would not load again, such as one with an adapter or with NaN; nothing is written.
+            ValueError: a model that would not load again, such as one with an adapter or with NaN, or a `format` that
+                this class lacks or that cannot say how this model works; nothing is written.
             NotADirectoryError: `folder` is a file, or a link that leads nowhere.
             RuntimeError: on the other ranks, if the first one could not write.
         """
         arguments.check(arguments.SAVING, options)
+        if format is not None and format not in self.formats:
+            known = f"models of {type(self).__name__} are written for {', '.join(self.formats)}"
+            raise ValueError(f"format is {format!r:.80}, but {known}")
         state = None if state_dict is None else checkpoint.plain_names(state_dict)
         sharded = checkpoint.is_sharded(self.state_dict() if state is None else state)
         if not (sharded or is_main_process):
             return
         if state is not None and not state:
             raise ValueError("state_dict is empty: processes without the tensors pass is_main_process=False")
-        content = self._content(state)
+        self._write(folder, self._content_in(format or self.formats[0], state), state, max_shard_size, sharded)
+
+    def _write(
+        self,
+        folder: str | os.PathLike[str],
+        content: checkpoint.Content,
+        state: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str | None = None,
+        sharded: bool = False,
+    ) -> None:
+        """Write a folder of what `_content_in` gave, and load it before it replaces an old one."""
         # The class that defines how to read: sharding makes a subclass of a model's class.
         home = next(each for each in type(self).__mro__ if "_read" in vars(each))
 

@@ -1,4 +1,5 @@
-"""The command line: `modernbert search`, `index`, `evaluate`, `compare`, `export`, `encode`, `info` and `demo`.
+"""The command line: `modernbert search`, `index`, `evaluate`, `compare`, `export`, `encode`, `info`, `convert` and
+`demo`.
 
 Everything that needs torch is imported inside the commands, so that `modernbert --help` is instant.
 """
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from .compare import compare
+from .convert import convert
 from .encode import encode
 from .evaluate import evaluate
 from .export import export
@@ -23,7 +25,7 @@ from .show import note, printable
 from .streams import ended_by_signals, flush_stdout, message_of, open_closed_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (search, index, evaluate, compare, export, encode, info, demo):
+for command in (search, index, evaluate, compare, export, encode, info, convert, demo):
     app.command()(command)
 
 

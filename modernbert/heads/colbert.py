@@ -25,7 +25,7 @@ from ..late_interaction import Ragged, check_pool_factor, pool_documents, pool_t
 from ..packing import Packed, Span, Tokens, list_of_sequences, pack
 from ..pretrained import Pretrained
 from ..tokenizer import Tokenizer
-from . import colbert_files
+from . import colbert_files, colbert_formats
 from .colbert_files import ColBERTConfig
 from .dense import Dense
 from .folders import check_class
@@ -41,13 +41,15 @@ class ColBERT(Pretrained):
 
     `from_pretrained` loads a folder of PyLate, of sentence-transformers' `MultiVectorEncoder` or of Stanford's ColBERT.
     Blanks, prompts and the skiplist are handled as in the library that wrote the folder (see `ColBERTConfig`), so that
-    vectors equal those of that library. `save_pretrained` writes a folder that the first two read.
+    vectors equal those of that library. `save_pretrained` writes a folder that the first two read, and with a `format`
+    that of the second or the third.
 
     Attributes:
         encoder, tokenizer, config: the parts. dense: the layers of the head. dim: width E of the vectors.
     """
 
     base_model_prefix = "encoder"
+    formats = tuple(colbert_formats.WRITERS)
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, dense: Sequence[Dense], config: ColBERTConfig) -> None:
         super().__init__()
@@ -101,10 +103,9 @@ class ColBERT(Pretrained):
         """The small English model that ships with the package; see its model card in `modernbert/assets/default`."""
         return cls.from_pretrained(ASSETS / "default")
 
-    def _content(self, state: Mapping[str, Tensor] | None) -> Content:
-        return colbert_files.content(
-            self.base_model.config, self.encoder, self.tokenizer, [*self.dense], self.config, state
-        )
+    def _content_in(self, format: str, state: Mapping[str, Tensor] | None) -> Content:
+        write = colbert_formats.WRITERS[format]
+        return write(self.base_model.config, self.encoder, self.tokenizer, [*self.dense], self.config, state)
 
     @overload
     def forward(self, batch: Tokens) -> Ragged: ...

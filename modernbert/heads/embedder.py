@@ -50,6 +50,7 @@ class Embedder(Pretrained):
     """
 
     base_model_prefix = "encoder"
+    formats = ("sentence-transformers",)
 
     def __init__(
         self, encoder: Encoder, tokenizer: Tokenizer, dense: Sequence[Dense] = (), config: EmbedderConfig | None = None

@@ -41,6 +41,8 @@ class Reranker(Pretrained):
         ValueError: a classifier of several labels.
     """
 
+    formats = ("sentence-transformers",)
+
     def __init__(
         self, classifier: SequenceClassifier, tokenizer: Tokenizer, config: RerankerConfig | None = None
     ) -> None:

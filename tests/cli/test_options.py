@@ -17,6 +17,7 @@ NUMBER_OF_OPTIONS = {
     "export": 0,
     "encode": 4,
     "info": 0,
+    "convert": 1,
     "demo": 0,
 }
 """An option more needs a reason that is worth the reading of everybody who calls --help."""

@@ -165,6 +165,7 @@ def test_fields_of_heads_survive() -> None:
 
 
 def test_both_generations_say_the_same() -> None:
+    """AnswerDotAI/ModernBERT#215: the theta of local layers was another one after a conversion."""
     assert EncoderConfig.from_hf(OLD) == EncoderConfig.from_hf(NEW) == EncoderConfig.from_hf(OLD | NEW)
     written = EncoderConfig.from_hf(OLD).to_hf()
     assert {key: written[key] for key in OLD | NEW} == OLD | NEW

@@ -66,6 +66,7 @@ def worst(got: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_ragged_batch_is_each_text_alone_in_transformers(name: str) -> None:
+    """Texts in one row do not see one another, as they did in silence elsewhere: transformers#46851."""
     config = CASES[name]
     lengths = LENGTHS[:-1] if config.hidden_size > 512 else LENGTHS  # a wide model takes seconds for 512 tokens
     theirs, ours = twins(config)
@@ -103,7 +104,10 @@ def test_a_text_beyond_8192_tokens() -> None:
 @pytest.mark.parametrize("name", ["ettin-17m", "all biases"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_packed_and_alone_are_equal(name: str, side: str) -> None:
-    """Four ways in, and transformers' padded batch, where positions count padding on the left."""
+    """Four ways in, and transformers' padded batch, where positions count padding on the left.
+
+    In sentence-transformers#3879 positions were shifted where texts were flattened.
+    """
     config = CASES[name]
     theirs, ours = twins(config)
     texts = random_ids(LENGTHS[:-1], config.vocab_size)
@@ -141,7 +145,7 @@ def test_reference_ops_are_transformers_too(name: str) -> None:
     ],
 )
 def test_each_field_matters(wrong: dict[str, Any]) -> None:
-    """The weights and texts of this file would show a wrong theta, a window off by one, and so on."""
+    """The weights and texts of this file would show a wrong theta, a window off by one (vllm#44040), and so on."""
     base = replace(TINY, local_attention=128)
     _, right = twins(base)
     other = Encoder(replace(base, **wrong)).eval()

@@ -51,7 +51,7 @@ def compare(theirs: ModernBertModel, ours: Encoder, ids: Tensor, mask: Tensor, p
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 def test_expansion_tokens_have_the_numbers_of_transformers(side: str, dtype: torch.dtype) -> None:
-    """They were zero. Some of them are farther from the text than the window."""
+    """They were zero: pylate#109 and #125. Some of them are farther from the text than the window."""
     theirs, ours = models()
     ids, mask = filled(TEXTS, side, MASK, 48)
     with torch.no_grad():

@@ -85,6 +85,7 @@ CASES += [("cls", "projected", True), ("two", "projected", False), ("mean", "pla
 
 @pytest.mark.parametrize(("pooling", "head", "normalized"), CASES)
 def test_folders_in_both_directions(pooling: str, head: str, normalized: bool, tmp_path: Path) -> None:
+    """StarlightSearch/EmbedAnything#212: the pooling of the folder was not read, and all models had the mean."""
     model = make(POOLINGS[pooling], head, normalize=normalized)
     wanted = their_model(model, tmp_path / "theirs").encode(TEXTS, convert_to_tensor=True)
     loaded = Embedder.from_pretrained(tmp_path / "theirs")
