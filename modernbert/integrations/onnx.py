@@ -1,0 +1,160 @@
+"""Models as ONNX and OpenVINO files, for sentence-transformers' and optimum's backends and for any other program."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..encoder import Encoder
+from ..heads.colbert import ColBERT
+from ..heads.embedder import Embedder
+from ..inference import graph_engine
+from ..inference.replica import evaluated
+from ..packing import pack
+from ..pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from ..inference.onnx_layers import Graph
+
+ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
+"""The formats, and the engine that tries the files of each."""
+
+LENGTHS = (5, 0, 2, 9)
+
+
+def is_target(name: str) -> bool:
+    """Whether `name` is a target of `export_to`; anything else is not."""
+    return name.partition(":")[0] in ENGINES
+
+
+def export_to(model: Pretrained, target: str) -> Path:
+    """`export` to a target such as `onnx:FOLDER` or `openvino:FOLDER`. Returns the folder."""
+    kind, _, folder = target.partition(":")
+    export(model, folder, kind=kind)
+    return Path(folder)
+
+
+def export(model: Pretrained, folder: str | os.PathLike[str], *, kind: str = "onnx") -> None:
+    """Write a model as `save_pretrained` does, and beside its weights as graphs that run without PyTorch. Atomic.
+
+    A folder of an `Embedder` is one of sentence-transformers, `SentenceTransformer(folder, backend="onnx")`, and that of
+    an `Encoder` is one of optimum's `ORTModelForFeatureExtraction`. The files have dynamic sizes:
+
+    - `onnx/model.onnx` and `onnx/model_int8.onnx`, whose products are in int8: smaller, faster and less exact.
+    - `openvino/openvino_model.xml`, with a `.bin` beside it.
+
+    Inputs are `input_ids` and `attention_mask`, `[B, S]` int64, padded on either side; a mask has no holes. Outputs are
+    float32, and zero in padding: first `sentence_embedding` `[B, E]` of an `Embedder` (zeros for a text without
+    tokens), or `vectors` `[B, S, E]` of a `ColBERT`; then `last_hidden_state` `[B, S, D]` of every model. If a ColBERT
+    has expansion tokens that are not attended to, tokens under the mask are computed too, and are not zero.
+
+    Args:
+        model: an `Encoder`, an `Embedder` or a `ColBERT`, in float32 on the CPU. Its files are compared with it.
+        kind: "onnx" (extra `cpu`) or "openvino" (extra `openvino`).
+
+    Raises:
+        TypeError: another model. ImportError: the extra is missing.
+        ValueError: no such kind; weights in another dtype or on another device, or of more than 2 GB; a model that
+            computes something else than its graph; a folder with graphs of another kind, which may be of another model.
+        NotADirectoryError: `folder` is a file, or a link that leads nowhere.
+    """
+    if kind not in ENGINES:
+        raise ValueError(f"kind is {kind!r:.80}, but must be one of {', '.join(ENGINES)}")
+    if not isinstance(model, Encoder | Embedder | ColBERT):
+        raise TypeError(f"an Encoder, an Embedder or a ColBERT can be exported, not a {type(model).__name__}")
+    graph_engine.check_float32(model)
+    for other in ENGINES.keys() - {kind}:
+        if (checkpoint.output_folder(folder) / other).exists():
+            raise ValueError(f"{folder} has graphs in {other}/, which may be of another model: choose another folder")
+    graph_engine.imported("onnx", ENGINES[kind])
+    files = FILES[kind](evaluated(model))
+    content = model._content(None)
+    checkpoint.save(
+        folder,
+        config=content.config,
+        state=content.state,
+        files={**content.files, **files},
+        check=partial(_compare, model, next(iter(files)), ENGINES[kind]),
+    )
+
+
+def graph_of(model: Encoder | Embedder | ColBERT, *, int8: bool = False) -> Graph:
+    """The graph for hosts that pad: see `export`."""
+    from ..inference.onnx_graph import check_plain
+    from ..inference.onnx_layers import Graph, dense, normalized
+    from ..inference.onnx_padded import pooled, unpacked, write_padded
+
+    g, encoder = Graph(int8=int8), model if isinstance(model, Encoder) else model.encoder
+    check_plain(model, encoder)
+    query_only = _reads_query_only(model)
+    padded = write_padded(g, encoder, query_only=query_only)
+    tokens = ["batch", "sequence", None]
+    if isinstance(model, Embedder):
+        pools = [pooled(g, padded, mode) for mode in model.config.poolings]
+        x_BE = dense(g, g("Concat", *pools, axis=-1), cast("list", [*model.projection]))
+        x_BE = g("Slice", x_BE, g.constant([0]), g.constant([model.dim]), g.constant([-1]))
+        g.output("sentence_embedding", normalized(g, x_BE) if model.config.normalize else x_BE, ["batch", model.dim])
+    elif isinstance(model, ColBERT):
+        vectors_TE = normalized(g, dense(g, padded.states, cast("list", [*model.dense])))
+        g.output("vectors", unpacked(g, padded, vectors_TE, query_only=query_only), [*tokens[:2], model.dim])
+    states_BSD = unpacked(g, padded, padded.states, query_only=query_only)
+    g.output("last_hidden_state", states_BSD, [*tokens[:2], encoder.config.hidden_size])
+    return g
+
+
+def _reads_query_only(model: Encoder | Embedder | ColBERT) -> bool:
+    if not isinstance(model, ColBERT):
+        return False
+    return model.config.do_query_expansion and not model.config.attend_to_expansion_tokens
+
+
+def _onnx(model: Encoder | Embedder | ColBERT) -> dict[str, bytes]:
+    graphs = {"onnx/model.onnx": graph_of(model), "onnx/model_int8.onnx": graph_of(model, int8=True)}
+    return {name: graph.file(weights=True).SerializeToString() for name, graph in graphs.items()}
+
+
+def _openvino(model: Encoder | Embedder | ColBERT) -> dict[str, bytes]:
+    openvino = graph_engine.imported("openvino", "openvino")
+    core = graph_engine.core_of(os.getpid(), openvino.Core)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "openvino_model.xml"
+        graph = core.read_model(graph_of(model).file(weights=True).SerializeToString())
+        openvino.save_model(graph, path, compress_to_fp16=False)
+        return {f"openvino/{name}": path.with_name(name).read_bytes() for name in (path.name, "openvino_model.bin")}
+
+
+FILES: dict[str, Callable[[Encoder | Embedder | ColBERT], dict[str, bytes]]] = {"onnx": _onnx, "openvino": _openvino}
+
+
+@torch.no_grad()
+def _compare(model: Encoder | Embedder | ColBERT, name: str, engine: str, folder: Path) -> None:
+    """Raise ValueError if a graph gives other numbers than the model, with padding on either side."""
+    run = graph_engine.ENGINES[engine](str(folder / name), engine)(torch.get_num_threads())
+    vocab_size = len(next(model.parameters()))
+    texts = [[(7 * index + 1) % vocab_size for index in range(length)] for length in LENGTHS]
+    wanted = evaluated(model)(pack(texts))
+    for left in (False, True):
+        ids, mask = (np.zeros((len(texts), max(LENGTHS)), np.int64) for _ in range(2))
+        for row, text in enumerate(texts):
+            columns = slice(ids.shape[1] - len(text), None) if left else slice(len(text))
+            ids[row, columns], mask[row, columns] = text, 1
+        found = torch.from_numpy(run({"input_ids": ids, "attention_mask": mask}))
+        found = found if isinstance(model, Embedder) else found[torch.from_numpy(mask).bool()]
+        _check_same(found, wanted, type(model).__name__)
+
+
+def _check_same(found: Tensor, wanted: Tensor, name: str) -> None:
+    try:
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    except AssertionError as error:
+        raise ValueError(f"{name} is not what its graph computes (an adapter, NaN, a forward of its own?): {error}") from None
