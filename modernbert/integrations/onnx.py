@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +17,7 @@ from .. import checkpoint
 from ..encoder import Encoder
 from ..heads.colbert import ColBERT
 from ..heads.embedder import Embedder
+from ..heads.folders import class_of
 from ..inference import graph_engine
 from ..inference.replica import evaluated
 from ..packing import pack
@@ -30,25 +30,35 @@ ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """The formats, and the engine that tries the files of each."""
 
 LENGTHS = (5, 0, 2, 9)
+"""Of the texts on which a file is compared with its model."""
+
+Exported = Encoder | Embedder | ColBERT
+CLASSES: dict[str | None, type[Exported]] = {
+    None: Encoder,
+    "Encoder": Encoder,
+    "Embedder": Embedder,
+    "ColBERT": ColBERT,
+}
+"""By the name that `class_of` gives a folder; None: it has no name."""
 
 
-def is_target(name: str) -> bool:
-    """Whether `name` is a target of `export_to`; anything else is not."""
-    return name.partition(":")[0] in ENGINES
+def load(folder_or_hub_id: str | os.PathLike[str]) -> Exported:
+    """The model in a folder, if it is one that `export` takes.
 
-
-def export_to(model: Pretrained, target: str) -> Path:
-    """`export` to a target such as `onnx:FOLDER` or `openvino:FOLDER`. Returns the folder."""
-    kind, _, folder = target.partition(":")
-    export(model, folder, kind=kind)
-    return Path(folder)
+    Raises:
+        ValueError: the folder of another class. FileNotFoundError, OSError: as `from_pretrained`.
+    """
+    folder = checkpoint.locate(folder_or_hub_id)
+    if (kind := class_of(folder)) not in CLASSES:
+        raise ValueError(f"{folder} holds a {kind}; an Encoder, an Embedder or a ColBERT can be exported")
+    return CLASSES[kind].from_pretrained(folder)
 
 
 def export(model: Pretrained, folder: str | os.PathLike[str], *, kind: str = "onnx") -> None:
     """Write a model as `save_pretrained` does, and beside its weights as graphs that run without PyTorch. Atomic.
 
-    A folder of an `Embedder` is one of sentence-transformers, `SentenceTransformer(folder, backend="onnx")`, and that of
-    an `Encoder` is one of optimum's `ORTModelForFeatureExtraction`. The files have dynamic sizes:
+    `SentenceTransformer(folder, backend="onnx")` runs an `Embedder`, and optimum's `ORTModelForFeatureExtraction` any
+    model. All sizes are dynamic. The files:
 
     - `onnx/model.onnx` and `onnx/model_int8.onnx`, whose products are in int8: smaller, faster and less exact.
     - `openvino/openvino_model.xml`, with a `.bin` beside it.
@@ -88,7 +98,7 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, kind: str = "on
     )
 
 
-def graph_of(model: Encoder | Embedder | ColBERT, *, int8: bool = False) -> Graph:
+def graph_of(model: Exported, *, int8: bool = False) -> Graph:
     """The graph for hosts that pad: see `export`."""
     from ..inference.onnx_graph import check_plain
     from ..inference.onnx_layers import Graph, dense, normalized
@@ -98,7 +108,6 @@ def graph_of(model: Encoder | Embedder | ColBERT, *, int8: bool = False) -> Grap
     check_plain(model, encoder)
     query_only = _reads_query_only(model)
     padded = write_padded(g, encoder, query_only=query_only)
-    tokens = ["batch", "sequence", None]
     if isinstance(model, Embedder):
         pools = [pooled(g, padded, mode) for mode in model.config.poolings]
         x_BE = dense(g, g("Concat", *pools, axis=-1), cast("list", [*model.projection]))
@@ -106,24 +115,24 @@ def graph_of(model: Encoder | Embedder | ColBERT, *, int8: bool = False) -> Grap
         g.output("sentence_embedding", normalized(g, x_BE) if model.config.normalize else x_BE, ["batch", model.dim])
     elif isinstance(model, ColBERT):
         vectors_TE = normalized(g, dense(g, padded.states, cast("list", [*model.dense])))
-        g.output("vectors", unpacked(g, padded, vectors_TE, query_only=query_only), [*tokens[:2], model.dim])
+        g.output("vectors", unpacked(g, padded, vectors_TE, query_only=query_only), ["batch", "sequence", model.dim])
     states_BSD = unpacked(g, padded, padded.states, query_only=query_only)
-    g.output("last_hidden_state", states_BSD, [*tokens[:2], encoder.config.hidden_size])
+    g.output("last_hidden_state", states_BSD, ["batch", "sequence", encoder.config.hidden_size])
     return g
 
 
-def _reads_query_only(model: Encoder | Embedder | ColBERT) -> bool:
+def _reads_query_only(model: Exported) -> bool:
     if not isinstance(model, ColBERT):
         return False
     return model.config.do_query_expansion and not model.config.attend_to_expansion_tokens
 
 
-def _onnx(model: Encoder | Embedder | ColBERT) -> dict[str, bytes]:
+def _onnx(model: Exported) -> dict[str, bytes]:
     graphs = {"onnx/model.onnx": graph_of(model), "onnx/model_int8.onnx": graph_of(model, int8=True)}
     return {name: graph.file(weights=True).SerializeToString() for name, graph in graphs.items()}
 
 
-def _openvino(model: Encoder | Embedder | ColBERT) -> dict[str, bytes]:
+def _openvino(model: Exported) -> dict[str, bytes]:
     openvino = graph_engine.imported("openvino", "openvino")
     core = graph_engine.core_of(os.getpid(), openvino.Core)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,11 +142,11 @@ def _openvino(model: Encoder | Embedder | ColBERT) -> dict[str, bytes]:
         return {f"openvino/{name}": path.with_name(name).read_bytes() for name in (path.name, "openvino_model.bin")}
 
 
-FILES: dict[str, Callable[[Encoder | Embedder | ColBERT], dict[str, bytes]]] = {"onnx": _onnx, "openvino": _openvino}
+FILES: dict[str, Callable[[Exported], dict[str, bytes]]] = {"onnx": _onnx, "openvino": _openvino}
 
 
 @torch.no_grad()
-def _compare(model: Encoder | Embedder | ColBERT, name: str, engine: str, folder: Path) -> None:
+def _compare(model: Exported, name: str, engine: str, folder: Path) -> None:
     """Raise ValueError if a graph gives other numbers than the model, with padding on either side."""
     run = graph_engine.ENGINES[engine](str(folder / name), engine)(torch.get_num_threads())
     vocab_size = len(next(model.parameters()))
@@ -157,4 +166,6 @@ def _check_same(found: Tensor, wanted: Tensor, name: str) -> None:
     try:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     except AssertionError as error:
-        raise ValueError(f"{name} is not what its graph computes (an adapter, NaN, a forward of its own?): {error}") from None
+        raise ValueError(
+            f"{name} is not what its graph computes (an adapter, NaN, a forward of its own?): {error}"
+        ) from None
