@@ -1,7 +1,7 @@
 """Which versions of other libraries this one works with: checks, an environment for each row, and the table of them.
 
-    python tests/compatibility.py check                the checks in this environment, as a line of JSON
-    python tests/compatibility.py run FOLDER [NAME..]  make the environments in FOLDER, with pip, and check in each
+    python tests/compatibility.py check [CHECK ...]    the checks in this environment, as a line of JSON
+    python tests/compatibility.py run FOLDER [NAME ...] make the environments in FOLDER, with pip, and check in each
     python tests/compatibility.py table                write the table of docs/compatibility.md
 
 `run` replaces the lines of these environments in docs/compatibility.jsonl. An environment takes 1 to 2 GB.
@@ -30,21 +30,13 @@ ROWS, PAGE = ROOT / "docs" / "compatibility.jsonl", ROOT / "docs" / "compatibili
 BEGIN, END = "<!-- versions: tests/compatibility.py -->\n", "<!-- end of versions -->\n"
 
 NEWEST = ["torch==2.13.0", "transformers==5.23.0", "sentence-transformers==6.2.0"]
-RUNTIMES = ["onnx", "onnxruntime>=1.23"]
+OLDER = ["torch==2.13.0", "sentence-transformers==5.3.0", "onnx"]
 ENVIRONMENTS: dict[str, list[str]] = {
     "newest": NEWEST,
     "torch-2.11": ["torch==2.11.0", *NEWEST[1:]],
-    "transformers-5.3": ["torch==2.13.0", "transformers==5.3.0", "sentence-transformers==6.2.0"],
-    "transformers-4.57": ["torch==2.13.0", "transformers==4.57.6", "sentence-transformers==5.3.0"],
-    # optimum-onnx is for transformers up to 4.57, optimum-intel up to 5.5.
-    "onnx": [
-        "transformers==4.57.6",
-        "sentence-transformers==5.3.0",
-        "optimum==2.1.0",
-        "optimum-onnx==0.1.0",
-        *RUNTIMES,
-    ],
-    "openvino": ["transformers==5.3.0", "sentence-transformers==5.3.0", "optimum-intel==2.2.0", "onnx", "openvino"],
+    # optimum-intel is for transformers up to 5.5, optimum-onnx up to 4.57.
+    "transformers-5.3": [*OLDER, "transformers==5.3.0", "optimum-intel==2.2.0", "openvino"],
+    "transformers-4.57": [*OLDER, "transformers==4.57.6", "optimum==2.1.0", "optimum-onnx==0.1.0", "onnxruntime"],
     "pylate": ["torch==2.11.0", "pylate==1.6.0"],  # whose index is built for torch 2.11
 }
 """What pip installs for each row, beside this library."""
@@ -144,7 +136,7 @@ def sentence_transformers(folder: Path) -> None:
     reranker = Reranker(SequenceClassifier(encoder(), labels=1), tokenizer()).eval()
     reranker.save_pretrained(folder / "reranker")
     pairs, model = [(TEXTS[0], text) for text in TEXTS], CrossEncoder(str(folder / "reranker"), device="cpu")
-    same([model.predict(pairs), pack_in_place(model).predict(pairs)], [reranker.predict(pairs)] * 2)
+    same([model.predict(pairs), pack_in_place(model).predict(pairs)], [reranker.score(TEXTS[0], TEXTS)] * 2)
 
 
 def multi_vector(folder: Path) -> None:
@@ -207,7 +199,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def check(names: Iterable[str] = tuple(CHECKS)) -> dict[str, Any]:
+def check(names: Iterable[str]) -> dict[str, Any]:
     """The versions of this environment, and of each check "yes", "absent" if a package or class is, or what failed."""
     versions, results = {"python": sys.version.split()[0]}, {}
     for package in PACKAGES:
@@ -272,7 +264,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     command, *arguments = sys.argv[1:] or ["help"]
     if command == "check":
-        print(json.dumps(check()))
+        print(json.dumps(check(arguments or CHECKS)))
     elif command == "run" and arguments:
         run(Path(arguments[0]).resolve(), arguments[1:] or ENVIRONMENTS)
         write()

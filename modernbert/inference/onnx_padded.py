@@ -15,7 +15,8 @@ import numpy as np
 from onnx import TensorProto
 
 from ..encoder import Encoder
-from .onnx_graph import Graph, Layout, Seen, encoder, near, seen_of
+from .onnx_graph import HIDDEN, Layout, Seen, encoder, near, seen_of
+from .onnx_layers import Graph
 
 INPUTS = ("input_ids", "attention_mask")
 
@@ -88,7 +89,7 @@ def pooled(g: Graph, padded: Padded, mode: str) -> str:
     mask_BS, ones_BS = padded.mask, as_float(g, padded.mask)
     if mode == "max":
         mask_BS1 = g("Unsqueeze", mask_BS, g.constant([2]))
-        largest_BD = g("ReduceMax", g("Where", mask_BS1, x_BSD, _number(g, -1e30)), g.constant([1]), keepdims=0)
+        largest_BD = g("ReduceMax", g("Where", mask_BS1, x_BSD, _number(g, HIDDEN)), g.constant([1]), keepdims=0)
         return g("Mul", largest_BD, g("ReduceMax", ones_BS, g.constant([1]), keepdims=1))
     count_B1 = g("ReduceSum", ones_BS, g.constant([1]), keepdims=1)
     number_BS = g("Mul", g("Cast", g("Add", padded.place, g.constant(1)), to=TensorProto.FLOAT), ones_BS)
