@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -24,7 +24,7 @@ from ..packing import pack
 from ..pretrained import Pretrained
 
 if TYPE_CHECKING:
-    from ..inference.onnx_layers import Graph
+    from ..inference.onnx_layers import DenseLayer, Graph
 
 ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """The formats, and the engine that tries the files of each."""
@@ -110,11 +110,11 @@ def graph_of(model: Exported, *, int8: bool = False) -> Graph:
     padded = write_padded(g, encoder, query_only=query_only)
     if isinstance(model, Embedder):
         pools = [pooled(g, padded, mode) for mode in model.config.poolings]
-        x_BE = dense(g, g("Concat", *pools, axis=-1), cast("list", [*model.projection]))
+        x_BE = dense(g, g("Concat", *pools, axis=-1), cast("Iterable[DenseLayer]", model.projection))
         x_BE = g("Slice", x_BE, g.constant([0]), g.constant([model.dim]), g.constant([-1]))
         g.output("sentence_embedding", normalized(g, x_BE) if model.config.normalize else x_BE, ["batch", model.dim])
     elif isinstance(model, ColBERT):
-        vectors_TE = normalized(g, dense(g, padded.states, cast("list", [*model.dense])))
+        vectors_TE = normalized(g, dense(g, padded.states, cast("Iterable[DenseLayer]", model.dense)))
         g.output("vectors", unpacked(g, padded, vectors_TE, query_only=query_only), ["batch", "sequence", model.dim])
     states_BSD = unpacked(g, padded, padded.states, query_only=query_only)
     g.output("last_hidden_state", states_BSD, ["batch", "sequence", encoder.config.hidden_size])
