@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu, encoder, late_interaction, ops, report, retrieval, training, work
+from benchmarks import cpu, drop_in, encoder, late_interaction, ops, report, retrieval, training, work
 from benchmarks.harness import Result, Run, Suite
 from benchmarks.rows import ROOT, Row, append, circumstances
 
@@ -26,6 +26,7 @@ SUITES: dict[str, Suite] = {
     **encoder.SUITES,
     **training.SUITES,
     **late_interaction.SUITES,
+    **drop_in.SUITES,
     **cpu.SUITES,
     **retrieval.SUITES,
 }
@@ -46,7 +47,7 @@ def main() -> None:
         command.add_argument("--only", nargs="+", choices=suite.workloads, metavar="WORKLOAD", help="see --list")
         if name == "cpu":
             command.add_argument("--against", type=Path, help="another checkout, in turns with this one")
-        if name == "training":
+        if name in ("training", "drop-in"):
             command.add_argument("--texts", type=Path, help="JSON lines with a text, in place of the demo corpus")
             command.add_argument("--pairs", type=Path, help="JSON lines with a query and a positive")
             command.add_argument("--packages", type=Path, help="where `pip install --target` has put PyLate")

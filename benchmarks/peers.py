@@ -111,6 +111,15 @@ def load_theirs(setup: Setup, attention: str) -> Any:
     return model.to(setup.device).eval()
 
 
+def in_place(model: Any, wanted: bool) -> Any:
+    """The model, after `pack_in_place` if that is wanted."""
+    if wanted:
+        from modernbert.integrations.transformers import pack_in_place  # not in every checkout that a worker may import
+
+        return pack_in_place(model)
+    return model
+
+
 def forward_of(model: Any) -> Forward:
     """Inputs on any device to hidden states; flattened ones lose the dimension that they do not need."""
     device = next(model.parameters()).device

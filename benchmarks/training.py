@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from benchmarks import harness, inputs
+from benchmarks import harness, inputs, peers
 from benchmarks.encoder import models, of_texts
 from benchmarks.harness import PEAK, Result, Run, Suite, Table, Workers
 from benchmarks.late_interaction import load_pylate, load_sentence_transformers
@@ -131,11 +131,11 @@ def trained(settings: str, setup: Setup, model: Any, home: Any, name: str, size:
     return from_the_start(settings, model, train, first)
 
 
-def transformers(setup: Setup, *, sparse: bool = False) -> Build:
+def transformers(setup: Setup, *, sparse: bool = False, in_place: bool = False) -> Build:
     """The texts of a step at once as they come, or sorted by length in four forward passes."""
     home, folder = import_module("transformers"), f"{setup.folder}/masked-lm"
     known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype, "sparse_prediction": sparse}
-    model = home.ModernBertForMaskedLM.from_pretrained(folder, **known).to(setup.device)
+    model = peers.in_place(home.ModernBertForMaskedLM.from_pretrained(folder, **known).to(setup.device), in_place)
     first = deepcopy(model.state_dict())
 
     def collate(rows: Step) -> dict[str, Tensor]:
@@ -154,17 +154,17 @@ def transformers(setup: Setup, *, sparse: bool = False) -> Build:
     return variants
 
 
-def sentence_transformers(setup: Setup, *, folder: str) -> Build:
+def sentence_transformers(setup: Setup, *, folder: str, in_place: bool = False) -> Build:
     name, loss = "SentenceTransformer", "MultipleNegativesRankingLoss"
     if folder != "dense":
         name, loss = "MultiVectorEncoder", f"MultiVector{loss}"
-    model = load_sentence_transformers(setup, folder, name)
+    model = peers.in_place(load_sentence_transformers(setup, folder, name), in_place)
     losses = import_module(f"{type(model).__module__.rpartition('.')[0]}.losses")
     return of_pairs(setup, model, getattr(losses, loss)(model, scale=1 / TEMPERATURES[folder]), name)
 
 
-def pylate(setup: Setup, *, folder: str) -> Build:
-    model = load_pylate(setup)
+def pylate(setup: Setup, *, folder: str, in_place: bool = False) -> Build:
+    model = peers.in_place(load_pylate(setup), in_place)
     loss = import_module("pylate.losses").Contrastive(model, without_padding, temperature=TEMPERATURES[folder])
     collator = import_module("pylate.utils").ColBERTCollator(model.tokenize)
     return of_pairs(setup, model, loss, "SentenceTransformer", data_collator=collator)
@@ -195,7 +195,8 @@ def of_pairs(setup: Setup, model: Any, loss: nn.Module, name: str, **options: An
     return variants
 
 
-def on_masked(here: Run, workload: str) -> Iterator[Table]:
+def on_masked(here: Run, workload: str, found: Mapping[str, Peer] | None = None) -> Iterator[Table]:
+    """Next to each other or to `found`, of which the last one is the reference."""
     from modernbert import MaskedLM
 
     tokenizer, count = inputs.default().tokenizer, STEPS * (256 if here.is_gpu else 2 if here.quick else 8)
@@ -205,28 +206,30 @@ def on_masked(here: Run, workload: str) -> Iterator[Table]:
         ids = torch.tensor(one.ids)
         hidden = torch.rand(len(ids), generator=draw) < MASKED
         examples.append((ids.masked_fill(hidden, tokenizer.mask_token_id or 0), ids.masked_fill(~hidden, -100)))
-    found = {OURS: Peer(masked_lm), trainer: Peer(transformers, package="accelerate")}
-    found[f"{trainer}, sparse"] = found[trainer]._replace(options={"sparse": True})
+    theirs = Peer(transformers, package="accelerate")
+    sparse = {f"{trainer}, sparse": theirs._replace(options={"sparse": True})}
+    found = found or {OURS: Peer(masked_lm), **sparse, trainer: theirs}
     for model in models(here, "modernbert-base", "ettin-17m"):
         inputs.save_from(here.setup(model, here.dtype).folder, "masked-lm", MaskedLM)
         width, classes = (config := EncoderConfig.preset(model)).hidden_size, config.vocab_size
         # The dense layer and the decoder, of the masked tokens, in both passes.
         flops = 6 * sum(int((labels >= 0).sum()) for _, labels in examples) * width * (width + classes)
-        lengths, known = [len(ids) for ids, _ in examples], {"reference": found[trainer], "head_flops": flops}
+        lengths, known = [len(ids) for ids, _ in examples], {"reference": [*found.values()][-1], "head_flops": flops}
         yield from of_steps(here, workload, model, lengths, examples, found, **known)
 
 
-def on_pairs(here: Run, workload: str, *, folder: str) -> Iterator[Table]:
-    found = {OURS: Peer(pairs), "sentence-transformers": Peer(sentence_transformers, package="datasets")}
-    save, found = (inputs.save_embedder, found) if folder == "dense" else (inputs.save_colbert, found | PYLATE)
-    found = {name: peer._replace(options={"folder": folder}) for name, peer in found.items()}
+def on_pairs(here: Run, workload: str, found: Mapping[str, Peer] | None = None, *, folder: str) -> Iterator[Table]:
+    theirs = {"sentence-transformers": Peer(sentence_transformers, package="datasets")}
+    save, rivals = (inputs.save_embedder, theirs) if folder == "dense" else (inputs.save_colbert, PYLATE | theirs)
+    known = found or {OURS: Peer(pairs), **rivals}
+    peers_of = {name: peer._replace(options={**peer.options, "folder": folder}) for name, peer in known.items()}
     rows = inputs.examples(here.pairs, STEPS * (512 if here.is_gpu else 2 if here.quick else 16))
     examples = [(one["query"], one["positive"]) for one in rows]
     for model in models(here, "modernbert-base", "ettin-17m"):
         save((setup := replace(here.setup(model, here.dtype), device="cpu")).folder)
         lengths = [length for side in sides(load(setup, folder), examples) for length in side.batch.lengths]
-        known = {"reference": found["sentence-transformers"], "model_pass": False}
-        yield from of_steps(here, workload, model, lengths, examples, found, **known)
+        known = {"reference": [*peers_of.values()][-1], "model_pass": False}
+        yield from of_steps(here, workload, model, lengths, examples, peers_of, **known)
 
 
 def of_steps(
@@ -251,7 +254,7 @@ def with_step_time(workers: Workers, table: Table) -> Result:
 
 
 PYLATE = {"PyLate": Peer(pylate, package="pylate")}
-WORKLOADS: dict[str, tuple[Callable[[Run, str], Iterator[Table]], str]] = {
+WORKLOADS: dict[str, tuple[Callable[..., Iterator[Table]], str]] = {
     "masked-lm": (on_masked, "steps of masked language modelling, 30 percent of the tokens of real texts"),
     "dense": (partial(on_pairs, folder="dense"), "steps of contrastive learning on real pairs, one vector a text"),
     "late-interaction": (partial(on_pairs, folder="colbert-128"), "the same, one vector a token, scored by MaxSim"),

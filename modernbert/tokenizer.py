@@ -37,6 +37,9 @@ USUAL_NAMES = {
     "unk_token": ("[UNK]", "<unk>"),
 }
 
+INPUT_NAMES = ("input_ids", "attention_mask")
+"""Without them, transformers 4 gives token types too, which its ModernBERT refuses."""
+
 TOKENIZER_BYTES = 48 << 20  # of tokenizer.json; the largest of the family, mmBERT's, has 34 MB
 # Of what is put around each text. Without limits, a small file could make long texts of short ones.
 TEMPLATE_BYTES, MOST_SPECIALS = 10_000, 100
@@ -294,6 +297,7 @@ class Tokenizer:
         # PreTrainedTokenizerFast takes the added tokens from tokenizer.json.
         config = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
         config |= {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config.setdefault("model_input_names", list(INPUT_NAMES))
         with _as_value_error("the tokenizer cannot be saved"):
             content = self._backend.to_str().encode()
         if len(content) > TOKENIZER_BYTES:

@@ -58,8 +58,8 @@ class GraphEngine:
                 graph, with adapters or hooks for example.
         """
         engine = _named(name)
-        _check_float32(model)
-        onnx_graph = _imported(f"{__package__}.onnx_graph", name)
+        check_float32(model)
+        onnx_graph = imported(f"{__package__}.onnx_graph", name)
         if name == INT8:
             cls.of(model, "onnxruntime")  # whose numbers are near enough to be compared with those of the modules
             return cls(engine(onnx_graph.write(model, int8=True), name))
@@ -132,8 +132,8 @@ def feed(batch: Packed, rows: Tensor | None) -> Feed:
 
 def save_graph(model: nn.Module, path: str | os.PathLike[str], name: str) -> None:
     """`Session.save`. The file is loaded by the engine of this name, and compared with the model."""
-    _check_float32(model)
-    onnx_graph = _imported(f"{__package__}.onnx_graph", name)
+    check_float32(model)
+    onnx_graph = imported(f"{__package__}.onnx_graph", name)
     graph = onnx_graph.write(model)
     file, digest = graph.file(weights=True), hashlib.sha256()
     for weight in graph.weights.values():
@@ -146,14 +146,14 @@ def save_graph(model: nn.Module, path: str | os.PathLike[str], name: str) -> Non
         GraphEngine.load(beside, name)._compare(model)
 
 
-def _check_float32(model: nn.Module) -> None:
+def check_float32(model: nn.Module) -> None:
     if any(p.dtype is not torch.float32 or not p.is_cpu for p in model.parameters()):
         raise ValueError("a graph computes in float32 on the CPU: load the model so, or leave out engine")
 
 
 def _onnxruntime(graph: Graph | str, name: str) -> Callable[[int], Run]:
     """ONNX Runtime, which reads the weights where the model has them."""
-    runtime = _imported("onnxruntime", name)
+    runtime = imported("onnxruntime", name)
     source, weights = graph, {}
     if not isinstance(graph, str):
         weights = {key: runtime.OrtValue.ortvalue_from_numpy(w.numpy()) for key, w in graph.weights.items()}
@@ -174,7 +174,7 @@ def _onnxruntime(graph: Graph | str, name: str) -> Callable[[int], Run]:
 def _openvino(graph: Graph | str, name: str) -> Callable[[int], Run]:
     """OpenVINO, with a request for every thread that calls."""
     cores, process = torch.get_num_threads(), os.getpid()
-    core = _core_of(process, _imported("openvino", name).Core)
+    core = core_of(process, imported("openvino", name).Core)
     model = core.read_model(graph if isinstance(graph, str) else graph.file(weights=True).SerializeToString())
 
     def check_process() -> None:
@@ -203,7 +203,7 @@ def _openvino(graph: Graph | str, name: str) -> Callable[[int], Run]:
 
 
 @functools.cache
-def _core_of(process: int, make: Callable[[], Any]) -> Any:
+def core_of(process: int, make: Callable[[], Any]) -> Any:
     """OpenVINO's core of this process, kept to its end.
 
     A core gives the thread that makes it a stack for the handlers of signals. If another thread deletes the core,
@@ -218,7 +218,7 @@ def _named(name: str) -> Callable[[Graph | str, str], Callable[[int], Run]]:
     return ENGINES[name]
 
 
-def _imported(module: str, engine: str) -> Any:
+def imported(module: str, engine: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:

@@ -16,6 +16,7 @@ from benchmarks import __main__ as commands
 from benchmarks import clock, harness, inputs, peers, retrieval, training, worker
 from benchmarks import ops as kernels
 from benchmarks.harness import Result, Run
+from benchmarks.drop_in import PACKED, STOCK
 from benchmarks.peers import PEERS, SDPA
 from benchmarks.rows import read, row
 from benchmarks.worker import OURS, SESSION, Job, Setup
@@ -67,6 +68,8 @@ def names_of(result: Result) -> set[str]:
         ("colbert", ["maxsim-128"], {OURS, "padded einsum, as PyLate"}),
         ("cpu", ["documents-short"], {OURS, SESSION, "sentence-transformers"}),
         ("cpu", ["search-10k"], {OURS}),
+        ("drop-in", ["transformers", "multi-vector"], {PACKED, STOCK}),
+        ("drop-in", ["transformers-step", "sentence-transformers-step"], {PACKED, STOCK}),
     ],
 )
 def test_a_suite_has_rows_of_every_implementation_that_is_right(
