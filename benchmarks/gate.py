@@ -1,7 +1,7 @@
-"""Which results of an op are right, row by row. Tests and benchmarks use this rule beside their own for whole tensors.
+"""Whether each row of a result is right. Tests and benchmarks use this rule beside their own for whole tensors.
 
-A root mean square over a whole tensor does not see one row: at 16,384 rows, a row of zeros is 0.8 percent of it, and one
-rounding step of bfloat16 is as much. A kernel that never writes its last row, its last tile or one head would pass.
+A root mean square over a whole tensor does not see one row: at 16,384 rows, a row of zeros is 0.8 percent of it, and
+one rounding step of bfloat16 is as much. A kernel that never writes its last row or tile would pass.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Worst(NamedTuple):
 def worst_row(got: Tensor, plain: Tensor, truth: Tensor, eps: float) -> Worst:
     """Compare every row, which is the last dimension: of `[T, H, K]`, each head of each token.
 
-    A row may be off by twice the worst row of `plain`, the same maths in the same dtype, and by one rounding step of its
-    own size. The worst row and not the same one: the errors of two equally good computations are alike in
-    distribution, and where a row's error is that of a single number (a gradient that is zero but for rounding), one of
-    them may be close to zero by chance.
+    A row may be off by twice the worst row of `plain`, the same maths in the same dtype, and by one rounding step of
+    its own size. The worst row and not the same one: the errors of two equally good computations are alike in
+    distribution, and where a row's error is that of a single number (a gradient that is zero but for rounding), one
+    of them may be close to zero by chance.
 
     Args:
         got, plain, truth: of one shape, with at least one number.
