@@ -108,7 +108,7 @@ def vectors(config: Config, passages: PassageFile, folder: Path, name: str) -> V
     """A model as a source. `--candidates` is for those that are a ColBERT."""
     folder.mkdir(exist_ok=True)
     is_colbert = class_of(locate(name)) == "ColBERT"
-    model = (ColBERT if is_colbert else Embedder).from_pretrained(name, device=config.device)
+    model = (ColBERT if is_colbert else Embedder).from_pretrained(name, device=config.device, dtype="float32")
     return Vectors(model, passages, folder, candidates=config.candidates if is_colbert else 0)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hf_twin import TINY
 from kernel_calls import BFLOAT16, FLOAT16, FLOAT32
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import modernbert_kernels as ops
@@ -30,6 +31,28 @@ def fakes() -> Iterator[None]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad(), mock.patch.object(launch, "arch", return_value=90):
         yield
+
+
+@contextmanager
+def autocast_to(dtype: torch.dtype | None) -> Iterator[None]:
+    """As `torch.autocast("cuda", dtype)`, which turns itself off where there is not a GPU."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", before)
+
+
+def encoder_and_batch() -> tuple[Encoder, Packed]:
+    with torch.device("meta"):
+        encoder = Encoder(TINY)
+    batch = Packed(fake(8, dtype=torch.int64), fake(8, dtype=torch.int64), fake(3, dtype=torch.int32), (), 8)
+    for module in encoder.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(fake(*weight.shape), requires_grad=False)
+    return encoder.eval(), batch
 
 
 def fake(*shape: int, dtype: torch.dtype = FLOAT32) -> Tensor:
@@ -79,27 +102,26 @@ MODELS = [(FLOAT32, FLOAT32, FLOAT32), (FLOAT32, BFLOAT16, FLOAT32), (BFLOAT16, 
 @pytest.mark.usefixtures("fakes")
 def test_the_dtypes_of_the_reference() -> None:
     """`project_normalize` rounded late-interaction vectors to bfloat16 under autocast, and norms of bfloat16 too."""
-    for model, autocast in product(MODELS, (None, BFLOAT16, FLOAT16)):
-        with torch.autocast("cuda", autocast, enabled=autocast is not None):
+    for model, dtype in product(MODELS, (None, BFLOAT16, FLOAT16)):
+        with autocast_to(dtype):
             for name, arguments in calls(*model).items():
                 tensors = [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]
-                if name in PRODUCTS and autocast is None and len({x.dtype for x in tensors}) > 1:
+                if name in PRODUCTS and dtype is None and len({x.dtype for x in tensors}) > 1:
                     continue  # no dtype to multiply in
                 wanted = KNOWN[name](*arguments) if name in KNOWN else dtypes(name, "reference", arguments)
-                assert dtypes(name, "triton", arguments) == wanted, (name, model, autocast)
+                assert dtypes(name, "triton", arguments) == wanted, (name, model, dtype)
 
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_encoder_finds_the_sequences_once(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And hands them to each layer, where every program of attention had to find its own."""
-    encoder = Encoder.from_config(TINY).to("cuda")
-    batch = Packed(fake(8, dtype=torch.int64), fake(8, dtype=torch.int64), fake(3, dtype=torch.int32), (), 8)
+    encoder, batch = encoder_and_batch()
     made: list[int] = []
     op = ops.token_ranges.backends["triton"]
     monkeypatch.setattr(ops.fused.attention, "token_ranges_triton", lambda *_: pytest.fail("in a layer"))
     monkeypatch.setitem(ops.token_ranges.backends, "triton", lambda *args: made.append(1) or op(*args))
-    with ops.backend("triton"), torch.autocast("cuda", BFLOAT16, enabled=autocast):
+    with ops.backend("triton"), autocast_to(BFLOAT16 if autocast else None):
         assert encoder(batch).dtype == FLOAT32
     assert made == [1]
 
@@ -107,13 +129,12 @@ def test_the_encoder_finds_the_sequences_once(autocast: bool, monkeypatch: pytes
 @pytest.mark.usefixtures("fakes")
 def test_a_norm_that_is_only_multiplied_is_not_copied_under_autocast() -> None:
     """It was written in float32, and cast: 12 copies a layer were 8 percent of a step."""
-    encoder = Encoder.from_config(TINY).to("cuda")
-    batch = Packed(fake(8, dtype=torch.int64), fake(8, dtype=torch.int64), fake(3, dtype=torch.int32), (), 8)
+    encoder, batch = encoder_and_batch()
     given: list[torch.dtype] = []
     for layer in encoder.layers[1:]:
         for module in (layer.attn.Wqkv, layer.mlp.Wi):
             module.register_forward_pre_hook(lambda _, args: given.append(args[0].dtype))
-    with ops.backend("triton"), torch.autocast("cuda", BFLOAT16):
+    with ops.backend("triton"), autocast_to(BFLOAT16):
         encoder(batch)
     assert set(given) == {BFLOAT16}
     assert len(given) == 2 * (TINY.num_hidden_layers - 1)
@@ -125,3 +146,13 @@ def test_other_gpus_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -
     assert launch.supported(fake(3))
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not launch.supported(fake(3))
+
+
+@pytest.mark.usefixtures("fakes")
+def test_dropout_of_attention_is_not_slow_in_silence() -> None:
+    """It takes the dense reference."""
+    when = next(when for name, when, _ in ops.attention._choices if name == "triton")
+    qkv, cu, _, rope = calls(FLOAT32, BFLOAT16, FLOAT32)["attention"]
+    assert when(qkv, cu, 8, rope=rope)
+    with pytest.warns(UserWarning, match=r"attention with dropout 0.1 runs without the fused kernels"):
+        assert not when(qkv, cu, 8, rope=rope, dropout_p=0.1)

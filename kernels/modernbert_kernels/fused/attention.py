@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -140,7 +141,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _accepts(qkv_T3HK: Tensor, *_: object, rope: tuple[Tensor, Tensor], dropout_p: float = 0.0, **__: object) -> bool:
-    return supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and rope_fits(qkv_T3HK, *rope) and dropout_p == 0.0
+    fits = supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and rope_fits(qkv_T3HK, *rope)
+    if fits and dropout_p and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"attention with dropout {dropout_p} runs without the fused kernels, on padded sequences and a mask of "
+            "them: train with attention_dropout=0.0, as ModernBERT was",
+            stacklevel=3,
+        )
+    return fits and dropout_p == 0.0
 
 
 @attention.register("triton", when=_accepts)
