@@ -48,12 +48,6 @@ MUTATIONS = [
     Mutation("attention_kernels.py", "(dp - delta_i[:, None])", "dp", EDGES),
     Mutation("attention_kernels.py", "alpha = tl.exp2(m_i - m_new)", "alpha = 1.0", EDGES),
     Mutation("attention_kernels.py", "other=0), high, 0)", "other=0), high, high)", f"{ATTENTION} queries_only"),
-    Mutation(
-        "attention_kernels.py",
-        "key_ends + last_row), all_stop, 0)",
-        "key_ends + last_row), all_stop, all_stop)",
-        f"{ATTENTION} not_masked",
-    ),
     Mutation("attention_kernels.py", "        ends = key_ends", "        ends = ends", f"{ATTENTION} queries_only"),
     Mutation("token_ranges.py", "other=T) <= tokens", "other=T) < tokens", f"{ATTENTION} token_ranges"),
     Mutation("token_ranges.py", "middle + 1, segment)", "middle, segment)", f"{ATTENTION} token_ranges"),
