@@ -84,7 +84,8 @@ class Graphs:
 
     A batch is rounded up to the next of a few sizes by short filler sequences, and copied to the GPU in one piece.
     Nothing is allocated. The first batch of a size captures its graph, which takes a few forward passes. Graphs share
-    their memory, so one thread at a time replays, and a replay waits for the one before it on whatever stream that was.
+    their memory, but for inputs and outputs. So one thread at a time replays, and a replay waits for the one before it,
+    whatever stream that was on.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, capture: Capture | None = None) -> None:

@@ -57,7 +57,7 @@ MUTATIONS = [
     ),
     Mutation("geglu.py", "(rows < T)", "(rows < T - 1)", f"{ROWS} geglu"),
     Mutation("geglu.py", "sigmoid * (1 + a * (1 - sigmoid))", "sigmoid * (1 - a * (1 - sigmoid))", f"{ROWS} silu"),
-    Mutation("geglu.py", "tl.exp2(-0.5 * LOG2_E", "tl.exp2(-LOG2_E", f"{ROWS} geglu"),
+    Mutation("geglu.py", "(-0.5 * LOG2_E)", "-LOG2_E", f"{ROWS} geglu"),
     Mutation("geglu.py", "0.7107068705", "0.7507068705", f"{ROWS} geglu"),
     Mutation("geglu.py", "tl.where(a < 0, tail, 1 - tail)", "1 - tail", f"{ROWS} geglu"),
     Mutation(
