@@ -21,7 +21,7 @@ program with more warps; shorter rows share a program. Chosen by registers, not 
 WARPS_PER_SM = {80: 16, 89: 12, 90: 16, 120: 12}
 """Warps of the backward kernel on each multiprocessor. Its programs loop over the rows and keep sums for the weight, so
 all should be resident at once, and none may wait for another one to end. These fit beside one another under autocast,
-which takes the most: 29 KB for 4 warps, of 100 KB on sm_89 and sm_120."""
+which takes the most: 25 KB for 4 warps, of 100 KB on sm_89 and sm_120."""
 
 STAGES = 3
 """With so few programs, each hides the latency of memory by prefetching two tiles; one where both are float32, which
