@@ -39,7 +39,7 @@ TABLE = "tests/kernels/test_rotary_table.py"
 MUTATIONS = [
     Mutation("attention_kernels.py", "columns[None, :] < high[:, None]", "columns[None, :] <= high[:, None]", EDGES),
     Mutation("attention_kernels.py", "columns[None, :] >= low[:, None]", "columns[None, :] > low[:, None]", EDGES),
-    Mutation("attention_kernels.py", "scores, queries, low, high)", "scores, queries, low, high + 1)", EDGES),
+    Mutation("attention_kernels.py", "_between(queries, low, high)", "_between(queries, low, high + 1)", EDGES),
     Mutation("attention_kernels.py", "start_n + BLOCK_N > all_stop", "start_n > all_stop", EDGES),
     Mutation("attention_kernels.py", "start_n < all_start", "start_n < start", EDGES),
     Mutation("attention_kernels.py", "(b * c + a * s).to(dtype)", "(b * c - a * s).to(dtype)", EDGES),

@@ -78,9 +78,9 @@ def _dot_halves(a1, a2, b1, b2, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _masked(scores, columns, low, high):
-    """The scores of the columns that are in the interval of each row, and -inf in the place of the others."""
-    return tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None]), scores, float("-inf"))
+def _between(columns, low, high):
+    """Which columns are in the interval of each row."""
+    return (columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "window"])
@@ -121,7 +121,7 @@ def attention_forward_kernel(
         k1, k2 = _load_rotated(k, keys, cos, sin, key_mask, stride, R, ROTATE)
         scores = _dot_halves(q1, q2, k1, k2, PRECISION)
         if (start_n < all_start) | (start_n + BLOCK_N > all_stop):
-            scores = _masked(scores, keys, low, high)
+            scores = tl.where(_between(keys, low, high), scores, float("-inf"))
         # Finite for a row without a visible key so far, so that its probabilities are zero and not NaN.
         m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
         p = tl.exp2(scores * scale - m_new[:, None])
@@ -185,7 +185,7 @@ def attention_dq_kernel(
         k1, k2 = _load_rotated(k, keys, cos, sin, key_mask, stride, R, ROTATE)
         scores = _dot_halves(q1, q2, k1, k2, PRECISION)
         if (start_n < all_start) | (start_n + BLOCK_N > all_stop):
-            scores = _masked(scores, keys, low, high)
+            scores = tl.where(_between(keys, low, high), scores, float("-inf"))
         p = tl.exp2(scores * scale - lse_i[:, None])
         v_block = tl.load(v + keys.to(tl.int64)[:, None] * stride + columns, mask=key_mask[:, None], other=0.0)
         dp = tl.dot(do, tl.trans(v_block), input_precision=PRECISION)
@@ -237,8 +237,8 @@ def attention_dkv_kernel(
         q1, q2 = _load_rotated(q, queries, cos, sin, query_mask, stride, R, ROTATE)
         scores = _dot_halves(k1, k2, q1, q2, PRECISION)
         lse_i = tl.load(lse + head.to(tl.int64) * T + queries, mask=query_mask, other=float("inf"))
-        # Every block is masked: with a branch around it, this kernel spills registers before sm_90.
-        p = tl.exp2(_masked(scores, queries, low, high) * scale - lse_i[None, :])
+        # Every block is masked, and after the exponential: this kernel has no registers left before sm_90.
+        p = tl.where(_between(queries, low, high), tl.exp2(scores * scale - lse_i[None, :]), 0.0)
         out_offsets = queries.to(tl.int64)[:, None] * (H * K) + head * K + columns
         do = tl.load(dout + out_offsets, mask=query_mask[:, None], other=0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
