@@ -62,7 +62,7 @@ TILES: dict[tuple[str | int, ...], dict[int, Tile]] = {
     ("attention dkv", 32, 4): {80: Tile(32, 32, 4, 1)},
     ("attention dkv", 64, 2): {
         80: Tile(32, 32, 4, 2),
-        89: Tile(64, 32, 4, 2),
+        90: Tile(64, 32, 4, 2),
         120: Tile(32, 32, 4, 2),
     },
     ("attention dkv", 64, 4): {80: Tile(32, 16, 8, 1)},
