@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 import modernbert_kernels as ops
 from benchmarks import clock
 from benchmarks.clock import Loop, Machine, Rates, Refused
+from benchmarks.gate import worst_row
 from benchmarks.harness import Difference, Measured, Result, Run, Suite, difference, in_turns
 from benchmarks.rows import rounded
 from benchmarks.work import visible_pairs
@@ -160,11 +161,14 @@ def check(way: Way, task: Task, backward: bool, truth: Sequence[Tensor], plain: 
     """The worst error of outputs and gradients, or `Refused`.
 
     Allowed are twice the error of the reference in the same dtype and one rounding step of the coarsest argument, as
-    root mean squares over a tensor and shares of the truth.
+    root mean squares over a tensor and shares of the truth; and over each row, as `gate.py` has it.
     """
     got = call_of(way, *copied(task, backward), backward)()
-    pairs = zip(got, truth, plain, strict=True)
-    each = [difference(mine, exact, yardstick, dtype=task.dtype) for mine, exact, yardstick in pairs]
+    each = []
+    for at, (mine, exact, yardstick) in enumerate(zip(got, truth, plain, strict=True)):
+        each.append(difference(mine, exact, yardstick, dtype=task.dtype))
+        if exact.numel() and not (worst := worst_row(mine, yardstick, exact, torch.finfo(task.dtype).eps)).is_right:
+            raise Refused(f"of result {at}, {worst}")
     return max(each, key=lambda one: one.found / (one.allowed or 1.0))
 
 

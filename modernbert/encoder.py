@@ -10,7 +10,7 @@ Dimension key, used as suffixes everywhere in this project:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from modernbert_kernels.dispatch import recorded
 
 from .checkpoint import Content, load_weights, state_of
 from .config import EncoderConfig
-from .modules import Linear, Norm, add_norm, has_options, is_plain
+from .modules import Linear, Norm, add_norm, autocast_dtype, has_options, is_plain
 from .outputs import EncoderOutput as EncoderOutput
 from .packed import Packed, check_packed, check_rows
 from .packing import unpack
@@ -38,17 +38,26 @@ if TYPE_CHECKING:
 
 
 class Rope:
-    """cos and sin of the rotary angle of each token, `[T, R]` float32.
+    """cos and sin of the rotary angle of each token, `[T, R]` float32; and `ranges`, `ops.token_ranges` or None.
 
     Not a tuple or dataclass: with mixed precision, FSDP casts the tensors in these to the dtype of the parameters.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos, self.sin = cos, sin
+    def __init__(self, cos: Tensor, sin: Tensor, ranges: Tensor | None = None) -> None:
+        self.cos, self.sin, self.ranges = cos, sin, ranges
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rope:
         """The same angles on `device`, for libraries that place layers on several."""
-        return Rope(*(table.to(device, non_blocking=non_blocking) for table in (self.cos, self.sin)))
+        tables = self.cos, self.sin, self.ranges
+        return Rope(*(x if x is None else x.to(device, non_blocking=non_blocking) for x in tables))
+
+
+def ropes(batch: Packed, thetas: Iterable[float], head_dim: int) -> dict[float, Rope]:
+    """The tables of a forward pass, for each of these bases of the angles."""
+    # Only kernels on a GPU read the ranges.
+    on_gpu = batch.cu_seqlens.is_cuda and not recorded()
+    ranges = ops.token_ranges(batch.cu_seqlens, batch.key_lengths, batch.num_tokens) if on_gpu else None
+    return {theta: Rope(*ops.rotary_table(batch.positions, theta, head_dim), ranges) for theta in set(thetas)}
 
 
 def no_states() -> tuple[()] | None:
@@ -96,6 +105,7 @@ class Attention(nn.Module):
             window=self.window,
             key_lengths=batch.key_lengths,
             dropout_p=self.dropout_p if self.training else 0.0,
+            ranges_3T=rope.ranges,
         )
         return dropout(self.Wo(take_rows(out_THK.flatten(1), rows_Q)), self.output_dropout_p, self.training)
 
@@ -127,8 +137,9 @@ class Layer(nn.Module):
     def forward(
         self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope, rows_Q: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else add_norm(x_TD, delta_TD, self.attn_norm)
-        x_QD, h_QD = add_norm(take_rows(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q), self.mlp_norm)
+        dtype = autocast_dtype(x_TD)
+        x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else add_norm(x_TD, delta_TD, self.attn_norm, dtype)
+        x_QD, h_QD = add_norm(take_rows(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q), self.mlp_norm, dtype)
         return x_QD, self.mlp(h_QD)
 
 
@@ -213,8 +224,7 @@ class Encoder(Pretrained):
         if rows is not None:
             check_rows(rows, batch.num_tokens)
 
-        width = self.config.head_dim
-        rope_of = {theta: Rope(*ops.rotary_table(batch.positions, theta, width)) for theta in set(self.thetas)}
+        rope_of = ropes(batch, self.thetas, self.config.head_dim)
         x_TD, delta_TD = self.embeddings(batch.input_ids, inputs_embeds), None
         rows_of_layer = [None] * (len(self.layers) - 1) + [rows]
         for layer, theta, wanted in zip(self.layers, self.thetas, rows_of_layer, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -60,12 +61,23 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     )
 
 
-def add_norm(x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """`(x + delta, norm(x + delta))`, in one kernel if the norm is plain."""
+def add_norm(
+    x_TD: Tensor, delta_TD: Tensor | None, norm: nn.Module, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(x + delta, norm(x + delta))`, in one kernel if the norm is plain, which then has this dtype."""
     if delta_TD is not None and (is_plain(norm, Norm) or is_plain(norm, nn.LayerNorm)):
-        return ops.add_layer_norm(x_TD, delta_TD, norm.weight, norm.bias, norm.eps)
+        return ops.add_layer_norm(x_TD, delta_TD, norm.weight, norm.bias, norm.eps, dtype)
     x_TD = x_TD if delta_TD is None else x_TD + delta_TD
     return x_TD, norm(x_TD)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast multiplies; None outside of it.
+
+    A norm that is only multiplied is rounded to it as it is written, in the place of a copy in that dtype.
+    """
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def has_options(table: nn.Embedding) -> bool:

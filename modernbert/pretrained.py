@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,8 @@ class Pretrained(nn.Module):
 
         Args:
             folder_or_hub_id: a local folder, or the id of a repository on the Hugging Face hub.
-            dtype: of the parameters, or its name; "auto": that of the file; None: float32, whatever the file holds.
+            dtype: of the parameters, or its name; "auto": that of the file; None: float32, whatever the file holds,
+                with a warning on a GPU, which is fast in `torch.bfloat16`.
             device: where the parameters go; None means the CPU.
             revision, token, cache_dir, local_files_only: passed to `huggingface_hub`.
             subfolder: of the folder or of the repository, in which the checkpoint is.
@@ -94,7 +96,13 @@ class Pretrained(nn.Module):
         arguments.check(arguments.LOADING, {name: options[name] for name in options.keys() - settings.keys()})
         if None not in (dtype, torch_dtype) and dtype != torch_dtype:
             raise ValueError(f"dtype is {dtype} and torch_dtype {torch_dtype}: pass one of them")
-        where = arguments.device_of(device, device_map)
+        where, asked = arguments.device_of(device, device_map), dtype if torch_dtype is None else torch_dtype
+        if asked is None and where.type == "cuda":
+            warnings.warn(
+                "the parameters are float32, which leaves the tensor cores of a GPU idle: pass dtype=torch.bfloat16 to "
+                "infer, or dtype=torch.float32 to train under autocast or to keep float32",
+                stacklevel=2,
+            )
         folder = checkpoint.locate(
             folder_or_hub_id,
             revision=revision,
@@ -105,7 +113,7 @@ class Pretrained(nn.Module):
         )
         if options.get("use_safetensors") and not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(f"{folder} has no safetensors, which use_safetensors=True asks for")
-        return cls._load(folder, dtype if torch_dtype is None else torch_dtype, where, settings)
+        return cls._load(folder, asked, where, settings)
 
     @classmethod
     def _load(

@@ -3,7 +3,7 @@
 A result is accurate if its error against float64 is at most twice the error of the plain computation in the
 same dtype, plus one rounding step of the truth. Errors and step are root mean squares over the tensor: the
 largest errors of two equally good computations easily differ by a factor of three, their root mean squares by
-a few percent.
+a few percent. The same holds for its worst row (`benchmarks/gate.py`), which a whole tensor hides.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.gate import worst_row
+
 
 def assert_accurate(got: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
     """`got` against `truth` (float64), no worse than twice `plain` (the same maths in the dtype of `got`)."""
@@ -22,14 +24,18 @@ def assert_accurate(got: Tensor, plain: Tensor, truth: Tensor, name: str = "resu
     assert got.dtype == plain.dtype, f"{name}: {got.dtype} instead of {plain.dtype}"
     if truth.numel() == 0:
         return
-    infinite = truth.isinf()
+    infinite, eps = truth.isinf(), torch.finfo(got.dtype).eps
     for x in (got, plain):
         assert torch.equal(x[infinite].double(), truth[infinite]), f"{name}: infinities differ"
-    values = (got.double() - truth, plain.double() - truth, truth)
-    got_error, plain_error, size = (x.masked_fill(infinite, 0).square().mean().sqrt().item() for x in values)
-    allowed = 2 * plain_error + torch.finfo(got.dtype).eps * size
+    got, plain, truth = (x.double().masked_fill(infinite, 0) for x in (got, plain, truth))
+    got_error, plain_error, size = (x.square().mean().sqrt().item() for x in (got - truth, plain - truth, truth))
+    allowed = 2 * plain_error + eps * size
+    worst = worst_row(got, plain, truth, eps)
     # Written so that a NaN fails.
-    assert got_error <= allowed, f"{name}: off by {got_error:.2e}, allowed {allowed:.2e} (plain {plain_error:.2e})"
+    assert got_error <= allowed, (
+        f"{name}: off by {got_error:.2e}, allowed {allowed:.2e} (plain {plain_error:.2e}); {worst}"
+    )
+    assert worst.is_right, f"{name}: {worst}"
 
 
 def assert_as_accurate(

@@ -187,9 +187,9 @@ FROZEN = {
     "modernbert_kernels.Op": "(reference)",
     "modernbert_kernels.Op.__call__": "(self, *args, **kwargs)",
     "modernbert_kernels.Op.register": "(self, backend, *, when)",
-    "modernbert_kernels.add_layer_norm": "(x_TD, delta_TD, weight_D, bias_D, eps)",
+    "modernbert_kernels.add_layer_norm": "(x_TD, delta_TD, weight_D, bias_D, eps, dtype=None)",
     "modernbert_kernels.attention": (
-        "(qkv_T3HK, cu_seqlens, max_seqlen, *, rope, window=None, key_lengths=None, dropout_p=0.0)"
+        "(qkv_T3HK, cu_seqlens, max_seqlen, *, rope, window=None, key_lengths=None, dropout_p=0.0, ranges_3T=None)"
     ),
     "modernbert_kernels.backend": "(name)",
     "modernbert_kernels.cpu": "module",
@@ -205,6 +205,7 @@ FROZEN = {
     "modernbert_kernels.project_normalize": "(x_TD, weight_ED, bias_E=None, rows_Q=None)",
     "modernbert_kernels.rotary": "(qkv_T3HK, cos_TR, sin_TR, *, inplace=False)",
     "modernbert_kernels.rotary_table": "(positions_T, theta, head_dim)",
+    "modernbert_kernels.token_ranges": "(cu_seqlens, key_lengths, num_tokens)",
 }
 
 

@@ -17,6 +17,7 @@ from .reference import (
     project_normalize,
     rotary,
     rotary_table,
+    token_ranges,
 )
 
 if find_spec("triton"):
@@ -38,4 +39,5 @@ __all__ = [
     "project_normalize",
     "rotary",
     "rotary_table",
+    "token_ranges",
 ]

@@ -17,6 +17,7 @@ ORDER = {
     "add_layer_norm": ("triton",),
     "linear": ("onednn",),
     "rotary_table": ("triton",),
+    "token_ranges": ("triton",),
     "rotary": ("triton",),
     "rotate_back": ("triton",),
     "attention": ("flash", "triton", "cpu"),

@@ -37,7 +37,7 @@ def operator(
     def add(launcher: Callable[P, R]) -> Callable[P, R]:
         def on_its_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
             # Triton launches on the current GPU, which need not be the one that holds the tensors.
-            with torch.cuda.device(_common_device(x.device for x in args if isinstance(x, Tensor))):
+            with torch.cuda.device(_common_device([x.device for x in args if isinstance(x, Tensor)])):
                 return launcher(*args, **kwargs)
 
         name = LIBRARY.define(schema, tags=tuple(tags))
@@ -59,7 +59,22 @@ def _common_device(devices: Iterable[torch.device]) -> torch.device:
 
 def supported(*tensors: Tensor) -> bool:
     """Whether Triton compiles for the GPU of these tensors, and the kernels take their dtype."""
-    return all(x.is_cuda and x.dtype in DTYPES and arch(x.device) >= OLDEST for x in tensors)
+    return all(x.dtype in DTYPES and on_gpu(x) for x in tensors)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the tensor is on a GPU that the kernels are written for, which are NVIDIA's from `OLDEST` on."""
+    return x.is_cuda and torch.version.hip is None and arch(x.device) >= OLDEST
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass will ask for a gradient of one of these; without, no `autograd.Function` is called."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def autocast_float32(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a norm: under autocast, torch computes norms on a GPU in float32 and returns that."""
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else dtype
 
 
 def rope_fits(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> bool:
@@ -103,6 +118,11 @@ def segment_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """`[T]` int32, the sequence of each token. Does not wait for the device."""
     token_T = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.bucketize(token_T, cu_seqlens[1:], right=True, out_int32=True)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; for a CPU, where the interpreter runs, those of an A100."""
+    return _properties(device).multi_processor_count if device.type == "cuda" else 108
 
 
 def attention_outputs(qkv_T3HK: Tensor, *__: object) -> tuple[Tensor, Tensor]:

@@ -37,15 +37,22 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 
 @Op
 def add_layer_norm(
-    x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    x_TD: Tensor,
+    delta_TD: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(x + delta, layer_norm(x + delta))`: the residual stream and its norm, both `[T, D]`.
 
-    `x` may be float32 where `delta` and the weights are not: the stream stays float32, the norm has the weight's dtype.
+    `x` may be float32 where `delta` and the weights are not: the stream stays float32. The norm has this dtype, by
+    default the weight's.
     """
     x_TD = x_TD + delta_TD
     bias_D = None if bias_D is None else bias_D.to(x_TD.dtype)
-    return x_TD, F.layer_norm(x_TD, weight_D.shape, weight_D.to(x_TD.dtype), bias_D, eps).to(weight_D.dtype)
+    y_TD = F.layer_norm(x_TD, weight_D.shape, weight_D.to(x_TD.dtype), bias_D, eps)
+    return x_TD, y_TD.to(weight_D.dtype if dtype is None else dtype)
 
 
 @Op
@@ -97,6 +104,20 @@ def rotate_back(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, 
 
 
 @Op
+def token_ranges(cu_seqlens: Tensor, key_lengths: Tensor | None, num_tokens: int) -> Tensor:
+    """Where the sequence of each token begins and ends, and where its keys end: packed tokens, `[3, T]` int32.
+
+    For a token after the last sequence, all three are the end of that. `attention` computes it where it is not given.
+    """
+    token_T = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    segment_T = torch.bucketize(token_T, cu_seqlens[1:], right=True)
+    bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
+    begin_T, end_T = bounds[segment_T], bounds[segment_T + 1]
+    keys_T = end_T if key_lengths is None else begin_T + F.pad(key_lengths, (0, 1))[segment_T]
+    return torch.stack([begin_T, end_T, keys_T]).to(torch.int32)
+
+
+@Op
 def attention(
     qkv_T3HK: Tensor,
     cu_seqlens: Tensor,
@@ -106,6 +127,7 @@ def attention(
     window: int | None = None,
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
+    ranges_3T: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention inside each packed sequence, `[T, 3, H, K]` unrotated to `[T, H, K]`.
 
@@ -115,6 +137,7 @@ def attention(
     Args:
         cu_seqlens: `[B + 1]` int32. max_seqlen: longest sequence, a host integer.
         rope: cos and sin, `[T, K / 2]` float32.
+        ranges_3T: what `token_ranges` gives for these sequences, for backends that read it: once for all layers.
     """
     num_tokens = qkv_T3HK.shape[0]
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

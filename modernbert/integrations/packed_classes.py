@@ -19,7 +19,7 @@ import modernbert_kernels as ops
 from modernbert_kernels.dispatch import recorded
 
 from ..config import EncoderConfig
-from ..encoder import Rope
+from ..encoder import Rope, ropes
 from ..modules import add_norm
 from ..packed import Packed, check_packed
 from ..packing import in_front_of_graph, unpack
@@ -91,10 +91,7 @@ class ModernBertModel(theirs.ModernBertModel):
         batch = in_front_of_graph(_packed, *arguments) if torch.compiler.is_compiling() else _packed(*arguments)
 
         config, states = self.in_place.config, []
-        rope_of = {
-            theta: Rope(*ops.rotary_table(batch.positions, theta, config.head_dim))
-            for theta in {config.global_rope_theta, config.local_rope_theta}
-        }
+        rope_of = ropes(batch, {config.global_rope_theta, config.local_rope_theta}, config.head_dim)
         # As one text, because adapters and hooks on the embeddings expect [batch, length].
         if inputs_embeds is None:
             x_TD = self.embeddings(input_ids=batch.input_ids[None])[0]
@@ -138,6 +135,7 @@ class ModernBertAttention(theirs.ModernBertAttention):
             window=window,
             key_lengths=batch.key_lengths,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
+            ranges_3T=rope.ranges,
         )
         return self.out_drop(self.Wo(out_THK.flatten(1)))
 

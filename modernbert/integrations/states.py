@@ -10,7 +10,7 @@ from torch import Tensor
 
 import modernbert_kernels as ops
 
-from ..encoder import Encoder, Layer, Rope, take_rows
+from ..encoder import Encoder, Layer, ropes, take_rows
 from ..modules import add_norm
 from ..packed import check_packed, check_rows
 from ..packing import Packed
@@ -44,9 +44,7 @@ def hidden_states(
     check_packed(batch)
     if rows is not None:
         check_rows(rows, batch.num_tokens)
-    ropes = {
-        theta: Rope(*ops.rotary_table(batch.positions, theta, encoder.config.head_dim)) for theta in set(encoder.thetas)
-    }
+    rope_of = ropes(batch, encoder.thetas, encoder.config.head_dim)
     x_TD, delta_TD = encoder.embeddings(batch.input_ids, inputs_embeds), None
     last, found = max(wanted, default=-1), {}
     for place in range(last + 1):
@@ -56,7 +54,7 @@ def hidden_states(
         if place < last:
             rows_of_layer = rows if place == last - 1 else None
             layer = encoder.layers[place]
-            x_TD, delta_TD = layer(x_TD, delta_TD, batch, ropes[encoder.thetas[place]], rows_of_layer)
+            x_TD, delta_TD = layer(x_TD, delta_TD, batch, rope_of[encoder.thetas[place]], rows_of_layer)
     return [found[place] for place in wanted]
 
 

@@ -107,7 +107,7 @@ def sources(config: Config, passages: PassageFile, output: Path) -> Sequence[Sou
 def vectors(config: Config, passages: PassageFile, folder: Path, name: str) -> Vectors:
     """A model as a source. `--candidates` is for those that are a ColBERT."""
     folder.mkdir(exist_ok=True)
-    model = (ColBERT if is_colbert(name) else Embedder).from_pretrained(name, device=config.device)
+    model = (ColBERT if is_colbert(name) else Embedder).from_pretrained(name, device=config.device, dtype="float32")
     return Vectors(model, passages, folder, candidates=config.candidates if is_colbert(name) else 0)
 
 

@@ -7,8 +7,9 @@ all that a replay does. Captures of real graphs are marked `gpu`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -167,25 +168,162 @@ def test_a_bucket_has_room_for_tokens_and_texts_and_knows_long_ones(
 
 
 @pytest.mark.parametrize("lengths", [[], [3], [10, 20], [32], [1, 1, 1], [0, 5, 0]])
-def test_free_places_share_what_is_left_over(lengths: list[int]) -> None:
+def test_what_is_left_over_is_one_sequence(lengths: list[int]) -> None:
+    """It was spread over all free places, which every program of attention had to walk."""
     bucket = Bucket(32, 32, False)
-    row = torch.full((2 * 32 + 5,), 7, dtype=torch.int32)
-    fill(row, batch_of(lengths), bucket)
-    cu_seqlens = row[64:]
+    host = torch.full((sum(bucket.sizes),), 7, dtype=torch.int32)
+    fill(host, batch_of(lengths), bucket)
+    cu_seqlens = host.split(bucket.sizes)[2]
     assert cu_seqlens[: len(lengths) + 1].tolist() == batch_of(lengths).cu_seqlens.tolist()
-    assert int(cu_seqlens[-1]) == 32
-    fillers = cu_seqlens[len(lengths) :].diff()
-    assert int(fillers.max()) - int(fillers.min()) <= 1
+    fillers = cu_seqlens[len(lengths) :].diff().tolist()
+    assert fillers[:1] in ([], [32 - sum(lengths)])
+    assert not any(fillers[1:])
+
+
+def test_what_is_left_over_is_no_longer_than_the_longest() -> None:
+    bucket = Bucket(80, 30, False)
+    host = torch.zeros(sum(bucket.sizes), dtype=torch.int32)
+    fill(host, batch_of([5]), bucket)
+    assert host.split(bucket.sizes)[2].diff().tolist() == [5, 30, 30, 15, 0, 0, 0, 0, 0, 0]
 
 
 def test_what_fills_up_sees_itself_alone() -> None:
     """Key lengths that an earlier batch left there would reach beyond the last token."""
     bucket = Bucket(32, 32, True)
-    row = torch.full((2 * 32 + 5 + 4,), 30, dtype=torch.int32)
+    host = torch.full((sum(bucket.sizes),), 30, dtype=torch.int32)
     batch = expanded([9, 4])
-    fill(row, batch, bucket)
-    assert row[69:71].tolist() == batch.key_lengths.tolist()
-    assert row[71:].tolist() == row[64:69].diff()[2:].tolist()
+    fill(host, batch, bucket)
+    _, _, cu_seqlens, key_lengths, _ = host.split(bucket.sizes)
+    assert key_lengths[:2].tolist() == batch.key_lengths.tolist()
+    assert key_lengths[2:].tolist() == cu_seqlens.diff()[2:].tolist()
+
+
+@pytest.mark.parametrize(("tokens", "longest"), [(16_384, 2048), (16_384, 8192), (6144, 6144), (2048, 2048)])
+def test_places_of_long_sequences_are_few(tokens: int, longest: int) -> None:
+    """FlashAttention starts programs for the longest sequence in each: 2,048 places were 393,216 a layer."""
+    bucket = Bucket(tokens, longest, False)
+    assert bucket.places * longest <= 2 * tokens + graphs.SPARE_PLACES * longest
+    assert bucket.places >= tokens // (longest // 2 + 1), "a full bucket of the shortest that belong here"
+    assert Bucket(tokens, LONG, False).places == tokens // 8
+
+
+class Machine:
+    """Stand-ins for the streams, events and graphs of torch, and for its allocator, which counts tokens.
+
+    As in PyTorch, a block belongs to the stream on which it was made, and a free one may be cut.
+    """
+
+    def __init__(self) -> None:
+        self.stream, self.capturing, self.log = "default", False, []
+        self.free: dict[object, list[int]] = {}
+        self.reserved = 0
+
+    def allocate(self, size: int) -> None:
+        """What a captured forward pass makes and frees again."""
+        if not self.capturing:
+            return
+        free = self.free.setdefault(self.stream, [])
+        if not any(block >= size for block in free):
+            self.reserved += size
+            free.append(size)
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine = self
+
+        class Stream:
+            device = torch.device("cuda", 0)
+
+            def __init__(self, device: object = None) -> None: ...
+            def wait_stream(self, other: object) -> None: ...
+
+        class Event:
+            def record(self) -> None:
+                machine.log.append(("record", self, machine.stream))
+
+            def wait(self) -> None:
+                machine.log.append(("wait", self, machine.stream))
+
+            def synchronize(self) -> None: ...
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                machine.log.append(("replay", None, machine.stream))
+
+        @contextmanager
+        def on(stream: object) -> Iterator[None]:
+            before, machine.stream = machine.stream, stream
+            yield
+            machine.stream = before
+
+        @contextmanager
+        def graph(_: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+            machine.capturing = True
+            with on(stream):
+                yield
+            machine.capturing = False
+
+        parts = {
+            "Stream": Stream,
+            "CUDAGraph": CUDAGraph,
+            "graph": graph,
+            "stream": on,
+            "device": lambda _: nullcontext(),
+        }
+        parts |= {"graph_pool_handle": lambda: "pool", "current_stream": Stream}
+        for name, part in parts.items():
+            monkeypatch.setattr(torch.cuda, name, part)
+        monkeypatch.setattr(graphs, "NoEvent", Event)
+
+
+@pytest.mark.parametrize("order", [(256, 128), (128, 256), (40, 80, 160, 256)])
+def test_memory_is_that_of_the_largest_bucket(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each capture had a stream of its own, to which the allocator gives no block of another one."""
+    machine = Machine()
+    machine.patch(monkeypatch)
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 256)
+
+    class Model(nn.Module):
+        def forward(self, batch: Packed) -> Tensor:
+            machine.allocate(batch.num_tokens)
+            return torch.zeros(batch.num_tokens, 3)
+
+    made = Graphs(Model(), torch.device("cpu"), capture=graphs.capture_on(torch.device("cuda")))
+    made._largest_first = True  # as on a GPU
+    for length in order:
+        replay(made, batch_of([length]))
+    assert machine.reserved == 256
+    assert len(machine.free) == 1, "one stream"
+
+
+def test_a_replay_waits_for_the_one_before_it_on_any_stream(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays on two streams raced for the inputs and for the memory of the pool."""
+    machine = Machine()
+    machine.patch(monkeypatch)
+    made = replays(encoder)
+    for stream in ("first", "second"):
+        machine.stream = stream
+        replay(made, batch_of([20]))
+    events = [event for event in machine.log if event[1] is made._replayed]
+    assert [(kind, stream) for kind, _, stream in events] == [
+        ("wait", "first"), ("record", "first"), ("wait", "second"), ("record", "second"),
+    ]  # fmt: skip
+    assert machine.log[-1] == events[-1], "after the result is copied"
+
+
+@pytest.mark.parametrize("count", [1, 9, 20])
+def test_rows_come_with_the_inputs(encoder: Encoder, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of rows in pageable memory behind the replay waited for it: nothing else is moved to the GPU."""
+    made, batch, rows = replays(encoder), batch_of([20]), torch.arange(count)
+    wanted = replay(made, batch, rows)
+    moved: list[Any] = []
+    monkeypatch.setattr(Tensor, "to", lambda self, *args, **options: moved.append(args) or self)
+    bucket = made.bucket(batch)
+    assert bucket is not None
+    with torch.no_grad():
+        graph = made._graphs[bucket]
+        monkeypatch.setattr(graph, "replay", lambda: None)
+        assert torch.equal(made.replay(bucket, batch, rows), wanted)
+    assert not moved
 
 
 # On a GPU
@@ -215,3 +353,14 @@ def test_a_gpu_encodes_texts_as_a_cpu_does() -> None:
     for got in (plain, session.encode_documents(texts, batch_tokens=4000), session.encode_documents(texts)):
         assert torch.equal(got.offsets, wanted.offsets)
         torch.testing.assert_close(got.values, wanted.values, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_graphs_share_their_memory_on_a_gpu(encoder: Encoder) -> None:
+    made = Graphs(encoder.to("cuda"), torch.device("cuda"))
+    replay(made, batch_of([32]))
+    before = torch.cuda.memory_reserved()
+    for size in (4096, 1024, 10_000):
+        replay(made, batch_of([32] * (size // 32)))
+    # Their inputs and outputs are their own; of the rest, nothing is new.
+    assert torch.cuda.memory_reserved() - before < 32 << 20

@@ -33,6 +33,10 @@ def _geglu(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
             yield Case(ops.geglu, f"{width} {activation}", (h, activation))
 
 
+WIDTHS = (256, 384, 768, 1024, 1792)
+"""Of Ettin-17m, 32m, 150m, 400m and 1b."""
+
+
 def _norm(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """Weight, bias and epsilon; with a bias at one width only, which is one more kernel."""
     weight, bias = randn(2, width, dtype=dtype)
@@ -40,18 +44,25 @@ def _norm(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _layer_norm(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
-    for width in (256, 768, 1024, 1792):
+    for width in WIDTHS:
         x = randn(tokens, width, dtype=dtype)
         yield Case(ops.layer_norm, f"{width}", (x, *_norm(width, dtype)))
 
 
 def _add_layer_norm(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
-    for width in (256, 768, 1024, 1792):
+    for width in WIDTHS:
         x, delta = randn(2, tokens, width, dtype=dtype)
         norm = _norm(width, dtype)
         yield Case(ops.add_layer_norm, f"{width}", (x, delta, *norm))
+        if dtype != torch.float32:
+            exact = _norm(width, torch.float32)
+            yield Case(ops.add_layer_norm, f"{width} autocast", (x.float(), delta, *exact, dtype))
         if width == 768 and dtype != torch.float32:
             yield Case(ops.add_layer_norm, f"{width} float32 stream", (x.float(), delta, *norm))
+            # The last norm, and those of LoRA, which are frozen.
+            yield Case(ops.add_layer_norm, f"{width} autocast, float32 norm", (x.float(), delta, *exact))
+            frozen = {"weight_D": exact[0], "bias_D": None, "eps": 1e-5, "dtype": dtype}
+            yield Case(ops.add_layer_norm, f"{width} autocast, frozen norm", (x.float(), delta), frozen)
 
 
 def _embed_layer_norm(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
@@ -80,6 +91,14 @@ def _rotary_table(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
             yield Case(ops.rotary_table, f"{width}, theta {theta:,.0f}", (positions,), named)
 
 
+def _token_ranges(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
+    lengths = torch.tensor([tokens // 2, tokens - tokens // 2], dtype=torch.int32)
+    for key_lengths in (None, lengths // 2):
+        how = "all keys" if key_lengths is None else "query rows"
+        named = {"cu_seqlens": offsets(2, tokens // 2), "key_lengths": key_lengths, "num_tokens": tokens}
+        yield Case(ops.token_ranges, how, (), named)
+
+
 def _rotate_back(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
     for heads, width in ((12, 64), (12, 32), (8, 128)):
         angle = randn(tokens, width // 2, dtype=torch.float32)
@@ -96,17 +115,18 @@ def _attention(dtype: torch.dtype, tokens: int) -> Iterator[Case]:
     lengths = [tokens // 2, tokens // 4, tokens - tokens // 2 - tokens // 4]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     keys = torch.tensor(lengths, dtype=torch.int32) // 2
-    for heads, width in ((4, 32), (12, 64), (8, 128)):
+    for heads, width in ((12, 32), (12, 64), (8, 128)):
         qkv = randn(tokens, 3, heads, width, dtype=dtype)
         rope = tuple(randn(2, tokens, width // 2, dtype=torch.float32))
-        for window in (64, None):
-            for key_lengths in (None, keys) if width == 64 else (None,):
-                how = "global" if window is None else f"window {window}"
-                name = f"{heads} x {width}, {how}{'' if key_lengths is None else ', query rows'}"
-                options = {"rope": rope, "window": window, "key_lengths": key_lengths}
-                yield Case(ops.attention, name, (qkv, cu_seqlens, max(lengths)), options)
+        # A window and key lengths change no kernel: one is a number, the other is in the ranges.
+        ranges = ops.token_ranges.reference(cu_seqlens, keys, tokens)
+        options = {"rope": rope, "window": 64, "ranges_3T": ranges}
+        yield Case(ops.attention, f"{heads} x {width}", (qkv, cu_seqlens, max(lengths)), options)
+        # By name, because inference has no gradients and keeps less.
+        named = {"qkv_T3HK": qkv, "cu_seqlens": cu_seqlens, "max_seqlen": max(lengths)}
+        yield Case(ops.attention, f"{heads} x {width}, inference", (), named | options)
         # The longest sequence is what the caller says: above LONG, q and k are rotated before.
-        options = {"rope": rope, "window": None, "key_lengths": None}
+        options = {"rope": rope, "window": None, "ranges_3T": ranges}
         yield Case(ops.attention, f"{heads} x {width}, rotated before", (qkv, cu_seqlens, 2 * LONG), options)
 
 
@@ -166,6 +186,7 @@ CASES: dict[str, Make] = {
     "embed_layer_norm": _embed_layer_norm,
     "rotary": _rotary,
     "rotary_table": _rotary_table,
+    "token_ranges": _token_ranges,
     "rotate_back": _rotate_back,
     "attention": _attention,
     "maxsim": _maxsim,

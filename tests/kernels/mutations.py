@@ -40,18 +40,26 @@ MUTATIONS = [
     Mutation("attention_kernels.py", "columns[None, :] < high[:, None]", "columns[None, :] <= high[:, None]", EDGES),
     Mutation("attention_kernels.py", "columns[None, :] >= low[:, None]", "columns[None, :] > low[:, None]", EDGES),
     Mutation("attention_kernels.py", "_between(queries, low, high)", "_between(queries, low, high + 1)", EDGES),
+    Mutation("attention_kernels.py", "start_n + BLOCK_N > all_stop", "start_n > all_stop", EDGES),
+    Mutation("attention_kernels.py", "start_n < all_start", "start_n < start", EDGES),
     Mutation("attention_kernels.py", "(b * c + a * s).to(dtype)", "(b * c - a * s).to(dtype)", EDGES),
     Mutation("attention_kernels.py", "b * c - a * s, mask=row_mask)", "b * c + a * s, mask=row_mask)", EDGES),
     Mutation("attention_kernels.py", "scale = scale * LN_2\n    _store", "_store", EDGES),
     Mutation("attention_kernels.py", "(dp - delta_i[:, None])", "dp", EDGES),
     Mutation("attention_kernels.py", "alpha = tl.exp2(m_i - m_new)", "alpha = 1.0", EDGES),
-    Mutation("attention_kernels.py", "tl.where(rows < keys_end, end, 0)", "end", f"{ATTENTION} queries_only"),
-    Mutation("attention_kernels.py", "else keys_end", "else end", f"{ATTENTION} queries_only"),
-    Mutation("attention_kernels.py", "<= rows).to(tl.int32)", "< rows).to(tl.int32)", f"{ATTENTION} more_sequences"),
-    Mutation("attention_kernels.py", "last_segment += tl.sum", "last_segment = tl.sum", f"{ATTENTION} more_sequences"),
+    Mutation("attention_kernels.py", "other=0), high, 0)", "other=0), high, high)", f"{ATTENTION} queries_only"),
+    Mutation("attention_kernels.py", "        ends = key_ends", "        ends = ends", f"{ATTENTION} queries_only"),
+    Mutation("token_ranges.py", "other=T) <= tokens", "other=T) < tokens", f"{ATTENTION} token_ranges"),
+    Mutation("token_ranges.py", "middle + 1, segment)", "middle, segment)", f"{ATTENTION} token_ranges"),
+    Mutation("token_ranges.py", "tl.minimum(begin + tl.maximum(keys, 0), end)", "end", f"{ATTENTION} token_ranges"),
+    Mutation(
+        "token_ranges.py", "tl.minimum(tl.maximum(end, begin), total), total)", "end, total)", f"{ATTENTION} reads_only"
+    ),
     Mutation("geglu.py", "(rows < T)", "(rows < T - 1)", f"{ROWS} geglu"),
     Mutation("geglu.py", "sigmoid * (1 + a * (1 - sigmoid))", "sigmoid * (1 - a * (1 - sigmoid))", f"{ROWS} silu"),
-    Mutation("geglu.py", "tl.exp(-0.5 * a * a)", "tl.exp(-a * a)", f"{ROWS} geglu"),
+    Mutation("geglu.py", "(-0.5 * LOG2_E)", "-LOG2_E", f"{ROWS} geglu"),
+    Mutation("geglu.py", "0.7107068705", "0.7507068705", f"{ROWS} geglu"),
+    Mutation("geglu.py", "tl.where(a < 0, tail, 1 - tail)", "1 - tail", f"{ROWS} geglu"),
     Mutation(
         "layer_norm_kernels.py", "tl.where(mask, values - mean[:, None], 0.0)", "values - mean[:, None]", f"{ROWS} norm"
     ),
@@ -144,7 +152,7 @@ MUTATIONS = [
     Mutation("pool.py", "tl.where(top > best", "tl.where(top >= best", f"{POOL} ties"),
     Mutation("pool.py", "tl.maximum(end - start, 1)", "tl.maximum(end - start, 2)", f"{POOL} backend"),
     Mutation("pool.py", "(rows == end - 1)", "(rows == end)", f"{POOL} backend"),
-    Mutation("pool.py", "share / (end - start)", "share * (end - start)", f"{POOL} backend"),
+    Mutation("pool.py", "share / length[:, None]", "share", f"{POOL} backend"),
     Mutation(
         "project_normalize.py", "tl.maximum(norm, MIN_NORM)[:, None], mask", "norm[:, None], mask", f"{PROJECT} shorter"
     ),

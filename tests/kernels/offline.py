@@ -6,6 +6,7 @@ Ops are called as on a GPU; in place of a launch the kernel is compiled for an a
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 SHARED_PER_SM = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
+PROGRAM, EXECUTABLE = 1, 4
+"""Of a section of an ELF file: a program, and the flag of instructions."""
+
+NOP, BARRIER = 0x918, 0xB1D
+"""Opcodes, the same since sm_70: what fills the end of a kernel, and BAR.SYNC."""
+
 TOKENS = 384
 """Enough for every kernel, and the kernels do not depend on the number."""
 
@@ -82,8 +89,21 @@ def call(case: Case) -> None:
         torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
 
 
+def opcodes(cubin: bytes) -> list[int]:
+    """The opcode of each instruction of a binary with one kernel, read from its ELF sections in microseconds."""
+    (table,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
+    # Kind, flags, address, offset and length of each section, without its name.
+    sections = [struct.unpack_from("<IQQQQ", cubin, table + at * size + 4) for at in range(count)]
+    code = [(offset, length) for kind, flags, _, offset, length in sections if kind == PROGRAM and flags & EXECUTABLE]
+    # An instruction has 16 bytes, and its opcode the lowest 12 bits of the first 8.
+    return [word & 0xFFF for offset, length in code for word, _ in struct.iter_unpack("<QQ", cubin[offset:][:length])]
+
+
 def resources(kernel: Any, arch: int) -> dict[str, Any]:
-    """Registers of a thread, bytes it spills, shared memory of a program, and how many programs an SM holds."""
+    """Registers of a thread, bytes it spills, shared memory of a program, how many programs an SM holds, instructions.
+
+    `instructions` and `barriers` (of all threads of a program) count the code, not what a loop runs.
+    """
     from triton.knobs import nvidia
 
     disassembler: Any = nvidia.cuobjdump  # comes with Triton
@@ -96,6 +116,7 @@ def resources(kernel: Any, arch: int) -> dict[str, Any]:
     registers, warps, shared = usage["REG"], kernel.metadata.num_warps, kernel.metadata.shared
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     by_shared = (SHARED_PER_SM[arch] << 10) // (shared + 1024)
+    code = opcodes(kernel.asm["cubin"])
     return {
         "kernel": kernel.metadata.name,
         "arch": arch,
@@ -105,4 +126,6 @@ def resources(kernel: Any, arch: int) -> dict[str, Any]:
         "warps": warps,
         "stages": kernel.metadata.num_stages,
         "programs": min(by_registers, by_shared, WARPS_PER_SM[arch] // warps),
+        "instructions": len(code) - code.count(NOP),
+        "barriers": code.count(BARRIER),
     }

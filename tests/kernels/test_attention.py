@@ -401,10 +401,56 @@ def test_triton_attention_keeps_the_rules_of_operators(query_rows: bool) -> None
     lengths = torch.tensor([0, 20, 20, 31], dtype=torch.int32, device=DEVICE)
     keys = torch.tensor([3, 0, 11], dtype=torch.int32, device=DEVICE) if query_rows else None
     qkv, tables = torch.randn(31, 3, 2, 32, device=DEVICE), torch.rand(2, 31, 16, device=DEVICE)
+    ranges = ops.token_ranges.reference(lengths, keys, 31)
     forward, backward = ops.fused.attention.attention_forward, ops.fused.attention.attention_backward
-    out, lse = forward(qkv, lengths, keys, *tables, 8, True)
-    torch.library.opcheck(forward, (qkv, lengths, keys, *tables, 8, True))
-    torch.library.opcheck(backward, (qkv, lengths, keys, *tables, out, lse, torch.rand_like(out), None, True))
+    out, lse = forward(qkv, ranges, *tables, 8, True, True)
+    for keep in (True, False):
+        torch.library.opcheck(forward, (qkv, ranges, *tables, 8, True, keep))
+    torch.library.opcheck(backward, (qkv, ranges, *tables, out, lse, torch.rand_like(out), None, True))
+
+
+@TRITON
+def test_triton_attention_reads_the_ranges_of_the_pass() -> None:
+    """Layers share them: nothing is read from the offsets again. The same bits with and without, and in inference."""
+    lengths, keys = [70, 0, 30], torch.tensor([30, 0, 30], dtype=torch.int32)
+    qkv, cu_seqlens, keys = randn(100, 3, 2, 32).to(DEVICE), cu(lengths).to(DEVICE), keys.to(DEVICE)
+    tables = tuple(x.to(DEVICE) for x in rope(lengths, 32))
+    ranges = ops.token_ranges.backends["triton"](cu_seqlens, keys, 100)
+    op = ops.attention.backends["triton"]
+    nothing = torch.zeros_like(cu_seqlens), torch.zeros_like(keys)
+    wanted = op(qkv, cu_seqlens, 70, rope=tables, window=9, key_lengths=keys)
+    got = op(qkv, nothing[0], 70, rope=tables, window=9, key_lengths=nothing[1], ranges_3T=ranges)
+    trained = op(qkv.requires_grad_(), cu_seqlens, 70, rope=tables, window=9, key_lengths=keys, ranges_3T=ranges)
+    assert torch.equal(got, wanted)
+    assert torch.equal(trained, wanted)
+
+
+@TRITON
+@pytest.mark.parametrize("window", [None, 20])
+def test_triton_attention_of_blocks_that_are_not_masked(window: int | None) -> None:
+    """Blocks inside of what all rows of a tile see, beside query-only rows and another sequence."""
+    lengths, keys = [200, 150, 30], torch.tensor([200, 90, 30], dtype=torch.int32)
+    options = {"rope": rope(lengths, 32), "window": window, "key_lengths": keys}
+    check_attention("triton", randn(380, 3, 1, 32, scale=1.5), cu(lengths), 200, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", *fast(ops.token_ranges)])
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("lengths", [[], [0], [1], [0, 5, 0, 0, 70, 0], [3] * 300, [1, 600]], ids=len)
+def test_token_ranges(backend: str, keys: bool, lengths: list[int]) -> None:
+    """From the definition, with two tokens after the last sequence; the offset behind the last one is not read."""
+    key_lengths = [n // 2 for n in lengths] if keys else lengths
+    rows, begin = [], 0
+    for length, seen in zip(lengths, key_lengths, strict=True):
+        rows += [[begin, begin + length, begin + seen]] * length
+        begin += length
+    wanted = torch.tensor([*rows, *[[begin] * 3] * 2], dtype=torch.int32).T
+    offsets = torch.tensor([*cu(lengths).tolist(), 9999], dtype=torch.int32)[:-1]
+    given = torch.tensor(key_lengths, dtype=torch.int32) if keys else None
+    offsets, given = (x if x is None else x.to(place(backend)) for x in (offsets, given))
+    got = ops.token_ranges.backends[backend](offsets, given, begin + 2)
+    assert got.dtype == torch.int32
+    assert torch.equal(got.cpu(), wanted)
 
 
 def test_threads_keep_their_own_masks() -> None:

@@ -84,6 +84,17 @@ def test_a_second_derivative_is_refused(name: str) -> None:
         gradient.square().sum().backward()
 
 
+@TRITON
+@pytest.mark.parametrize("name", [name for name in ONCE if name != "linear_cross_entropy"])
+def test_inference_calls_no_autograd_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs as much as a launch, and keeps what only a backward pass reads."""
+    x = randn(5, 96).to(DEVICE).requires_grad_()
+    wanted = ONCE[name](x).detach()
+    monkeypatch.setattr(torch.autograd.Function, "apply", lambda *_: pytest.fail("called"))
+    with torch.no_grad():
+        assert torch.equal(ONCE[name](x), wanted)
+
+
 def accepts(op: ops.Op, *arguments: Any, **options: Any) -> bool:
     """Whether the triton backend would take the call if the tensors were on a GPU."""
     when = next(when for name, when, _ in op._choices if name == "triton")

@@ -110,9 +110,13 @@ SIGNATURES: dict[str, Any] = {
 def stand_in(name: str) -> Any:
     """A function with the signature of the package's that takes no feature but ours, and computes with `attend`."""
     signature, fourth = inspect.signature(SIGNATURES[name]), ".cute." in name
+    module, function = name.rsplit(".", 1)
+    (row,) = (row for row in packages.PACKAGES.values() if row.module == module)
+    expected = row.calls[function][0], set(row.calls[function][1])
 
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
+        assert (len(args), set(kwargs)) == expected, "what `_takes` looks for"
         bound.apply_defaults()
         a = bound.arguments
         width = a["q"].shape[-1]
@@ -135,6 +139,7 @@ def stand_in(name: str) -> Any:
             a[name].copy_(value)
         return torch.empty(0)
 
+    call.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 
@@ -231,7 +236,7 @@ def test_a_window_with_key_lengths_is_counted_from_the_other_end() -> None:
     assert [row.nonzero()[:, 0].tolist() for row in ours[:, 0]] == [[0, 1], [0, 1], [1], []]
 
 
-@pytest.mark.usefixtures("forget_installed")
+@pytest.mark.usefixtures("forget_installed", "stand_ins")
 @pytest.mark.parametrize(
     ("arch", "installed", "wanted"),
     [
@@ -254,6 +259,31 @@ def test_usable(arch: Any, installed: dict[str, Any], wanted: tuple[str, ...], m
     monkeypatch.setattr(packages, "arch", lambda device: 10 * arch[0] + arch[1])
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: installed["torch"])
     assert packages.usable(torch.device("cuda", 0)) == wanted
+
+
+# Without defaults, and with one window: builds of flash-attn-3 from before 17 November 2025, all of them 3.0.0b1.
+OLD: dict[str, Any] = {
+    "flash_attn_interface._flash_attn_forward": lambda q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k,
+    cu_seqlens_k_new, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos,
+    rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale, softmax_scale, causal, window_size=(-1, -1): None,
+    "flash_attn_interface._flash_attn_backward": lambda dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k,
+    sequed_q, sequed_k, max_seqlen_q, max_seqlen_k, dq, dk, dv, softmax_scale, causal, window_size=(-1, -1): None,
+    "flash_attn.cute.interface._flash_attn_fwd": lambda q, k, v, cu_seqlens_q=None, cu_seqlens_k=None: None,
+    "flash_attn.flash_attn_interface._flash_attn_varlen_forward": None,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("forget_installed", "stand_ins")
+@pytest.mark.parametrize("path", OLD)
+def test_a_package_that_takes_other_arguments_is_left_out(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call was a TypeError for every long global layer, and nothing falls back."""
+    (name,) = (name for name, row in packages.PACKAGES.items() if row.module == path.rsplit(".", 1)[0])
+    monkeypatch.setattr(packages.metadata, "version", lambda _: "4.0.0")
+    assert packages.installed(name)
+    packages._installed.cache_clear()
+    module, function = path.rsplit(".", 1)
+    monkeypatch.setattr(sys.modules[module], function, OLD[path])
+    assert not packages.installed(name)
 
 
 def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +338,7 @@ def test_a_compiler_may_ask() -> None:
     assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(qkv), qkv * 2)
 
 
-@pytest.mark.usefixtures("forget_installed")
+@pytest.mark.usefixtures("forget_installed", "stand_ins")
 def test_a_compiler_reads_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A constant for it: a look-up of a distribution cannot be traced."""
 

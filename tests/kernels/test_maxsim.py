@@ -216,7 +216,34 @@ def test_maxsim_operators(paired: bool) -> None:
     for gradient in (False, True):
         torch.library.opcheck(library.maxsim_forward.default, (*vectors, paired, gradient))
     scores, places = library.maxsim_forward(*vectors, paired, True)
-    torch.library.opcheck(library.maxsim_backward.default, (*vectors, places, scores, paired))
+    for wanted in ([True, True], [True, False], [False, True]):
+        torch.library.opcheck(library.maxsim_backward.default, (*vectors, places, scores, paired, wanted))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("paired", [pytest.param(paired, marks=TRITON) for paired in (False, True)])
+def test_maxsim_computes_no_gradient_that_is_not_wanted(
+    paired: bool, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen documents cost nothing: their half of the backward pass is the costly one."""
+    if not stored:
+        monkeypatch.setattr(ops.fused.maxsim, "ARGMAX_BYTES", 1)
+    run = triton([3, 4], [4, 5], paired=paired)[0]
+    q, d = randn(7, 32).to(DEVICE), randn(9, 32).to(DEVICE)
+    launched: list[str] = []
+
+    def watched(name: str) -> Any:
+        kernel = getattr(ops.fused.maxsim, name)
+        return type("Watched", (), {"__getitem__": lambda _, grid: launched.append(name) or kernel[grid]})()
+
+    for name in ("maxsim_grad_queries_kernel", "maxsim_grad_documents_kernel"):
+        monkeypatch.setattr(ops.fused.maxsim, name, watched(name))
+    every = torch.autograd.grad(run(q.requires_grad_(), d.requires_grad_()).square().sum(), (q, d))
+    for at, (leaf, part) in enumerate(((q, "queries"), (d, "documents"))):
+        launched.clear()
+        loss = run(*(x if x is leaf else x.detach() for x in (q, d))).square().sum()
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], every[at])
+        assert set(launched) == {f"maxsim_grad_{part}_kernel"}
 
 
 @pytest.mark.parametrize("paired", [pytest.param(paired, marks=TRITON) for paired in (False, True)])

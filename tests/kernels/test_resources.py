@@ -40,8 +40,9 @@ ROW = {
     "registers": 100,
     "spilled": 0,
     "shared": 1000,
+    "programs": 4,
+    "instructions": 500,
 }
-ROW |= {"programs": 4}
 
 
 def compiled(arch: int, dtype: torch.dtype) -> list[Kernel]:
@@ -92,7 +93,7 @@ def faults(rows: Sequence[Kernel], committed: Sequence[Kernel]) -> Iterator[str]
             if committed:
                 yield f"{name}: is not in {TABLE.name}"
             continue
-        for figure in ("registers", "shared"):
+        for figure in ("registers", "shared", "instructions"):
             if row[figure] > 1.1 * before[figure]:
                 yield f"{name}: {figure} {row[figure]}, were {before[figure]}"
         if row["programs"] < before["programs"]:
@@ -114,7 +115,8 @@ def markdown(rows: Sequence[Kernel]) -> str:
             cases = [row for row in rows if (row["kernel"], row["arch"], row["dtype"]) == (kernel, arch, "bfloat16")]
             worst = max(cases, key=lambda row: (-row["programs"] * row["warps"], row["registers"]))
             shared = f"{worst['shared'] / 1024:.3g} KB"
-            cells.append(f"{worst['registers']}, {shared}, {worst['programs']} x {worst['warps']}")
+            code = f"{worst['instructions']} / {worst['barriers']}"
+            cells.append(f"{worst['registers']}, {shared}, {worst['programs']} x {worst['warps']}; {code}")
         lines.append(f"| `{op}` | `{kernel.removesuffix('_kernel')}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -170,6 +172,7 @@ def test_cases_have_different_names(op: str) -> None:
         ({"shared": 102_400}, "a program may have 99 KB"),
         ({"registers": 111}, "registers 111, were 100"),
         ({"programs": 3}, "3 programs fit on an SM, were 4"),
+        ({"instructions": 551}, "instructions 551, were 500"),
         ({"kernel": "new"}, "is not in resources.jsonl"),
     ],
 )

@@ -16,12 +16,15 @@ from kernel_calls import (
     FLOAT64,
     TRITON,
     assert_equal_in_float64,
+    cu,
     fast,
     implementations,
     randn,
     rope,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import modernbert_kernels as ops
 
@@ -121,7 +124,7 @@ def test_norms_of_any_width(backend: str, width: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_norm_gradients_by_programs_that_walk(dtype: torch.dtype, programs: int, monkeypatch: Any) -> None:
     """Few programs for many rows, as on a GPU with many more; the last tile is short."""
-    monkeypatch.setattr(ops.fused.layer_norm_kernels, "WARPS", 4 * programs)
+    monkeypatch.setattr(ops.fused.layer_norm_kernels, "_programs", lambda device, warps: programs)
     for width in (96, 500):
         arguments = [randn(*n, width, dtype=dtype) for n in ((61,), (61,), (), ())]
         op = ops.add_layer_norm
@@ -160,6 +163,77 @@ def test_add_layer_norm_of_which_one_output_is_used(backend: str, used: int) -> 
     half = lambda op: lambda *args: op(*args)[used]  # noqa: E731
     op = ops.add_layer_norm
     assert_as_accurate(half(op.backends[backend]), half(op.reference), *arguments, device=DEVICE)
+
+
+@pytest.mark.parametrize("backend", ["reference", *fast(ops.add_layer_norm)])
+def test_add_layer_norm_of_a_dtype_that_is_asked_for(backend: str) -> None:
+    """Under autocast: a float32 stream and float32 weights, and a norm that is only multiplied, in bfloat16."""
+    x, delta, weight = (y.to(DEVICE) for y in (randn(9, 96), randn(9, 96, dtype=BFLOAT16), randn(96)))
+    leaves = [y.requires_grad_() for y in (x, delta, weight)]
+    op = ops.add_layer_norm.backends[backend]
+    found = []
+    for run in (lambda: op(*leaves, None, 1e-5, BFLOAT16), lambda: op(*leaves, None, 1e-5)):
+        s, y = run()
+        y = y.to(BFLOAT16)
+        assert s.dtype == FLOAT32
+        found.append([s, y, *torch.autograd.grad((y.float() * y.detach().cos().float()).sum() + s.sum(), leaves)])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other), "the same roundings as with a copy in that dtype"
+
+
+FROZEN = {
+    "layer_norm": (lambda op: op, lambda: (randn(9, 96), randn(96), randn(96), 1e-5)),
+    "add_layer_norm": (
+        lambda op: lambda *args: op(*args)[1],
+        lambda: (randn(9, 96), randn(9, 96), randn(96), randn(96), 1e-5),
+    ),
+    "embed_layer_norm": (
+        lambda op: lambda *args: op(torch.arange(9, device=args[0].device) % 4, *args),
+        lambda: (randn(4, 96), randn(96), randn(96), 1e-5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TRITON) for name in FROZEN])
+def test_norms_compute_no_gradient_that_is_not_wanted(name: str) -> None:
+    """A frozen table had a dense gradient, and a frozen norm that of its weight."""
+    call, make = FROZEN[name]
+    run, arguments = call(getattr(ops, name).backends["triton"]), make()
+    leaves = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments]
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    cotangent = randn(9, 96).to(DEVICE)
+
+    def grads(*wanted: Tensor) -> tuple[tuple[Tensor, ...], set[tuple[str, tuple[int, ...]]]]:
+        for x in tensors:
+            x.requires_grad_(any(x is y for y in wanted))
+        out = run(*leaves)
+        with Calls() as calls:
+            found = torch.autograd.grad(out, wanted, cotangent)
+        return found, calls.made
+
+    every, _ = grads(*tensors)
+    for at, x in enumerate(tensors):
+        (one,), made = grads(x)
+        assert torch.equal(one, every[at])
+        is_parameter = x.dim() == 1
+        wanted = {(0,), (1, 96)} if is_parameter else {(9, 96), (0, 96)}
+        assert {shape for name, shape in made if name == "modernbert_kernels.norm_backward"} == wanted
+        assert not (is_parameter and any("embedding" in name for name, _ in made))
+
+
+class Calls(TorchDispatchMode):
+    """The operators that are called, with the shapes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[str, tuple[int, ...]]] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operation(*args, **(kwargs or {}))
+        name = str(operation).removesuffix(".default")
+        self.made |= {(name, tuple(x.shape)) for x in tree_flatten(found)[0] if isinstance(x, Tensor)}
+        return found
 
 
 def strided(x: Any) -> Any:
@@ -202,11 +276,16 @@ def operator_calls() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "geglu_forward": [(x, "gelu")],
         "geglu_backward": [(x, dy[:, :48].contiguous(), "silu")],
-        "norm_forward": [(x, None, None, weight, weight, 1e-5), (x, ids, None, weight, None, 1e-5),
-                         (x, None, dy.to(half), weight.to(half), None, 1e-5)],
-        "norm_backward": [(dy, None, x, None, weight, stats, True, None), (dy, ds, x, ids, weight, stats, False, half)],
+        "norm_forward": [(x, None, None, weight, weight, 1e-5, FLOAT32, True),
+                         (x, ids, None, weight, None, 1e-5, half, False),
+                         (x, None, dy.to(half), weight.to(half), None, 1e-5, half, True)],
+        "norm_backward": [(dy, None, x, None, weight, stats, [True, True, True], None),
+                          (dy, ds, x, ids, weight, stats, [True, False, False], half),
+                          (dy, None, x, None, weight, stats, [False, False, True], None)],
         "rotary": [(*turn, False), (*turn, True)],
         "rotary_": [turn],
+        "rotate_back": [(*turn[0].unbind(1), *turn[1:])],
+        "token_ranges": [(cu([4, 0, 5]), None, 9), (cu([4, 0, 5]), cu([2, 1])[:3], 9)],
     }  # fmt: skip
 
 

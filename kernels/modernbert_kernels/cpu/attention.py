@@ -51,6 +51,7 @@ def attention_cpu(
     window: int | None = None,
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
+    ranges_3T: Tensor | None = None,
 ) -> Tensor:
     """`attention` without dropout; same arguments and result."""
     if dropout_p:

@@ -9,13 +9,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dispatch import LONG
-from ..launch import attention_outputs, operator
+from ..launch import attention_outputs, needs_gradient, operator
 from ..reference import attention, rotary, rotate_back
 from . import packages
 
 
 def _accepts(
-    qkv_T3HK: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, window: int | None = None, **options: Any
+    qkv_T3HK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window: int | None = None,
+    ranges_3T: Tensor | None = None,
+    **options: Any,
 ) -> bool:
     """Long sequences without a window; without Triton, whatever a package takes."""
     wanted = "triton" not in attention.backends or (window is None and max_seqlen > LONG)
@@ -32,6 +38,7 @@ def attention_flash(
     window: int | None = None,
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
+    ranges_3T: Tensor | None = None,
 ) -> Tensor:
     """`attention` in bfloat16 or float16, with a window or with `key_lengths` but not with both.
 
@@ -46,7 +53,9 @@ def attention_flash(
             f"{qkv_T3HK.shape[-1]}, dropout {dropout_p}, window {window} "
             f"{'without' if key_lengths is None else 'with'} key_lengths; use another backend or the reference"
         )
-    return _Flash.apply(qkv_T3HK, cu_seqlens, key_lengths, *rope, max_seqlen, window, name)
+    if needs_gradient(qkv_T3HK):
+        return _Flash.apply(qkv_T3HK, cu_seqlens, key_lengths, *rope, max_seqlen, window, name)
+    return flash_forward(rotary(qkv_T3HK, *rope), cu_seqlens, key_lengths, max_seqlen, window, name)[0]
 
 
 class _Flash(torch.autograd.Function):

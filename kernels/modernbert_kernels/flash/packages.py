@@ -11,6 +11,7 @@ accepted. The packages are optional and are imported when they are called.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module, metadata
@@ -124,26 +125,63 @@ class Package(NamedTuple):
     """One FlashAttention.
 
     Attributes:
-        distribution: its name and its oldest version with these signatures; None for torch itself.
+        distribution: its name and its oldest version with these functions; None for torch itself.
+        module, calls: where its functions are; how many tensors each is given by position here, and what by name.
         oldest, newest: compute capabilities on which forward and backward run, 89 for 8.9.
     """
 
     distribution: tuple[str, tuple[int, ...]] | None
+    module: str
+    calls: dict[str, tuple[int, tuple[str, ...]]]
     oldest: int
     newest: int
     forward: Callable[[Tensor, Tensor, Tensor, Varlen], OutAndLse]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Varlen], Gradients]
 
 
+_WINDOW = ("window_size_left", "window_size_right")
+_NAMED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", *_WINDOW)
+_SECOND = ("dropout_p", "softmax_scale", "causal", *_WINDOW)
+
 PACKAGES = {
     # Uses Hopper's own instructions. By its authors' figures, faster than generation 2 from 1,024 tokens on.
-    "flash3": Package(("flash-attn-3", (3,)), 90, 90, _flash3_forward, _flash3_backward),
+    "flash3": Package(
+        ("flash-attn-3", (3,)),
+        "flash_attn_interface",
+        {
+            "_flash_attn_forward": (3, (*_NAMED, "softmax_scale")),
+            "_flash_attn_backward": (6, (*_NAMED, "softmax_scale", "deterministic", "dq", "dk", "dv")),
+        },
+        90,
+        90,
+        _flash3_forward,
+        _flash3_backward,
+    ),
     # Its forward pass also runs on 8.x and its backward pass also on 12.x, without instructions of their own.
-    "flash4": Package(("flash-attn-4", (4,)), 90, 119, _flash4_forward, _flash4_backward),
+    "flash4": Package(
+        ("flash-attn-4", (4,)),
+        "flash_attn.cute.interface",
+        {"_flash_attn_fwd": (3, (*_NAMED, "return_lse")), "_flash_attn_bwd": (6, (*_NAMED, "deterministic"))},
+        90,
+        119,
+        _flash4_forward,
+        _flash4_backward,
+    ),
     # Generation 2, without a package to build.
-    "torch": Package(None, 80, 999, _torch_forward, _torch_backward),
+    "torch": Package(None, "torch", {}, 80, 999, _torch_forward, _torch_backward),
     # The same kernels, for a torch that was built without them.
-    "flash2": Package(("flash-attn", (2, 7)), 80, 999, _flash2_forward, _flash2_backward),
+    "flash2": Package(
+        ("flash-attn", (2, 7)),
+        "flash_attn.flash_attn_interface",
+        {
+            "_flash_attn_varlen_forward": (7, _SECOND),
+            "_flash_attn_varlen_backward": (13, (*_SECOND, "softcap", "alibi_slopes", "deterministic")),
+        },
+        80,
+        999,
+        _flash2_forward,
+        _flash2_backward,
+    ),
 }
 """The best first. The order follows their authors' figures; it has not been timed here."""
 
@@ -159,11 +197,25 @@ def _installed(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     numbers = [int(number) for number in version.split(".")[: len(oldest)] if number.isdigit()]
-    return tuple(numbers) >= oldest
+    if tuple(numbers) < oldest:
+        return False
+    # Versions do not tell: builds of flash-attn-3 from before and after a change of its arguments are all 3.0.0b1.
+    module, calls = import_module(PACKAGES[name].module), PACKAGES[name].calls
+    return all(_takes(getattr(module, function, None), *call) for function, call in calls.items())
+
+
+def _takes(function: Callable[..., object] | None, positional: int, names: tuple[str, ...]) -> bool:
+    """Whether a function can be called with so many tensors and these names. Operators of torch take any by Python."""
+    try:
+        if function is not None:
+            inspect.signature(function).bind(*range(positional), **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return function is not None
 
 
 def installed(name: str) -> bool:
-    """Whether this row of `PACKAGES` is installed in a version that has these signatures. Looked up once."""
+    """Whether this row of `PACKAGES` is installed, with functions that take our calls. Looked up once."""
     return _installed(name)
 
 

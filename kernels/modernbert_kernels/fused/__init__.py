@@ -11,4 +11,5 @@ from . import (  # noqa: F401
     project_normalize,
     rotary,
     rotary_table,
+    token_ranges,
 )

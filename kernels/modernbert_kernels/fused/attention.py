@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,34 +12,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dispatch import LONG
-from ..launch import DTYPES, attention_outputs, contiguous, operator, precision, rope_fits, supported
+from ..launch import DTYPES, attention_outputs, needs_gradient, operator, precision, rope_fits, supported
 from ..reference import attention
-from .attention_kernels import FAR, attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
+from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_forward_kernel
 from .rotary import rotary_copy
 from .tiles import tile_for
+from .token_ranges import token_ranges_triton
 
 WIDTHS = (32, 64, 128)
+FAR = 1 << 30
+"""A window of more tokens than a batch has; twice that still fits into 32 bits."""
+
 LOG2_E = 1.4426950408889634  # softmax uses powers of two
 
 
+def _outputs(
+    qkv_T3HK: Tensor, ranges_3T: Tensor, cos_TR: Tensor, sin_TR: Tensor, window: int | None, rotate: bool, lse: bool
+) -> tuple[Tensor, Tensor]:
+    out_THK, lse_HT = attention_outputs(qkv_T3HK)
+    return out_THK, lse_HT if lse else lse_HT.new_empty(0)
+
+
 @operator(
-    "attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, Tensor cos, Tensor sin, int? window, "
-    "bool rotate) -> (Tensor, Tensor)",
-    fake=attention_outputs,
+    "attention_forward(Tensor qkv, Tensor ranges, Tensor cos, Tensor sin, int? window, bool rotate, bool lse) "
+    "-> (Tensor, Tensor)",
+    fake=_outputs,
 )
 def attention_forward(
-    qkv_T3HK: Tensor,
-    cu_seqlens: Tensor,
-    key_lengths: Tensor | None,
-    cos_TR: Tensor,
-    sin_TR: Tensor,
-    window: int | None,
-    rotate: bool,
+    qkv_T3HK: Tensor, ranges_3T: Tensor, cos_TR: Tensor, sin_TR: Tensor, window: int | None, rotate: bool, lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output `[T, H, K]` and the log-sum-exp of each softmax, `[H, T]` float32, to base 2."""
-    out_THK, lse_HT = attention_outputs(qkv_T3HK)
-    sequences = (cu_seqlens, key_lengths, cos_TR, sin_TR)
-    _launch("forward", attention_forward_kernel, qkv_T3HK, sequences, (out_THK, lse_HT), window, rotate)
+    """The output `[T, H, K]` and, if `lse`, the log-sum-exp of each softmax, `[H, T]` float32, to base 2."""
+    out_THK, lse_HT = _outputs(qkv_T3HK, ranges_3T, cos_TR, sin_TR, window, rotate, lse)
+    tables = {"qkv": qkv_T3HK, "ranges": ranges_3T, "cos": cos_TR, "sin": sin_TR}
+    outputs = {"out": out_THK, "lse": lse_HT if lse else None}
+    _launch("forward", attention_forward_kernel, tables | outputs, window, rotate)
     return out_THK, lse_HT
 
 
@@ -46,14 +54,13 @@ def _backward_output(qkv_T3HK: Tensor, *_: object) -> Tensor:
 
 
 @operator(
-    "attention_backward(Tensor qkv, Tensor cu_seqlens, Tensor? key_lengths, Tensor cos, Tensor sin, Tensor out, "
-    "Tensor lse, Tensor dout, int? window, bool rotate) -> Tensor",
+    "attention_backward(Tensor qkv, Tensor ranges, Tensor cos, Tensor sin, Tensor out, Tensor lse, Tensor dout, "
+    "int? window, bool rotate) -> Tensor",
     fake=_backward_output,
 )
 def attention_backward(
     qkv_T3HK: Tensor,
-    cu_seqlens: Tensor,
-    key_lengths: Tensor | None,
+    ranges_3T: Tensor,
     cos_TR: Tensor,
     sin_TR: Tensor,
     out_THK: Tensor,
@@ -64,44 +71,50 @@ def attention_backward(
 ) -> Tensor:
     """The gradient of packed qkv before the rotation. `rotate`: `qkv_T3HK` has not been rotated yet."""
     dqkv_T3HK, delta_HT = _backward_output(qkv_T3HK), torch.empty_like(lse_HT)
-    sequences = (cu_seqlens, key_lengths, cos_TR, sin_TR)
-    tensors = (out_THK, lse_HT, dout_THK, delta_HT, dqkv_T3HK)
-    _launch("dq", attention_dq_kernel, qkv_T3HK, sequences, tensors, window, rotate)
-    _launch("dkv", attention_dkv_kernel, qkv_T3HK, sequences, tensors[1:], window, rotate)
+    tensors = {"qkv": qkv_T3HK, "ranges": ranges_3T, "cos": cos_TR, "sin": sin_TR}
+    tensors |= {"lse": lse_HT, "dout": dout_THK, "delta": delta_HT, "dqkv": dqkv_T3HK}
+    _launch("dq", attention_dq_kernel, {**tensors, "out": out_THK}, window, rotate)
+    _launch("dkv", attention_dkv_kernel, tensors, window, rotate)
     return dqkv_T3HK
 
 
-def _launch(
-    part: str,
-    kernel: Any,
-    qkv_T3HK: Tensor,
-    sequences: tuple[Tensor | None, ...],
-    others: tuple[Tensor, ...],
-    window: int | None,
-    rotate: bool,
-) -> None:
+def _launch(part: str, kernel: Any, tensors: Mapping[str, Tensor | None], window: int | None, rotate: bool) -> None:
+    qkv_T3HK = tensors["qkv"]
+    assert qkv_T3HK is not None
     tokens, _, heads, width = qkv_T3HK.shape
     if not tokens:
         return
     tile = tile_for(qkv_T3HK.device, f"attention {part}", width, qkv_T3HK.element_size())
-    cu_seqlens = sequences[0]
-    kernel[(triton.cdiv(tokens, tile.block_m), heads)](
-        qkv_T3HK,
-        *sequences,
-        *others,
-        tokens,
-        len(cu_seqlens) - 1,
-        FAR.value if window is None else min(window, FAR.value),
-        width**-0.5 * LOG2_E,
-        heads,
-        width,
-        tile.block_m,
-        tile.block_n,
-        rotate,
-        precision(qkv_T3HK),
+    kernel[(triton.cdiv(tokens, tile.block_m) * heads,)](
+        **tensors,
+        T=tokens,
+        window=FAR if window is None else min(window, FAR),
+        scale=width**-0.5 * LOG2_E,
+        H=heads,
+        K=width,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        ROTATE=rotate,
+        PRECISION=precision(qkv_T3HK),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _forward(
+    qkv_T3HK: Tensor,
+    ranges_3T: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    window: int | None,
+    rotate: bool,
+    *,
+    lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels have read, the output, and the log-sum-exp. Without `rotate`, q and k are rotated before."""
+    if not rotate:
+        qkv_T3HK = rotary_copy(qkv_T3HK, cos_TR, sin_TR, False)
+    return qkv_T3HK, *attention_forward(qkv_T3HK, ranges_3T, cos_TR, sin_TR, window, rotate, lse)
 
 
 class _Attention(torch.autograd.Function):
@@ -109,17 +122,14 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any,
         qkv_T3HK: Tensor,
-        cu_seqlens: Tensor,
-        key_lengths: Tensor | None,
+        ranges_3T: Tensor,
         cos_TR: Tensor,
         sin_TR: Tensor,
         window: int | None,
         rotate: bool,
     ) -> Tensor:  # pyright: ignore
-        if not rotate:
-            qkv_T3HK = rotary_copy(qkv_T3HK, cos_TR, sin_TR, False)
-        out_THK, lse_HT = attention_forward(qkv_T3HK, cu_seqlens, key_lengths, cos_TR, sin_TR, window, rotate)
-        ctx.save_for_backward(qkv_T3HK, cu_seqlens, key_lengths, cos_TR, sin_TR, out_THK, lse_HT)
+        qkv_T3HK, out_THK, lse_HT = _forward(qkv_T3HK, ranges_3T, cos_TR, sin_TR, window, rotate, lse=True)
+        ctx.save_for_backward(qkv_T3HK, ranges_3T, cos_TR, sin_TR, out_THK, lse_HT)
         ctx.window, ctx.rotate = window, rotate
         return out_THK
 
@@ -127,11 +137,18 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THK: Tensor):  # pyright: ignore
         dqkv_T3HK = attention_backward(*ctx.saved_tensors, dout_THK.contiguous(), ctx.window, ctx.rotate)
-        return dqkv_T3HK, None, None, None, None, None, None
+        return dqkv_T3HK, None, None, None, None, None
 
 
 def _accepts(qkv_T3HK: Tensor, *_: object, rope: tuple[Tensor, Tensor], dropout_p: float = 0.0, **__: object) -> bool:
-    return supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and rope_fits(qkv_T3HK, *rope) and dropout_p == 0.0
+    fits = supported(qkv_T3HK) and qkv_T3HK.shape[-1] in WIDTHS and rope_fits(qkv_T3HK, *rope)
+    if fits and dropout_p and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"attention with dropout {dropout_p} runs without the fused kernels, on padded sequences and a mask of "
+            "them: train with attention_dropout=0.0, as ModernBERT was",
+            stacklevel=3,
+        )
+    return fits and dropout_p == 0.0
 
 
 @attention.register("triton", when=_accepts)
@@ -144,6 +161,7 @@ def attention_triton(
     window: int | None = None,
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
+    ranges_3T: Tensor | None = None,
 ) -> Tensor:
     """`attention` without dropout, in float32, bfloat16 or float16; same arguments and result.
 
@@ -160,5 +178,8 @@ def attention_triton(
         raise ValueError(
             "the triton backend of attention takes float32 tables [T, K / 2] that need no gradient; use the reference"
         )
-    tensors = contiguous(qkv_T3HK, cu_seqlens, key_lengths, *rope)
-    return _Attention.apply(*tensors, window, window is not None or max_seqlen <= LONG)
+    if ranges_3T is None:
+        ranges_3T = token_ranges_triton(cu_seqlens, key_lengths, len(qkv_T3HK))
+    qkv_T3HK, cos_TR, sin_TR = (x.contiguous() for x in (qkv_T3HK, *rope))
+    call = qkv_T3HK, ranges_3T, cos_TR, sin_TR, window, window is not None or max_seqlen <= LONG
+    return _Attention.apply(*call) if needs_gradient(qkv_T3HK) else _forward(*call, lse=False)[1]

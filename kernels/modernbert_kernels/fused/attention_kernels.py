@@ -2,9 +2,10 @@
 
 A program owns a tile of consecutive packed tokens of one head, whatever sequences they belong to. So short sequences
 share a tile, and only the last tile of the batch is partly empty. What a token sees is an interval of packed tokens,
-the intersection of its sequence with its window; the interval is the whole mask. q and k are rotated as they are
-loaded. The backward pass has a program for every tile of queries (dq) and one for every tile of keys (dk, dv), so that
-no sum has two writers. Both rotate their gradients back in registers and write their part of packed dqkv.
+the intersection of its sequence with its window; the interval is the whole mask, and a block that every row sees is not
+masked. q and k are rotated as they are loaded. The backward pass has a program for every tile of queries (dq) and one
+for every tile of keys (dk, dv), so that no sum has two writers. Both rotate their gradients back in registers and write
+their part of packed dqkv.
 
 Softmax is FlashAttention's (arXiv 2205.14135, 2307.08691), and so are the names: one pass over the keys with a running
 maximum `m_i` and sum `l_i`; the backward pass reads their log-sum-exp `lse`.
@@ -15,45 +16,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SEQUENCES = tl.constexpr(256)
-"""How many sequences a program compares with its tile at a time."""
-
-FAR = tl.constexpr(1 << 30)
-"""More tokens than a batch has; twice that still fits into 32 bits."""
-
 LN_2 = tl.constexpr(0.6931471805599453)
 """`scale` makes scores exponents of two. Their derivative has this factor."""
 
 
 @triton.jit
-def _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, OF_KEYS: tl.constexpr):
-    """`[low, high)`, the packed tokens that each row of a tile sees, and `start` to `stop`, which holds them all.
+def _visible_range(ranges, rows, row_mask, first_row, T, window, OF_KEYS: tl.constexpr):
+    """`[low, high)`, the packed tokens that each row of a tile sees; `start` to `stop`, which holds them all; and
+    `all_start` to `all_stop`, which every query sees.
 
-    A query sees keys. With `OF_KEYS` the rows are keys, and a key sees the queries that see it. Rows after the last
-    sequence see nothing, and whatever `cu_seqlens` and `key_lengths` hold, `start` to `stop` is within the batch.
+    A query sees keys. With `OF_KEYS` the rows are keys, and a key sees the queries that see it. Where sequences begin
+    and end grows with the rows, and so do `low` and `high` of queries: the first and the last row have the extremes.
     """
-    total = tl.minimum(tl.load(cu_seqlens + B), T)
-    last_row = tl.minimum(first_row + rows.shape[0], total) - 1
-    # The sequences of the first and of the last row: the number of sequences that end before them.
-    first_segment, last_segment = 0, 0
-    for first in tl.range(0, B, SEQUENCES):
-        segment = first + tl.arange(0, SEQUENCES)
-        end = tl.load(cu_seqlens + 1 + segment, mask=segment < B, other=FAR)
-        first_segment += tl.sum((end <= first_row).to(tl.int32))
-        last_segment += tl.sum((end <= last_row).to(tl.int32))
-    start = tl.maximum(tl.maximum(tl.load(cu_seqlens + first_segment), first_row - window), 0)
-    stop = tl.minimum(tl.load(cu_seqlens + tl.minimum(last_segment + 1, B)), last_row + window + 1)
-    stop = tl.minimum(stop, total)
-    segment_ids = first_segment + tl.zeros_like(rows)
-    for segment in tl.range(first_segment, last_segment):
-        segment_ids += (tl.load(cu_seqlens + 1 + segment) <= rows).to(tl.int32)
-    row_mask = rows <= last_row
-    begin = tl.load(cu_seqlens + segment_ids, mask=row_mask, other=0)
-    end = tl.load(cu_seqlens + segment_ids + 1, mask=row_mask, other=0)
-    if key_lengths is not None:
-        keys_end = tl.minimum(end, begin + tl.load(key_lengths + segment_ids, mask=row_mask, other=0))
-        end = tl.where(rows < keys_end, end, 0) if OF_KEYS else keys_end
-    return tl.maximum(begin, rows - window), tl.minimum(end, rows + window + 1), start, stop
+    begins, ends, key_ends = ranges, ranges + T, ranges + 2 * T
+    if not OF_KEYS:
+        ends = key_ends
+    last_row = tl.minimum(first_row + rows.shape[0], T) - 1
+    start = tl.maximum(tl.load(begins + first_row), first_row - window)
+    stop = tl.minimum(tl.load(ends + last_row), last_row + window + 1)
+    all_start = tl.maximum(tl.load(begins + last_row), last_row - window)
+    all_stop = tl.minimum(tl.load(ends + first_row), first_row + window + 1)
+    low = tl.maximum(tl.load(begins + rows, mask=row_mask, other=0), rows - window)
+    high = tl.minimum(tl.load(ends + rows, mask=row_mask, other=0), rows + window + 1)
+    if OF_KEYS:
+        # A row that is not a key is seen by no query.
+        high = tl.where(rows < tl.load(key_ends + rows, mask=row_mask, other=0), high, 0)
+    return low, high, start, stop, all_start, all_stop
 
 
 @triton.jit
@@ -95,17 +83,15 @@ def _between(columns, low, high):
     return (columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "B", "window"])
+@triton.jit(do_not_specialize=["T", "window"])
 def attention_forward_kernel(
     qkv,
-    cu_seqlens,
-    key_lengths,
+    ranges,
     cos,
     sin,
     out,
     lse,
     T,
-    B,
     window,
     scale,
     H: tl.constexpr,
@@ -117,11 +103,12 @@ def attention_forward_kernel(
 ):
     R: tl.constexpr = K // 2
     stride: tl.constexpr = 3 * H * K
-    head = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK_M
+    # The heads of a tile follow one another: together they read whole rows of qkv, and share the tables.
+    head = tl.program_id(0) % H
+    first_row = tl.program_id(0) // H * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < T
-    low, high, start, stop = _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, False)
+    low, high, start, stop, all_start, all_stop = _visible_range(ranges, rows, row_mask, first_row, T, window, False)
     q, k, v = qkv + head * K, qkv + (H + head) * K, qkv + (2 * H + head) * K
     q1, q2 = _load_rotated(q, rows, cos, sin, row_mask, stride, R, ROTATE)
     columns = tl.arange(0, K)[None, :]
@@ -133,11 +120,11 @@ def attention_forward_kernel(
         key_mask = keys < stop
         k1, k2 = _load_rotated(k, keys, cos, sin, key_mask, stride, R, ROTATE)
         scores = _dot_halves(q1, q2, k1, k2, PRECISION)
-        visible = _between(keys, low, high)
-        scores = tl.where(visible, scores * scale, -1e30)
-        m_new = tl.maximum(m_i, tl.max(scores, 1))
-        # Masked once more: a row without a visible key so far has -1e30 as its maximum, and exp2(0) for each key.
-        p = tl.where(visible, tl.exp2(scores - m_new[:, None]), 0.0)
+        if (start_n < all_start) | (start_n + BLOCK_N > all_stop):
+            scores = tl.where(_between(keys, low, high), scores, float("-inf"))
+        # Finite for a row without a visible key so far, so that its probabilities are zero and not NaN.
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         v_block = tl.load(v + keys.to(tl.int64)[:, None] * stride + columns, mask=key_mask[:, None], other=0.0)
@@ -146,16 +133,16 @@ def attention_forward_kernel(
     sees_keys = l_i > 0
     acc = acc / tl.where(sees_keys, l_i, 1.0)[:, None]
     tl.store(out + rows.to(tl.int64)[:, None] * (H * K) + head * K + columns, acc, mask=row_mask[:, None])
-    # Infinite for a row without a visible key, so that the backward pass finds probabilities of zero.
-    lse_i = tl.where(sees_keys, m_i + tl.log2(tl.where(sees_keys, l_i, 1.0)), float("inf"))
-    tl.store(lse + head.to(tl.int64) * T + rows, lse_i, mask=row_mask)
+    if lse is not None:
+        # Infinite for a row without a visible key, so that the backward pass finds probabilities of zero.
+        lse_i = tl.where(sees_keys, m_i + tl.log2(tl.where(sees_keys, l_i, 1.0)), float("inf"))
+        tl.store(lse + head.to(tl.int64) * T + rows, lse_i, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["T", "B", "window"])
+@triton.jit(do_not_specialize=["T", "window"])
 def attention_dq_kernel(
     qkv,
-    cu_seqlens,
-    key_lengths,
+    ranges,
     cos,
     sin,
     out,
@@ -164,7 +151,6 @@ def attention_dq_kernel(
     delta,
     dqkv,
     T,
-    B,
     window,
     scale,
     H: tl.constexpr,
@@ -176,11 +162,12 @@ def attention_dq_kernel(
 ):
     R: tl.constexpr = K // 2
     stride: tl.constexpr = 3 * H * K
-    head = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK_M
+    # The heads of a tile follow one another: together they read whole rows of qkv, and share the tables.
+    head = tl.program_id(0) % H
+    first_row = tl.program_id(0) // H * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < T
-    low, high, start, stop = _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, False)
+    low, high, start, stop, all_start, all_stop = _visible_range(ranges, rows, row_mask, first_row, T, window, False)
     q, k, v = qkv + head * K, qkv + (H + head) * K, qkv + (2 * H + head) * K
     q1, q2 = _load_rotated(q, rows, cos, sin, row_mask, stride, R, ROTATE)
     columns = tl.arange(0, K)[None, :]
@@ -197,8 +184,9 @@ def attention_dq_kernel(
         key_mask = keys < stop
         k1, k2 = _load_rotated(k, keys, cos, sin, key_mask, stride, R, ROTATE)
         scores = _dot_halves(q1, q2, k1, k2, PRECISION)
-        visible = _between(keys, low, high)
-        p = tl.where(visible, tl.exp2(scores * scale - lse_i[:, None]), 0.0)
+        if (start_n < all_start) | (start_n + BLOCK_N > all_stop):
+            scores = tl.where(_between(keys, low, high), scores, float("-inf"))
+        p = tl.exp2(scores * scale - lse_i[:, None])
         v_block = tl.load(v + keys.to(tl.int64)[:, None] * stride + columns, mask=key_mask[:, None], other=0.0)
         dp = tl.dot(do, tl.trans(v_block), input_precision=PRECISION)
         ds = (p * (dp - delta_i[:, None])).to(k1.dtype)
@@ -208,11 +196,10 @@ def attention_dq_kernel(
     _store_rotated_back(dqkv + head * K, dq1 * scale, dq2 * scale, rows, cos, sin, row_mask, stride, R)
 
 
-@triton.jit(do_not_specialize=["T", "B", "window"])
+@triton.jit(do_not_specialize=["T", "window"])
 def attention_dkv_kernel(
     qkv,
-    cu_seqlens,
-    key_lengths,
+    ranges,
     cos,
     sin,
     lse,
@@ -220,7 +207,6 @@ def attention_dkv_kernel(
     delta,
     dqkv,
     T,
-    B,
     window,
     scale,
     H: tl.constexpr,
@@ -232,11 +218,12 @@ def attention_dkv_kernel(
 ):
     R: tl.constexpr = K // 2
     stride: tl.constexpr = 3 * H * K
-    head = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK_M
+    # The heads of a tile follow one another: together they read whole rows of qkv, and share the tables.
+    head = tl.program_id(0) % H
+    first_row = tl.program_id(0) // H * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < T
-    low, high, start, stop = _visible_range(rows, first_row, T, cu_seqlens, key_lengths, B, window, True)
+    low, high, start, stop, _, _ = _visible_range(ranges, rows, row_mask, first_row, T, window, True)
     q, k, v = qkv + head * K, qkv + (H + head) * K, qkv + (2 * H + head) * K
     k1, k2 = _load_rotated(k, rows, cos, sin, row_mask, stride, R, ROTATE)
     columns = tl.arange(0, K)[None, :]
@@ -250,8 +237,8 @@ def attention_dkv_kernel(
         q1, q2 = _load_rotated(q, queries, cos, sin, query_mask, stride, R, ROTATE)
         scores = _dot_halves(k1, k2, q1, q2, PRECISION)
         lse_i = tl.load(lse + head.to(tl.int64) * T + queries, mask=query_mask, other=float("inf"))
-        visible = _between(queries, low, high)
-        p = tl.where(visible, tl.exp2(scores * scale - lse_i[None, :]), 0.0)
+        # Every block is masked, and after the exponential: this kernel has no registers left before sm_90.
+        p = tl.where(_between(queries, low, high), tl.exp2(scores * scale - lse_i[None, :]), 0.0)
         out_offsets = queries.to(tl.int64)[:, None] * (H * K) + head * K + columns
         do = tl.load(dout + out_offsets, mask=query_mask[:, None], other=0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)

@@ -13,22 +13,32 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import operator, supported
+from ..launch import needs_gradient, operator, supported
 from ..reference import geglu
 from .tiles import tile_for
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-SQRT_TAU = tl.constexpr(2.5066282746310002)
+LOG2_E = tl.constexpr(1.4426950408889634)
+PEAK = tl.constexpr(0.3989422804014327)
+"""Of the density of the normal distribution."""
 
 
 @triton.jit
-def _activate(a, SILU: tl.constexpr):
-    """The activation of `a` and its derivative."""
+def _activate(a, SILU: tl.constexpr, EXACT: tl.constexpr):
+    """The activation of `a` and its derivative. `EXACT` is for float32; the other form is off by 7.5e-8 at most."""
     if SILU:
-        sigmoid = 1 / (1 + tl.exp(-a))
+        sigmoid = 1 / (1 + tl.exp2(a * -LOG2_E))
         return a * sigmoid, sigmoid * (1 + a * (1 - sigmoid))
-    normal_cdf = 0.5 * (1 + tl.erf(a * SQRT_HALF))
-    return a * normal_cdf, normal_cdf + a * tl.exp(-0.5 * a * a) / SQRT_TAU
+    bell = tl.exp2(a * a * (-0.5 * LOG2_E))
+    if EXACT:
+        normal_cdf = 0.5 * (1 + tl.erf(a * SQRT_HALF))
+    else:
+        # Abramowitz and Stegun, 7.1.26: a polynomial of 1 / (1 + c |a|), with a third fewer instructions than erf.
+        t = 1 / (1 + 0.23164189 * tl.abs(a))
+        tail = (((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.1274147959
+        tail *= t * bell
+        normal_cdf = tl.where(a < 0, tail, 1 - tail)
+    return a * normal_cdf, normal_cdf + a * bell * PEAK
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -38,7 +48,7 @@ def geglu_forward_kernel(h, y, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.
     mask = (rows < T) & (columns < F)
     a = tl.load(h + rows * (2 * F) + columns, mask=mask).to(tl.float32)
     gate = tl.load(h + rows * (2 * F) + F + columns, mask=mask).to(tl.float32)
-    active, _ = _activate(a, SILU)
+    active, _ = _activate(a, SILU, y.dtype.element_ty == tl.float32)
     # Rounded where the reference rounds: after the activation and after the product.
     active = active.to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + rows * F + columns, active * gate, mask=mask)
@@ -52,7 +62,7 @@ def geglu_backward_kernel(h, dy, dh, T, F: tl.constexpr, SILU: tl.constexpr, ROW
     a = tl.load(h + rows * (2 * F) + columns, mask=mask).to(tl.float32)
     gate = tl.load(h + rows * (2 * F) + F + columns, mask=mask).to(tl.float32)
     grad = tl.load(dy + rows * F + columns, mask=mask).to(tl.float32)
-    active, slope = _activate(a, SILU)
+    active, slope = _activate(a, SILU, dh.dtype.element_ty == tl.float32)
     tl.store(dh + rows * (2 * F) + columns, grad * gate * slope, mask=mask)
     tl.store(dh + rows * (2 * F) + F + columns, grad * active, mask=mask)
 
@@ -110,4 +120,5 @@ def _accepts(h_T2F: Tensor, activation: str = "gelu") -> bool:
 @geglu.register("triton", when=_accepts)
 def geglu_triton(h_T2F: Tensor, activation: str = "gelu") -> Tensor:
     """`geglu` in float32, bfloat16 or float16; same arguments and result."""
-    return _GeGLU.apply(h_T2F.contiguous(), activation)
+    h_T2F = h_T2F.contiguous()
+    return _GeGLU.apply(h_T2F, activation) if needs_gradient(h_T2F) else geglu_forward(h_T2F, activation)

@@ -5,25 +5,27 @@ One kernel forward and one backward serve `layer_norm.py` and `embed_layer_norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import DTYPES, operator
+from ..launch import DTYPES, for_arch, multiprocessors, operator
 
 TILE = 1024
 """Elements that 4 warps take at once, 8 for each thread: 16 bytes of bfloat16, one access to memory. A longer row has a
 program with more warps; shorter rows share a program. Chosen by registers, not yet timed."""
 
-WARPS = 2048
-"""Warps of the backward kernel over the whole GPU. Its programs loop over the rows and keep sums for the weight, so all
-should be resident at once. These are 14 to 19 warps for each of the 108 to 148 multiprocessors of large GPUs, which 96
-registers allow (in float32, three quarters of them already fill the shared memory of an sm_89 or sm_120). A constant,
-so that the order of the sums is the same on every GPU."""
+WARPS_PER_SM = {80: 16, 89: 12, 90: 16, 120: 12}
+"""Warps of the backward kernel on each multiprocessor. Its programs loop over the rows and keep sums for the weight, so
+all should be resident at once, and none may wait for another one to end. These fit beside one another under autocast,
+which takes the most: 25 KB for 4 warps, of 100 KB on sm_89 and sm_120."""
 
-STAGES = tl.constexpr(3)
-"""With so few programs, each hides the latency of memory by prefetching two tiles."""
+STAGES = 3
+"""With so few programs, each hides the latency of memory by prefetching two tiles; one where both are float32, which
+otherwise spills registers."""
 
 WIDEST = 4096
 """The longest row: 16 warps. The models have 256 to 1792 elements."""
@@ -52,8 +54,9 @@ def norm_forward_kernel(
     mean = tl.sum(values, axis=1) / D
     centred = tl.where(mask, values - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    tl.store(stats + rows, mean, mask=rows < T)
-    tl.store(stats + T + rows, rstd, mask=rows < T)
+    if stats is not None:
+        tl.store(stats + rows, mean, mask=rows < T)
+        tl.store(stats + T + rows, rstd, mask=rows < T)
     result = centred * rstd[:, None] * w[None, :]
     if bias is not None:
         result += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -63,10 +66,10 @@ def norm_forward_kernel(
 @triton.jit(do_not_specialize=["T"])
 def norm_backward_kernel(
     dy, ds, x, ids, weight, stats, dx, ddelta, dweight, dbias, T,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`dx = ds + rstd * (g - mean(g) - x_hat * mean(g * x_hat))` for the normalised `x_hat` and `g = dy * weight`; sums
-    of `dy * x_hat` and of `dy` over the rows of this program.
+    of `dy * x_hat` and of `dy` over the rows of this program. What is None is not computed.
     """
     columns = tl.arange(0, COLUMNS)
     column_mask = columns < D
@@ -85,20 +88,23 @@ def norm_backward_kernel(
         # Zero outside of the rows, so that all sums are right.
         grad = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
         x_hat = (tl.load(x + x_offsets, mask=mask, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
-        weight_sum += grad * x_hat
+        if dweight is not None:
+            weight_sum += grad * x_hat
         if dbias is not None:
             bias_sum += grad
-        grad *= w[None, :]
-        mean_g = tl.sum(grad, axis=1) / D
-        mean_gx = tl.sum(grad * x_hat, axis=1) / D
-        grad = (grad - mean_g[:, None] - x_hat * mean_gx[:, None]) * rstd[:, None]
-        if ds is not None:
-            grad += tl.load(ds + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + offsets, grad, mask=mask)
-        if ddelta is not None:
-            tl.store(ddelta + offsets, grad, mask=mask)
+        if dx is not None:
+            grad *= w[None, :]
+            mean_g = tl.sum(grad, axis=1) / D
+            mean_gx = tl.sum(grad * x_hat, axis=1) / D
+            grad = (grad - mean_g[:, None] - x_hat * mean_gx[:, None]) * rstd[:, None]
+            if ds is not None:
+                grad += tl.load(ds + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx + offsets, grad, mask=mask)
+            if ddelta is not None:
+                tl.store(ddelta + offsets, grad, mask=mask)
     partial = tl.program_id(0).to(tl.int64) * D + columns
-    tl.store(dweight + partial, tl.sum(weight_sum, axis=0), mask=column_mask)
+    if dweight is not None:
+        tl.store(dweight + partial, tl.sum(weight_sum, axis=0), mask=column_mask)
     if dbias is not None:
         tl.store(dbias + partial, tl.sum(bias_sum, axis=0), mask=column_mask)
 
@@ -109,84 +115,91 @@ def _tile(D: int) -> tuple[int, int, int]:
     return max(1, TILE // columns), columns, max(4, 4 * columns // TILE)
 
 
+def _programs(device: torch.device, warps: int) -> int:
+    """As many programs of the backward kernel as are resident at once."""
+    return multiprocessors(device) * triton.cdiv(for_arch(WARPS_PER_SM, device), warps)
+
+
 def _like_forward(
-    x: Tensor, ids: Tensor | None, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float
-) -> list[Tensor]:
+    x: Tensor, ids: Tensor | None, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float,
+    dtype: torch.dtype, keep: bool,
+) -> list[Tensor]:  # fmt: skip
     shape = (*(x.shape[:-1] if ids is None else ids.shape), x.shape[-1])
-    y_TD = x.new_empty(shape, dtype=weight_D.dtype)
-    stats_2T = x.new_empty(2, y_TD.numel() // shape[-1], dtype=torch.float32)
+    y_TD = x.new_empty(shape, dtype=dtype)
+    stats_2T = x.new_empty((2, y_TD.numel() // shape[-1]) if keep else 0, dtype=torch.float32)
     kept = [] if delta is None else [x.new_empty(shape, dtype=torch.promote_types(x.dtype, delta.dtype))]
     return [y_TD, stats_2T, *kept]
 
 
 @operator(
-    "norm_forward(Tensor x, Tensor? ids, Tensor? delta, Tensor weight, Tensor? bias, float eps) -> Tensor[]",
+    "norm_forward(Tensor x, Tensor? ids, Tensor? delta, Tensor weight, Tensor? bias, float eps, ScalarType dtype, "
+    "bool keep) -> Tensor[]",
     fake=_like_forward,
 )
 def norm_forward(
-    x: Tensor, ids: Tensor | None, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float
-) -> list[Tensor]:
+    x: Tensor, ids: Tensor | None, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float,
+    dtype: torch.dtype, keep: bool,
+) -> list[Tensor]:  # fmt: skip
     """`[y, stats]` of rows of x, or of the rows `ids` of the table x; `[y, stats, x + delta]` with a delta.
 
-    `stats`, `[2, T]` float32, holds the mean and the inverse standard deviation of every row for the backward pass.
+    y has this dtype. `stats`, `[2, T]` float32, holds the mean and the inverse standard deviation of every row for the
+    backward pass; it is empty unless it is to be kept.
     """
-    y, stats_2T, *kept = outputs = _like_forward(x, ids, delta, weight_D, bias_D, eps)
-    T, D = stats_2T.shape[1], x.shape[-1]
-    rows, columns, warps = _tile(D)
+    y, stats_2T, *kept = outputs = _like_forward(x, ids, delta, weight_D, bias_D, eps, dtype, keep)
+    D = x.shape[-1]
+    T, (rows, columns, warps) = y.numel() // D, _tile(D)
     if T:
         norm_forward_kernel[(triton.cdiv(T, rows),)](
-            x, ids, delta, weight_D, bias_D, kept[0] if kept else None, y, stats_2T, T, eps, D, rows, columns,
-            num_warps=warps,
+            x, ids, delta, weight_D, bias_D, kept[0] if kept else None, y, stats_2T if keep else None, T, eps, D, rows,
+            columns, num_warps=warps,
         )  # fmt: skip
     return outputs
 
 
 def _like_backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    x: Tensor,
-    ids: Tensor | None,
-    weight_D: Tensor,
-    stats_2T: Tensor,
-    bias: bool,
-    delta: torch.dtype | None,
-) -> list[Tensor]:
-    dparameters = weight_D.new_empty(2 if bias else 1, weight_D.shape[0])
+    dy: Tensor, ds: Tensor | None, x: Tensor, ids: Tensor | None, weight_D: Tensor, stats_2T: Tensor,
+    wanted: Sequence[bool], delta: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
+    of_x, of_weight, of_bias = wanted
+    dparameters = weight_D.new_empty(of_weight + of_bias, weight_D.shape[0])
     ddelta = [] if delta is None else [dy.new_empty(dy.shape, dtype=delta)]
-    return [dy.new_empty(dy.shape, dtype=x.dtype), dparameters, *ddelta]
+    return [dy.new_empty(dy.shape if of_x else 0, dtype=x.dtype), dparameters, *ddelta]
 
 
 @operator(
-    "norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? ids, Tensor weight, Tensor stats, bool bias, "
+    "norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor? ids, Tensor weight, Tensor stats, bool[3] wanted, "
     "ScalarType? delta) -> Tensor[]",
     fake=_like_backward,
 )
 def norm_backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    x: Tensor,
-    ids: Tensor | None,
-    weight_D: Tensor,
-    stats_2T: Tensor,
-    bias: bool,
-    delta: torch.dtype | None,
-) -> list[Tensor]:
+    dy: Tensor, ds: Tensor | None, x: Tensor, ids: Tensor | None, weight_D: Tensor, stats_2T: Tensor,
+    wanted: Sequence[bool], delta: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
     """`[dx, dparameters]`, and dx once more in the dtype `delta` where that is given.
 
-    `ds` is added to dx. `dparameters` has a row for the weight, and one for the bias if there is one.
+    `wanted`: of x, weight and bias. `ds` is added to dx, which is empty if it is not wanted. `dparameters` has a row
+    for the weight and one for the bias, if they are wanted.
     """
     T, D = stats_2T.shape[1], x.shape[-1]
     rows, columns, warps = _tile(D)
-    programs = min(triton.cdiv(T, rows), WARPS // warps)
-    dx, _, *ddelta = _like_backward(dy, ds, x, ids, weight_D, stats_2T, bias, delta)
-    partial_2PD = x.new_empty(2 if bias else 1, programs, D, dtype=torch.float32)
+    programs = min(triton.cdiv(T, rows), _programs(x.device, warps))
+    dx, dparameters, *ddelta = _like_backward(dy, ds, x, ids, weight_D, stats_2T, wanted, delta)
+    partial_2PD = x.new_empty(len(dparameters), programs, D, dtype=torch.float32)
+    of_x, of_weight, of_bias = wanted
     if T:
         norm_backward_kernel[(programs,)](
-            dy, ds, x, ids, weight_D, stats_2T, dx, ddelta[0] if ddelta else None, partial_2PD[0],
-            partial_2PD[1] if bias else None, T, D, rows, columns, num_warps=warps,
+            dy, ds, x, ids, weight_D, stats_2T, dx if of_x else None, ddelta[0] if ddelta else None,
+            partial_2PD[0] if of_weight else None, partial_2PD[-1] if of_bias else None, T, D, rows, columns,
+            STAGES - (dy.dtype == x.dtype == torch.float32), num_warps=warps,
         )  # fmt: skip
-    # Summed by torch in a fixed order: at most 512 rows, which are still in the cache.
-    return [dx, partial_2PD.sum(1).to(weight_D.dtype), *ddelta]
+    # Summed by torch in a fixed order: some hundred rows, which are still in the cache.
+    return [dx, partial_2PD.sum(1).to(weight_D.dtype) if len(dparameters) else dparameters, *ddelta]
+
+
+def each_parameter(dparameters: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of weight and bias, None where it is not wanted, from those that `norm_backward` gives."""
+    rows = iter(dparameters)
+    return [next(rows) if want else None for want in wanted]
 
 
 def fits(x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ the backward pass finds them again wherever a gradient is not zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import operator, precision, segment_ids, supported
+from ..launch import needs_gradient, operator, precision, segment_ids, supported
 from ..reference import maxsim
 from .maxsim_kernels import (
     maxsim_carry_kernel,
@@ -148,26 +149,38 @@ def _backward_blocks(width: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 64 if width <= 64 else 32, 32, 4
 
 
-def _like_inputs(queries_QE: Tensor, cu_queries: Tensor, documents_NE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(queries_QE), torch.empty_like(documents_NE)
+def _gradients(
+    queries_QE: Tensor, cu_queries: Tensor, documents_NE: Tensor, cu_documents: Tensor, argmax: Tensor, grad: Tensor,
+    paired: bool, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    of_queries, of_documents = (
+        torch.empty_like(x) if want else x.new_empty(0)
+        for x, want in zip((queries_QE, documents_NE), wanted, strict=True)
+    )
+    return of_queries, of_documents
 
 
 @operator(
     "maxsim_backward(Tensor queries, Tensor cu_queries, Tensor documents, Tensor cu_documents, Tensor argmax,"
-    " Tensor grad, bool paired) -> (Tensor, Tensor)",
-    fake=_like_inputs,
+    " Tensor grad, bool paired, bool[2] wanted) -> (Tensor, Tensor)",
+    fake=_gradients,
 )
 def maxsim_backward(
     queries_QE: Tensor, cu_queries: Tensor, documents_NE: Tensor, cu_documents: Tensor, argmax: Tensor, grad: Tensor,
-    paired: bool,
+    paired: bool, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries and documents. Without stored positions, by blocks of query rows that fit `ARGMAX_BYTES`."""
+    """Gradients of queries and documents, empty if not `wanted`.
+
+    Without stored positions, by blocks of query rows that fit `ARGMAX_BYTES`.
+    """
     Q, M = len(queries_QE), len(cu_documents) - 1
     stored = _stores_argmax(Q, M, paired)
     block = max(1, Q) if stored else max(1, ARGMAX_BYTES // (2 * M))
-    grad_queries_QE = torch.zeros_like(queries_QE)
+    of_queries, of_documents = wanted
+    grad_queries_QE = torch.zeros_like(queries_QE) if of_queries else queries_QE.new_empty(0)
     # The blocks add up, in float32.
-    grad_documents_NE = torch.zeros_like(documents_NE, dtype=documents_NE.dtype if stored else torch.float32)
+    dtype = documents_NE.dtype if stored else torch.float32
+    grad_documents_NE = torch.zeros_like(documents_NE, dtype=dtype) if of_documents else documents_NE.new_empty(0)
     segment_ids_Q, options = segment_ids(cu_queries, Q), _options(documents_NE, Q)
     tokens, rows, warps = _backward_blocks(options["K"], documents_NE.dtype)
     # Documents of up to four times the mean length need no second round.
@@ -178,14 +191,16 @@ def maxsim_backward(
         if not stored:
             argmax = torch.empty(M, len(q), dtype=torch.uint16, device=q.device)
             _launch(q, ids, documents_NE, cu_documents, LONGEST, grad=grad, argmax=argmax)
-        maxsim_grad_queries_kernel[(len(q),)](
-            grad, ids, documents_NE, cu_documents, argmax, grad_queries_QE[first : first + block], len(q), M,
-            **widths, DOCUMENTS=1 if paired else 16, num_warps=2,
-        )  # fmt: skip
-        maxsim_grad_documents_kernel[(M * chunks,)](
-            grad, ids, q, cu_queries, argmax, cu_documents, grad_documents_NE, len(q), M, chunks,
-            **widths, ADD=not stored, TOKENS=tokens, ROWS=rows, PRECISION=options["PRECISION"], num_warps=warps,
-        )  # fmt: skip
+        if of_queries:
+            maxsim_grad_queries_kernel[(len(q),)](
+                grad, ids, documents_NE, cu_documents, argmax, grad_queries_QE[first : first + block], len(q), M,
+                **widths, DOCUMENTS=1 if paired else 16, num_warps=2,
+            )  # fmt: skip
+        if of_documents:
+            maxsim_grad_documents_kernel[(M * chunks,)](
+                grad, ids, q, cu_queries, argmax, cu_documents, grad_documents_NE, len(q), M, chunks,
+                **widths, ADD=not stored, TOKENS=tokens, ROWS=rows, PRECISION=options["PRECISION"], num_warps=warps,
+            )  # fmt: skip
     return grad_queries_QE, grad_documents_NE.to(documents_NE.dtype)
 
 
@@ -200,8 +215,10 @@ class _MaxSim(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore
-        grad_queries_QE, grad_documents_NE = maxsim_backward(*ctx.saved_tensors, grad.contiguous(), ctx.paired)
-        return grad_queries_QE, None, grad_documents_NE, None, None
+        of_queries, _, of_documents, *_ = ctx.needs_input_grad
+        saved = *ctx.saved_tensors, grad.contiguous()
+        grad_queries_QE, grad_documents_NE = maxsim_backward(*saved, ctx.paired, [of_queries, of_documents])
+        return grad_queries_QE if of_queries else None, None, grad_documents_NE if of_documents else None, None, None
 
 
 def _accepts(queries_QE: Tensor, _: Tensor, documents_NE: Tensor, *__: object, **___: object) -> bool:
@@ -224,6 +241,6 @@ def maxsim_triton(
     cu_queries, cu_documents = (x.to(queries_QE.device, non_blocking=True) for x in (cu_queries, cu_documents))
     tensors = (x.contiguous() for x in (queries_QE, cu_queries, documents_NE, cu_documents))
     arguments = *tensors, paired
-    if torch.is_grad_enabled() and (queries_QE.requires_grad or documents_NE.requires_grad):
+    if needs_gradient(queries_QE, documents_NE):
         return _MaxSim.apply(*arguments)
     return maxsim_forward(*arguments, False)[0]

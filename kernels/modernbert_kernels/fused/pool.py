@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import operator, segment_ids, supported
+from ..launch import needs_gradient, operator, segment_ids, supported
 from ..reference import pool
 from .project_normalize import normalize as divide_by_norm
 
@@ -162,7 +162,6 @@ def _accepts(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: 
 def pool_triton(x_TD: Tensor, cu_seqlens: Tensor, mode: str = "cls", *, normalize: bool = False) -> Tensor:
     """`pool` in float32, bfloat16 or float16; same arguments and result. A NaN may be lost under "max"."""
     # Float32 until it is divided, so that it is rounded once.
-    pooled_BD = _Pool.apply(
-        x_TD.contiguous(), cu_seqlens.contiguous(), mode, torch.float32 if normalize else x_TD.dtype
-    )
+    call = x_TD.contiguous(), cu_seqlens.contiguous(), mode, torch.float32 if normalize else x_TD.dtype
+    pooled_BD = _Pool.apply(*call) if needs_gradient(x_TD) else pool_forward(*call)[0]
     return divide_by_norm(pooled_BD, None, x_TD.dtype) if normalize else pooled_BD

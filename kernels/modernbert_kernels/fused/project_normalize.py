@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import operator, supported
+from ..launch import autocast_float32, needs_gradient, operator, supported
 from ..reference import project_normalize
 
 TILE = 2048
@@ -107,7 +107,7 @@ class _Normalize(torch.autograd.Function):
 
 def normalize(u_TE: Tensor, rows_Q: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The selected rows, or all, divided by their norm, in `dtype`. Differentiable."""
-    return _Normalize.apply(u_TE, rows_Q, dtype)
+    return (_Normalize.apply if needs_gradient(u_TE) else normalize_forward)(u_TE, rows_Q, dtype)
 
 
 def _accepts(x_TD: Tensor, weight_ED: Tensor, *_: object, **__: object) -> bool:
@@ -120,4 +120,5 @@ def project_normalize_triton(
 ) -> Tensor:
     """`project_normalize` in float32, bfloat16 or float16; same arguments and result."""
     u_TE = F.linear(x_TD, weight_ED, bias_E)
-    return normalize(u_TE.contiguous(), None if rows_Q is None else rows_Q.contiguous(), u_TE.dtype)
+    dtype = autocast_float32(u_TE, u_TE.dtype)
+    return normalize(u_TE.contiguous(), None if rows_Q is None else rows_Q.contiguous(), dtype)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import DTYPES, operator, rope_fits, supported
+from ..launch import DTYPES, needs_gradient, operator, rope_fits, supported
 from ..reference import rotary, rotate_back
 
 TILE = 1024
@@ -105,21 +105,30 @@ def rotate_back_kernel(
     tl.store(dqkv + target + R, tl.load(dv + source + R, mask=mask), mask=mask)
 
 
+def _packed(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    T, H, K = dq_THK.shape
+    return dq_THK.new_empty(T, 3, H, K)
+
+
+@operator("rotate_back(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor", fake=_packed)
+def rotate_back_packed(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """The packed gradient before the rotation, of contiguous tensors."""
+    dqkv_T3HK, (T, H, K) = _packed(dq_THK, dk_THK, dv_THK, cos_TR, sin_TR), dq_THK.shape
+    columns = triton.next_power_of_2(K // 2)
+    rows = max(1, TILE // columns)
+    if dq_THK.numel():
+        rotate_back_kernel[(triton.cdiv(T * H, rows),)](
+            dq_THK, dk_THK, dv_THK, cos_TR, sin_TR, dqkv_T3HK, T * H, H, K // 2, rows, columns, num_warps=4
+        )
+    return dqkv_T3HK
+
+
 @rotate_back.register(
     "triton", when=lambda dq_THK, dk_THK, dv_THK, cos_TR, sin_TR: supported(dq_THK, cos_TR) and not dq_THK.requires_grad
 )
 def rotate_back_triton(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """`rotate_back` in one pass, without stacking the gradients first. Not differentiable."""
-    T, H, K = dq_THK.shape
-    dqkv_T3HK = dq_THK.new_empty(T, 3, H, K)
-    columns = triton.next_power_of_2(K // 2)
-    rows = max(1, TILE // columns)
-    if dq_THK.numel():
-        tensors = (x.contiguous() for x in (dq_THK, dk_THK, dv_THK, cos_TR, sin_TR))
-        rotate_back_kernel[(triton.cdiv(T * H, rows),)](
-            *tensors, dqkv_T3HK, T * H, H, K // 2, rows, columns, num_warps=4
-        )
-    return dqkv_T3HK
+    return rotate_back_packed(*(x.contiguous() for x in (dq_THK, dk_THK, dv_THK, cos_TR, sin_TR)))
 
 
 class _Rotary(torch.autograd.Function):
@@ -157,4 +166,6 @@ def rotary_triton(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, inplace: 
     # Compilers make their own copies of a tensor that is written in place.
     if inplace and (torch.compiler.is_compiling() or not qkv_T3HK.is_contiguous()):
         return qkv_T3HK.copy_(_Rotary.apply(qkv_T3HK.contiguous(), cos_TR, sin_TR, False))
+    if not inplace and not needs_gradient(qkv_T3HK):
+        return rotary_copy(qkv_T3HK.contiguous(), cos_TR, sin_TR, False)
     return _Rotary.apply(qkv_T3HK if inplace else qkv_T3HK.contiguous(), cos_TR, sin_TR, inplace)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import OLDEST, arch, operator
+from ..launch import on_gpu, operator
 from ..reference import rotary_table
 
 TILE = 1024
@@ -82,7 +82,7 @@ def rotary_table_forward(positions_T: Tensor, theta: float, head_dim: int) -> tu
 
 def _accepts(positions_T: Tensor, theta: float, head_dim: int) -> bool:
     fits = positions_T.dtype in POSITIONS and positions_T.dim() == 1 and head_dim % 2 == 0
-    return fits and positions_T.is_cuda and arch(positions_T.device) >= OLDEST
+    return fits and on_gpu(positions_T)
 
 
 @rotary_table.register("triton", when=_accepts)
