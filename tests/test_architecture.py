@@ -22,7 +22,7 @@ FLOORS = [  # index = floor; the package `modernbert` itself only hands names on
     "modernbert.arguments modernbert.outputs modernbert.pytrees modernbert.texts modernbert.truncation",
     "modernbert.encoder modernbert.modules modernbert.pretrained modernbert.inference",
     "modernbert.heads",
-    "modernbert.train modernbert.retrieval modernbert.integrations",
+    "modernbert.train modernbert.retrieval modernbert.integrations modernbert.serving",
     "modernbert.recipes modernbert.cli",
 ]
 ROOF = len(FLOORS)

@@ -1,4 +1,4 @@
-"""The command line: `modernbert search`, `index`, `evaluate`, `compare`, `export`, `encode`, `info` and `demo`.
+"""The commands `modernbert search`, `index`, `evaluate`, `compare`, `export`, `encode`, `serve`, `info` and `demo`.
 
 Everything that needs torch is imported inside the commands, so that `modernbert --help` is instant.
 """
@@ -19,11 +19,12 @@ from .export import export
 from .index import index
 from .info import info
 from .search import demo, search
+from .serve import serve
 from .show import note, printable
 from .streams import ended_by_signals, flush_stdout, message_of, open_closed_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (search, index, evaluate, compare, export, encode, info, demo):
+for command in (search, index, evaluate, compare, export, encode, serve, info, demo):
     app.command()(command)
 
 
