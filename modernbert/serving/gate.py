@@ -146,10 +146,11 @@ class Gate:
                 if message["type"] == "http.disconnect":
                     return None
                 body.extend(message.get("body", b""))
-                if len(body) > most:
-                    await self._drain(receive)
-                    raise too_large
                 more = message.get("more_body", False)
+                if len(body) > most:
+                    if more:
+                        await self._drain(receive)
+                    raise too_large
             return bytes(body)
 
         try:
