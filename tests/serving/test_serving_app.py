@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def test_wrong_requests_are_refused_as_the_client_expects(client, name):
     assert response.status_code == status, response.text
     found = response.json()
     text = found["message"] if path in ("/v1/rerank", "/v2/rerank", "/v1/multi-vector") else found["error"]["message"]
-    assert __import__("re").search(message, text), text
+    assert re.search(message, text), text
     if "error" in found:
         assert found["error"].keys() == {"message", "type", "param", "code"}
         assert found["error"]["type"] == "invalid_request_error"
