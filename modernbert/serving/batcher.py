@@ -49,26 +49,26 @@ class RequestTooLarge(ValueError):
 
 @dataclass(eq=False)
 class _Job:
-    """The texts of a request, and where its answer goes."""
+    """The texts of a request, and where its answer goes.
+
+    Attributes:
+        taken: the texts that batches have taken. left: the tokens of the others.
+    """
 
     tokens: Tokenized
-    future: Future[Ragged] = field(default_factory=Future)
+    left: int
     taken: int = 0
+    future: Future[Ragged] = field(default_factory=Future)
     rows: list[Tensor] = field(default_factory=list)
 
-    @property
-    def waiting_tokens(self) -> int:
-        return 0 if self.future.done() else sum(self.tokens.batch.lengths[self.taken :])
-
-    def take(self, most: int) -> Tokenized:
+    def take(self, most: int) -> range:
         """The next texts of `most` tokens together, or one that is longer."""
-        first, total = self.taken, 0
-        lengths = self.tokens.batch.lengths
+        first, lengths, total = self.taken, self.tokens.batch.lengths, 0
         while self.taken < len(lengths) and (self.taken == first or total + lengths[self.taken] <= most):
             total += lengths[self.taken]
             self.taken += 1
-        whole = self.taken - first == len(lengths)
-        return self.tokens if whole else self.tokens.select(range(first, self.taken))
+        self.left -= total
+        return range(first, self.taken)
 
     def add(self, rows: Ragged) -> None:
         """The rows of the texts that were taken. The last ones are the answer, unless the request was cancelled."""
@@ -133,7 +133,7 @@ class Batcher:
             raise RequestTooLarge(
                 f"the request has {count:,} tokens, and the queue holds {self.queue_tokens:,}: send fewer texts"
             )
-        job = _Job(tokens)
+        job = _Job(tokens, left=count)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
@@ -152,7 +152,7 @@ class Batcher:
         self._thread.join()
 
     def _count(self) -> int:
-        return sum(job.waiting_tokens for job in self._waiting)
+        return sum(job.left for job in self._waiting if not job.future.done())
 
     def _run(self) -> None:
         while True:
@@ -164,26 +164,29 @@ class Batcher:
             if batch:
                 self._encode(batch)
 
-    def _take(self) -> list[tuple[_Job, Tokenized]]:
-        """The next batch. What a request does not need of its share is left to those behind it."""
+    def _take(self) -> list[tuple[_Job, range]]:
+        """The texts of the next batch. What a request does not need of its share is left to those behind it."""
         jobs = [job for job in self._waiting if not job.future.done()]
-        batch: list[tuple[_Job, Tokenized]] = []
+        batch: list[tuple[_Job, range]] = []
         room = self.batch_tokens
         for number, job in enumerate(jobs):
             if room <= 0:
                 break
-            part = job.take(room // (len(jobs) - number))
-            room -= part.batch.num_tokens
-            batch.append((job, part))
+            left = job.left
+            batch.append((job, job.take(room // (len(jobs) - number))))
+            room -= left - job.left
         # A request with more texts waits behind those that this batch had no room for.
         served = [job for job, _ in batch if job.taken < len(job.tokens)]
         self._waiting = jobs[len(batch) :] + served
         return batch
 
-    def _encode(self, batch: Sequence[tuple[_Job, Tokenized]]) -> None:
+    def _encode(self, batch: Sequence[tuple[_Job, range]]) -> None:
         started = time.perf_counter()
         try:
-            rows = encode_tokens(self.session, join([part for _, part in batch]))
+            tokens = join(
+                [job.tokens if len(texts) == len(job.tokens) else job.tokens.select(texts) for job, texts in batch]
+            )
+            rows = encode_tokens(self.session, tokens)
         except Exception as error:
             # One request may be the cause, and the others must not fail with it.
             if len(batch) == 1:
@@ -194,10 +197,10 @@ class Batcher:
             return
         seconds = time.perf_counter() - started
         first = 0
-        for job, part in batch:
-            job.add(rows[first : first + len(part)])
-            first += len(part)
-        self._measured(len(rows), sum(part.batch.num_tokens for _, part in batch), seconds)
+        for job, texts in batch:
+            job.add(rows[first : first + len(texts)])
+            first += len(texts)
+        self._measured(len(tokens), tokens.batch.num_tokens, seconds)
 
     def _measured(self, texts: int, tokens: int, seconds: float) -> None:
         speed = tokens / max(seconds, 1e-9)

@@ -128,7 +128,9 @@ class Gate:
             if not any(hmac.compare_digest(self.key, key) for key in _keys(given)):
                 what = "the API key is wrong" if given else "the server needs an API key"
                 message = f"{what}: send the header Authorization: Bearer KEY"
-                raise Refused(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Basic"})
+                raise Refused(
+                    401, message, code="invalid_api_key", headers={"WWW-Authenticate": 'Basic realm="modernbert"'}
+                )
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """The body; None: the client went away while it sent it."""

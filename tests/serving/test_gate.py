@@ -189,7 +189,7 @@ def test_a_key_is_compared_in_constant_time(monkeypatch):
             client = Client(gate, **headers)
             assert await client.status() == 401, headers
             assert client.error["code"] == "invalid_api_key"
-            assert client.header(b"www-authenticate") == "Basic"
+            assert client.header(b"www-authenticate") == 'Basic realm="modernbert"'
         assert await Client(gate, path="/metrics").status() == 401
         assert await Client(gate, path="/health").status() == 200
         assert len(route.bodies) == 4

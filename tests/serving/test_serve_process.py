@@ -179,6 +179,6 @@ def test_what_stops_it_from_starting(capsys, tmp_path, monkeypatch):
     (tmp_path / "key").write_text("two words\n")
     assert "a key is one word" in message("--api-key-file", tmp_path / "key", "--port", 0)
     assert "No such file" in message("--api-key-file", tmp_path / "none", "--port", 0)
-    assert "is not a store" in message("--index", tmp_path, "--port", 0)
+    assert "holds no store" in message("--index", tmp_path, "--port", 0)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert 'pip install "modernbert[serve]"' in message()

@@ -300,3 +300,26 @@ def test_a_server_without_a_store_and_one_with_the_store_of_another_model(folder
         serve_models([str(tmp_path / "other")], folders / "store")
     with pytest.raises(ValueError, match="two models are called embedder"):
         serve_models([str(folders / "embedder")] * 2)
+
+
+def test_a_model_that_fails_is_the_fault_of_the_server(folders, tmp_path):
+    broken = Embedder.from_pretrained(folders / "embedder")
+    broken.encoder.final_norm.weight.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    models, _ = serve_models([str(tmp_path / "broken")])
+    with TestClient(create_app(models), raise_server_exceptions=False) as client:
+        response = client.post("/v1/embeddings", json={"input": "a"})
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert 'requests_total{route="/v1/embeddings",status="500"} 1.0' in client.get("/metrics").text
+
+
+def test_a_full_queue_and_a_request_that_it_never_holds(folders):
+    models, _ = serve_models([str(folders / "embedder")])
+    models[0].batcher.queue_tokens = 40
+    with TestClient(create_app(models)) as client:
+        response = client.post("/v1/embeddings", json={"input": ["people"] * 40})
+        assert (response.status_code, "send fewer texts" in response.text) == (413, True)
+        models[0].batcher._count = lambda: 40
+        response = client.post("/v1/embeddings", json={"input": "people"})
+        assert (response.status_code, response.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert int(response.headers["retry-after"]) >= 1
