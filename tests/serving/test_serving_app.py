@@ -21,10 +21,12 @@ from safetensors.numpy import load
 from starlette.testclient import TestClient
 from strict_html import parse
 
-from modernbert import ColBERT, Embedder, Reranker, SequenceClassifier, maxsim
+from modernbert import ColBERT, Embedder, Reranker, SequenceClassifier, Session, maxsim
 from modernbert.retrieval import Store, index
 from modernbert.serving.app import create_app
+from modernbert.serving.batcher import Batcher
 from modernbert.serving.gate import Limits
+from modernbert.serving.models import Served
 from modernbert.serving.start import serve_models
 
 ATOL = 2e-6  # of unit vectors in float32: a product of other shape is summed in another order
@@ -302,11 +304,10 @@ def test_a_server_without_a_store_and_one_with_the_store_of_another_model(folder
         serve_models([str(folders / "embedder")] * 2)
 
 
-def test_a_model_that_fails_is_the_fault_of_the_server(folders, tmp_path):
+def test_a_model_that_fails_is_the_fault_of_the_server(folders):
     broken = Embedder.from_pretrained(folders / "embedder")
     broken.encoder.final_norm.weight.data.fill_(float("nan"))
-    broken.save_pretrained(tmp_path / "broken")
-    models, _ = serve_models([str(tmp_path / "broken")])
+    models = [Served("broken", broken, Batcher(Session(broken)))]
     with TestClient(create_app(models), raise_server_exceptions=False) as client:
         response = client.post("/v1/embeddings", json={"input": "a"})
         assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
