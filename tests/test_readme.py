@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import json
 import os
 import re
@@ -130,11 +131,16 @@ def test_other_commands_exist():
         if program == "make":
             assert set(arguments) <= make_targets(), command
         elif arguments[:1] == ["-m"]:
-            run = [sys.executable, "-m", arguments[1], "--help"]
-            text = subprocess.run(run, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
-            assert {name for name in arguments if name.startswith("--")} <= set(re.findall(r"--[\w-]+", text)), command
+            assert {name for name in arguments if name.startswith("--")} <= options_of(arguments[1]), command
         else:
             assert command.startswith((OURS, CURL, "pip install ")), f"{command}: nothing checks this command"
+
+
+@functools.cache
+def options_of(module: str) -> set[str]:
+    run = [sys.executable, "-m", module, "--help"]
+    text = subprocess.run(run, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"--[\w-]+", text))
 
 
 def test_continuous_integration_calls_targets_that_exist():

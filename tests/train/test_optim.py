@@ -91,12 +91,12 @@ def test_stable_adamw_is_its_formula(dtype, settings):
 def test_many_parts_are_as_one(monkeypatch, dtype):
     """What one call updates is bounded, and on a CPU larger tensors are cut, if they are contiguous."""
     found = []
-    for elements in (2**18, 40, 1):
+    for elements in (2**18, 40, 7):
         monkeypatch.setattr(optim, "CACHED", elements)
         problems = [problem(shape, dtype) for shape in SHAPES]
         weights = [nn.Parameter(weight.clone()) for weight, _ in problems]
         weights[2] = nn.Parameter(weights[2].detach().T.clone().T)
-        train(StableAdamW(weights, weight_decay=0.1), weights, [grads for _, grads in problems], RATES[:4])
+        train(StableAdamW(weights, weight_decay=0.1), weights, [grads for _, grads in problems], RATES[:2])
         found.append(weights)
     for weights in zip(*found, strict=True):
         for weight in weights[1:]:  # the order of sums differs
