@@ -23,7 +23,7 @@ FLOORS = [  # index = floor; the package `modernbert` itself only hands names on
     "modernbert.encoder modernbert.modules modernbert.pretrained modernbert.inference",
     "modernbert.heads",
     "modernbert.train modernbert.retrieval modernbert.integrations modernbert.serving",
-    "modernbert.recipes modernbert.cli",
+    "modernbert.recipes modernbert.cli modernbert.__main__",
 ]
 ROOF = len(FLOORS)
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ..heads.colbert import ColBERT
 from ..heads.embedder import Embedder
 from ..heads.reranker import Reranker
 from ..packing import Texts, Tokenized, Tokens, pack
+from ..texts import check_unicode
 from ..tokenizer import Tokenizer
 from .joined import join
 from .refused import Refused
 from .schemas import EmbeddingsRequest, MultiVectorRequest, RerankRequest
+
+T = TypeVar("T")
 
 TEXTS = 2048
 """Texts of one request at most, as OpenAI has it."""
@@ -25,8 +28,7 @@ def embedding_tokens(model: Embedder, request: EmbeddingsRequest) -> Texts:
     if isinstance(found, list) and found and (_is_id(found[0]) or isinstance(found[0], list)):
         return _id_tokens(model, [found] if _is_id(found[0]) else found)
     texts = _texts(found, "input")
-    with _refused("input"):
-        tokens = model.tokenize(texts, prompt_name=request.input_type)
+    tokens = _checked("input", model.tokenize, texts, prompt_name=request.input_type)
     _check_lengths(tokens, "input", truncate=request.truncate)
     return tokens
 
@@ -36,8 +38,7 @@ def vector_tokens(model: ColBERT, request: MultiVectorRequest) -> Tokens:
     _check_dimensions(request.dimensions, model.dim)
     texts = _texts(request.input, "input")
     tokenize = model.tokenize_queries if request.input_type == "query" else model.tokenize_documents
-    with _refused("input"):
-        tokens = tokenize(texts, spans=False)
+    tokens = _checked("input", tokenize, texts, spans=False)
     _check_lengths(tokens, "input", truncate=request.truncate)
     return tokens
 
@@ -46,13 +47,11 @@ def rerank_tokens(model: Reranker | ColBERT, request: RerankRequest, documents: 
     """Pairs for a Reranker; the query and then the documents for a ColBERT. What is too long is cut, as by Cohere."""
     if request.max_tokens_per_doc is not None:
         documents = _cut(model.tokenizer, documents, request.max_tokens_per_doc)
-    with _refused("query"):
-        if isinstance(model, ColBERT):
-            query = model.tokenize_queries([request.query], spans=False)
-    with _refused("documents"):
-        if isinstance(model, ColBERT):
-            return join([query, model.tokenize_documents(documents, spans=False)])
-        return model.tokenize(documents, query=request.query)
+    if isinstance(model, ColBERT):
+        query = _checked("query", model.tokenize_queries, [request.query], spans=False)
+        return join([query, _checked("documents", model.tokenize_documents, documents, spans=False)])
+    _checked("query", check_unicode, 0, request.query)
+    return _checked("documents", model.tokenize, documents, query=request.query)
 
 
 def rerank_documents(request: RerankRequest) -> list[str]:
@@ -119,18 +118,16 @@ def _check_lengths(tokens: Tokenized, name: str, *, truncate: bool) -> None:
 
 def _cut(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[str]:
     """The first `most` tokens of each text, as text."""
-    with _refused("documents"):
-        specials = len(tokenizer.encode_batch([""], offsets=False)[0].ids)
-        found = tokenizer.encode_beginnings(texts, max_length=most + specials)
+    specials = len(tokenizer.encode_batch([""], offsets=False)[0].ids)
+    found = _checked("documents", tokenizer.encode_beginnings, texts, max_length=most + specials)
     ends = [max(stop for _, stop in encoding.offsets) for encoding in found]
     return [text[:end] if encoding.truncated else text for text, encoding, end in zip(texts, found, ends, strict=True)]
 
 
-@contextmanager
-def _refused(name: str) -> Iterator[None]:
-    """What a tokenizer refuses is the fault of the request."""
+def _checked(name: str, tokenize: Callable[..., T], *arguments: object, **options: object) -> T:
+    """What `tokenize` gives. What it refuses is the fault of the request, in the field `name`."""
     try:
-        yield
+        return tokenize(*arguments, **options)
     except (TypeError, ValueError) as error:
         raise Refused(400, f"{name}: {error}", name) from error
 

@@ -226,6 +226,7 @@ WRONG = {
     "too_large": ("/v1/embeddings", {"input": "a" * 200_001}, 413, "at most 200,000 bytes"),
     "empty_query": ("/v2/rerank", {"query": " ", "documents": ["b"]}, 400, "query is empty"),
     "empty_document": ("/v2/rerank", {"query": "a", "documents": ["b", ""]}, 400, r"documents\[1\] is empty"),
+    "half_a_query": ("/v1/rerank", {"query": "\ud83d", "documents": ["b"]}, 400, "^query: .* surrogate"),
     "no_text": ("/v1/rerank", {"query": "a", "documents": [{"title": "b"}]}, 400, r"documents\[0\] must be a text"),
     "top_n": ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, 400, "top_n: .* greater than"),
     "empty_question": ("/v1/search", {"query": ""}, 400, "query is empty"),
