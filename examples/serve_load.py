@@ -31,7 +31,7 @@ from fastapi import FastAPI
 
 from modernbert import ColBERT, Embedder
 
-PLACES, OVERLOAD, SECONDS, TOLERANCE = 64, 160, 120.0, 1e-5
+PLACES, OVERLOAD, SECONDS, TOLERANCE = 32, 160, 120.0, 1e-5
 
 
 def our_app(folder: str) -> FastAPI:
@@ -120,7 +120,7 @@ async def load(address: str, texts: list[str], wanted: np.ndarray, clients: int,
             while time.perf_counter() - started < SECONDS:
                 asked = http.post("/v1/embeddings", json=body)
                 try:
-                    response = await asyncio.wait_for(asked, 0.005 if break_off and number % 10 == 0 else SECONDS)
+                    response = await asyncio.wait_for(asked, 0.05 if break_off and number % 10 == 0 else SECONDS)
                 except asyncio.TimeoutError:
                     counts["broken off"] += 1
                     break

@@ -137,6 +137,6 @@ def test_serve_load(run):
         "modernbert serve",
         "sentence-transformers, each request",
         "sentence-transformers, batches",
-        "modernbert serve, 160 clients for 64 places",
+        "modernbert serve, 160 clients for 32 places",
     ]
     assert all("0 lost, 0 changed" in line for line in lines)
