@@ -22,8 +22,8 @@ FLOORS = [  # index = floor; the package `modernbert` itself only hands names on
     "modernbert.arguments modernbert.outputs modernbert.pytrees modernbert.texts modernbert.truncation",
     "modernbert.encoder modernbert.modules modernbert.pretrained modernbert.inference",
     "modernbert.heads",
-    "modernbert.train modernbert.retrieval modernbert.integrations",
-    "modernbert.recipes modernbert.cli",
+    "modernbert.train modernbert.retrieval modernbert.integrations modernbert.serving",
+    "modernbert.recipes modernbert.cli modernbert.__main__",
 ]
 ROOF = len(FLOORS)
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}

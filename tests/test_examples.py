@@ -31,13 +31,15 @@ ARGUMENTS = {
     "glue": ("RTE", "train.tsv", "dev.tsv", "start", "1", "1"),
     "pretrain": ("texts.jsonl", "texts.jsonl", "2", "1"),
     "query_styles": ("pairs.jsonl", "styles"),
+    "serve_load": ("30", "4"),
 }
 
 
 @pytest.fixture
 def run(tmp_path):
     def run(name: str) -> str:
-        path = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+        paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, ROOT / "examples" / f"{name}.py", *ARGUMENTS[name]]
         result = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -168,3 +170,18 @@ def test_rows_of_the_ablation_have_the_same_steps(tmp_path, monkeypatch):
         ablation.train(config, data, row)
         assert [name for name, _ in seen] == list(row.stages)
         assert sum(steps for _, steps in seen) == 151
+
+
+@pytest.mark.sweep
+def test_serve_load(run):
+    """No answer is lost or changed: the script checks each."""
+    for package in ("fastapi", "prometheus_client", "uvicorn", "sentence_transformers"):
+        pytest.importorskip(package)
+    lines = run("serve_load").splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "modernbert serve",
+        "sentence-transformers, each request",
+        "sentence-transformers, batches",
+        "modernbert serve, 160 clients for 32 places",
+    ]
+    assert all("0 lost, 0 changed" in line for line in lines)

@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +28,9 @@ PAGES = {
     for path in [*(ROOT / home / "README.md" for home in HOMES), *sorted((ROOT / "docs").glob("*.md"))]
 }
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
-OURS, END = "modernbert ", "\f"
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))}
+OURS, SERVE, CURL, END = "modernbert ", "modernbert serve ", "curl ", "\f"
+PATHS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 class Block(NamedTuple):
@@ -50,21 +53,40 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def play(page: str) -> None:
-    """Run the Python blocks of a page in one namespace, and its `modernbert` commands, in the order of the page."""
+    """Run the Python blocks of a page in one namespace, its `modernbert` commands and its requests, in its order."""
     from modernbert.cli import main
 
     names = {"__name__": page}
-    for block in blocks(page):
-        if block.language == "python":
-            exec(compile("\n" * block.line + block.code, page, "exec"), names)
-        for command in block.commands:
-            if command.startswith(OURS):
-                try:
-                    main(shlex.split(command, comments=True)[1:])
-                except SystemExit as end:
-                    if end.code:
-                        raise
-        print(END, end="")
+    with ExitStack() as servers:
+        for block in blocks(page):
+            if block.language == "python":
+                exec(compile("\n" * block.line + block.code, page, "exec"), names)
+            for command in block.commands:
+                if command.startswith(SERVE):
+                    servers.enter_context(serving(shlex.split(command)[1:]))
+                elif command.startswith(OURS):
+                    try:
+                        main(shlex.split(command, comments=True)[1:])
+                    except SystemExit as end:
+                        if end.code:
+                            raise
+                elif command.startswith(CURL):
+                    print(subprocess.run(shlex.split(command), check=True, capture_output=True, text=True).stdout)
+            print(END, end="")
+
+
+@contextmanager
+def serving(arguments: list[str]) -> Iterator[None]:
+    """A server, from when it shows its address until the end of the page."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "modernbert", *arguments], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr
+            assert any("http://" in line for line in process.stderr), arguments
+            yield
+        finally:
+            process.terminate()
 
 
 @pytest.fixture
@@ -78,6 +100,11 @@ def checkout(tmp_path) -> Path:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run_and_print_what_is_shown(page, checkout):
+    if page == "docs/serve.md":
+        for package in ("fastapi", "prometheus_client", "uvicorn"):
+            pytest.importorskip(package)
+        if shutil.which("curl") is None:
+            pytest.skip("needs curl")
     command = [sys.executable, "-W", "error::FutureWarning", "-c", f"import test_readme; test_readme.play({page!r})"]
     environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
@@ -107,7 +134,7 @@ def test_other_commands_exist():
         elif arguments[:1] == ["-m"]:
             assert {name for name in arguments if name.startswith("--")} <= options_of(arguments[1]), command
         else:
-            assert command.startswith((OURS, "pip install ")), f"{command}: nothing checks this command"
+            assert command.startswith((OURS, CURL, "pip install ")), f"{command}: nothing checks this command"
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-"""The command line: `modernbert search`, `index`, `evaluate`, `compare`, `export`, `encode`, `info`, `convert` and
-`demo`.
+"""The command line: `modernbert search`, `index`, `evaluate`, `compare`, `export`, `encode`, `serve`, `info`, `convert`
+and `demo`.
 
 Everything that needs torch is imported inside the commands, so that `modernbert --help` is instant.
 """
@@ -21,11 +21,12 @@ from .export import export
 from .index import index
 from .info import info
 from .search import demo, search
+from .serve import serve
 from .show import note, printable
 from .streams import ended_by_signals, flush_stdout, message_of, open_closed_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (search, index, evaluate, compare, export, encode, info, convert, demo):
+for command in (search, index, evaluate, compare, export, encode, serve, info, convert, demo):
     app.command()(command)
 
 

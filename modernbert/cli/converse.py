@@ -7,10 +7,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -119,11 +119,14 @@ class SearchShell:
 
     def answer(self, question: str, as_json: bool = False, html: Path | None = None, indent: int | None = 2) -> None:
         """Search, and print the hits."""
+        from ..retrieval.rows import hit_rows
+
         found = self.ask(question)
         if html:
             found.write_page(html)
         if as_json:
-            print(json.dumps(self._as_dict(found), indent=indent), flush=True)
+            rows = hit_rows(found.query.text, found.hits, found.matches if self.why else ())
+            print(json.dumps({"query": found.query.text, "hits": rows}, indent=indent), flush=True)
         else:
             self.show(found)
 
@@ -169,16 +172,3 @@ class SearchShell:
         else:
             for usage, what in COMMANDS.items():
                 print_text(self.console, Text(f"{usage:24}{what}"))
-
-    def _as_dict(self, found: Answer) -> dict[str, Any]:
-        from ..retrieval.explain import strongest_words
-
-        rows = [
-            {"rank": hit.rank, "score": hit.score, **asdict(hit.passage)}
-            | ({"copies": list(hit.copies)} if hit.copies else {})
-            for hit in found.hits
-        ]
-        for row, hit, matches in zip(rows, found.hits, found.matches if self.why else (), strict=False):
-            words = strongest_words(matches, found.query.text, hit.passage.content)
-            row |= {"why": [asdict(word) for word in words], "matches": [asdict(match) for match in matches]}
-        return {"query": found.query.text, "hits": rows}

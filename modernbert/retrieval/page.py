@@ -24,12 +24,20 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "explain.html"
 LEVELS = 5  # of shading; the template has a colour for each
+NONE = '<p class="none">No passage was found.</p>'
+FORM = (
+    '<form role="search" method="get"><input type="search" name="q" value="{}" aria-label="Question" maxlength="2000" '
+    'required dir="auto"><button>Search</button></form>'
+)
 
 
-def explain_page(query: str, hits: Sequence[tuple[Hit, list[TokenMatch]]]) -> str:
+def explain_page(query: str, hits: Sequence[tuple[Hit, list[TokenMatch]]], *, ask: bool = False) -> str:
     """The page for a query and its hits, in the order given, each with its matches (`explain`, `Store.explain`).
 
     Deterministic. Raises ValueError if matches belong to another query or another hit.
+
+    Args:
+        ask: with a form for the next query, for a server that answers with this page; only the form for the query "".
     """
     _check(query, hits)
     found = [places(hit.passage.content, matches) for hit, matches in hits]
@@ -43,12 +51,13 @@ def explain_page(query: str, hits: Sequence[tuple[Hit, list[TokenMatch]]]) -> st
     ]
     template = TEMPLATE.read_text(encoding="utf-8")
     return Template(template).substitute(
-        policy=_policy(template),
+        policy=_policy(template, "'self'" if ask else "'none'"),
         title=_text(f"{query[:80]}{'…' * (len(query) > 80)} · modernbert"),
         query=_text(query),
+        form=FORM.format(_text(query)) if ask else "",
         tokens=_query_line(query, [matches for _, matches in hits], strongest),
         legend=_legend(strongest, len(hits)),
-        hits=f'<ol class="hits">{"".join(articles)}</ol>' if hits else '<p class="none">No passage was found.</p>',
+        hits=f'<ol class="hits">{"".join(articles)}</ol>' if hits else NONE if query or not ask else "",
     )
 
 
@@ -65,13 +74,13 @@ def _check(query: str, hits: Sequence[tuple[Hit, list[TokenMatch]]]) -> None:
             raise ValueError(f"hits {hits[0][0].rank} and {hit.rank} were explained for different queries")
 
 
-def _policy(template: str) -> str:
-    """Allow the template's style and script, by their hashes, and nothing else."""
+def _policy(template: str, form: str) -> str:
+    """Allow the template's style and script, by their hashes, and nothing else but forms to `form`."""
     allowed = [
         f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
         for tag, inner in re.findall(r"<(style|script)>(.*?)</\1>", template, re.DOTALL)
     ]
-    return "; ".join(["default-src 'none'", *allowed, "base-uri 'none'", "form-action 'none'"])
+    return "; ".join(["default-src 'none'", *allowed, "base-uri 'none'", f"form-action {form}"])
 
 
 def _query_line(query: str, explained: Sequence[Sequence[TokenMatch]], strongest: float) -> str:

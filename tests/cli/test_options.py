@@ -16,6 +16,7 @@ NUMBER_OF_OPTIONS = {
     "compare": 2,
     "export": 0,
     "encode": 4,
+    "serve": 8,
     "info": 0,
     "convert": 1,
     "demo": 0,

@@ -93,6 +93,21 @@ def test_nothing_is_loaded_and_only_its_own_script_may_run():
     assert not re.search(r"@import|url\(|https?:", page)
 
 
+def test_a_page_that_asks_has_a_form_which_only_its_own_server_answers():
+    for query, hits in ((HOSTILE, hostile_hits(HOSTILE)), ("", [])):
+        root = parse(explain_page(query, hits, ask=True))
+        (form,), (field,) = root.all("form"), root.all("input")
+        assert form.attributes["method"] == "get"
+        assert "action" not in form.attributes
+        assert field.attributes["value"] == root.all("h1")[0].text
+        (policy,) = [node.attributes["content"] for node in root.all("meta", http_equiv="Content-Security-Policy")]
+        assert policy.endswith("; base-uri 'none'; form-action 'self'")
+        assert len(root.all("article")) == len(hits)
+        assert root.all("p", _class="none") == []
+    assert parse(explain_page(QUERY, [])).all("form") == []
+    assert len(parse(explain_page(QUERY, [], ask=True)).all("p", _class="none")) == 1
+
+
 def hostile_hits(text: str) -> list[tuple[Hit, list[TokenMatch]]]:
     inside = [TokenMatch((at, at + 2), (at + 5, at + 7), 0.5) for at in range(0, len(text) - 1, 2)]
     return [found(1, passage(text, "tit<b>", path=f"/a{HOSTILE}/b", name=f"<i>{HOSTILE}"), inside)]
