@@ -2,8 +2,8 @@
 
 python examples/query_styles.py PAIRS OUTPUT
 
-PAIRS is a folder of rows of query, positive, source and group. OUTPUT/pairs has at most 25,000 rows of each source, so that
-no source outweighs the others, and new ones:
+PAIRS is a folder of rows of query, positive, source and group. OUTPUT/pairs has at most 25,000 rows of each source, so
+that none outweighs the others, and new ones:
 
 - searches: for a function, the main words of its docstring as people type them into a search engine; half of the
   functions have their docstring, as in real code;

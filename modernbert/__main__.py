@@ -1,4 +1,4 @@
-"""`python -m modernbert` is the command `modernbert`, also where only the module can be named, such as under torchrun."""
+"""`python -m modernbert` is the command `modernbert`, for programs that start modules, such as torchrun."""
 
 from .cli import main
 
