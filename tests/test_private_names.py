@@ -90,7 +90,7 @@ def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def own_names(tree: ast.AST) -> Iterator[str]:
     """Every name that a file defines or assigns, attributes included."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
