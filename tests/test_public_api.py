@@ -27,7 +27,9 @@ PRETRAINED = {  # members of every model that `from_pretrained` loads
     "is_gradient_checkpointing": "property",
     "num_parameters": "(self, only_trainable=False, exclude_embeddings=False)",
     "resize_token_embeddings": "(self, vocab_size, *, pad_to_multiple_of=None)",
-    "save_pretrained": ("(self, folder, *, state_dict=None, max_shard_size=None, is_main_process=True, **options)"),
+    "save_pretrained": (
+        "(self, folder, *, format=None, state_dict=None, max_shard_size=None, is_main_process=True, **options)"
+    ),
     "set_input_embeddings": "(self, value)",
 }
 MODELS = (
