@@ -251,6 +251,14 @@ def test_each_class_has_its_formats(tmp_path: Path) -> None:
     assert torch.equal(Reranker.from_pretrained(plain).score("owl", ["An owl."]), reranker.score("owl", ["An owl."]))
 
 
+@pytest.mark.parametrize("format", ColBERT.formats)
+def test_a_colbert_of_any_format_is_refused_by_name_elsewhere(format: str, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path, format=format)
+    for kind in (Embedder, Reranker, TokenClassifier):
+        with pytest.raises(ValueError, match=rf"holds a ColBERT, not an? {kind.__name__}: load it with ColBERT"):
+            kind.from_pretrained(tmp_path)
+
+
 def test_old_configs_of_transformers_become_both_generations(tmp_path: Path) -> None:
     """transformers 4.48 reads the first three keys of these, and transformers 5 the last two."""
     encoder = Encoder.from_pretrained(BACKBONE)
