@@ -15,8 +15,8 @@ import modernbert_kernels as ops
 from benchmarks import __main__ as commands
 from benchmarks import clock, harness, inputs, peers, retrieval, training, worker
 from benchmarks import ops as kernels
-from benchmarks.harness import Result, Run
 from benchmarks.drop_in import PACKED, STOCK
+from benchmarks.harness import Result, Run
 from benchmarks.peers import PEERS, SDPA
 from benchmarks.rows import read, row
 from benchmarks.worker import OURS, SESSION, Job, Setup
