@@ -88,7 +88,7 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, kind: str = "on
             raise ValueError(f"{folder} has graphs in {other}/, which may be of another model: choose another folder")
     graph_engine.imported("onnx", ENGINES[kind])
     files = FILES[kind](evaluated(model))
-    content = model._content(None)
+    content = model._content_in(model.formats[0], None)
     checkpoint.save(
         folder,
         config=content.config,
