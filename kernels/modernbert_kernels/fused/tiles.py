@@ -35,15 +35,19 @@ def tile_for(device: torch.device, *key: str | int) -> Tile:
 # from the one before it. Entries without a GPU were chosen by registers and occupancy (offline compile), never timed.
 TILES: dict[tuple[str | int, ...], dict[int, Tile]] = {
     ("attention forward", 32, 2): {80: Tile(64, 64, 4, 2)},
-    ("attention forward", 32, 4): {80: Tile(32, 32, 4, 1)},
+    ("attention forward", 32, 4): {80: Tile(32, 16, 4, 1)},
     ("attention forward", 64, 2): {
         80: Tile(64, 32, 4, 2),
         90: Tile(64, 64, 4, 2),
         120: Tile(64, 32, 4, 2),
     },
-    ("attention forward", 64, 4): {80: Tile(32, 32, 4, 1)},
-    ("attention forward", 128, 2): {80: Tile(64, 32, 8, 2)},
-    ("attention forward", 128, 4): {80: Tile(32, 16, 8, 1)},
+    ("attention forward", 64, 4): {80: Tile(16, 32, 4, 1)},
+    ("attention forward", 128, 2): {
+        80: Tile(64, 32, 8, 2),
+        89: Tile(64, 16, 8, 2),
+        90: Tile(64, 32, 8, 2),
+    },
+    ("attention forward", 128, 4): {80: Tile(32, 16, 4, 1)},
     ("attention dq", 32, 2): {
         80: Tile(64, 32, 4, 2),
         90: Tile(64, 64, 4, 2),
