@@ -1,8 +1,7 @@
 # Each target makes the environment it needs in $(VENV), from nothing but Python and make; later runs reuse it.
 PYTHON ?= python3
 VENV ?= .venv
-# Python compiles what is imported; to compile all that is installed takes a minute.
-INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable
 
 # Triton's interpreter is chosen when a kernel is defined, so its tests have a process of their own.
 INTERPRETED = tests/kernels tests/encoder/test_encoder_triton.py
