@@ -16,7 +16,7 @@ from folders import tree
 from modernbert.heads.colbert import ColBERT
 from modernbert.recipes import contrastive
 from modernbert.recipes.contrastive import Config, main
-from modernbert.train.claim import RUN
+from modernbert.train.claim import LOCK, RUN
 from modernbert.train.teacher import text_key
 
 TINY = Config(
@@ -121,7 +121,7 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_but_the_settings_i
         (tmp_path / "pairs" / file).write_text(content)
     with pytest.raises(ValueError, match=words):
         main(replace(config, **options))
-    assert set(tree(tmp_path / "out")) == {RUN}
+    assert set(tree(tmp_path / "out")) == {RUN, LOCK}
 
 
 def test_pairs_in_gzip_are_those_of_the_plain_file(config, tmp_path):
@@ -176,7 +176,7 @@ def test_pairs_that_change_while_they_are_read_are_noticed(config, tmp_path, mon
     monkeypatch.setattr(contrastive.data, "choose_pairs", changed)
     with pytest.raises(ValueError, match="changed while they were read"):
         main(config)
-    assert set(tree(tmp_path / "out")) == {RUN}
+    assert set(tree(tmp_path / "out")) == {RUN, LOCK}
 
 
 @pytest.mark.parametrize("change", ["size", "content", "name", "more"])
@@ -257,7 +257,7 @@ def test_a_field_that_other_trainers_learn_from_is_refused(config, tmp_path, nam
     (tmp_path / "pairs" / "a.jsonl").write_text(lines(3) + row + "\n")
     with pytest.raises(ValueError, match=rf'a\.jsonl:4: "{name}" would be ignored.*remove the field'):
         main(config)
-    assert set(tree(tmp_path / "out")) == {RUN}
+    assert set(tree(tmp_path / "out")) == {RUN, LOCK}
 
 
 def test_a_field_that_only_describes_a_pair_is_not_read(config, tmp_path):

@@ -18,7 +18,7 @@ from modernbert.heads.masked_lm import MaskedLM
 from modernbert.recipes import mlm
 from modernbert.recipes.mlm import Config, main, stages
 from modernbert.tokenizer import Tokenizer
-from modernbert.train.claim import RUN
+from modernbert.train.claim import LOCK, RUN
 from modernbert.train.distributed import Ranks
 from modernbert.train.options import parse
 from modernbert.train.stages import STAGES
@@ -280,7 +280,7 @@ def test_the_command_line_is_the_config():
 def test_files_that_are_missing_are_found_missing_before_any_work(config, tmp_path, name):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         main(replace(config, **{name: str(tmp_path / "nowhere")}))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {RUN, LOCK}
 
 
 def test_a_step_that_no_number_of_batches_makes_is_refused_before_any_work(config, tmp_path, monkeypatch):
