@@ -109,6 +109,7 @@ def test_steps_have_their_time_and_their_memory(run: Any) -> None:
     assert {one["figure"] for one in memory.rows} == {"peak memory"}
 
 
+@pytest.mark.sweep
 def test_compiled_graphs_give_the_hidden_states_of_padded_batches(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     inputs.save_seeded(replace(SMALL, num_hidden_layers=2), tmp_path)

@@ -146,6 +146,7 @@ def test_kill_9_at_any_time_loses_nothing(config, tmp_path):
     same(whole, main(config))
 
 
+@pytest.mark.sweep
 def test_two_ranks_are_one_rank(config, tmp_path):
     # One bin in a batch of either: which tokens are masked is decided for each batch.
     config = replace(config, validation="", dropout=0.0, tokens=7_000, learning_rate=1e-3, rank_tokens=64)

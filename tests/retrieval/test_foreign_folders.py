@@ -237,6 +237,7 @@ def killed_at(step: int, folder: str) -> None:
     sys.addaudithook(count)
 
 
+@pytest.mark.sweep
 def test_a_first_run_that_is_killed_anywhere_is_known_as_a_store_and_resumed(colbert, tmp_path):
     """Before each operation on a file of the folder."""
     source = write_corpus(tmp_path / "corpus.jsonl", corpus(3))

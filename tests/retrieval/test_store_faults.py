@@ -366,6 +366,7 @@ def test_another_version_is_named(colbert, tmp_path):
             use()
 
 
+@pytest.mark.sweep
 def test_control_c_can_be_resumed(tmp_path, modernbert_tokenizer_file):
     """The command is interrupted: it prints one line, and the same command finishes the work."""
     model, source, folder = tmp_path / "model", tmp_path / "corpus.jsonl", tmp_path / "store"

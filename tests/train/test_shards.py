@@ -154,6 +154,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.sweep
 def test_what_killed_processes_left_is_finished_to_the_files_of_one_process(tokenizer, corpus, tmp_path):
     write_texts(corpus, TEXTS * 40)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
