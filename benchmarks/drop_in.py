@@ -102,7 +102,7 @@ SUITES = {
         "models of other libraries after `pack_in_place`: encoding and steps of training",
         {name: line for name, (_, line) in WORKLOADS.items()},
         "the same models as they were",
-        harness.of_tables(lambda here, names: (table for name in names for table in WORKLOADS[name][0](here, name))),
+        harness.of_workloads(WORKLOADS),
         weight=8,
     )
 }

@@ -471,3 +471,10 @@ class Suite(NamedTuple):
 def of_tables(make: Callable[[Run, Sequence[str]], Iterable[Table]]) -> Callable[..., Iterator[Result]]:
     """The `measure` of a suite that is nothing but tables."""
     return lambda here, names: measure(here, make(here, names))
+
+
+def of_workloads(
+    workloads: Mapping[str, tuple[Callable[[Run, str], Iterable[Table]], str]],
+) -> Callable[..., Iterator[Result]]:
+    """The `measure` of a suite each of whose workloads makes tables of its own. A line describes each."""
+    return of_tables(lambda here, names: (table for name in names for table in workloads[name][0](here, name)))

@@ -233,7 +233,7 @@ def on_pairs(here: Run, workload: str, found: Mapping[str, Peer] | None = None, 
 
 
 def of_steps(
-    here: Run, workload: str, model: str, lengths: Sequence[int], examples: Step, found: dict[str, Peer], **more: Any
+    here: Run, workload: str, model: str, lengths: Sequence[int], examples: Step, found: Mapping[str, Peer], **more: Any
 ) -> Iterator[Table]:
     """Tokens a second with the time of a step, and peak memory."""
     what = f"{model}, {here.dtype}, {workload}: {STEPS} steps of {len(examples) // STEPS} examples"
@@ -265,7 +265,7 @@ SUITES = {
         "steps of training: tokens a second, time, peak memory",
         {name: line for name, (_, line) in WORKLOADS.items()},
         "the Trainer of transformers, sentence-transformers, PyLate",
-        harness.of_tables(lambda here, names: (table for name in names for table in WORKLOADS[name][0](here, name))),
+        harness.of_workloads(WORKLOADS),
         weight=12,
     )
 }

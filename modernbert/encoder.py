@@ -48,8 +48,8 @@ class Rope:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rope:
         """The same angles on `device`, for libraries that place layers on several."""
-        tables = self.cos, self.sin, self.ranges
-        return Rope(*(x if x is None else x.to(device, non_blocking=non_blocking) for x in tables))
+        cos, sin = (table.to(device, non_blocking=non_blocking) for table in (self.cos, self.sin))
+        return Rope(cos, sin, None if self.ranges is None else self.ranges.to(device, non_blocking=non_blocking))
 
 
 def ropes(batch: Packed, thetas: Iterable[float], head_dim: int) -> dict[float, Rope]:

@@ -202,8 +202,7 @@ def content(
     ]
     modules = [module_files.transformer_entry()]
     files: dict[str, File] = dict(tokenizer.files())
-    layers = {f"dense.{index}.": layer for index, layer in enumerate(dense)}
-    parts = module_files.parts_of("a ColBERT", encoder, layers, state)
+    parts = parts_of(encoder, dense, state)
     for index, (layer, tensors) in enumerate(zip(dense, parts.layers, strict=True), 1):
         modules.append(module_files.entry(index, f"{index}_Dense", "pylate.models.Dense.Dense"))
         files |= module_files.dense_files(f"{index}_Dense", index, layer, tensors)
@@ -224,3 +223,9 @@ def content(
         "do_query_expansion": config.do_query_expansion,
     }
     return Content(backbone.to_hf(), parts.encoder, files)
+
+
+def parts_of(encoder: nn.Module, dense: Sequence[nn.Module], state: Mapping[str, Tensor] | None) -> module_files.Parts:
+    """The tensors of a ColBERT by the module that holds them; see `content`."""
+    layers = {f"dense.{index}.": layer for index, layer in enumerate(dense)}
+    return module_files.parts_of("a ColBERT", encoder, layers, state)

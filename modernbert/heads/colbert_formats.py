@@ -43,7 +43,7 @@ def native(
     home = "sentence_transformers.base.modules"
     files: dict[str, File] = _with_prefixes(tokenizer, config)
     modules = [module_files.entry(0, "", f"{home}.transformer.Transformer")]
-    parts = module_files.parts_of("a ColBERT", encoder, _layers(dense), state)
+    parts = colbert_files.parts_of(encoder, dense, state)
     for place, (layer, tensors) in enumerate(zip(dense, parts.layers, strict=True), 1):
         modules.append(module_files.entry(place, f"{place}_Dense", f"{home}.dense.Dense"))
         own = module_files.dense_files(f"{place}_Dense", place, layer, tensors)
@@ -117,7 +117,7 @@ def stanford(
         content = files[name]
         assert isinstance(content, bytes)
         files[name] = json.loads(content) | {"pad_token": pad}
-    parts = module_files.parts_of("a ColBERT", encoder, _layers(dense), state)
+    parts = colbert_files.parts_of(encoder, dense, state)
     tensors = {f"model.{name}": tensor for name, tensor in parts.encoder.items()}
     tensors |= {name: tensor.cpu().contiguous() for name, tensor in parts.layers[0].items()}
     files[METADATA] = {
@@ -143,10 +143,6 @@ WRITERS: dict[str, Callable[..., Content]] = {
     "stanford": stanford,
 }
 """By the name of the format, the usual one first."""
-
-
-def _layers(dense: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    return {f"dense.{index}.": layer for index, layer in enumerate(dense)}
 
 
 def _skiplist(tokenizer: Tokenizer, config: ColBERTConfig) -> list[str]:

@@ -13,29 +13,12 @@ from ..encoder import Encoder
 from ..pretrained import Pretrained
 from ..weights import PICKLE, SAFETENSORS, find
 from . import composer_files, flexbert_config
-from .classifier import SequenceClassifier
-from .colbert import ColBERT
-from .embedder import Embedder
+from .classes import CLASSES
 from .folders import class_of
-from .masked_lm import MaskedLM
-from .multiple_choice import MultipleChoice
-from .question_answering import QuestionAnswering
 from .reranker import Reranker
-from .token_classifier import TokenClassifier
 
 COMPOSER = "composer"
 FORMATS = ("transformers", "sentence-transformers", "pylate", "stanford", COMPOSER)
-CLASSES: dict[str, type[Pretrained]] = {
-    "ColBERT": ColBERT,
-    "Embedder": Embedder,
-    "Encoder": Encoder,
-    "MaskedLM": MaskedLM,
-    "MultipleChoice": MultipleChoice,
-    "QuestionAnswering": QuestionAnswering,
-    "Reranker": Reranker,
-    "SequenceClassifier": SequenceClassifier,
-    "TokenClassifier": TokenClassifier,
-}
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, to: str) -> str:
@@ -89,14 +72,12 @@ def _of_composer(file: Path) -> tuple[Pretrained, dict[str, bytes]]:
 def _of_folder(folder: Path, to: str) -> tuple[Pretrained, dict[str, bytes]]:
     """The model of a folder, and the files of a tokenizer beside it, which a model with one writes itself."""
     kind = class_of(folder)
-    if kind not in CLASSES:
+    if kind is None or kind not in CLASSES:
         what = "names no class in architectures" if kind is None else f"names {kind:.80}, which no class here reads"
         raise ValueError(f"{folder}: config.json {what}: one of {', '.join(CLASSES)} is converted")
-    kind = "Reranker" if (kind, to) == ("SequenceClassifier", "sentence-transformers") else kind
+    reader = Reranker if (kind, to) == ("SequenceClassifier", "sentence-transformers") else CLASSES[kind]
     names = (name for name in composer_files.TOKENIZER if (folder / name).is_file())
-    return CLASSES[kind].from_pretrained(folder, dtype=_dtype(folder)), {
-        name: (folder / name).read_bytes() for name in names
-    }
+    return reader.from_pretrained(folder, dtype=_dtype(folder)), {name: (folder / name).read_bytes() for name in names}
 
 
 def _dtype(folder: Path) -> torch.dtype:

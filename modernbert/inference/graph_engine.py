@@ -104,13 +104,16 @@ class GraphEngine:
         vocab_size = len(next(model.parameters()))  # the embedding table
         batch = pack([[token % vocab_size for token in range(7)], [1 % vocab_size, 0]])
         batch = replace(batch, key_lengths=torch.tensor([6, 2], dtype=torch.int32, device="cpu"))
-        try:
-            torch.testing.assert_close(self(batch), model(batch), rtol=1e-3, atol=1e-3)
-        except AssertionError as error:
-            raise ValueError(
-                f"{type(model).__name__} is not what its graph computes (an adapter, NaN, a forward of its own?), so "
-                f"that no engine can run it: leave out engine. {error}"
-            ) from None
+        check_graph(self(batch), model(batch), model, ", so that no engine can run it: leave out engine. ")
+
+
+def check_graph(found: Tensor, wanted: Tensor, model: nn.Module, todo: str = ": ") -> None:
+    """Raise a ValueError, which goes on with `todo`, if a graph gave other numbers than its model."""
+    try:
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    except AssertionError as error:
+        name, why = type(model).__name__, "an adapter, NaN, a forward of its own?"
+        raise ValueError(f"{name} is not what its graph computes ({why}){todo}{error}") from None
 
 
 def feed(batch: Packed, rows: Tensor | None) -> Feed:

@@ -13,27 +13,18 @@ from torch import nn
 
 from ..checkpoint import locate
 from ..encoder import Encoder
-from ..heads.classifier import SequenceClassifier
+from ..heads.classes import CLASSES
 from ..heads.colbert import ColBERT
 from ..heads.colbert_files import ColBERTConfig
 from ..heads.dense import Dense
 from ..heads.embedder import Embedder
 from ..heads.embedder_files import EmbedderConfig
 from ..heads.folders import class_of
-from ..heads.masked_lm import MaskedLM
-from ..heads.multiple_choice import MultipleChoice
-from ..heads.question_answering import QuestionAnswering
-from ..heads.token_classifier import TokenClassifier
 from ..pretrained import Pretrained
 from ..tokenizer import CONFIG, Tokenizer
 from .reading import digest_folder
 
 KEEP = "keep"
-
-CLASSIFIERS = (SequenceClassifier, TokenClassifier, MultipleChoice, QuestionAnswering)
-KINDS: Mapping[str, type[Pretrained]] = MappingProxyType(
-    {kind.__name__: kind for kind in (Encoder, MaskedLM, *CLASSIFIERS, Embedder, ColBERT)}
-)
 
 
 class Middle(NamedTuple):
@@ -57,7 +48,7 @@ def hash_of(name: str) -> str:
 
 def start_model(name: str) -> Pretrained:
     """The model of a folder or hub id, of its own class, so that no tensor is left over."""
-    return KINDS.get(class_of(locate(name)) or "", Encoder).from_pretrained(name)
+    return CLASSES.get(class_of(locate(name)) or "", Encoder).from_pretrained(name)
 
 
 def start_encoder(name: str) -> Encoder:

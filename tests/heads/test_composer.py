@@ -23,7 +23,8 @@ from torch import Tensor
 
 from modernbert import Encoder, EncoderConfig, MaskedLM, Tokenizer
 from modernbert.config import FULL, SLIDING
-from modernbert.heads.convert import CLASSES, convert
+from modernbert.heads.classes import CLASSES
+from modernbert.heads.convert import convert
 from modernbert.heads.flexbert_config import from_flexbert
 from modernbert.pretrained import Pretrained
 

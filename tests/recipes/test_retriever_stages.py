@@ -10,10 +10,11 @@ import torch
 from small_models import save_colbert, save_embedder, save_masked_lm, toy_pairs, write_rows
 
 from modernbert.heads import folders
+from modernbert.heads.classes import CLASSES
 from modernbert.heads.colbert import ColBERT
 from modernbert.heads.embedder import Embedder
 from modernbert.recipes import colbert, contrastive, distill, embed, mine
-from modernbert.train import start, teacher
+from modernbert.train import teacher
 from modernbert.train.options import parse
 from modernbert.train.teacher_folder import fill
 
@@ -118,7 +119,7 @@ def test_a_stage_starts_from_any_checkpoint(made, tmp_path, stage, kind):
 
 def test_every_class_of_a_folder_may_be_the_start():
     """A head without a row would lose its tensors with a warning."""
-    assert set(start.KINDS) == {*folders.ARCHITECTURES.values(), *folders.MODELS.values()}
+    assert set(CLASSES) == {*folders.ARCHITECTURES.values(), *folders.MODELS.values()}
 
 
 def test_a_head_is_kept(made, tmp_path):
