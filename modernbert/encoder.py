@@ -26,7 +26,7 @@ from modernbert_kernels.dispatch import recorded
 
 from .checkpoint import Content, load_weights, state_of
 from .config import EncoderConfig
-from .modules import Linear, Norm, add_norm, autocast_dtype, has_options, is_plain
+from .modules import Linear, Norm, add_norm, adds_in_place, are_plain, autocast_dtype, has_options, is_plain
 from .outputs import EncoderOutput as EncoderOutput
 from .packed import Packed, check_packed, check_rows
 from .packing import unpack
@@ -95,7 +95,10 @@ class Attention(nn.Module):
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.Wo = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x_TD: Tensor, batch: Packed, rope: Rope, rows_Q: Tensor | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, batch: Packed, rope: Rope, rows_Q: Tensor | None, into_QD: Tensor | None = None
+    ) -> Tensor | None:
+        """The output; None if it has been added to `into_QD`."""
         out_THK = ops.attention(
             # Not unflatten: the older ONNX exporter would keep the number of tokens of its example.
             self.Wqkv(x_TD).reshape(x_TD.shape[0], 3, self.heads, self.head_dim),
@@ -107,7 +110,11 @@ class Attention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             ranges_3T=rope.ranges,
         )
-        return dropout(self.Wo(take_rows(out_THK.flatten(1), rows_Q)), self.output_dropout_p, self.training)
+        out_QD = take_rows(out_THK.flatten(1), rows_Q)
+        if into_QD is not None:
+            into_QD.addmm_(out_QD, self.Wo.weight.T)
+            return None
+        return dropout(self.Wo(out_QD), self.output_dropout_p, self.training)
 
 
 class MLP(nn.Module):
@@ -117,14 +124,24 @@ class MLP(nn.Module):
         self.Wi = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.Wo = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.Wo(dropout(ops.geglu(self.Wi(x_TD), self.activation), self.dropout_p, self.training))
+    def forward(self, x_TD: Tensor, into_TD: Tensor | None = None) -> Tensor | None:
+        """The output; None if it has been added to `into_TD`."""
+        y_TF = ops.geglu(self.Wi(x_TD), self.activation)
+        if into_TD is not None:
+            into_TD.addmm_(y_TF, self.Wo.weight.T)
+            return None
+        return self.Wo(dropout(y_TF, self.dropout_p, self.training))
 
 
 class Layer(nn.Module):
     """Pre-norm block. `x` is the residual stream, `delta` what the last sublayer has yet to add to it.
 
     Every token is attended to, but only the rows `rows_Q` go on from there (None: all of them).
+
+    In inference on a GPU, plain layers write into the stream: both Wo add to `x` in one GEMM, and there is no `delta`.
+    A layer then overwrites the `x` that it was given, if that came without a `delta`, from another such layer. Of five
+    passes over memory beside the products that is one less. In training it would not be: the norm alone leaves the sum
+    of two gradients to one more kernel, and under autocast the stream has twice the bytes of a product.
     """
 
     def __init__(self, config: EncoderConfig, layer: int) -> None:
@@ -136,11 +153,24 @@ class Layer(nn.Module):
 
     def forward(
         self, x_TD: Tensor, delta_TD: Tensor | None, batch: Packed, rope: Rope, rows_Q: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        dtype = autocast_dtype(x_TD)
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype, in_place = autocast_dtype(x_TD), self._adds_in_place(x_TD)
         x_TD, h_TD = (x_TD, x_TD) if self.attn_norm is None else add_norm(x_TD, delta_TD, self.attn_norm, dtype)
-        x_QD, h_QD = add_norm(take_rows(x_TD, rows_Q), self.attn(h_TD, batch, rope, rows_Q), self.mlp_norm, dtype)
-        return x_QD, self.mlp(h_QD)
+        x_QD = take_rows(x_TD, rows_Q)
+        # The first layer's x is the output of the embeddings, which the caller may keep.
+        into_QD = x_QD if in_place and self.attn_norm is not None else None
+        x_QD, h_QD = add_norm(x_QD, self.attn(h_TD, batch, rope, rows_Q, into_QD), self.mlp_norm, dtype)
+        return x_QD, self.mlp(h_QD, x_QD if in_place else None)
+
+    def _adds_in_place(self, x_TD: Tensor) -> bool:
+        attn, mlp = self.attn, self.mlp
+        return (
+            x_TD.is_cuda
+            and not (torch.is_grad_enabled() or self.training or attn.training or mlp.training)
+            # What a hook has seen is not overwritten.
+            and are_plain((self, Layer), (attn, Attention), (mlp, MLP), (attn.Wo, Linear), (mlp.Wo, Linear))
+            and adds_in_place(x_TD, attn.Wo, mlp.Wo)
+        )
 
 
 class Encoder(Pretrained):
@@ -228,7 +258,7 @@ class Encoder(Pretrained):
         x_TD, delta_TD = self.embeddings(batch.input_ids, inputs_embeds), None
         rows_of_layer = [None] * (len(self.layers) - 1) + [rows]
         for layer, theta, wanted in zip(self.layers, self.thetas, rows_of_layer, strict=True):
-            run: Callable[..., tuple[Tensor, Tensor]] = layer
+            run: Callable[..., tuple[Tensor, Tensor | None]] = layer
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 run = partial(checkpoint, layer, use_reentrant=False)
             x_TD, delta_TD = run(x_TD, delta_TD, batch, rope_of[theta], wanted)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import modernbert_kernels as ops
+from modernbert_kernels.dispatch import recorded
 
 from .config import EncoderConfig
 
@@ -52,13 +53,33 @@ def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 
     Hooks, adapters, offloading, FSDP units, pruning, parametrizations and another forward or class must be called.
     """
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not (module._forward_pre_hooks or module._forward_hooks)
-        and not (module._backward_pre_hooks or module._backward_hooks)
-        and not _has_any_global_hook()
-    )
+    return are_plain((module, kind))
+
+
+def are_plain(*each: tuple[nn.Module, type[nn.Module]]) -> bool:
+    """Whether all of these modules are plain."""
+    for module, kind in each:
+        if (
+            type(module) is not kind
+            or "forward" in module.__dict__
+            or (module._forward_pre_hooks or module._forward_hooks)
+            or (module._backward_pre_hooks or module._backward_hooks)
+        ):
+            return False
+    return not _has_any_global_hook()
+
+
+def adds_in_place(x_TD: Tensor, *products: nn.Linear) -> bool:
+    """Whether plain products may add their result to `x_TD` where it is, by one GEMM with beta = 1: see `Layer`."""
+    if torch.is_autocast_enabled("cuda"):
+        return False
+    for product in products:
+        weight = product.weight
+        # Sharded and quantized weights are subclasses.
+        if type(weight) is not nn.Parameter or weight.dtype != x_TD.dtype or product.bias is not None:
+            return False
+    # Compilers fuse the sum themselves, and would copy what is written in place.
+    return not (torch.compiler.is_compiling() or recorded())
 
 
 def add_norm(

@@ -32,6 +32,16 @@ PRIVATE = {
     "_is_exporting_flag": Private(
         "is_exporting() is also true under torch.compile in 2.11", lambda: torch.compiler._is_exporting_flag
     ),
+    "_C": Private("as _get_tracing_state", lambda: torch._C),
+    "_get_tracing_state": Private(
+        "torch.jit.is_tracing() takes three calls, and every op asks; nn.Module asks so too",
+        lambda: torch._C._get_tracing_state,
+    ),
+    "_python_dispatch": Private("as _is_in_torch_dispatch_mode", lambda: torch.utils._python_dispatch),
+    "_is_in_torch_dispatch_mode": Private(
+        "a mode must see the operators, which otherwise launch their kernels at once",
+        lambda: torch.utils._python_dispatch._is_in_torch_dispatch_mode,
+    ),
     "_disable_dynamo": Private("torch.compiler.disable imports the compiler at once", lambda: torch._disable_dynamo),
     "_dynamo": Private("marks sizes that change with each batch, where it runs already", lambda: torch._dynamo),
     "_flash_attention_forward": Private(PACKAGE, lambda: torch.ops.aten._flash_attention_forward),

@@ -56,13 +56,26 @@ class Op(Generic[P, R]):
         self._choices: tuple[tuple[str, Callable[P, bool], Callable[P, R]], ...] = ()
         self.__doc__ = reference.__doc__
 
-    def register(self, backend: str, *, when: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Decorator: use this implementation for calls that `when(*args, **kwargs)` accepts."""
+    def register(
+        self, backend: str, *, when: Callable[P, bool], check: Callable[P, object] | None = None
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorator: use this implementation for calls that `when(*args, **kwargs)` accepts.
+
+        Args:
+            check: raises an error for a call that the implementation does not take. It runs where `when` has not been
+                asked: in a call of `backends[backend]`, which is also what `backend(name)` forces.
+        """
 
         def add(implementation: Callable[P, R]) -> Callable[P, R]:
             if backend in self.backends:
                 raise ValueError(f"{self.name}: backend {backend!r} is already registered")
-            self.backends[backend] = implementation
+
+            def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+                if check is not None:
+                    check(*args, **kwargs)
+                return implementation(*args, **kwargs)
+
+            self.backends[backend] = implementation if check is None else checked
             _names.add(backend)
             order = ORDER.get(self.name, ())
             choices = ((backend, when, implementation), *self._choices)
@@ -74,7 +87,8 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if _forced is not None:
             return self.backends.get(_forced, self.reference)(*args, **kwargs)
-        if recorded():
+        # `recorded()`, without its call.
+        if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
             return self.reference(*args, **kwargs)
         for _, when, implementation in self._choices:
             if when(*args, **kwargs):
@@ -90,8 +104,9 @@ def recorded() -> bool:
 
     No branch may then depend on a number, as the program would follow that of its example for ever.
     """
-    # Not is_exporting(), which in torch 2.11 is true under torch.compile too.
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    # Not is_exporting(), which in torch 2.11 is true under torch.compile too. Not torch.jit.is_tracing(), which takes
+    # three calls where every op asks.
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
 def forced() -> str | None:

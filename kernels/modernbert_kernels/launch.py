@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils import _python_dispatch as modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,12 +23,18 @@ OLDEST = 80
 """Ampere. Older GPUs lack bfloat16 and the asynchronous copies that the kernels are written for."""
 
 
+PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str, list, tuple, torch.dtype))
+"""Types that a launcher takes as they are. A subclass of Tensor or a symbolic size is for the dispatcher."""
+
+
 def operator(
     schema: str, *, fake: Callable[..., R], tags: Sequence[torch.Tag] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: a function that launches kernels becomes `torch.ops.modernbert_kernels.<name of the schema>`.
 
-    Compilers take it as one opaque step. It has no gradient: an `autograd.Function` goes around it.
+    Compilers take it as one opaque step. It has no gradient: an `autograd.Function` goes around it. Where neither a
+    compiler nor a mode nor a subclass of Tensor looks at the call, it is that of the function: torch's dispatcher and
+    the wrapping of the arguments take longer than a launch.
 
     Args:
         schema: as `torch.library.define` takes it, with the name and without the namespace.
@@ -35,21 +43,28 @@ def operator(
     """
 
     def add(launcher: Callable[P, R]) -> Callable[P, R]:
-        def on_its_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
-            # Triton launches on the current GPU, which need not be the one that holds the tensors.
-            with torch.cuda.device(_common_device([x.device for x in args if isinstance(x, Tensor)])):
-                return launcher(*args, **kwargs)
-
         name = LIBRARY.define(schema, tags=tuple(tags))
-        LIBRARY.impl(name, on_its_gpu, "CUDA")
+        LIBRARY.impl(name, launcher, "CUDA")
         LIBRARY.impl(name, launcher, "CPU")  # for Triton's interpreter
         torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.modernbert_kernels, name).default
+        registered = getattr(torch.ops.modernbert_kernels, name).default
+        if "!" in schema:
+            return registered  # which counts that the tensor was written to
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_dynamo_compiling() or modes._is_in_torch_dispatch_mode:
+                return registered(*args, **kwargs)
+            for x in args:
+                if type(x) not in PLAIN:
+                    return registered(*args, **kwargs)
+            return launcher(*args, **kwargs)
+
+        return call
 
     return add
 
 
-def _common_device(devices: Iterable[torch.device]) -> torch.device:
+def common_device(devices: Iterable[torch.device]) -> torch.device:
     """The device of all tensors. A kernel that reads an address of another GPU breaks every later call."""
     first, *others = dict.fromkeys(devices)
     if others:
@@ -59,7 +74,10 @@ def _common_device(devices: Iterable[torch.device]) -> torch.device:
 
 def supported(*tensors: Tensor) -> bool:
     """Whether Triton compiles for the GPU of these tensors, and the kernels take their dtype."""
-    return all(x.dtype in DTYPES and on_gpu(x) for x in tensors)
+    for x in tensors:
+        if x.dtype not in DTYPES or not x.is_cuda:
+            return False
+    return torch.version.hip is None and arch(tensors[0].device) >= OLDEST
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -69,7 +87,11 @@ def on_gpu(x: Tensor) -> bool:
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward pass will ask for a gradient of one of these; without, no `autograd.Function` is called."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def autocast_float32(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -80,15 +102,15 @@ def autocast_float32(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 def rope_fits(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> bool:
     """Whether the kernels take these rotary tables: float32 without gradients, a row for each token."""
     T, three, _, K = qkv_T3HK.shape
-    return three == 3 and all(
-        x.dtype == torch.float32 and not x.requires_grad and 2 * x.shape[1] == K and x.shape[0] == T
-        for x in (cos_TR, sin_TR)
-    )
+    for x in (cos_TR, sin_TR):
+        if x.dtype != torch.float32 or x.requires_grad or 2 * x.shape[1] != K or x.shape[0] != T:
+            return False
+    return three == 3
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Contiguous copies where needed: the kernels take no strides."""
-    return [x if x is None else x.contiguous() for x in tensors]
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """A contiguous copy where one is needed: the kernels take no strides."""
+    return None if x is None else x.contiguous()
 
 
 _properties = lru_cache(torch.cuda.get_device_properties)
@@ -99,13 +121,20 @@ def arch(device: torch.device) -> int:
     if device.type == "cpu":
         return OLDEST
     # A compiler knows that the properties of a device are constant, and would trace into a cache.
-    found = torch.cuda.get_device_properties(device) if torch.compiler.is_compiling() else _properties(device)
+    found = torch.cuda.get_device_properties(device) if torch.compiler.is_dynamo_compiling() else _properties(device)
     return 10 * found.major + found.minor
 
 
 def for_arch(table: Mapping[int, C], device: torch.device) -> C:
-    """The entry of a table by compute capability for this device: the newest that is not newer than it."""
-    return table[max(known for known in table if known <= max(OLDEST, arch(device)))]
+    """The entry of a table by compute capability for this device: the newest that is not newer than it.
+
+    A table has an entry for `OLDEST`.
+    """
+    mine, best = arch(device), OLDEST
+    for known in table:
+        if best < known <= mine:
+            best = known
+    return table[best]
 
 
 def precision(x: Tensor) -> str:

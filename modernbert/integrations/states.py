@@ -106,7 +106,8 @@ def _map(q_nHK: Tensor, k_nHK: Tensor, keys: int, window: int | None) -> Tensor:
 
 
 def _sum(x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
-    return x_TD if delta_TD is None else x_TD + delta_TD
+    # A copy, because a layer that is given no delta writes into its x.
+    return x_TD.clone() if delta_TD is None else x_TD + delta_TD
 
 
 def _places(given: Sequence[int] | None, count: int) -> list[int]:

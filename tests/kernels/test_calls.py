@@ -158,6 +158,6 @@ def test_precision_follows_every_switch(switch: Callable[[bool], None]) -> None:
 def test_tensors_of_two_devices_are_refused() -> None:
     """On two GPUs a kernel would read an illegal address, after which every call fails."""
     here, there = torch.device("cuda", 0), torch.device("cuda", 1)
-    assert launch._common_device([there, there]) == there
+    assert launch.common_device([there, there]) == there
     with pytest.raises(ValueError, match=r"tensors are on cuda:0, cuda:1: move them to one device"):
-        launch._common_device([here, there, here])
+        launch.common_device([here, there, here])

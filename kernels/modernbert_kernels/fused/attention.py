@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -85,7 +84,7 @@ def _launch(part: str, kernel: Any, tensors: Mapping[str, Tensor | None], window
     if not tokens:
         return
     tile = tile_for(qkv_T3HK.device, f"attention {part}", width, qkv_T3HK.element_size())
-    kernel[(triton.cdiv(tokens, tile.block_m) * heads,)](
+    kernel[(-(-tokens // tile.block_m) * heads,)](
         **tensors,
         T=tokens,
         window=FAR if window is None else min(window, FAR),
@@ -151,7 +150,21 @@ def _accepts(qkv_T3HK: Tensor, *_: object, rope: tuple[Tensor, Tensor], dropout_
     return fits and dropout_p == 0.0
 
 
-@attention.register("triton", when=_accepts)
+def _check(qkv_T3HK: Tensor, *_: object, rope: tuple[Tensor, Tensor], dropout_p: float = 0.0, **__: object) -> None:
+    if dropout_p:
+        raise ValueError("the triton backend of attention has no dropout; use the reference")
+    if qkv_T3HK.dtype not in DTYPES or qkv_T3HK.shape[-1] not in WIDTHS:
+        raise ValueError(
+            f"the triton backend of attention takes heads of width 32, 64 or 128 in float32, bfloat16 or float16, not "
+            f"of width {qkv_T3HK.shape[-1]} in {qkv_T3HK.dtype}; use the reference"
+        )
+    if not rope_fits(qkv_T3HK, *rope):
+        raise ValueError(
+            "the triton backend of attention takes float32 tables [T, K / 2] that need no gradient; use the reference"
+        )
+
+
+@attention.register("triton", when=_accepts, check=_check)
 def attention_triton(
     qkv_T3HK: Tensor,
     cu_seqlens: Tensor,
@@ -167,19 +180,8 @@ def attention_triton(
 
     Sequences share tiles: an infinity or a NaN in one sequence may make its neighbours in the batch NaN.
     """
-    if dropout_p:
-        raise ValueError("the triton backend of attention has no dropout; use the reference")
-    if qkv_T3HK.dtype not in DTYPES or qkv_T3HK.shape[-1] not in WIDTHS:
-        raise ValueError(
-            f"the triton backend of attention takes heads of width 32, 64 or 128 in float32, bfloat16 or float16, not "
-            f"of width {qkv_T3HK.shape[-1]} in {qkv_T3HK.dtype}; use the reference"
-        )
-    if not rope_fits(qkv_T3HK, *rope):
-        raise ValueError(
-            "the triton backend of attention takes float32 tables [T, K / 2] that need no gradient; use the reference"
-        )
     if ranges_3T is None:
         ranges_3T = token_ranges_triton(cu_seqlens, key_lengths, len(qkv_T3HK))
-    qkv_T3HK, cos_TR, sin_TR = (x.contiguous() for x in (qkv_T3HK, *rope))
-    call = qkv_T3HK, ranges_3T, cos_TR, sin_TR, window, window is not None or max_seqlen <= LONG
+    tables = rope[0].contiguous(), rope[1].contiguous()
+    call = qkv_T3HK.contiguous(), ranges_3T, *tables, window, window is not None or max_seqlen <= LONG
     return _Attention.apply(*call) if needs_gradient(qkv_T3HK) else _forward(*call, lse=False)[1]

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .jit import jit
+
 LN_2 = tl.constexpr(0.6931471805599453)
 """`scale` makes scores exponents of two. Their derivative has this factor."""
 
@@ -83,7 +85,7 @@ def _between(columns, low, high):
     return (columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "window"])
+@jit(do_not_specialize=["T", "window"])
 def attention_forward_kernel(
     qkv,
     ranges,
@@ -139,7 +141,7 @@ def attention_forward_kernel(
         tl.store(lse + head.to(tl.int64) * T + rows, lse_i, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["T", "window"])
+@jit(do_not_specialize=["T", "window"])
 def attention_dq_kernel(
     qkv,
     ranges,
@@ -196,7 +198,7 @@ def attention_dq_kernel(
     _store_rotated_back(dqkv + head * K, dq1 * scale, dq2 * scale, rows, cos, sin, row_mask, stride, R)
 
 
-@triton.jit(do_not_specialize=["T", "window"])
+@jit(do_not_specialize=["T", "window"])
 def attention_dkv_kernel(
     qkv,
     ranges,

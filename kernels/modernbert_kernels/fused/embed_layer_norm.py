@@ -50,6 +50,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
     when=lambda input_ids_T, table_VD, weight_D, bias_D, eps: (
         supported(table_VD, weight_D) and fits(table_VD, None, weight_D, bias_D)
     ),
+    check=lambda input_ids_T, table_VD, weight_D, bias_D, eps: check(table_VD, None, weight_D, bias_D),
 )
 def embed_layer_norm_triton(
     input_ids_T: Tensor, table_VD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
@@ -58,8 +59,8 @@ def embed_layer_norm_triton(
 
     Ids are not checked: they must be rows of the table.
     """
-    check(table_VD, None, weight_D, bias_D)
-    ids, table, weight, bias = contiguous(input_ids_T, table_VD, weight_D, bias_D)
+    ids, table = input_ids_T.contiguous(), table_VD.contiguous()
+    weight, bias = weight_D.contiguous(), contiguous(bias_D)
     dtype = autocast_float32(table_VD, weight_D.dtype)
     if needs_gradient(table, weight, bias):
         return _EmbedLayerNorm.apply(ids, table, weight, bias, eps, dtype)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..launch import needs_gradient, operator, supported
 from ..reference import geglu
+from .jit import jit
 from .tiles import tile_for
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -41,7 +42,7 @@ def _activate(a, SILU: tl.constexpr, EXACT: tl.constexpr):
     return a * normal_cdf, normal_cdf + a * bell * PEAK
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def geglu_forward_kernel(h, y, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -54,7 +55,7 @@ def geglu_forward_kernel(h, y, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.
     tl.store(y + rows * F + columns, active * gate, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def geglu_backward_kernel(h, dy, dh, T, F: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -74,7 +75,7 @@ def _launch(kernel: Any, part: str, activation: str, h_T2F: Tensor, *tensors: Te
     columns = max(64, min(F & -F, tile.block_n))
     rows = max(1, tile.block_m // columns)
     if T:
-        grid = (triton.cdiv(T, rows), triton.cdiv(F, columns))
+        grid = (-(-T // rows), -(-F // columns))
         kernel[grid](h_T2F, *tensors, T, F, activation == "silu", rows, columns, num_warps=tile.num_warps)
 
 

@@ -59,7 +59,9 @@ class _AddLayerNorm(torch.autograd.Function):
         # x and delta share a gradient if they share a dtype.
         narrow = next((dtype for dtype in (x_dtype, delta_dtype) if dtype != s.dtype), None)
         wanted = [of_x or of_delta, *of_parameters]
-        found = norm_backward(*contiguous(dy, ds), s, None, weight_D, stats_2T, wanted, narrow if wanted[0] else None)
+        found = norm_backward(
+            dy.contiguous(), contiguous(ds), s, None, weight_D, stats_2T, wanted, narrow if wanted[0] else None
+        )
         dx, dparameters, *rest = found
         of = {s.dtype: dx, narrow: rest[0] if rest else dx}
         dx, ddelta = of[x_dtype] if of_x else None, of[delta_dtype] if of_delta else None
@@ -69,11 +71,11 @@ class _AddLayerNorm(torch.autograd.Function):
 @layer_norm.register(
     "triton",
     when=lambda x_TD, weight_D, bias_D, eps: supported(x_TD, weight_D) and fits(x_TD, None, weight_D, bias_D),
+    check=lambda x_TD, weight_D, bias_D, eps: check(x_TD, None, weight_D, bias_D),
 )
 def layer_norm_triton(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """`layer_norm` in float32, bfloat16 or float16; same arguments and result."""
-    check(x_TD, None, weight_D, bias_D)
-    x, weight, bias = contiguous(x_TD, weight_D, bias_D)
+    x, weight, bias = x_TD.contiguous(), weight_D.contiguous(), contiguous(bias_D)
     dtype = autocast_float32(x_TD, weight_D.dtype)
     if needs_gradient(x, weight, bias):
         return _LayerNorm.apply(x, weight, bias, eps, dtype)
@@ -85,6 +87,7 @@ def layer_norm_triton(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps
     when=lambda x_TD, delta_TD, weight_D, bias_D, eps, dtype=None: (
         supported(x_TD, delta_TD, weight_D) and dtype in NORM_DTYPES and fits(x_TD, delta_TD, weight_D, bias_D)
     ),
+    check=lambda x_TD, delta_TD, weight_D, bias_D, eps, dtype=None: check(x_TD, delta_TD, weight_D, bias_D),
 )
 def add_layer_norm_triton(
     x_TD: Tensor,
@@ -95,8 +98,7 @@ def add_layer_norm_triton(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` in float32, bfloat16 or float16, and with a float32 stream; same arguments and result."""
-    check(x_TD, delta_TD, weight_D, bias_D)
-    x, delta, weight, bias = contiguous(x_TD, delta_TD, weight_D, bias_D)
+    x, delta, weight, bias = x_TD.contiguous(), delta_TD.contiguous(), weight_D.contiguous(), contiguous(bias_D)
     dtype = dtype or weight_D.dtype
     if needs_gradient(x, delta, weight, bias):
         return _AddLayerNorm.apply(x, delta, weight, bias, eps, dtype)

@@ -6,13 +6,14 @@ One kernel forward and one backward serve `layer_norm.py` and `embed_layer_norm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, for_arch, multiprocessors, operator
+from .jit import jit
 
 TILE = 1024
 """Elements that 4 warps take at once, 8 for each thread: 16 bytes of bfloat16, one access to memory. A longer row has a
@@ -31,7 +32,7 @@ WIDEST = 4096
 """The longest row: 16 warps. The models have 256 to 1792 elements."""
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def norm_forward_kernel(
     x, ids, delta, weight, bias, s, y, stats, T, eps, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -63,7 +64,7 @@ def norm_forward_kernel(
     tl.store(y + offsets, result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def norm_backward_kernel(
     dy, ds, x, ids, weight, stats, dx, ddelta, dweight, dbias, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -109,15 +110,16 @@ def norm_backward_kernel(
         tl.store(dbias + partial, tl.sum(bias_sum, axis=0), mask=column_mask)
 
 
+@cache
 def _tile(D: int) -> tuple[int, int, int]:
     """Rows and columns of a tile for rows of D elements, and the warps that take it."""
-    columns = triton.next_power_of_2(D)
+    columns = 1 << (D - 1).bit_length()
     return max(1, TILE // columns), columns, max(4, 4 * columns // TILE)
 
 
 def _programs(device: torch.device, warps: int) -> int:
     """As many programs of the backward kernel as are resident at once."""
-    return multiprocessors(device) * triton.cdiv(for_arch(WARPS_PER_SM, device), warps)
+    return multiprocessors(device) * -(-for_arch(WARPS_PER_SM, device) // warps)
 
 
 def _like_forward(
@@ -149,7 +151,7 @@ def norm_forward(
     D = x.shape[-1]
     T, (rows, columns, warps) = y.numel() // D, _tile(D)
     if T:
-        norm_forward_kernel[(triton.cdiv(T, rows),)](
+        norm_forward_kernel[(-(-T // rows),)](
             x, ids, delta, weight_D, bias_D, kept[0] if kept else None, y, stats_2T if keep else None, T, eps, D, rows,
             columns, num_warps=warps,
         )  # fmt: skip
@@ -182,7 +184,7 @@ def norm_backward(
     """
     T, D = stats_2T.shape[1], x.shape[-1]
     rows, columns, warps = _tile(D)
-    programs = min(triton.cdiv(T, rows), _programs(x.device, warps))
+    programs = min(-(-T // rows), _programs(x.device, warps))
     dx, dparameters, *ddelta = _like_backward(dy, ds, x, ids, weight_D, stats_2T, wanted, delta)
     partial_2PD = x.new_empty(len(dparameters), programs, D, dtype=torch.float32)
     of_x, of_weight, of_bias = wanted

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .jit import jit
+
 
 @triton.jit
 def _load_rows(x, rows, row_mask, k, E: tl.constexpr):
@@ -55,7 +57,7 @@ def _add_within(a, a_segment, b, b_segment):
     return tl.where(a_segment == b_segment, a, 0.0) + b, b_segment
 
 
-@triton.jit(do_not_specialize=["Q", "M", "group", "longest"])
+@jit(do_not_specialize=["Q", "M", "group", "longest"])
 def maxsim_kernel(
     queries, cu_queries, segment_ids, documents, cu_documents, grad, scores, carry, argmax, Q, M, group, longest,
     E: tl.constexpr, K: tl.constexpr, STORE_SCORES: tl.constexpr, STORE_ARGMAX: tl.constexpr,
@@ -95,7 +97,7 @@ def maxsim_kernel(
                 tl.store(argmax + document * Q + rows, best_token.to(tl.uint16), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@jit(do_not_specialize=["M"])
 def maxsim_carry_kernel(carry, cu_queries, scores, M, BLOCK_M: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Add the sums of the later tiles to the score of every query that spans several tiles of rows."""
     query = tl.program_id(0).to(tl.int64)
@@ -109,7 +111,7 @@ def maxsim_carry_kernel(carry, cu_queries, scores, M, BLOCK_M: tl.constexpr, DOC
         tl.store(scores + query * M + documents, score, mask=documents < M)
 
 
-@triton.jit(do_not_specialize=["longest"])
+@jit(do_not_specialize=["longest"])
 def maxsim_paired_kernel(
     queries, cu_queries, documents, cu_documents, scores, argmax, longest,
     E: tl.constexpr, K: tl.constexpr, STORE_ARGMAX: tl.constexpr,
@@ -134,7 +136,7 @@ def maxsim_paired_kernel(
     tl.store(scores + pair, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["Q", "M"])
+@jit(do_not_specialize=["Q", "M"])
 def maxsim_grad_queries_kernel(
     grad, segment_ids, documents, cu_documents, argmax, grad_queries, Q, M,
     E: tl.constexpr, K: tl.constexpr, PAIRED: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -159,7 +161,7 @@ def maxsim_grad_queries_kernel(
     tl.store(grad_queries + row * E + k, tl.sum(total, axis=0)[None, :], mask=k < E)
 
 
-@triton.jit(do_not_specialize=["Q", "M", "chunks"])
+@jit(do_not_specialize=["Q", "M", "chunks"])
 def maxsim_grad_documents_kernel(
     grad, segment_ids, queries, cu_queries, argmax, cu_documents, grad_documents, Q, M, chunks,
     E: tl.constexpr, K: tl.constexpr, PAIRED: tl.constexpr, ADD: tl.constexpr,

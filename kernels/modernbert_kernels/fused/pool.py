@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..launch import needs_gradient, operator, segment_ids, supported
 from ..reference import pool
+from .jit import jit
 from .project_normalize import normalize as divide_by_norm
 
 MODES = ("cls", "last", "mean", "max")
@@ -22,7 +23,7 @@ ROWS, COLUMNS = 32, 128
 """32 elements for each thread of 4 warps; 256 bytes of a row in 16 bits."""
 
 
-@triton.jit
+@jit()
 def pool_forward_kernel(
     x,
     cu_seqlens,
@@ -63,7 +64,7 @@ def pool_forward_kernel(
     tl.store(pooled + sequence * D + columns, result, mask=columns < D)
 
 
-@triton.jit
+@jit()
 def pool_backward_kernel(
     grad, segment_ids, cu_seqlens, argmax, dx, T, B, D, MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launch import autocast_float32, needs_gradient, operator, supported
 from ..reference import project_normalize
+from .jit import jit
 
 TILE = 2048
 """Elements of a program: 16 for each thread of 4 warps."""
@@ -25,7 +25,7 @@ TILE = 2048
 MIN_NORM = tl.constexpr(1e-12)
 
 
-@triton.jit
+@jit()
 def normalize_forward_kernel(
     u, selected, y, Q, E: tl.constexpr, SELECT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
 ):
@@ -38,7 +38,7 @@ def normalize_forward_kernel(
     tl.store(y + rows[:, None] * E + k, vector / tl.maximum(norm, MIN_NORM)[:, None], mask=mask)
 
 
-@triton.jit
+@jit()
 def normalize_backward_kernel(
     u, selected, dy, du, Q, E: tl.constexpr, SELECT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr
 ):
@@ -58,10 +58,10 @@ def normalize_backward_kernel(
 
 def _launch(kernel: Any, u_TE: Tensor, rows_Q: Tensor | None, *tensors: Tensor) -> None:
     num_rows, width = tensors[-1].shape
-    padded = triton.next_power_of_2(max(16, width))
+    padded = 1 << (max(16, width) - 1).bit_length()
     rows = max(1, TILE // padded)
     if num_rows:
-        grid = (triton.cdiv(num_rows, rows),)
+        grid = (-(-num_rows // rows),)
         kernel[grid](u_TE, rows_Q, *tensors, num_rows, width, rows_Q is not None, rows, padded, num_warps=4)
 
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launch import DTYPES, needs_gradient, operator, rope_fits, supported
 from ..reference import rotary, rotate_back
+from .jit import jit
 
 TILE = 1024
 """Pairs that a program of 4 warps rotates, 8 for each thread: two accesses of 16 bytes in bfloat16. Chosen by
 registers, not yet timed."""
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit(do_not_specialize=["N"])
 def rotary_kernel(
     qkv, cos, sin, out, N, HEADS: tl.constexpr, TAKEN: tl.constexpr, R: tl.constexpr, INVERSE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -52,10 +52,10 @@ def rotary_kernel(
 
 def _launch(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_T3HK: Tensor, inverse: bool, taken: int) -> None:
     T, _, H, K = qkv_T3HK.shape
-    columns = triton.next_power_of_2(K // 2)
+    columns = 1 << (K // 2 - 1).bit_length()
     rows = max(1, TILE // columns)
     if qkv_T3HK.numel():
-        rotary_kernel[(triton.cdiv(T * taken * H, rows),)](
+        rotary_kernel[(-(-T * taken * H // rows),)](
             qkv_T3HK, cos_TR, sin_TR, out_T3HK, T * taken * H, H, taken * H, K // 2, inverse, rows, columns, num_warps=4
         )
 
@@ -78,7 +78,7 @@ def rotary_inplace(qkv_T3HK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
     _launch(qkv_T3HK, cos_TR, sin_TR, qkv_T3HK, False, 2)
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit(do_not_specialize=["N"])
 def rotate_back_kernel(
     dq, dk, dv, cos, sin, dqkv, N, HEADS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -114,10 +114,10 @@ def _packed(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_
 def rotate_back_packed(dq_THK: Tensor, dk_THK: Tensor, dv_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """The packed gradient before the rotation, of contiguous tensors."""
     dqkv_T3HK, (T, H, K) = _packed(dq_THK, dk_THK, dv_THK, cos_TR, sin_TR), dq_THK.shape
-    columns = triton.next_power_of_2(K // 2)
+    columns = 1 << (K // 2 - 1).bit_length()
     rows = max(1, TILE // columns)
     if dq_THK.numel():
-        rotate_back_kernel[(triton.cdiv(T * H, rows),)](
+        rotate_back_kernel[(-(-T * H // rows),)](
             dq_THK, dk_THK, dv_THK, cos_TR, sin_TR, dqkv_T3HK, T * H, H, K // 2, rows, columns, num_warps=4
         )
     return dqkv_T3HK

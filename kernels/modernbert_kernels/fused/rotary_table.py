@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..launch import on_gpu, operator
 from ..reference import rotary_table
+from .jit import jit
 
 TILE = 1024
 """Angles of a program of 4 warps, 8 for each thread: a query of 32 tokens is one program."""
@@ -32,7 +33,7 @@ def _float64(value: tl.constexpr):
     return tl.full([1, 1], value, tl.float64)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def rotary_table_kernel(
     positions, cos, sin, T, STEP: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -70,13 +71,11 @@ def _empty(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Te
 def rotary_table_forward(positions_T: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
     cos_TR, sin_TR = _empty(positions_T, theta, head_dim)
     T, R = cos_TR.shape
-    columns = triton.next_power_of_2(R)
+    columns = 1 << (R - 1).bit_length()
     rows = max(1, TILE // columns)
     if T:
         step = math.log2(theta) / R
-        rotary_table_kernel[(triton.cdiv(T, rows),)](
-            positions_T, cos_TR, sin_TR, T, step, R, rows, columns, num_warps=4
-        )
+        rotary_table_kernel[(-(-T // rows),)](positions_T, cos_TR, sin_TR, T, step, R, rows, columns, num_warps=4)
     return cos_TR, sin_TR
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import contiguous, on_gpu, operator
 from ..reference import token_ranges
+from .jit import jit
 
 TOKENS = 256
 """Tokens of a program of 4 warps, 2 for each thread."""
 
 
-@triton.jit(do_not_specialize=["T", "B", "steps"])
+@jit(do_not_specialize=["T", "B", "steps"])
 def token_ranges_kernel(cu_seqlens, key_lengths, ranges, T, B, steps, TOKENS: tl.constexpr):
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     # The number of sequences that end before each token, by bisection.
@@ -49,7 +49,7 @@ def _empty(cu_seqlens: Tensor, key_lengths: Tensor | None, num_tokens: int) -> T
 def token_ranges_forward(cu_seqlens: Tensor, key_lengths: Tensor | None, num_tokens: int) -> Tensor:
     ranges_3T, B = _empty(cu_seqlens, key_lengths, num_tokens), len(cu_seqlens) - 1
     if num_tokens:
-        grid, steps = (triton.cdiv(num_tokens, TOKENS),), B.bit_length()
+        grid, steps = (-(-num_tokens // TOKENS),), B.bit_length()
         token_ranges_kernel[grid](cu_seqlens, key_lengths, ranges_3T, num_tokens, B, steps, TOKENS, num_warps=4)
     return ranges_3T
 
@@ -57,4 +57,4 @@ def token_ranges_forward(cu_seqlens: Tensor, key_lengths: Tensor | None, num_tok
 @token_ranges.register("triton", when=lambda cu_seqlens, key_lengths, num_tokens: on_gpu(cu_seqlens))
 def token_ranges_triton(cu_seqlens: Tensor, key_lengths: Tensor | None, num_tokens: int) -> Tensor:
     """`token_ranges` in one kernel; same arguments and result, and ranges within the batch for any offsets."""
-    return token_ranges_forward(*contiguous(cu_seqlens, key_lengths), num_tokens)
+    return token_ranges_forward(cu_seqlens.contiguous(), contiguous(key_lengths), num_tokens)
