@@ -76,7 +76,7 @@ def adds_in_place(x_TD: Tensor, *products: nn.Linear) -> bool:
     for product in products:
         weight = product.weight
         # Sharded and quantized weights are subclasses.
-        if type(weight) is not nn.Parameter or weight.dtype != x_TD.dtype or product.bias is not None:
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != x_TD.dtype or product.bias is not None:
             return False
     # Compilers fuse the sum themselves, and would copy what is written in place.
     return not (torch.compiler.is_compiling() or recorded())

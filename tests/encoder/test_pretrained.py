@@ -163,6 +163,25 @@ def test_what_changes_nothing_is_taken(kind: type[Model], folder: Path, name: st
         assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.parametrize(
+    "device", [{"device": "cuda"}, {"device": torch.device("cuda", 1)}, {"device_map": {"": "cuda"}}]
+)
+def test_float32_on_a_gpu_is_a_visible_choice(
+    kind: type[Model], folder: Path, device: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensor cores are idle then. The stand-in for loading needs no GPU."""
+    loaded = []
+    monkeypatch.setattr(kind, "_load", lambda _, dtype, where, __: loaded.append((dtype, where.type)))
+    with pytest.warns(UserWarning, match=r"leaves the tensor cores of a GPU idle: pass dtype=torch.bfloat16"):
+        kind.from_pretrained(folder, **device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind.from_pretrained(folder, dtype="bfloat16", **device)
+        kind.from_pretrained(folder, torch_dtype=torch.float32, **device)
+        kind.from_pretrained(folder)
+    assert loaded == [(None, "cuda"), ("bfloat16", "cuda"), (torch.float32, "cuda"), (None, "cpu")]
+
+
 def test_one_device(kind: type[Model], folder: Path) -> None:
     for device_map in ("balanced", {"embeddings": 0, "layers": 1}, "no-device", ["cpu"]):
         with pytest.raises(ValueError, match=r"device_map=.*one device; pass device"):
