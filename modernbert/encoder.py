@@ -163,12 +163,17 @@ class Layer(nn.Module):
         return x_QD, self.mlp(h_QD, x_QD if in_place else None)
 
     def _adds_in_place(self, x_TD: Tensor) -> bool:
-        attn, mlp = self.attn, self.mlp
+        attn, mlp, norm = self.attn, self.mlp, self.mlp_norm
         return (
             x_TD.is_cuda
             and not (torch.is_grad_enabled() or self.training or attn.training or mlp.training)
+            # Compilers fuse the sum themselves, and would copy what is written in place.
+            and not (torch.compiler.is_compiling() or recorded())
             # What a hook has seen is not overwritten.
-            and are_plain((self, Layer), (attn, Attention), (mlp, MLP), (attn.Wo, Linear), (mlp.Wo, Linear))
+            and are_plain(
+                *((self, Layer), (attn, Attention), (mlp, MLP), (attn.Wo, Linear), (mlp.Wo, Linear)),
+                *((norm, Norm), (self.attn_norm or norm, Norm)),
+            )
             and adds_in_place(x_TD, attn.Wo, mlp.Wo)
         )
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import modernbert_kernels as ops
-from modernbert_kernels.dispatch import recorded
 
 from .config import EncoderConfig
 
@@ -78,8 +77,7 @@ def adds_in_place(x_TD: Tensor, *products: nn.Linear) -> bool:
         # Sharded and quantized weights are subclasses.
         if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != x_TD.dtype or product.bias is not None:
             return False
-    # Compilers fuse the sum themselves, and would copy what is written in place.
-    return not (torch.compiler.is_compiling() or recorded())
+    return True
 
 
 def add_norm(

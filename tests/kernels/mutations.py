@@ -109,6 +109,8 @@ MUTATIONS = [
     Mutation(
         "linear_cross_entropy.py", "lse - target_logit + z_loss", "lse - target_logit - z_loss", f"{CROSS} backend"
     ),
+    Mutation("linear_cross_entropy.py", "(x - lse) * LOG2_E", "(x - lse)", f"{CROSS} backend"),
+    Mutation("linear_cross_entropy.py", "(m_i - m_new) * LOG2_E", "(m_i - m_new)", f"{CROSS} backend"),
     Mutation("linear_cross_entropy.py", "m_i = LOWEST", 'm_i = float("-inf")', f"{CROSS} excluded"),
     Mutation("linear_cross_entropy.py", 'other=float("nan")', "other=0.0", f"{CROSS} not_a_class"),
     Mutation(

@@ -183,6 +183,11 @@ def test_products_are_not_added_where_others_look(encoder: Encoder, added: list[
         seen = []
         handle = encoder.layers[1].register_forward_hook(lambda _, __, out: seen.append((out[0], out[0].clone())))
         encoder(BATCH)
+        handle.remove()
+        norm: Any = encoder.layers[1].mlp_norm
+        handle = norm.register_forward_hook(lambda _, given, __: seen.append((given[0], given[0].clone())))
+        encoder(BATCH)
+        assert len(seen) == 2
         assert all(torch.equal(*pair) for pair in seen)
         handle.remove()
         layer: Any = encoder.layers[2]

@@ -28,6 +28,8 @@ pytestmark = [
 
 TABLE = Path(__file__).parents[2] / "kernels" / "resources.jsonl"
 README = TABLE.with_name("README.md")
+BEFORE = TABLE.with_name("before.jsonl")
+"""Rows of kernels as they were before a change that was argued by its resources, in bfloat16."""
 
 Kernel = dict[str, Any]
 
@@ -100,9 +102,9 @@ def faults(rows: Sequence[Kernel], committed: Sequence[Kernel]) -> Iterator[str]
             yield f"{name}: {row['programs']} programs fit on an SM, were {before['programs']}"
 
 
-def read_table() -> tuple[str, list[Kernel]]:
+def read_table(file: Path = TABLE) -> tuple[str, list[Kernel]]:
     """The version of Triton that the committed rows were compiled with, and the rows."""
-    header, *rows = map(json.loads, TABLE.read_text().splitlines())
+    header, *rows = map(json.loads, file.read_text().splitlines())
     return header["triton"], rows
 
 
@@ -121,11 +123,38 @@ def markdown(rows: Sequence[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def changes(rows: Sequence[Kernel], before: Sequence[Kernel]) -> str:
+    """The table of what each kernel of `before` took, and takes now, where it is still called so."""
+    now = {identity(row): row for row in rows}
+    lines = [
+        "| kernel | case | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " |",
+        "| --- " * (2 + len(ARCHS)) + "|",
+    ]
+    for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in before):
+        pairs = {
+            row["arch"]: (taken(row), taken(now[identity(row)]))
+            for row in before
+            if (row["kernel"], row["case"]) == (kernel, case)
+        }
+        cells = [" → ".join(pairs[arch]) for arch in ARCHS]
+        lines.append(f"| `{kernel.removesuffix('_kernel')}` | {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def taken(row: Kernel) -> str:
+    """Registers, occupancy, and where they were counted instructions and barriers."""
+    code = f"; {row['instructions']} / {row['barriers']}" if "instructions" in row else ""
+    return f"{row['registers']}, {row['programs']} x {row['warps']}{code}"
+
+
 def with_table(readme: str, rows: Sequence[Kernel]) -> str:
-    """The text of kernels/README.md with this table between its markers."""
-    start, end = "<!-- resources -->", "<!-- /resources -->"
-    before, _, rest = readme.partition(start)
-    return f"{before}{start}\n{markdown(rows)}\n{end}{rest.partition(end)[2]}"
+    """The text of kernels/README.md with both tables between their markers."""
+    tables = {"resources": markdown(rows), "changes": changes(rows, read_table(BEFORE)[1])}
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = readme.partition(start)
+        readme = f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+    return readme
 
 
 def test_every_kernel_compiles(pytestconfig: pytest.Config) -> None:
