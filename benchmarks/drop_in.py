@@ -1,11 +1,12 @@
 """Suite `drop-in`: a model of another library after `pack_in_place`, next to the same model as it was.
 
-Rows are calls as users of these libraries make them, with the default batch size, on texts of real lengths.
+Rows are calls as users of these libraries make them, on texts of real lengths: the same call on both sides with the
+default batch size, and with the batch size that is the fastest on each side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from benchmarks.late_interaction import load_pylate, load_sentence_transformers,
 from benchmarks.worker import Build, Job, Peer, Setup, Variant
 
 STOCK, PACKED, BATCH = "as it was", "packed in place", 32
+Groups = Sequence[tuple[str, Sequence[int]]]
+"""Texts in words, and their lengths."""
 
 
 def both(builder: Callable[..., Build], package: str, **options: Any) -> dict[str, Peer]:
@@ -24,11 +27,12 @@ def both(builder: Callable[..., Build], package: str, **options: Any) -> dict[st
 
 
 def forward(setup: Setup, *, in_place: bool = False) -> Build:
-    model = peers.in_place(peers.load_theirs(setup, "sdpa"), in_place)
+    model = peers.forward_of(peers.in_place(peers.load_theirs(setup, "sdpa"), in_place))
 
-    def variants(job: Job) -> Iterator[Variant]:
-        batches = inputs.groups(job.lengths, BATCH)
-        yield peers.in_padded(f"batches of {BATCH}", job, setup, batches, peers.forward_of(model))
+    def variants(job: Job) -> Iterable[Variant]:
+        if job.batch is None:
+            return peers.batchings("sdpa", job, setup, model, most=2)
+        return [peers.in_padded(f"batches of {BATCH}", job, setup, inputs.groups(job.lengths, BATCH), model)]
 
     return variants
 
@@ -48,28 +52,46 @@ def pylate(setup: Setup, *, in_place: bool = False) -> Build:
 
 
 def encoding(encode: Callable[..., Any]) -> Build:
-    call = partial(encode, batch_size=BATCH, show_progress_bar=False)
-    return lambda job: [text_variant(job, call, f"batch_size={BATCH}")]
+    def variants(job: Job) -> Iterator[Variant]:
+        for size in (job.batch,) if job.batch else (32, 8, 1):
+            call = partial(encode, batch_size=size, show_progress_bar=False)
+            yield text_variant(job, call, f"batch_size={size}")
+
+    return variants
 
 
-def table_of(here: Run, workload: str, what: str, lengths: Sequence[int], found: dict[str, Peer], **more: Any) -> Table:
-    inputs.save_embedder(folder := here.setup("ettin-17m", here.dtype).folder)
+def tables_of(
+    here: Run, workload: str, dtype: str, groups: Groups, found: dict[str, Peer], **more: Any
+) -> Iterator[Table]:
+    """In batches of the default size, and in those that are the fastest on each side."""
+    inputs.save_embedder(folder := here.setup("ettin-17m", dtype).folder)
     inputs.save_colbert(folder)
-    known = per_second("texts", len(lengths)) | {"reference": found[STOCK], "model_pass": False}
-    return of_texts(here, workload, "ettin-17m", f"ettin-17m, {what}", lengths, found, **known | more)
+    batches = (BATCH, f"batches of {BATCH}"), (None, "the fastest batches")
+    for what, lengths in groups:
+        for batch, words in batches[: 1 if here.quick or len(lengths) == 1 else 2]:
+            known = per_second("texts", len(lengths)) | {"reference": found[STOCK], "model_pass": False}
+            words = f"ettin-17m, {dtype}: {what}, {words}"
+            known |= {"batch": batch, "dtype": dtype, "rounds": 3}
+            yield of_texts(here, workload, "ettin-17m", words, lengths, found, **known | more)
 
 
-def padded(here: Run, workload: str) -> Iterator[Table]:
-    lengths = inputs.SETS["variable-short"].first(512 if here.is_gpu else 8 if here.quick else 64)
-    what = f"{len(lengths)} texts of the paper's variable lengths in padded batches of {BATCH}, ids to hidden states"
-    yield table_of(here, workload, what, lengths, both(forward, "transformers"))
+def padded(here: Run, workload: str, *, dtype: str) -> Iterator[Table]:
+    count = 512 if here.is_gpu else 8 if here.quick else 32
+    groups = [
+        (f"{count} texts of the paper's variable lengths", inputs.SETS["variable-short"].first(count)),
+        (f"{count} texts of 8 to 32 tokens", [8 + 3 * index % 25 for index in range(count)]),
+        (f"{count // 4} texts of 512 tokens", (512,) * (count // 4)),
+        ("one text of 32 tokens", (32,)),
+    ]
+    yield from tables_of(here, workload, dtype, groups, both(forward, "transformers"))
 
 
 def texts(here: Run, workload: str, *, builder: Callable[..., Build], package: str) -> Iterator[Table]:
-    texts = inputs.paragraphs(1024 if here.is_gpu else 8 if here.quick else 128)
-    lengths = inputs.default().tokenize_documents(texts, truncate=False).batch.lengths
-    what = f"{len(texts)} Wikipedia paragraphs to vectors by {package}, tokenising timed"
-    yield table_of(here, workload, what, lengths, both(builder, package), options={"paragraphs": True})
+    groups = []
+    for count in (1024 if here.is_gpu else 8 if here.quick else 64, 1):
+        tokens = inputs.default().tokenize_documents(inputs.paragraphs(count), truncate=False)
+        groups.append((f"{count} Wikipedia paragraphs to vectors by {package}, tokenising timed", tokens.batch.lengths))
+    yield from tables_of(here, workload, here.dtype, groups, both(builder, package), options={"paragraphs": True})
 
 
 def steps(here: Run, workload: str, *, of: str, builder: Callable[..., Build], package: str) -> Iterator[Table]:
@@ -89,7 +111,8 @@ STEPS = {
     "pylate-step": ("late-interaction", training.pylate, "pylate", "PyLate's contrastive loss"),
 }
 WORKLOADS: dict[str, tuple[Callable[[Run, str], Iterator[Table]], str]] = {
-    "transformers": (padded, f"ModernBertModel on padded batches of {BATCH}, in the order of the texts"),
+    "transformers": (partial(padded, dtype="float32"), "ModernBertModel on padded batches"),
+    "transformers-half": (partial(padded, dtype="bfloat16"), "the same in bfloat16"),
     **{name: (partial(texts, builder=of, package=package), line) for name, (of, package, line) in TEXTS.items()},
     **{
         name: (partial(steps, of=of, builder=builder, package=package), f"steps of training: {line}")

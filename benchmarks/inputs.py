@@ -59,9 +59,9 @@ def ids(index: int, length: int) -> Tensor:
     return torch.randint(100, 16_000, (length,), generator=torch.Generator().manual_seed(index))
 
 
-def padded(texts: Sequence[Tensor], *, masked: bool = False) -> dict[str, Tensor]:
+def padded(texts: Sequence[Tensor], pad: int, *, masked: bool = False) -> dict[str, Tensor]:
     """Input ids and attention mask `[B, S]` of these texts' ids, right-padded; a mask where one is needed or asked."""
-    ids_BS = nn.utils.rnn.pad_sequence([*texts], batch_first=True)
+    ids_BS = nn.utils.rnn.pad_sequence([*texts], batch_first=True, padding_value=pad)
     mask_BS = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     return {"input_ids": ids_BS} | ({"attention_mask": mask_BS} if masked or not bool(mask_BS.all()) else {})
 

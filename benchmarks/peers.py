@@ -202,7 +202,7 @@ def in_padded(settings: str, job: Job, setup: Setup, batches: Sequence[Sequence[
     """Right-padded batches, ready on the device or on the host."""
 
     def make(indices: Sequence[int]) -> Inputs:
-        return onto(inputs.padded(ids_of(job, indices)), "cpu" if job.from_host else setup.device)
+        return onto(inputs.padded(ids_of(job, indices), setup.pad), "cpu" if job.from_host else setup.device)
 
     return of_batches(settings, job, batches, make, forward)
 
@@ -310,7 +310,8 @@ def fed(
     """A compiled graph on each text alone, and on length-sorted batches of 4 where lengths vary."""
 
     def make(indices: Sequence[int]) -> Inputs:
-        return {name: x.numpy() for name, x in inputs.padded(ids_of(job, indices), masked=True).items()}
+        given = inputs.padded(ids_of(job, indices), setup.pad, masked=True)
+        return {name: x.numpy() for name, x in given.items()}
 
     for size in (1, 4) if varies(job) and not setup.quick else (1,):
         batches = groups(job.lengths, size, by_length=True)

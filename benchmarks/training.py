@@ -141,7 +141,7 @@ def transformers(setup: Setup, *, sparse: bool = False, in_place: bool = False) 
     def collate(rows: Step) -> dict[str, Tensor]:
         ids, labels = zip(*rows, strict=True)
         labels_BS = nn.utils.rnn.pad_sequence([*labels], batch_first=True, padding_value=-100)
-        return inputs.padded(ids, masked=True) | {"labels": labels_BS}
+        return inputs.padded(ids, setup.pad, masked=True) | {"labels": labels_BS}
 
     def variants(job: Job) -> Iterator[Variant]:
         count = len(steps_of(job)[0])

@@ -6,6 +6,7 @@ What goes wrong in the process costs only its own rows.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import subprocess
@@ -50,6 +51,11 @@ class Setup:
     @property
     def is_gpu(self) -> bool:
         return self.device == "cuda"
+
+    @property
+    def pad(self) -> int:
+        """The token of padding, by which a model knows it from tokens of query expansion."""
+        return json.loads(Path(self.folder, "config.json").read_text("utf-8"))["pad_token_id"] or 0
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,8 @@ def _pack_padded(
 ) -> Packed:
     check_padded(ids_BS, attention_mask, query_mask, position_ids)
     batch_size, padded_length = ids_BS.shape
+    if query_mask is None and has_no_padding(attention_mask):
+        return _pack_full(ids_BS, position_ids, vocab_size)
     for name, mask in (("attention_mask", attention_mask), ("query_mask", query_mask)):
         if mask is not None:
             check_mask(name, mask)
@@ -279,6 +281,27 @@ def _pack_padded(
         padded_rows=rows_T,
         padded_length=padded_length,
     )
+
+
+def _pack_full(ids_BS: Tensor, position_ids: Tensor | None, vocab_size: int | None) -> Packed:
+    """`_pack_padded` of a batch without padding, in a few operations: they are a tenth of the time of a short text."""
+    batch_size, length = ids_BS.shape
+    lengths, device = (length,) * batch_size, ids_BS.device
+    check_ids(ids_BS.flatten(), vocab_size, lengths)
+    positions = torch.arange(length, device=device) if position_ids is None else position_ids
+    return Packed(
+        input_ids=ids_BS.flatten().long(),
+        positions=positions.expand(batch_size, length).flatten().long(),
+        cu_seqlens=torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
+        lengths=lengths,
+        max_seqlen=max(lengths, default=0),
+        padded_rows=torch.arange(batch_size * length, device=device),
+        padded_length=length,
+    )
+
+
+def has_no_padding(mask_BS: Tensor | None) -> bool:
+    return mask_BS is None or bool((mask_BS == 1).all())
 
 
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]

@@ -79,7 +79,8 @@ def _in_place(inner: theirs.ModernBertModel, model: nn.Module) -> InPlace:
         config = EncoderConfig.from_hf(inner.config.to_dict())
     around = [each for each in model.modules() if any(part is inner for part in each.modules())]
     return InPlace(
-        config,
+        tuple((config.rope_theta(i), None if config.is_global(i) else config.window) for i in range(len(inner.layers))),
+        config.head_dim,
         reads_padding=any(isinstance(each, theirs.ModernBertForQuestionAnswering) for each in around),
         document_prefix=next((prefix for each in around if (prefix := _document_prefix(each)) is not None), None),
     )

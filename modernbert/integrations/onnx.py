@@ -60,7 +60,7 @@ def export(model: Pretrained, folder: str | os.PathLike[str], *, kind: str = "on
     model. All sizes are dynamic. The files:
 
     - `onnx/model.onnx` and `onnx/model_int8.onnx`, whose products are in int8: smaller, faster and less exact.
-    - `openvino/openvino_model.xml`, with a `.bin` beside it.
+    - `openvino/openvino_model.xml` and `openvino/openvino_model_int8.xml`, each with a `.bin` beside it.
 
     Inputs are `input_ids` and `attention_mask`, `[B, S]` int64, padded on either side; a mask has no holes. Outputs are
     float32, and zero in padding: first `sentence_embedding` `[B, E]` of an `Embedder` (zeros for a text without
@@ -133,12 +133,14 @@ def _onnx(model: Exported) -> dict[str, bytes]:
 
 def _openvino(model: Exported) -> dict[str, bytes]:
     openvino = graph_engine.imported("openvino", "openvino")
-    core = graph_engine.core_of(os.getpid(), openvino.Core)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "openvino_model.xml"
-        graph = core.read_model(graph_of(model).file(weights=True).SerializeToString())
-        openvino.save_model(graph, path, compress_to_fp16=False)
-        return {f"openvino/{name}": path.with_name(name).read_bytes() for name in (path.name, "openvino_model.bin")}
+    core, found = graph_engine.core_of(os.getpid(), openvino.Core), {}
+    for name, int8 in (("openvino_model", False), ("openvino_model_int8", True)):
+        graph = core.read_model(graph_of(model, int8=int8).file(weights=True).SerializeToString())
+        with tempfile.TemporaryDirectory() as folder:
+            openvino.save_model(graph, path := Path(folder) / f"{name}.xml", compress_to_fp16=False)
+            for file in (path, path.with_suffix(".bin")):
+                found[f"openvino/{file.name}"] = file.read_bytes()
+    return found
 
 
 FILES: dict[str, Callable[[Exported], dict[str, bytes]]] = {"onnx": _onnx, "openvino": _openvino}

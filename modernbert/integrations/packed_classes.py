@@ -6,7 +6,6 @@ copies and files are those of the model as it was, and everything is looked up w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,11 +17,11 @@ from transformers.models.modernbert import modeling_modernbert as theirs
 import modernbert_kernels as ops
 from modernbert_kernels.dispatch import recorded
 
-from ..config import EncoderConfig
 from ..encoder import Rope, ropes
+from ..inference.batches import CPU_TOKENS, micro_batches
 from ..modules import add_norm
 from ..packed import Packed, check_packed
-from ..packing import in_front_of_graph, unpack
+from ..packing import has_no_padding, in_front_of_graph, unpack
 from ..padded import pack_padded
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,12 +35,14 @@ class InPlace:
     """What a packed model knows beside its own modules.
 
     Attributes:
-        config: of the model when it was packed: windows and rotary angles, which do not change after that.
+        kinds: the theta and the window of each layer when the model was packed, which do not change after that.
+        head_dim: width of a head.
         reads_padding: whether its head reads the rows of padding too.
         document_prefix: the token behind [CLS] in documents of late interaction; None if there is none.
     """
 
-    config: EncoderConfig
+    kinds: tuple[tuple[float, int | None], ...]
+    head_dim: int
     reads_padding: bool = False
     document_prefix: int | None = None
 
@@ -84,28 +85,36 @@ class ModernBertModel(theirs.ModernBertModel):
     ) -> BaseModelOutput | tuple[Tensor, ...]:
         """transformers' arguments and output. Rows of padding are zero, unless a head reads them."""
         options = _options(self, kwargs)
-        if not torch.compiler.is_compiling():
-            check_weights(self)
         flat = {name: kwargs[name] for name in FLAT if kwargs.get(name) is not None}
         arguments = (self, input_ids, attention_mask, position_ids, inputs_embeds, flat)
         batch = in_front_of_graph(_packed, *arguments) if torch.compiler.is_compiling() else _packed(*arguments)
 
-        config, states = self.in_place.config, []
-        rope_of = ropes(batch, {config.global_rope_theta, config.local_rope_theta}, config.head_dim)
         # As one text, because adapters and hooks on the embeddings expect [batch, length].
         if inputs_embeds is None:
             x_TD = self.embeddings(input_ids=batch.input_ids[None])[0]
         else:
             x_TD = self.embeddings(inputs_embeds=inputs_embeds.flatten(0, 1)[batch.padded_rows][None])[0]
-        delta_TD = None
-        for layer, (theta, window) in zip(self.layers, _kinds(config), strict=True):
-            if options["output_hidden_states"]:
+        states: list[Tensor] | None = [] if options["output_hidden_states"] else None
+        if states is None and batch.lengths and x_TD.is_cpu and not torch.compiler.is_compiling():
+            parts = micro_batches(batch, CPU_TOKENS)
+            xs_TD = x_TD.split([part.num_tokens for part in parts])
+            outputs = [self._layers(x, part, None) for x, part in zip(xs_TD, parts, strict=True)]
+            last_TD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        else:
+            last_TD = self._layers(x_TD, batch, states)
+        last = _unpacked(last_TD, batch)
+        output = BaseModelOutput(last_hidden_state=last, hidden_states=None if states is None else (*states, last))
+        return output if options["return_dict"] else output.to_tuple()
+
+    def _layers(self, x_TD: Tensor, batch: Packed, states: list[Tensor] | None) -> Tensor:
+        """The output of the last layer and its norm; that of each layer before is added to `states`, padded."""
+        kinds, delta_TD = self.in_place.kinds, None
+        rope_of = ropes(batch, (theta for theta, _ in kinds), self.in_place.head_dim)
+        for layer, (theta, window) in zip(self.layers, kinds, strict=True):
+            if states is not None:
                 states.append(_unpacked(x_TD if delta_TD is None else x_TD + delta_TD, batch))
             x_TD, delta_TD = layer(x_TD, delta_TD, batch, rope_of[theta], window)
-        last = _unpacked(add_norm(x_TD, delta_TD, self.final_norm)[1], batch)
-        hidden_states = (*states, last) if options["output_hidden_states"] else None
-        output = BaseModelOutput(last_hidden_state=last, hidden_states=hidden_states)
-        return output if options["return_dict"] else output.to_tuple()
+        return add_norm(x_TD, delta_TD, self.final_norm)[1]
 
 
 @packed_class
@@ -128,7 +137,7 @@ class ModernBertAttention(theirs.ModernBertAttention):
         self, x_TD: Tensor, batch: Packed, rope: Rope, window: int | None
     ) -> Tensor:
         out_THK = ops.attention(
-            self.Wqkv(x_TD).reshape(x_TD.shape[0], 3, -1, self.head_dim),
+            checked(self.Wqkv)(x_TD).reshape(x_TD.shape[0], 3, -1, self.head_dim),
             batch.cu_seqlens,
             batch.max_seqlen,
             rope=(rope.cos, rope.sin),
@@ -137,13 +146,14 @@ class ModernBertAttention(theirs.ModernBertAttention):
             dropout_p=self.config.attention_dropout if self.training else 0.0,
             ranges_3T=rope.ranges,
         )
-        return self.out_drop(self.Wo(out_THK.flatten(1)))
+        return self.out_drop(checked(self.Wo)(out_THK.flatten(1)))
 
 
 @packed_class
 class ModernBertMLP(theirs.ModernBertMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.Wo(self.drop(ops.geglu(self.Wi(hidden_states), self.config.hidden_activation)))
+        h_TF = ops.geglu(checked(self.Wi)(hidden_states), self.config.hidden_activation)
+        return checked(self.Wo)(self.drop(h_TF))
 
 
 PACKED: dict[type[nn.Module], type[nn.Module]] = {
@@ -151,12 +161,6 @@ PACKED: dict[type[nn.Module], type[nn.Module]] = {
 }
 FLAT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What transformers' `DataCollatorWithFlattening` adds to texts that it joins into one row."""
-
-
-def _kinds(config: EncoderConfig) -> Iterator[tuple[float, int | None]]:
-    """The theta and the window of each layer."""
-    for layer in range(config.num_hidden_layers):
-        yield config.rope_theta(layer), None if config.is_global(layer) else config.window
 
 
 def _options(model: ModernBertModel, given: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +201,10 @@ def _packed(
         return _joined(input_ids, attention_mask, position_ids, flat)
     hidden_BS, tokens = None, inputs_embeds if input_ids is None else input_ids
     if isinstance(attention_mask, Tensor) and tokens is not None and attention_mask.shape == tokens.shape[:2]:
-        hidden_BS = _read_under_mask(model, input_ids, attention_mask)
+        if has_no_padding(attention_mask):
+            attention_mask = None
+        else:
+            hidden_BS = _read_under_mask(model, input_ids, attention_mask)
     masks = {"hidden_mask": hidden_BS, "position_ids": position_ids}
     return pack_padded(input_ids, attention_mask, inputs_embeds, model.config, **masks)
 
@@ -241,12 +248,17 @@ def _unpacked(x_TD: Tensor, batch: Packed) -> Tensor:
 
 
 def check_weights(model: theirs.ModernBertModel) -> None:
-    """Raise TypeError for quantised weights: what such a layer gives for a row may depend on the rows beside it."""
+    """Raise TypeError for quantised weights."""
     layer: Any
-    for i, layer in enumerate(model.layers):
+    for layer in model.layers:
         for linear in (layer.attn.Wqkv, layer.attn.Wo, layer.mlp.Wi, layer.mlp.Wo):
-            if type(linear) is nn.Linear:
-                continue
-            dtypes = [parameter.dtype for parameter in linear.parameters()]
-            if not dtypes or not all(dtype.is_floating_point for dtype in dtypes):
-                raise TypeError(f"layer {i} has a quantised {type(linear).__name__}: leave this model unpacked")
+            checked(linear)
+
+
+def checked(linear: nn.Module) -> nn.Module:
+    """The layer. TypeError if it is quantised: what it gives for a row may depend on the rows beside it."""
+    if type(linear) is not nn.Linear and not torch.compiler.is_compiling():
+        dtypes = [parameter.dtype for parameter in linear.parameters()]
+        if not dtypes or not all(dtype.is_floating_point for dtype in dtypes):
+            raise TypeError(f"the model has a quantised {type(linear).__name__}: leave it unpacked")
+    return linear

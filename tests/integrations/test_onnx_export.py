@@ -20,6 +20,7 @@ from modernbert.heads.colbert_files import ColBERTConfig
 from modernbert.heads.dense import Dense
 from modernbert.heads.embedder_files import EmbedderConfig
 from modernbert.heads.pooling import POOLINGS
+from modernbert.inference import graph_engine
 from modernbert.integrations import onnx as exporting
 
 runtime = pytest.importorskip("onnxruntime")
@@ -152,8 +153,12 @@ def test_a_folder_has_the_model_and_its_graph(kind: str, tmp_path: Path) -> None
     pytest.importorskip(exporting.ENGINES[kind])
     model, folder = embedder("cls"), tmp_path / "model"
     exporting.export(model, folder, kind=kind)
-    names = {"onnx": {"model.onnx", "model_int8.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
-    assert {path.name for path in (folder / kind).iterdir()} == names[kind]
+    stem, ends = {"onnx": ("model", ["onnx"]), "openvino": ("openvino_model", ["bin", "xml"])}[kind]
+    wanted = [f"{stem}{middle}.{end}" for middle in ("", "_int8") for end in ends]
+    assert sorted(path.name for path in (folder / kind).iterdir()) == sorted(wanted)
+    small = graph_engine.ENGINES[exporting.ENGINES[kind]](str(folder / kind / wanted[-1]), kind)(1)
+    near = torch.from_numpy(small(padded([[1, 2, 3], [4]])))
+    assert (near - model(pack([[1, 2, 3], [4]])).detach()).abs().max() < 0.1
     again = exporting.load(folder)
     assert isinstance(again, Embedder)
     assert torch.equal(again.encode(["a text"]), model.encode(["a text"]))
