@@ -251,20 +251,20 @@ class Run:
             save_seeded(EncoderConfig.preset(model), folder)
         return Setup(str(folder), dtype, self.device, torch.get_num_threads(), self.quick)
 
+    def located(self, peer: Peer) -> Peer:
+        """A peer whose package is not in this environment, but in the folder of packages, imports it from there."""
+        package, folder = peer.package, self.packages
+        if package and folder and not find_spec(package) and (folder / package).exists():
+            return peer._replace(package=None, paths=(str(folder),))
+        return peer
+
     def peers(self, table: Table) -> dict[str, Peer]:
         """Those of a table that this machine can run; with another checkout only ours."""
         found = dict(table.peers)
         if self.against:
             before = found[OURS]._replace(paths=(str(self.against), str(self.against / "kernels")))
             found = {name: found[name] for name in (*ENGINES, SESSION, OURS) if name in found} | {BEFORE: before}
-        for name, peer in found.items():
-            if (
-                self.packages
-                and peer.package
-                and not find_spec(peer.package)
-                and (self.packages / peer.package).exists()
-            ):
-                found[name] = peer._replace(package=None, paths=(str(self.packages),))
+        found = {name: self.located(peer) for name, peer in found.items()}
         setup = self.setup(table.model, table.dtype)
         installed = {name for name, peer in found.items() if peer.package is None or find_spec(peer.package)}
         return {name: peer for name, peer in found.items() if name in installed and peer.applies(setup)}
@@ -298,7 +298,7 @@ class Workers:
     """The processes of one model."""
 
     def __init__(self, here: Run, table: Table) -> None:
-        self.here, self.reference = here, table.reference
+        self.here, self.reference = here, here.located(table.reference)
         self.setup, known = here.setup(table.model, table.dtype), here.peers(table)
         short = here.quick or (here.minutes is not None and here.minutes < COMPILING)
         self.peers = {name: peer for name, peer in known.items() if not (peer.slow and short)}

@@ -95,7 +95,9 @@ class ModernBertModel(theirs.ModernBertModel):
         else:
             x_TD = self.embeddings(inputs_embeds=inputs_embeds.flatten(0, 1)[batch.padded_rows][None])[0]
         states: list[Tensor] | None = [] if options["output_hidden_states"] else None
-        if states is None and batch.lengths and x_TD.is_cpu and not torch.compiler.is_compiling():
+        cut = states is None and batch.lengths and x_TD.is_cpu and not torch.is_grad_enabled()
+        if cut and not torch.compiler.is_compiling():
+            # What a layer writes then fits into the cache.
             parts = micro_batches(batch, CPU_TOKENS)
             xs_TD = x_TD.split([part.num_tokens for part in parts])
             outputs = [self._layers(x, part, None) for x, part in zip(xs_TD, parts, strict=True)]

@@ -24,6 +24,7 @@ from transformers import ModernBertConfig, ModernBertModel
 from transformers.initialization import no_init_weights
 from transformers.models.modernbert import modeling_modernbert
 
+from modernbert.integrations import packed_classes
 from modernbert.integrations.transformers import pack_in_place, unpack_in_place
 
 TOLERANCE = 1e-5
@@ -100,6 +101,17 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 # Numbers
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_micro_batches_give_the_same(batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference on a CPU cuts a batch between its texts, also where one is longer than a part."""
+    monkeypatch.setattr(packed_classes, "CPU_TOKENS", 50)
+    model, (ids, mask) = bare(), BATCHES[batch]
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        found = pack_in_place(model)(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
 
 
 CASES = [(batch, "tied") for batch in BATCHES] + [(batch, "untied") for batch in ("right", "left", "empty")]

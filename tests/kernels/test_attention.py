@@ -133,6 +133,16 @@ def test_attention_backend(backend: str, dtype: torch.dtype, mix: str, window: i
     check_attention(backend, qkv, cu(lengths), max(lengths), **options)
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_attention_in_bfloat16_on_a_cpu(window: int | None, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With products in bfloat16 and in float32; short texts of several lengths are one band."""
+    monkeypatch.setattr("modernbert_kernels.cpu.attention.BFLOAT16_IS_FASTER", native)
+    lengths = [3, 40, 0, 17, 1]
+    qkv = randn(sum(lengths), 3, 2, 32, dtype=torch.bfloat16)
+    check_attention("cpu", qkv, cu(lengths), 40, rope=rope(lengths, 32), window=window, key_lengths=None)
+
+
 @pytest.mark.parametrize("by_head", [False, True])
 def test_attention_of_long_sequences_at_inference(by_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By SDPA, and head by head as on a processor where oneDNN is faster."""
