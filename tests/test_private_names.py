@@ -55,6 +55,9 @@ PRIVATE = {
     "_reorder_linear_weight": Private(OPERATOR, lambda: torch.ops.mkldnn._reorder_linear_weight),
     "_linear_pointwise": Private(OPERATOR, lambda: torch.ops.mkldnn._linear_pointwise),
     "_typeshed": Private("the type of any dataclass, for type checkers only", None, "type checkers"),
+    "_is_amx_tile_supported": Private(
+        "no public function says which processors multiply bfloat16 in tiles", lambda: torch.cpu._is_amx_tile_supported
+    ),
     "_version": Private("whether a parameter was written to", lambda: torch.zeros(1)._version),
     "_pytree": Private("registers the output of the encoder for torch.export", lambda: torch.utils._pytree),
     "_register_namedtuple": Private("as _pytree", lambda: torch.utils._pytree._register_namedtuple),
