@@ -98,11 +98,11 @@ class SearchShell:
         self.set_filter(chosen or Filter())
 
     def set_filter(self, chosen: Filter) -> None:
-        """Search only what matches from now on. Raises ValueError for an export, which has no filters."""
+        """Search only what matches from now on. Raises ValueError for an engine, which has no `prefilter`."""
         from ..retrieval.store.search import Store
 
-        if chosen != Filter() and not isinstance(self.store, Store):
-            raise ValueError("an export has no --path, --where and --prefilter: search the store, or use the engine")
+        if chosen.prefilter and not isinstance(self.store, Store):
+            raise ValueError("an engine has an index of its own, and no --prefilter")
         self._filter = chosen
 
     def ask(self, question: str) -> Answer:
@@ -110,10 +110,10 @@ class SearchShell:
         from ..retrieval.store.search import Store
 
         (query,) = self.store.encode([question])
-        if isinstance(self.store, Store):
-            hits = self.store.search([query], top_k=self.top, **vars(self._filter))[0]
-        else:
-            hits = self.store.search([query], top_k=self.top)[0]
+        filters = vars(self._filter).copy()
+        if not isinstance(self.store, Store):
+            del filters["prefilter"]
+        hits = self.store.search([query], top_k=self.top, **filters)[0]
         self._last = Answer(self.store, query, hits)
         return self._last
 

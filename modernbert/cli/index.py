@@ -21,17 +21,25 @@ from .options import (
 )
 from .show import note, show_notes
 
+LONGEST = 7 * 24 * 60.0
+"""Minutes that a rank waits for another: for the slowest to finish its share, and for the merge."""
+
 
 def index(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="PATH...",
             help="Text, markdown, notebooks, HTML, PDF, Office files, code, folders of these; JSON lines, CSV or a "
-            "BEIR corpus.",
+            "BEIR corpus; also URLs of object stores, such as s3://BUCKET/docs.",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="STORE", help="The folder of the store.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            metavar="STORE", help="The folder of the store; or lancedb:ADDRESS, qdrant:FOLDER or qdrant:URL/COLLECTION."
+        ),
+    ],
     model: Annotated[
         str | None,
         typer.Option(help="ColBERT folder or hub id.", show_default="the model of the store, or the built-in one"),
@@ -43,6 +51,9 @@ def index(
     exclude: ExcludeOption = None,
     gitignore: GitignoreOption = True,
     engine: EngineOption = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Encode on a Ray cluster; `local` starts one here.")
+    ] = None,
     encoding: EncodingOption = None,
     text_column: TextColumnOption = None,
     id_column: IdColumnOption = None,
@@ -56,38 +67,49 @@ def index(
 
     Afterwards, the store holds what is now under the paths; only new and changed documents are encoded. After an
     interruption, run the same command again to resume. The exit status is 1 if the store keeps documents that could
-    not be read again, and 2 after an error, which leaves the store as it was.
+    not be read again, and 2 after an error, which leaves the store as it was. Under `torchrun`, each rank encodes its
+    share.
     """
     from .. import retrieval
+    from ..retrieval.engines import is_target
     from ..retrieval.store.folder import own_files
+    from ..train.distributed import ranks
 
     notes: list[str] = []
     try:
-        if forget:
-            summary = retrieval.forget(paths, output)
-        else:
-            summary = retrieval.index(
-                paths,
-                output,
-                model,
-                dtype=dtype,
-                prefilter=prefilter,
-                exclude=exclude or (),
-                gitignore=gitignore,
-                engine=engine,
-                **asdict(reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)),
-                note=notes.append,
-            )
+        with ranks(timeout_minutes=LONGEST) as every:
+            if forget:
+                summary = every.on_first(lambda: retrieval.forget(paths, output))
+            else:
+                summary = retrieval.index(
+                    paths,
+                    output,
+                    model,
+                    dtype=dtype,
+                    prefilter=prefilter,
+                    exclude=exclude or (),
+                    gitignore=gitignore,
+                    engine=engine,
+                    ranks=every,
+                    ray=ray,
+                    **asdict(reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)),
+                    note=notes.append,
+                )
     except KeyboardInterrupt:
-        raise OSError(f"interrupted; {output} is as it was. Run the same command again to resume") from None
+        kept = "what was written stays" if is_target(output) else f"{output} is as it was"
+        raise OSError(f"interrupted; {kept}. Run the same command again to resume") from None
     finally:
         show_notes(notes)
-    size = sum(file.stat().st_size for file in own_files(output))
+    if not every.is_first:
+        return
     note(
         f"{summary.added:,} documents added, {summary.changed:,} changed, {summary.removed:,} removed, "
         f"{summary.unchanged:,} unchanged"
     )
-    note(f"{output} holds {summary.passages:,} passages of {summary.documents:,} documents in {size / 1e6:,.1f} MB")
+    size = (
+        "" if is_target(output) else f" in {sum(file.stat().st_size for file in own_files(Path(output))) / 1e6:,.1f} MB"
+    )
+    note(f"{output} holds {summary.passages:,} passages of {summary.documents:,} documents{size}")
     if summary.unread:
         note(f"{summary.unread:,} of them could not be read now, and are kept as they were")
         raise typer.Exit(1)

@@ -137,10 +137,9 @@ def _write_run(index: str, model: str | None, engine: str | None, queries: Path,
     from ..retrieval.store.search import Store
 
     with _open(index, model, engine) as (store, _):
-        if not isinstance(store, Store):
-            raise ValueError(f"{index} is an export, which cannot give a run: use --index with a store")
         texts = read_queries(queries)
-        if problem := next(filter(None, map(run_problem, chain(texts, store.document_ids()))), None):
+        names = store.document_ids() if isinstance(store, Store) else ()
+        if problem := next(filter(None, map(run_problem, chain(texts, names))), None):
             raise ValueError(problem)
         write_run(run, store.run(texts, top_k=top))
     note(f"wrote the best {top} documents for each of {len(texts):,} queries to {run}")

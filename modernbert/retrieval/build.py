@@ -16,12 +16,15 @@ from pathlib import Path
 from ..inference.session import Session
 from ..late_interaction import Ragged
 from ..progress import progress_bar
+from ..train.distributed import ALONE, Ranks
 from .documents.find import find_files, path_list, read_file
 from .documents.reading import Reading
 from .documents.records import is_records
 from .documents.text import OnNote, file_name
 from .engines import is_target
 from .passages import Document
+from .remote import is_remote
+from .spread import forget_in_engine, index_units, roots_of
 from .store.draft import Draft, open_draft
 from .store.format import DTYPES, MANIFEST, PASSAGES, VERSION, Manifest, read_manifest
 from .store.identity import LoadedModel, ModelSource, absolute, load_model
@@ -43,6 +46,8 @@ def index(
     exclude: Sequence[str] = (),
     gitignore: bool = True,
     engine: str | None = None,
+    ranks: Ranks = ALONE,
+    ray: str | None = None,
     encoding: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
@@ -51,7 +56,11 @@ def index(
     progress: bool | None = None,
     note: OnNote = warnings.warn,
 ) -> Summary:
-    """Update the store in the folder `output` from files and folders, or make a new store.
+    """Update the store in the folder `output` from files and folders, or make a new store; or update an engine.
+
+    `output` may be `lancedb:ADDRESS` or `qdrant:ADDRESS`. What is written there can be searched at once, and after an
+    interruption the rest is written by the same call. `paths` may be URLs of object stores, such as `s3://bucket/docs`,
+    which fsspec reads.
 
     Afterwards, the store holds what is now under `paths`: new and changed documents are encoded, and documents that no
     longer exist or are left out now are removed. Documents from other paths stay: if their files are gone, a note has
@@ -67,6 +76,9 @@ def index(
         prefilter: also keep the lists that `Store.search(..., prefilter=True)` needs, from now on.
         exclude, gitignore: which files to leave out, see `find_files`.
         engine: of the `Session` that encodes.
+        ranks: of `modernbert.train.distributed.ranks`: each encodes its share. All call this with the same arguments,
+            and see the same folders.
+        ray: the address of a Ray cluster whose nodes encode, as of `ray.init`; "local" starts one (extra `ray`).
         encoding, text_column, id_column, delimiter, skip_bad_rows: how files are read: see `Reading`.
         progress: whether to show a bar on stderr. None: only on a terminal.
         note: called with one sentence for everything that is skipped or repaired.
@@ -77,11 +89,12 @@ def index(
             none now, or the store has another model or dtype.
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """
-    _check_output(output)
+    if not os.fspath(output):
+        raise ValueError("the name of the store is empty: give the name of a folder")
     paths = path_list(paths)
     reading = Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)
-    roots, named = _roots(paths), [os.path.abspath(path) for path in paths]
-    total = _total_size(paths, Path(output), exclude, gitignore)
+    roots = roots_of(paths)
+    named = [os.fspath(path) if is_remote(path) else os.path.abspath(path) for path in paths]
     request: IndexRequest = {"paths": named, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
     if exclude:
         request["exclude"] = list(exclude)
@@ -89,6 +102,20 @@ def index(
         request["gitignore"] = False
     if options := reading.options():
         request["reading"] = options
+    if is_target(os.fspath(output)) or ray is not None or not ranks.is_alone or any(map(is_remote, paths)):
+        return index_units(
+            paths,
+            os.fspath(output),
+            model,
+            request,
+            reading,
+            engine=engine,
+            ranks=ranks,
+            ray=ray,
+            progress=progress,
+            note=note,
+        )
+    total = _total_size(paths, Path(output), exclude, gitignore)
     with (
         open_draft(Path(output), request) as draft,
         progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
@@ -135,7 +162,9 @@ def index(
 def forget(paths: Paths, output: str | os.PathLike[str]) -> Summary:
     """Remove every document that was read from under `paths`, which need not exist. Raises as `index` does."""
     paths = path_list(paths)
-    folder, roots = Path(output), _roots(paths)
+    if is_target(os.fspath(output)):
+        return forget_in_engine(paths, os.fspath(output))
+    folder, roots = Path(output), roots_of(paths)
     read_manifest(folder)  # Raises if there is no store, before `open_draft` makes one.
     with open_draft(folder, {"forget": [os.path.abspath(path) for path in paths]}) as draft:
         writer = StoreWriter(draft, read_manifest(folder))
@@ -260,18 +289,6 @@ def _total_size(paths: Paths, output: Path, exclude: Sequence[str], gitignore: b
 
 def _forget_command(root: str, output: Path) -> str:
     return resume_command({"forget": [root]}, output)
-
-
-def _check_output(output: str | os.PathLike[str]) -> None:
-    """Raise ValueError for a name under which the store could not be found again."""
-    if not os.fspath(output):
-        raise ValueError("the name of the store is empty: give the name of a folder")
-    if is_target(os.fspath(output)):
-        raise ValueError(f"{output} is how `modernbert export` names an engine: give the store another name")
-
-
-def _roots(paths: Paths) -> list[str]:
-    return [file_name(os.path.abspath(path)) for path in paths]
 
 
 def _name(model: ModelSource | LoadedModel | None) -> str | None:

@@ -13,7 +13,7 @@ PLACES = 5
 """Places that a note names."""
 
 
-def vanished_note(files: Iterable[tuple[str, int]], store: Path) -> str | None:
+def vanished_note(files: Iterable[tuple[str, int]], store: Path | str) -> str | None:
     """The note about files that are gone, with the command that forgets them; None if there are all.
 
     Args:
@@ -22,7 +22,7 @@ def vanished_note(files: Iterable[tuple[str, int]], store: Path) -> str | None:
     places: dict[str, int] = {}
     exists: dict[str, bool] = {}
     for name, documents in files:
-        place = _gone_from(file_path(name), exists)
+        place = None if "://" in name else _gone_from(file_path(name), exists)
         if place is not None:
             places[place] = places.get(place, 0) + documents
     if not places:

@@ -112,6 +112,8 @@ def read_file(
     path: str | os.PathLike[str],
     reading: Reading = DEFAULT,
     *,
+    name: str | None = None,
+    first: int = 1,
     is_current: Callable[[Key], bool] = lambda key: False,
     on_current: Callable[[Key], None] = lambda key: None,
     on_bytes: Callable[[int], None] = lambda size: None,
@@ -123,6 +125,7 @@ def read_file(
 
     Args:
         reading: what is known about files that do not show it.
+        name, first: of a copy of a file or of some of its lines, see `read_records`.
         is_current: whether the caller has a document already. Such a document is left out, and its file not parsed.
         on_current: called for each document that is left out.
         on_bytes: called with the number of bytes, as on disk, that were read since the last call.
@@ -133,11 +136,11 @@ def read_file(
         ValueError: its content cannot be used: binary, broken, encrypted, too large, not a regular file.
     """
     path = Path(os.path.abspath(path))
-    name, status = file_name(path), path.stat()
+    name, status = name or file_name(path), path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{name}: not a regular file")
     if is_records(path):
-        for document in read_records(path, reading, on_bytes=on_bytes, on_note=on_note):
+        for document in read_records(path, reading, name=name, first=first, on_bytes=on_bytes, on_note=on_note):
             key = Key(name, document.id, document.digest, document.line)
             if is_current(key):
                 on_current(key)
@@ -220,7 +223,7 @@ def _walk(
                 on_note(f"skipped a file: {error}")
                 on_unread(entry.path)
                 continue
-            if kind == "folder" or (kind == "file" and _is_wanted(entry.name)):
+            if kind == "folder" or (kind == "file" and is_wanted(entry.name)):
                 if why := _left_out(entry.path, kind == "folder", root, excluded, rules):
                     skipped[why] += 1
                 elif kind == "folder":
@@ -259,7 +262,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "file" if stat.S_ISREG(mode) else UNREADABLE
 
 
-def _is_wanted(name: str) -> bool:
+def is_wanted(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     is_text = suffix in TEXT or suffix in CODE or suffix in HTML | PDF | NOTEBOOK | OFFICE
     return name in CORPORA or (is_text and not name.lower().endswith(GENERATED) and not name.startswith(LOCK))

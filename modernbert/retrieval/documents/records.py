@@ -48,7 +48,13 @@ def is_records(path: Path) -> bool:
 
 
 def read_records(
-    path: Path, reading: Reading = DEFAULT, *, on_bytes: Callable[[int], None], on_note: OnNote
+    path: Path,
+    reading: Reading = DEFAULT,
+    *,
+    name: str | None = None,
+    first: int = 1,
+    on_bytes: Callable[[int], None],
+    on_note: OnNote,
 ) -> Iterator[Document]:
     """The records of a file, one at a time.
 
@@ -56,19 +62,25 @@ def read_records(
     `reading` names others. Its other fields are metadata, including those of an object `metadata`. In a table the first
     row names the fields.
 
+    Args:
+        name: of the file that these records are from, if `path` is a copy of it or of some of its lines.
+        first: the number of the first record in JSON lines and parquet, if it is not the first of its file.
+
     Raises:
         ValueError: a record is broken, or an `_id` comes twice; with the file and the line. Not with `skip_bad_rows`.
     """
-    name, kind = file_name(path), path.suffix.lower()
+    name, kind = name or file_name(path), path.suffix.lower()
     encoding = reading.codec
     if kind in TABLES:
         with open(path, "rb") as file:
             encoding = text_encoding(file, encoding, lambda message: on_note(f"{name}: {message}"))
     lines = read_lines(path, encoding, on_bytes=on_bytes, on_note=on_note)
     if kind == PARQUET:
-        documents = _parquet(path, name, reading, on_bytes)
+        documents = _parquet(read_parquet(path, on_bytes=on_bytes), name, reading, first)
+    elif kind in TABLES:
+        documents = _table(lines, name, reading, TABLES[kind])
     else:
-        documents = _table(lines, name, reading, TABLES[kind]) if kind in TABLES else _json_lines(lines, name, reading)
+        documents = _json_lines(lines, name, reading, first)
     skipped: list[Bad] = []
     count = 0
     for found in _unique(documents, name):
@@ -174,8 +186,8 @@ def _finite(number: str) -> float | None:
 _JSON = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite, strict=False)
 
 
-def _json_lines(lines: Iterable[str], name: str, reading: Reading) -> Iterator[Document | Bad]:
-    for number, line in enumerate(lines, start=1):
+def _json_lines(lines: Iterable[str], name: str, reading: Reading, first: int) -> Iterator[Document | Bad]:
+    for number, line in enumerate(lines, start=first):
         if line and not line.isspace():
             yield _json_record(line, name, number, reading)
 
@@ -198,9 +210,9 @@ def _json_record(line: str, name: str, number: int, reading: Reading) -> Documen
     return _document(record, texts, name, number, reading)
 
 
-def _parquet(path: Path, name: str, reading: Reading, on_bytes: Callable[[int], None]) -> Iterator[Document | Bad]:
+def _parquet(rows: Iterable[Mapping[str, Any]], name: str, reading: Reading, first: int) -> Iterator[Document | Bad]:
     # Dates and other values that JSON does not have become texts.
-    for number, row in enumerate(read_parquet(path, on_bytes=on_bytes), start=1):
+    for number, row in enumerate(rows, start=first):
         yield _json_record(json.dumps(row, default=str), name, number, reading)
 
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import requires, version
@@ -27,6 +27,7 @@ from ..store.request import write_json
 from ..store.search import Store
 from . import Found, Row
 from .folder import claim, read_mark
+from .held import HeldRow
 
 MANIFEST, TABLE, PREFIX = "modernbert.json", "passages.sqlite", "fast-plaid-"
 INDEX = re.compile(rf"{PREFIX}[0-9a-f]{{32}}")
@@ -57,9 +58,10 @@ def _write(fresh: Path, rows: Iterable[Row]) -> None:
     vectors = []
     with closing(sqlite3.connect(fresh / TABLE)) as table:
         table.execute("CREATE TABLE passages (row INTEGER PRIMARY KEY, number INTEGER, passage TEXT)")
-        for row, (passage_id, passage, x_NE) in enumerate(rows):
-            vectors.append(x_NE.half())
-            table.execute("INSERT INTO passages VALUES (?, ?, ?)", (row, passage_id, json.dumps(asdict(passage))))
+        for number, row in enumerate(rows):
+            vectors.append(row.vectors.half())
+            passage = json.dumps(asdict(row.passage))
+            table.execute("INSERT INTO passages VALUES (?, ?, ?)", (number, row.passage_id, passage))
         table.commit()
     # A non-zero `start_from_scratch` keeps a copy of all vectors for updates, which an export does not need.
     FastPlaid(str(fresh), device="cpu").create(vectors, start_from_scratch=0)
@@ -85,8 +87,9 @@ class Index:
         self._table = sqlite3.connect(f"{(folder / TABLE).resolve().as_uri()}?mode=ro", uri=True)
         self._index = FastPlaid(str(folder), device="cpu")
 
-    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[Found]]:
+    def search(self, vectors: Ragged, top_k: int, among: Sequence[str] | None) -> Iterator[list[Found]]:
         """For each query `top_k` passages, with scores from compressed vectors."""
+        assert among is None
         for found in self._index.search(list(vectors), top_k=top_k, show_progress=False):
             hits = []
             for row, score in found:
@@ -94,6 +97,10 @@ class Index:
                 passage_id, passage = self._table.execute(select, (row,)).fetchone()
                 hits.append(Found(score, Passage(**json.loads(passage)), passage_id))
             yield hits
+
+    def scan(self) -> Iterator[HeldRow]:
+        """Not kept in an export to fast-plaid."""
+        raise ValueError("an export to fast-plaid cannot be filtered: search the store")
 
     def close(self) -> None:
         """Release the files."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
@@ -26,10 +27,11 @@ import torch
 
 from ...late_interaction import Ragged, maxsim
 from ..passages import Passage
-from ..store.format import ModelIdentity
+from ..store.format import Manifest, ModelIdentity
 from ..store.search import Store
 from . import Found, Row
 from .folder import claim, read_mark
+from .held import HeldRow
 
 TABLE = "passages"
 KEY = b"modernbert"
@@ -52,32 +54,82 @@ KEPT = timedelta(hours=1)
 
 FIELDS = {"path": pa.string(), "id": pa.string(), "title": pa.string(), "text": pa.string(), "metadata": pa.string()}
 FIELDS |= dict.fromkeys(("number", "start", "end", "line", "page"), pa.int64())
+PASSAGE = [name for name in FIELDS if name != "number"]
+OF_DOCUMENT = {"document": pa.string(), "digest": pa.string(), "parts": pa.int64()}
+
+DOCUMENTS = 1000
+"""Documents that one condition names."""
 
 
 def export(store: Store, address: str, rows: Iterable[Row]) -> None:
     """Replace the table by the passages of the store, in one step after the last of them is written."""
-    manifest = {"model": store.model, "fingerprint": store.fingerprint}
-    # Float16 would halve the folder, but LanceDB compares it three times as slowly.
-    vectors = pa.list_(pa.list_(pa.float32(), store.dim))
-    schema = pa.schema({**FIELDS, "vectors": vectors}, metadata={KEY: json.dumps(manifest)})
-    if not _is_remote(address):
-        if re.search(r"[\x00-\x1f\x7f]", os.path.abspath(address)):
-            raise ValueError(f"{address} has a control character, which LanceDB cannot open: give another folder")
-        claim(address, _is_database, MARK, EXPORT)
+    schema = _schema(store.model, store.fingerprint, store.dim)
+    _claim(address)
     failures: list[Exception] = []
     batches = pa.RecordBatchReader.from_batches(schema, _batches(iter(rows), schema, failures))
-    try:
+    with _failures(address, failures):
         database = _connect(address)
-        is_there = TABLE in database.list_tables().tables
-        if is_there and not _is_remote(address):
-            is_there = _is_table(Path(address, f"{TABLE}.lance"))  # else an export was killed before its first version
+        is_there = _is_there(database, address)
         if is_there:
             _manifest(database.open_table(TABLE), address)
         table = database.create_table(TABLE, batches, mode="overwrite" if is_there else "create")
         table.optimize(cleanup_older_than=KEPT)
-    except RuntimeError as error:
-        # LanceDB turns an error of ours into one of its own, with only the text left.
-        raise failures[0] if failures else OSError(f"LanceDB at {address}: {error}") from error
+
+
+class Table:
+    """A table that `index` adds to and removes from. Every call is one new version, or none."""
+
+    def __init__(self, address: str, manifest: Manifest) -> None:
+        self._address = address
+        _claim(address)
+        with _failures(address):
+            database = _connect(address)
+            if not _is_there(database, address):
+                schema = _schema(manifest.model, manifest.fingerprint, manifest.width)
+                database.create_table(TABLE, schema=schema, exist_ok=True)
+            self._table: Any = database.open_table(TABLE)
+        found = _manifest(self._table, address)
+        self.identity = ModelIdentity(found["model"], found["fingerprint"])
+        _check_documents(self._table, address)
+
+    def scan(self) -> Iterator[HeldRow]:
+        """All rows, as they are now."""
+        with _failures(self._address):
+            self._table.checkout_latest()
+            yield from _scan(self._table)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add rows as one version."""
+        with _failures(self._address):
+            for batch in _batches(iter(rows), self._table.schema, [], len(rows)):
+                self._table.add(batch)
+
+    def remove(self, documents: Sequence[str]) -> None:
+        """Remove the rows of these documents."""
+        with _failures(self._address):
+            for start in range(0, len(documents), DOCUMENTS):
+                self._table.delete(_among(documents[start : start + DOCUMENTS]))
+
+    def move(self, lines: Sequence[tuple[str, int, int]]) -> None:
+        """Change the lines of documents, those together that move by the same number of lines."""
+        by: dict[int, list[str]] = {}
+        for document, before, now in lines:
+            by.setdefault(now - before, []).append(document)
+        with _failures(self._address):
+            for difference, documents in by.items():
+                for start in range(0, len(documents), DOCUMENTS):
+                    where = _among(documents[start : start + DOCUMENTS])
+                    self._table.update(where=where, values_sql={"line": f"line + {difference}"})
+
+    def finish(self) -> int:
+        """Join small files, and delete old versions."""
+        with _failures(self._address):
+            self._table.checkout_latest()
+            self._table.optimize(cleanup_older_than=KEPT)
+            return self._table.count_rows()
+
+    def close(self) -> None:
+        """Nothing to do: LanceDB keeps no file open between calls."""
 
 
 class Index:
@@ -94,14 +146,14 @@ class Index:
         manifest = _manifest(self._table, address)
         self.identity = ModelIdentity(manifest["model"], manifest["fingerprint"])
 
-    def search(self, vectors: Ragged, top_k: int) -> Iterator[list[Found]]:
+    def search(self, vectors: Ragged, top_k: int, among: Sequence[str] | None) -> Iterator[list[Found]]:
         """For each query more than `top_k` passages, with their exact scores."""
         for x_QE in vectors:
             search = self._table.search(x_QE.numpy(), vector_column_name="vectors").distance_type("cosine")
-            try:
+            if among is not None:
+                search = search.where(_among(among), prefilter=True)
+            with _failures(self._address):
                 found = search.limit(RESCORED * top_k).refine_factor(REFINED).to_arrow()
-            except RuntimeError as error:
-                raise OSError(f"LanceDB at {self._address}: {error}") from error
             column = found["vectors"].combine_chunks()
             values = torch.tensor(column.flatten().flatten().to_numpy(), device="cpu").view(-1, vectors.values.shape[1])
             offsets = torch.tensor(column.offsets.to_numpy(), dtype=torch.int64, device="cpu")
@@ -109,25 +161,90 @@ class Index:
             hits = found.select([name for name in FIELDS if name in found.column_names]).to_pylist()
             yield [Found(score, _passage(hit), hit["number"]) for score, hit in zip(scores, hits, strict=True)]
 
+    def scan(self) -> Iterator[HeldRow]:
+        """All rows, as they were when this was opened."""
+        _check_documents(self._table, self._address)
+        with _failures(self._address):
+            yield from _scan(self._table)
+
     def close(self) -> None:
         """Nothing to do: LanceDB keeps no file open between calls."""
 
 
-def _batches(rows: Iterator[Row], schema: pa.Schema, failures: list[Exception]) -> Iterator[pa.RecordBatch]:
+def _schema(model: str | None, fingerprint: str, dim: int) -> pa.Schema:
+    # Float16 would halve the folder, but LanceDB compares it three times as slowly.
+    vectors = pa.list_(pa.list_(pa.float32(), dim))
+    manifest = {"model": model, "fingerprint": fingerprint}
+    return pa.schema({**FIELDS, **OF_DOCUMENT, "vectors": vectors}, metadata={KEY: json.dumps(manifest)})
+
+
+def _batches(
+    rows: Iterator[Row], schema: pa.Schema, failures: list[Exception], size: int | None = None
+) -> Iterator[pa.RecordBatch]:
     try:
-        while batch := list(islice(rows, ROWS)):
+        while batch := list(islice(rows, size or ROWS)):
             records = [
-                {**asdict(passage), "metadata": json.dumps(dict(passage.metadata)), "number": passage_id}
-                for passage_id, passage, _ in batch
+                {
+                    **asdict(row.passage),
+                    "metadata": json.dumps(dict(row.passage.metadata)),
+                    "number": row.passage_id,
+                    **{name: getattr(row, name) for name in OF_DOCUMENT},
+                }
+                for row in batch
             ]
-            columns = {name: pa.array([record[name] for record in records], kind) for name, kind in FIELDS.items()}
-            vectors = Ragged.from_list([x_NE for *_, x_NE in batch])
+            kinds = {**FIELDS, **OF_DOCUMENT}
+            columns = {name: pa.array([record[name] for record in records], kind) for name, kind in kinds.items()}
+            vectors = Ragged.from_list([row.vectors for row in batch])
             inner = pa.FixedSizeListArray.from_arrays(vectors.values.flatten().numpy(), vectors.values.shape[1])
             columns["vectors"] = pa.ListArray.from_arrays(vectors.offsets.int().numpy(), inner)
             yield pa.RecordBatch.from_pydict(columns, schema)
     except Exception as error:
         failures.append(error)
         raise
+
+
+def _scan(table: Any) -> Iterator[HeldRow]:
+    for batch in table.search().select(list(HeldRow._fields)).to_batches(batch_size=4096):
+        for row in batch.select(HeldRow._fields).to_pylist():
+            yield HeldRow(**row)
+
+
+def _among(documents: Sequence[str]) -> str:
+    names = ", ".join(f"'{document}'" for document in documents)
+    return f"document IN ({names})"
+
+
+def _check_documents(table: Any, address: str) -> None:
+    if "document" not in table.schema.names:
+        raise ValueError(
+            f"{address} was exported by an older version, which cannot be filtered or updated: export again"
+        )
+
+
+def _claim(address: str) -> None:
+    if _is_remote(address):
+        return
+    if re.search(r"[\x00-\x1f\x7f]", os.path.abspath(address)):
+        raise ValueError(f"{address} has a control character, which LanceDB cannot open: give another folder")
+    claim(address, _is_database, MARK, EXPORT)
+
+
+def _is_there(database: lancedb.DBConnection, address: str) -> bool:
+    """Whether there is a table. One without a version was left by a process that was killed before its first."""
+    found = TABLE in database.list_tables().tables
+    return found and (_is_remote(address) or _is_table(Path(address, f"{TABLE}.lance")))
+
+
+@contextmanager
+def _failures(address: str, failures: Sequence[Exception] = ()) -> Iterator[None]:
+    """Turn errors of LanceDB into OSError with the address.
+
+    LanceDB turns an error of ours into one of its own, with only the text left: `failures` has it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise failures[0] if failures else OSError(f"LanceDB at {address}: {error}") from error
 
 
 def _is_remote(address: str) -> bool:
@@ -148,8 +265,7 @@ def _is_table(folder: Path) -> bool:
 
 
 def _passage(hit: dict[str, Any]) -> Passage:
-    fields = {name: value for name, value in hit.items() if name != "number"}
-    return Passage(**{**fields, "metadata": json.loads(hit["metadata"])})
+    return Passage(**{**{name: hit[name] for name in PASSAGE if name in hit}, "metadata": json.loads(hit["metadata"])})
 
 
 def _manifest(table: Any, address: str) -> dict[str, Any]:

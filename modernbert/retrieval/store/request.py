@@ -78,7 +78,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def resume_command(request: Request, folder: Path) -> str:
+def resume_command(request: Request, folder: Path | str) -> str:
     """The command line that makes the same request again."""
     if "forget" in request:
         return _command("--forget", *request["forget"], "--output", str(folder))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -30,6 +34,7 @@ from .format import (
     finished_part,
     is_intact,
     quantize,
+    read_manifest,
     write_manifest,
     write_part,
 )
@@ -126,8 +131,8 @@ class StoreWriter:
         """The files of documents that were in damaged shards and have not been added again."""
         return [path for (path,) in self._table.execute("SELECT DISTINCT path FROM documents WHERE digest = ''")]
 
-    def add_document(self, document: Document) -> None:
-        """Add a document, without passages yet. It replaces the one with the same path and id."""
+    def add_document(self, document: Document) -> int:
+        """Add a document, without passages yet. It replaces the one with the same path and id. Returns its number."""
         key = (document.path, document.id)
         old = self._table.execute("SELECT number FROM documents WHERE path = ? AND id = ?", key).fetchone()
         if old:
@@ -136,9 +141,43 @@ class StoreWriter:
         self._summary.added += not old
         metadata = json.dumps(dict(document.metadata), ensure_ascii=False)
         row = (*key, document.line, document.digest, metadata)
-        number = self._table.execute("INSERT INTO documents VALUES (NULL, ?, ?, ?, ?, ?)", row).lastrowid
+        number = self._table.execute("INSERT INTO documents VALUES (NULL, ?, ?, ?, ?, ?)", row).lastrowid or 0
         # A number that was freed just now may have been seen.
         self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (number,))
+        return number
+
+    def is_seen(self, key: Key) -> bool:
+        """Whether this run has added a document of this path and id, or has marked it as seen."""
+        select = "SELECT 1 FROM documents JOIN seen USING (number) WHERE path = ? AND id = ?"
+        return self._table.execute(select, (key.path, key.id)).fetchone() is not None
+
+    def add_store(self, folder: Path) -> None:
+        """Add the documents of another store, whose files are on the same disk. They replace those of the same name.
+
+        Raises ValueError if it has another model or dtype, or if two of its documents have been added in this run.
+        """
+        other = read_manifest(folder)
+        if (other.fingerprint, other.dtype) != (self._manifest.fingerprint, self._manifest.dtype):
+            raise ValueError(f"{folder} has another model or dtype than {self._folder}: delete it, and index again")
+        with closing(
+            sqlite3.connect(f"file:{quote(os.path.abspath(folder / other.table))}?mode=ro", uri=True)
+        ) as table:
+            shards: dict[int, int] = {}
+            for number, file, sha256, passages in table.execute("SELECT * FROM shards ORDER BY number").fetchall():
+                target = self._folder / SHARDS / file
+                if not target.exists():
+                    os.link(folder / SHARDS / file, target)
+                shards[number] = self._add_shard(Part(file, sha256), passages)
+            documents: dict[int, int] = {}
+            columns = "number, path, id, line, digest, metadata"
+            for number, path, id_, line, digest, metadata in table.execute(f"SELECT {columns} FROM documents"):
+                document = Document(path, id_, "", "", line, json.loads(metadata), digest)
+                documents[number] = self.add_document(document)
+            rows = table.execute("SELECT document, shard, row, title, text, start, stop, line FROM passages")
+            self._table.executemany(
+                "INSERT INTO passages VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)",
+                ((documents[document], shards[shard], *rest) for document, shard, *rest in rows),
+            )
 
     def add_windows(self, windows: Sequence[Window], encode: Callable[[], Ragged]) -> None:
         """Add passages of added documents as one shard.
@@ -197,9 +236,8 @@ class StoreWriter:
         Raises:
             ValueError: a new store would be empty.
         """
-        counts = "SELECT (SELECT count(*) FROM documents), (SELECT count(*) FROM passages)"
-        documents, passages = self._table.execute(counts).fetchone()
-        if not passages and self._draft.manifest is None:
+        summary = self.summary()
+        if not summary.passages and self._draft.manifest is None:
             raise ValueError("there is no text to index in the files and folders given")
         entry = self._manifest.prefilter
         if self._prefilter:
@@ -215,13 +253,20 @@ class StoreWriter:
         flush(self._folder)
         # Commit point: write_manifest renames store.json into place. Before it, all readers open the old store; after
         # it, the new one. What follows only deletes files that the new store does not use.
-        manifest = replace(self._manifest, documents=documents, passages=passages, prefilter=entry)
+        held = {"documents": summary.documents, "passages": summary.passages}
+        manifest = replace(self._manifest, **held, prefilter=entry)
         write_manifest(self._folder, replace(manifest, table=table, sha256=sha256))
         (self._folder / UNFINISHED).unlink()
         needed.add(table)
         for path in [*files_named(PARTS, self._folder / SHARDS), *files_named(TABLES, self._folder)]:
             if path.name not in needed:
                 path.unlink()
+        return summary
+
+    def summary(self) -> Summary:
+        """What this run has done so far, and what there is now."""
+        counts = "SELECT (SELECT count(*) FROM documents), (SELECT count(*) FROM passages)"
+        documents, passages = self._table.execute(counts).fetchone()
         return replace(self._summary, documents=documents, passages=passages)
 
     def _shard_name(self, arrays: Iterable[np.ndarray]) -> str:

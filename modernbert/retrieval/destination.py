@@ -1,0 +1,192 @@
+"""What the driver of a run over units writes to: the draft of a store, or an engine and a note of what it holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from .documents.find import Key
+from .engines import Table, identity_at, is_target, open_table
+from .passages import Document
+from .store.draft import SCHEMA, Draft, open_draft
+from .store.format import DTYPES, VERSION, Manifest, ModelIdentity
+from .store.identity import LoadedModel, ModelSource, load_model
+from .store.request import Request
+from .store.writer import StoreWriter, Summary
+from .targets import EngineTarget, StoreTarget, Target, parts_folder
+from .worker import Report
+
+ROWS = 1000
+"""Documents that are removed from an engine together."""
+
+
+class StoreDestination:
+    """The draft of a store. `target` is where its parts are."""
+
+    def __init__(self, output: str, writer: StoreWriter, manifest: Manifest) -> None:
+        self.writer, self._parts = writer, parts_folder(output)
+        self.target: Target = StoreTarget(output, manifest)
+
+    def take(self, report: Report) -> None:
+        """Take what a worker has done into the draft."""
+        _check_keys(self.writer, report.keys)
+        new = [key for key in report.keys if not self.writer.is_current(key)]
+        for key in report.keys:
+            if self.writer.is_current(key):
+                self.writer.mark_seen(key)
+        if self.target.is_finished(report.part):
+            self.writer.add_store(self._parts / report.part)
+        else:  # none of them has text
+            _add(self.writer, new)
+
+    def commit(self, roots: Sequence[str]) -> Summary:
+        """Make the draft the store, and delete the parts."""
+        self.writer.merge_shards()
+        summary = self.writer.commit()
+        self.target.close()
+        shutil.rmtree(self._parts, ignore_errors=True)
+        return summary
+
+
+class EngineDestination:
+    """An engine, and the documents that it held before and holds now."""
+
+    def __init__(self, writer: StoreWriter, table: Table, target: EngineTarget, documents: sqlite3.Connection) -> None:
+        self.writer, self.target = writer, target
+        self._table, self._held, self._documents = table, target.held, documents
+
+    def take(self, report: Report) -> None:
+        """Note what a worker has written."""
+        _check_keys(self.writer, report.keys)
+        for key in report.keys:
+            if self.writer.is_current(key):
+                self.writer.mark_seen(key)
+            else:
+                _add(self.writer, [key])
+
+    def commit(self, roots: Sequence[str]) -> Summary:
+        """Remove from the engine what is not in the documents any more."""
+        stale: list[str] = []
+        moved: list[tuple[str, int, int]] = []
+        rows = self._held.table.execute("SELECT document, path, id, digest, line FROM held")
+        for document, path, id_, digest, line in rows:
+            select = "SELECT digest, line FROM documents WHERE path = ? AND id = ?"
+            found = self._documents.execute(select, (path, id_)).fetchone()
+            if found is None or found[0] != digest:
+                stale += [document] if any(_is_below(path, root) for root in roots) else []
+            elif found[1] != line and line is not None and found[1] is not None:
+                moved.append((document, line, found[1]))
+            if len(stale) >= ROWS:
+                self._table.remove(stale)
+                stale = []
+            if len(moved) >= ROWS:
+                self._table.move(moved)
+                moved = []
+        self._table.remove(stale)
+        self._table.move(moved)
+        summary = self.writer.summary()
+        summary.passages = self._table.finish()
+        return summary
+
+
+Destination = StoreDestination | EngineDestination
+
+
+@contextmanager
+def open_destination(
+    output: str,
+    request: Request,
+    model: ModelSource | LoadedModel | None,
+    dtype: str | None,
+    engine: str | None,
+    prefilter: bool,
+) -> Iterator[tuple[Destination, Manifest, LoadedModel]]:
+    """Open a store or an engine for a run, with its model. Raises as `index` and `open_table`."""
+    if is_target(output):
+        if prefilter:
+            raise ValueError(f"{output} has an index of its own: --prefilter is for stores")
+        loaded, manifest = _loaded(model, None, identity_at(output), dtype, engine)
+        with _engine(output, manifest) as destination:
+            yield destination, manifest, loaded
+        return
+    with open_draft(Path(output), request) as draft:
+        old = draft.manifest
+        loaded, manifest = _loaded(model, old, old and old.identity, dtype, engine)
+        writer = StoreWriter(draft, manifest, prefilter=prefilter)
+        if damaged := writer.find_damage():
+            raise ValueError(
+                f"{damaged[0]} is damaged or missing: repair the store first, with an `index` of one process"
+            )
+        yield StoreDestination(output, writer, manifest), manifest, loaded
+
+
+@contextmanager
+def open_engine(output: str) -> Iterator[EngineDestination]:
+    """Open an engine, to remove from it. FileNotFoundError if nothing is there."""
+    identity = identity_at(output)
+    if identity is None:
+        raise FileNotFoundError(f"nothing was indexed into {output}")
+    with _engine(output, Manifest(VERSION, *identity, dtype="fp16", width=0)) as destination:
+        yield destination
+
+
+@contextmanager
+def _engine(output: str, manifest: Manifest) -> Iterator[EngineDestination]:
+    table = open_table(output, manifest)
+    try:
+        with tempfile.TemporaryDirectory(prefix="modernbert-") as folder:
+            file = Path(folder, "documents.sqlite")
+            documents = sqlite3.connect(file, isolation_level=None)
+            target = EngineTarget(output, manifest, table)
+            try:
+                documents.execute("PRAGMA synchronous = OFF")
+                documents.executescript(SCHEMA)
+                documents.execute("BEGIN")
+                rows = "SELECT path, id, line, digest, metadata FROM held WHERE rows = parts"
+                insert = "INSERT OR IGNORE INTO documents VALUES (NULL, ?, ?, ?, ?, ?)"
+                documents.executemany(insert, target.held.table.execute(rows))
+                writer = StoreWriter(Draft(Path(folder), manifest, documents, file), manifest)
+                yield EngineDestination(writer, table, target, documents)
+            finally:
+                target.close()
+                documents.close()
+    finally:
+        table.close()
+
+
+def _loaded(
+    model: ModelSource | LoadedModel | None,
+    old: Manifest | None,
+    identity: ModelIdentity | None,
+    dtype: str | None,
+    engine: str | None,
+) -> tuple[LoadedModel, Manifest]:
+    """The model that encodes, and the manifest. What is there already determines both."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    if old and dtype not in (None, old.dtype):
+        raise ValueError(f"the store holds {old.dtype}, not {dtype}: leave out the dtype")
+    loaded = load_model(model, identity, engine)
+    new = Manifest(VERSION, *loaded.identity, dtype=dtype or "fp16", width=loaded.session.model.dim)
+    return loaded, old or new
+
+
+def _check_keys(writer: StoreWriter, keys: Sequence[Key]) -> None:
+    for key in keys:
+        if writer.is_seen(key):
+            raise ValueError(f'{key.path}, line {key.line}: the "_id" {key.id!r} comes twice; give each record its own')
+
+
+def _add(writer: StoreWriter, keys: Sequence[Key]) -> None:
+    """Note documents of which only the keys are known here."""
+    for key in keys:
+        writer.add_document(Document(key.path, key.id, "", "", key.line, {}, key.digest))
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
