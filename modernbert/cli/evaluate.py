@@ -154,6 +154,7 @@ def _corpus_store(
     """A store that holds the corpus: in `folder`, or a temporary one."""
     from ..retrieval import Store
     from ..retrieval import index as update
+    from ..retrieval.engines import is_target
     from ..retrieval.store.folder import holds_store
     from ..retrieval.store.format import find_manifest
     from ..retrieval.store.identity import load_model
@@ -162,6 +163,8 @@ def _corpus_store(
         with temporary_store(corpus, load_model(model, engine=engine), note) as store:
             yield store
         return
+    if is_target(str(folder)):
+        raise ValueError(f"{folder} is an engine, and --index of `evaluate` keeps a store: give the name of a folder")
     manifest = find_manifest(folder) if holds_store(folder) else None  # refuses a folder before the model is loaded
     loaded = load_model(model, manifest.identity if manifest else None, engine)
     update(corpus, folder, loaded, note=note)

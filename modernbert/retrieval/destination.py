@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from .store.format import DTYPES, VERSION, Manifest, ModelIdentity
 from .store.identity import LoadedModel, ModelSource, load_model
 from .store.request import Request
 from .store.writer import StoreWriter, Summary
-from .targets import EngineTarget, StoreTarget, Target, parts_folder
+from .targets import EngineTarget, StoreTarget, parts_folder
 from .worker import Report
 
 ROWS = 1000
@@ -30,7 +29,7 @@ class StoreDestination:
 
     def __init__(self, output: str, writer: StoreWriter, manifest: Manifest) -> None:
         self.writer, self._parts = writer, parts_folder(output)
-        self.target: Target = StoreTarget(output, manifest)
+        self.target = StoreTarget(output, manifest)
 
     def take(self, report: Report) -> None:
         """Take what a worker has done into the draft."""
@@ -49,7 +48,7 @@ class StoreDestination:
         self.writer.merge_shards()
         summary = self.writer.commit()
         self.target.close()
-        shutil.rmtree(self._parts, ignore_errors=True)
+        self.target.remove_parts()
         return summary
 
 

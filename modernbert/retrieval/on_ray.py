@@ -25,7 +25,7 @@ class Reader:
     """An actor that reads units, cuts and tokenises them, on a CPU."""
 
     def __init__(self, job: Job, units: Any) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(1)
         self._job, self._target = job, job.target()
@@ -70,9 +70,9 @@ def do_on_ray(units: Sequence[Unit], job: Job, address: str) -> Iterator[Report]
         OSError, ValueError: as a worker has raised it.
     """
     try:
-        import ray
-        from ray.data import ActorPoolStrategy, DataContext
-        from ray.exceptions import RayError
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.data import ActorPoolStrategy, DataContext  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"--ray needs {error.name}: pip install 'modernbert[ray]'") from error
     if not units:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
@@ -15,6 +17,7 @@ from .engines import Row, Table, open_table
 from .engines.held import Held, document_key, passage_number
 from .passages import Document
 from .store.draft import open_draft
+from .store.folder import is_store
 from .store.format import MANIFEST, PASSAGES, Manifest, find_manifest
 from .store.request import IndexRequest
 from .store.writer import StoreWriter
@@ -22,6 +25,8 @@ from .windows import Window
 
 PART: IndexRequest = {"paths": [], "model": None, "dtype": None, "prefilter": False}
 """The request of every part: its name says what it holds."""
+
+PART_NAME = re.compile("[0-9a-f]{32}")
 
 
 class Share(NamedTuple):
@@ -88,7 +93,6 @@ class StoreTarget:
         folder = self.parts / share.name
         if self.is_finished(share.name) or not share.windows:
             return
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         with open_draft(folder, PART) as draft:
             writer = StoreWriter(draft, self._manifest)
             for document in share.documents:
@@ -98,6 +102,15 @@ class StoreTarget:
                 rows = vectors[group]
                 writer.add_windows(share.windows[group], lambda rows=rows: rows)
             writer.commit()
+
+    def remove_parts(self) -> None:
+        """Remove all parts, and their folder if nothing else is in it."""
+        if self.parts.is_dir():
+            for name in filter(PART_NAME.fullmatch, os.listdir(self.parts)):
+                if is_store(self.parts / name):
+                    shutil.rmtree(self.parts / name)
+            with suppress(OSError):  # not empty
+                self.parts.rmdir()
 
     def close(self) -> None:
         self._table.close()

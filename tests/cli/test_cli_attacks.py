@@ -77,7 +77,7 @@ def test_a_full_disk_is_named(modernbert, beir, disk, command):
     if "evaluate" in command:
         pytest.importorskip("ir_measures")
     if "export" in command:
-        pytest.importorskip("qdrant_client" if "qdrant" in command else "lancedb")
+        pytest.importorskip("qdrant_edge" if "qdrant" in command else "lancedb")
     full = disk("full", "64k", fill=True)
     status, _, err = modernbert(*shlex.split(command.format(beir=beir, full=full)))
     assert status == 2
@@ -251,15 +251,15 @@ def test_a_search_beside_a_damaged_unfinished_json(modernbert, beir, tmp_path, c
 
 
 def test_a_store_named_like_an_engine_is_searched(modernbert, beir, tmp_path, monkeypatch):
-    """`qdrant` is a folder; `qdrant:x` is an export, and refused as a store."""
+    """`qdrant` is a folder; `fast-plaid:x` is an engine that cannot be updated."""
     monkeypatch.chdir(tmp_path)
     arguments = ("index", beir / "corpus.jsonl", "--model", beir / "model", "--output")
     assert modernbert(*arguments, "qdrant")[0] == 0
     status, out, _ = modernbert("search", "owl", "--index", "qdrant", "--json")
     assert (status, len(json.loads(out)["hits"])) == (0, 5)
-    status, _, err = modernbert(*arguments, "qdrant:x")
+    status, _, err = modernbert(*arguments, "fast-plaid:x")
     assert (status, os.listdir(tmp_path)) == (2, ["qdrant"])
-    assert "give the store another name" in err
+    assert "fast-plaid" in err
     assert (
         importlib.util.find_spec("ir_measures") is None or modernbert("evaluate", beir, "--index", "lancedb:x")[0] == 2
     )

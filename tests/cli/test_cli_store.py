@@ -206,7 +206,7 @@ def test_evaluation_agrees_with_a_count_by_hand(modernbert, model, tmp_path):
 
 
 def test_an_export_is_searched_like_a_store(modernbert, store, tmp_path):
-    pytest.importorskip("qdrant_client")
+    pytest.importorskip("qdrant_edge")
     target = f"qdrant:{tmp_path / 'there'}"
     status, _, err = modernbert("export", store, target)
     assert status == 0

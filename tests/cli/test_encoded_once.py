@@ -124,7 +124,7 @@ def test_the_demo(modernbert, source, work, monkeypatch):
     assert work["tokenised queries"] == len(QUESTIONS)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("qdrant_client") is None, reason="qdrant_client is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("qdrant_edge") is None, reason="qdrant_edge is not installed")
 def test_a_question_to_an_engine(modernbert, store, work, tmp_path):
     """An engine gives no vectors back, so that reasons need those of each hit, and without reasons nothing else."""
     with Store(store) as opened:

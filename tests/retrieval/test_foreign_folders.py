@@ -118,7 +118,7 @@ def refusals(beir: Path, store: Store) -> dict[str, Callable[[Path], object]]:
         "forget": lambda folder: forget([source], folder),
         "evaluate": lambda folder: main(["evaluate", str(beir), "--model", f"{beir}/model", "--index", str(folder)]),
     }
-    packages = {"qdrant": "qdrant_client", "lancedb": "lancedb", "fast-plaid": "json"}
+    packages = {"qdrant": "qdrant_edge", "lancedb": "lancedb", "fast-plaid": "json"}
 
     def exported(engine: str) -> Callable[[Path], object]:
         return lambda folder: export(store, f"{engine}:{folder}")
@@ -279,9 +279,9 @@ def test_a_request_that_was_impossible_leaves_a_folder_that_can_be_used(colbert,
 @pytest.mark.parametrize("engine", ["qdrant", "lancedb"])
 def test_an_export_that_was_killed_before_it_held_anything_is_made_again(beir, store, tmp_path, engine):
     """And the folder of a store, of another engine, or of the user is not one for it."""
-    if not importlib.util.find_spec({"qdrant": "qdrant_client"}.get(engine, engine)):
+    if not importlib.util.find_spec({"qdrant": "qdrant_edge"}.get(engine, engine)):
         pytest.skip(f"{engine} is not installed")
-    mark = {"qdrant": ".meta.json.12345678", "lancedb": ".modernbert.json.12345678"}[engine]
+    mark = ".modernbert.json.12345678"
     lay_out(tmp_path / "killed", {mark: ""})
     assert export(store, f"{engine}:{tmp_path / 'killed'}") == len(store)
     lay_out(tmp_path / "killed", {"README.md": "own", ".git/config": "own"})

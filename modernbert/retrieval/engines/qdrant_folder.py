@@ -35,7 +35,7 @@ from ...late_interaction import Ragged
 from ..store.request import write_json
 from .folder import claim, read_mark
 
-MARK, SHARD, LOCK = "modernbert.json", "shard", "lock"
+MARK, SHARD, LOCK = "modernbert.json", "qdrant-edge", "lock"
 PAGE = 1000
 """Points of a scroll."""
 
@@ -157,4 +157,5 @@ def _among(documents: Sequence[str]) -> Filter:
 
 
 def _is_ours(folder: Path) -> bool:
-    return read_mark(folder / MARK).get("engine") == "qdrant"
+    mark = read_mark(folder / MARK)
+    return mark.get("engine") == "qdrant" and mark.keys() <= {"engine", "manifest"}
