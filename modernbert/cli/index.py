@@ -51,9 +51,6 @@ def index(
     exclude: ExcludeOption = None,
     gitignore: GitignoreOption = True,
     engine: EngineOption = None,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Encode on a Ray cluster; `local` starts one here.")
-    ] = None,
     encoding: EncodingOption = None,
     text_column: TextColumnOption = None,
     id_column: IdColumnOption = None,
@@ -91,7 +88,6 @@ def index(
                     gitignore=gitignore,
                     engine=engine,
                     ranks=every,
-                    ray=ray,
                     **asdict(reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)),
                     note=notes.append,
                 )

@@ -47,7 +47,6 @@ def index(
     gitignore: bool = True,
     engine: str | None = None,
     ranks: Ranks = ALONE,
-    ray: str | None = None,
     encoding: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
@@ -78,7 +77,6 @@ def index(
         engine: of the `Session` that encodes.
         ranks: of `modernbert.train.distributed.ranks`: each encodes its share. All call this with the same arguments,
             and see the same folders.
-        ray: the address of a Ray cluster whose nodes encode, as of `ray.init`; "local" starts one (extra `ray`).
         encoding, text_column, id_column, delimiter, skip_bad_rows: how files are read: see `Reading`.
         progress: whether to show a bar on stderr. None: only on a terminal.
         note: called with one sentence for everything that is skipped or repaired.
@@ -102,7 +100,7 @@ def index(
         request["gitignore"] = False
     if options := reading.options():
         request["reading"] = options
-    if is_target(os.fspath(output)) or ray is not None or not ranks.is_alone or any(map(is_remote, paths)):
+    if is_target(os.fspath(output)) or not ranks.is_alone or any(map(is_remote, paths)):
         return index_units(
             paths,
             os.fspath(output),
@@ -111,7 +109,6 @@ def index(
             reading,
             engine=engine,
             ranks=ranks,
-            ray=ray,
             progress=progress,
             note=note,
         )

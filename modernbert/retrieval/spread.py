@@ -59,17 +59,15 @@ def index_units(
     *,
     engine: str | None,
     ranks: Ranks,
-    ray: str | None,
     progress: bool | None,
     note: OnNote,
 ) -> Summary:
-    """Update a store or an engine, with all ranks or the actors of a Ray cluster. Arguments and errors as of `index`.
+    """Update a store or an engine with all ranks. Arguments and errors as of `index`.
 
     All ranks call this, with the same arguments, and get the same summary.
 
     Args:
         request: of the run, see `open_draft`.
-        ray: the address of a cluster; None: no Ray.
     """
     first = open_destination(output, request, model, request["dtype"], engine, request["prefilter"])
     with first if ranks.is_first else nullcontext((None, None, None)) as (destination, manifest, loaded):
@@ -90,13 +88,7 @@ def index_units(
 
         job, units = ranks.on_first(plan)
         with closing(Reports()) as reports, progress_bar("indexing units", len(units), progress) as advance:
-            if ray is not None:
-                from .on_ray import do_on_ray
-
-                done = do_on_ray(units, job, ray)
-            else:
-                done = _do_here(units, job, ranks, destination, loaded)
-            for report in done:
+            for report in _do_here(units, job, ranks, destination, loaded):
                 reports.add(report)
                 advance(1)
             with closing(Reports()) as every:

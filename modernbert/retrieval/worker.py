@@ -46,12 +46,8 @@ class Job:
 
     def session(self) -> Session[ColBERT]:
         """A model on this process's GPU, if there is one, else on the CPU."""
-        colbert = self.colbert()
+        colbert = load_colbert(self.model)
         return Session(colbert.to("cuda") if torch.cuda.is_available() else colbert, engine=self.engine)
-
-    def colbert(self) -> ColBERT:
-        """The model on the CPU, which is enough to tokenise."""
-        return load_colbert(self.model)
 
 
 @dataclass(frozen=True)
