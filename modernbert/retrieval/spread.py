@@ -11,6 +11,7 @@ import pickle
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from itertools import chain, repeat
 
 import torch
 
@@ -131,8 +132,8 @@ def _do_here(
 
 def _gathered(reports: Iterable[Report], ranks: Ranks) -> Iterator[Report]:
     """The reports of all ranks, on every rank, some at a time."""
-    ours = iter(reports)
-    while any(found := ranks.gather(next(ours, None))):
+    ours: Iterator[Report | None] = chain(reports, repeat(None))
+    while any(found := ranks.gather(next(ours))):
         yield from (report for report in found if report is not None)
 
 

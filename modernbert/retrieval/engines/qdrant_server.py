@@ -40,7 +40,7 @@ class Server:
         with self._failures():
             self._client = QdrantClient(url=server, api_key=os.environ.get("QDRANT_API_KEY"), timeout=TIMEOUT)
             try:
-                self.manifest = self._read()
+                self.manifest: dict[str, Any] | None = self._read()
             except BaseException:
                 self._client.close()
                 raise
