@@ -134,7 +134,7 @@ def _gathered(reports: Iterable[Report], ranks: Ranks) -> Iterator[Report]:
     """The reports of all ranks, on every rank, some at a time."""
     ours: Iterator[Report | None] = chain(reports, repeat(None))
     while any(found := ranks.gather(next(ours))):
-        yield from (report for report in found if report is not None)
+        yield from (report for report in found if isinstance(report, Report))
 
 
 def _finish(
