@@ -39,7 +39,8 @@ def worst_row(got: Tensor, plain: Tensor, truth: Tensor, eps: float) -> Worst:
     of its own size. The worst row and not the same one: the errors of two equally good computations are alike in
     distribution, and where a row's error is that of a single number (a gradient that is zero but for rounding), one
     of them may be close to zero by chance. Three times: twice, as for whole tensors, and half as much again, by which
-    the worst of some hundred rows varies from one computation to the next.
+    the worst of some hundred rows varies from one computation to the next. The worst of single numbers varies more, by
+    twice: in a tensor of one dimension a number may be off by four times the worst of `plain`.
 
     Args:
         got, plain, truth: of one shape, with at least one number.
@@ -51,7 +52,7 @@ def worst_row(got: Tensor, plain: Tensor, truth: Tensor, eps: float) -> Worst:
 
     exact = truth.double()
     found, plain_error = size(got.double() - exact), size(plain.double() - exact)
-    allowed = 3 * plain_error.max() + eps * size(exact)
+    allowed = (3 if truth.dim() > 1 else 4) * plain_error.max() + eps * size(exact)
     at = int((found - allowed).nan_to_num(nan=torch.inf).argmax())
     lengths = truth.shape[:-1] if truth.dim() > 1 else truth.shape
     row = torch.unravel_index(torch.tensor(at), lengths) if lengths else ()

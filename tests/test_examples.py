@@ -70,6 +70,7 @@ def test_finetune(run, tmp_path):
     assert not tuned.dense[0].linear.weight.equal(before.dense[0].linear.weight)
 
 
+@pytest.mark.sweep
 def test_export(run):
     (difference,) = re.findall(r"largest difference (\S+)", run("export"))
     assert float(difference) < 1e-5

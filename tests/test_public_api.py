@@ -188,7 +188,7 @@ FROZEN = {
     "modernbert.unpack": "(values, batch)",
     "modernbert_kernels.Op": "(reference)",
     "modernbert_kernels.Op.__call__": "(self, *args, **kwargs)",
-    "modernbert_kernels.Op.register": "(self, backend, *, when)",
+    "modernbert_kernels.Op.register": "(self, backend, *, when, check=None)",
     "modernbert_kernels.add_layer_norm": "(x_TD, delta_TD, weight_D, bias_D, eps, dtype=None)",
     "modernbert_kernels.attention": (
         "(qkv_T3HK, cu_seqlens, max_seqlen, *, rope, window=None, key_lengths=None, dropout_p=0.0, ranges_3T=None)"

@@ -45,6 +45,7 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel):
     }
 
 
+@pytest.mark.sweep
 def test_the_demo_answers_its_questions_from_the_wheel(wheel, tmp_path):
     """In a new environment that borrows the dependencies of this one, but not its modernbert."""
     environment, elsewhere = tmp_path / "environment", tmp_path / "empty"

@@ -97,7 +97,7 @@ def encode_share(share: Share, session: Session[ColBERT]) -> Ragged:
     Raises ValueError if they are not finite.
     """
     if not share.windows:
-        return Ragged.from_list([torch.empty(0, session.model.dim)])[:0]
+        return Ragged.from_list([torch.empty(0, session.model.dim, device="cpu")])[:0]
     vectors = session.encode_tokens(batch(share.windows))
     if not vectors.values.isfinite().all():
         raise ValueError("the model gives vectors that are not finite: are its weights complete?")

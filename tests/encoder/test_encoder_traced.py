@@ -72,6 +72,7 @@ def test_one_graph_with_query_rows_dropout_and_autocast() -> None:
     assert (first - second).abs().max() > 0.1
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor() -> None:
     """The slow one: one layer of each kind, made into machine code."""

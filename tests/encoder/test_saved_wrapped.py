@@ -241,6 +241,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_sharded_models_are_gathered_and_written_once(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=RANKS)

@@ -197,6 +197,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_ddp_and_fsdp_find_the_tensors_of_a_ragged(tmp_path: Path) -> None:
     """With a static graph, DDP never joined the gradients of the first step."""

@@ -412,11 +412,13 @@ def test_triton_attention_keeps_the_rules_of_operators(query_rows: bool) -> None
     keys = torch.tensor([3, 0, 11], dtype=torch.int32, device=DEVICE) if query_rows else None
     qkv, tables = torch.randn(31, 3, 2, 32, device=DEVICE), torch.rand(2, 31, 16, device=DEVICE)
     ranges = ops.token_ranges.reference(lengths, keys, 31)
-    forward, backward = ops.fused.attention.attention_forward, ops.fused.attention.attention_backward
-    out, lse = forward(qkv, ranges, *tables, 8, True, True)
+    library = torch.ops.modernbert_kernels
+    out, lse = library.attention_forward(qkv, ranges, *tables, 8, True, True)
     for keep in (True, False):
-        torch.library.opcheck(forward, (qkv, ranges, *tables, 8, True, keep))
-    torch.library.opcheck(backward, (qkv, ranges, *tables, out, lse, torch.rand_like(out), None, True))
+        torch.library.opcheck(library.attention_forward.default, (qkv, ranges, *tables, 8, True, keep))
+    torch.library.opcheck(
+        library.attention_backward.default, (qkv, ranges, *tables, out, lse, torch.rand_like(out), None, True)
+    )
 
 
 @TRITON

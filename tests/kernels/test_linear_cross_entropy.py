@@ -292,7 +292,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allowed(65_536, 768, 50_368, 2, chunk) < 1 << 29
     monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda classes, itemsize: 16)
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(300, 1000, 0.5, bias=True))
-    launcher = linear_cross_entropy.linear_cross_entropy_forward
+    launcher = torch.ops.modernbert_kernels.linear_cross_entropy_forward.default
     with Peak(x, weight, bias, chosen) as found:
         launcher.redispatch(
             torch._C.DispatchKeySet(torch._C.DispatchKey.CPU if DEVICE == "cpu" else torch._C.DispatchKey.CUDA),
@@ -329,11 +329,10 @@ def test_a_target_that_is_not_a_class_makes_everything_nan() -> None:
 @TRITON
 @pytest.mark.parametrize("wanted", [[True, True, True], [True, False, False], [False, False, False]])
 def test_operators(wanted: list[bool]) -> None:
-    from modernbert_kernels.fused import linear_cross_entropy
-
     x, weight, bias, chosen = (y.to(DEVICE) for y in call(20, 33, bias=True, dtype=FLOAT16))
-    forward: Any = linear_cross_entropy.linear_cross_entropy_forward
-    backward: Any = linear_cross_entropy.linear_cross_entropy_backward
+    library = torch.ops.modernbert_kernels
+    forward = library.linear_cross_entropy_forward.default
+    backward = library.linear_cross_entropy_backward.default
     torch.library.opcheck(forward, (x, weight, bias, chosen, 0.1, wanted))
     torch.library.opcheck(backward, (weight, torch.tensor(0.5, device=DEVICE), FLOAT32))
     assert torch.Tag.cudagraph_unsafe in forward.tags, "the host waits, which cannot be captured"

@@ -89,7 +89,7 @@ def test_no_approximation_of_the_hardware_is_compiled_and_constants_keep_their_d
     step = -0.5402410118609203
     signature = {"positions": "*i64", "cos": "*fp32", "sin": "*fp32", "T": "i32"}
     constants = {"STEP": step, "R": 32, "ROWS": 32, "COLUMNS": 32}
-    source = ASTSource(rotary_table_kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+    source = ASTSource(rotary_table_kernel.jit, signature | dict.fromkeys(constants, "constexpr"), constants)
     ptx = compile(source, target=GPUTarget("cuda", 89, 32)).asm["ptx"]
     assert not re.findall(r"(?:sin|cos|ex2)\.approx", ptx)
     digits = {torch.tensor(int(bits, 16) - (int(bits, 16) >> 63 << 64)).view(FLOAT64).item()

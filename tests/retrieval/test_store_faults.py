@@ -74,6 +74,7 @@ def killed_after(seconds: float, work: Callable[[], object]) -> bool:
     return True
 
 
+@pytest.mark.sweep
 def test_twenty_kills_at_random_moments(colbert, tmp_path):
     """A first index is killed over and over, then an update: each time, the store has its old state or
     its new one, and the last run ends in the same store as an uninterrupted one.

@@ -201,6 +201,7 @@ def test_the_prefilter_finds_what_maxsim_finds(models, tmp_path):
         Vectors(models["embedder"], passages, tmp_path / "dense", candidates=5)
 
 
+@pytest.mark.sweep
 def test_memory_does_not_hold_the_texts(tmp_path, monkeypatch):
     """Of passages of 2,000 characters, less than 200 bytes each are in memory, beside the two parts that are."""
     monkeypatch.setattr(mining, "ROWS", 256)

@@ -32,10 +32,6 @@ ROWS = 256
 ONEDNN_LENGTH = 256
 """From this length on, inference runs dense attention head by head through oneDNN."""
 
-SHORT = 64
-"""Up to this length, sequences of several lengths are one band whose window is the longest: a call of SDPA for each
-length takes longer than the keys that the band hides."""
-
 BFLOAT16_IS_FASTER = torch.cpu._is_amx_tile_supported()
 """Whether SDPA multiplies bfloat16 in tiles of the processor (AMX): then it takes a third to a half of the time of
 float32. Without them it takes 2.7 times as much (Zen 5, both passes)."""
@@ -91,8 +87,6 @@ def _attention(
     keys = None if key_lengths is None else key_lengths.tolist()
     if window is not None and max_seqlen <= window + 1:
         window = None
-    if keys is None and window is None and max_seqlen <= SHORT and len(set(lengths)) > 1:
-        window = max_seqlen
     if keys is None and window is not None and window <= WIDEST:
         out_THK = _band(qkv_T3HK, cos_TR, sin_TR, lengths, window)
     else:

@@ -168,7 +168,8 @@ def linear_cross_entropy_forward(
     chunk = min(num_rows, chunk_rows(num_classes, x_TD.element_size()))
     # Rows begin at multiples of 32 bytes for any number of classes, for cuBLAS and for wide loads.
     stride = triton.cdiv(num_classes, 16) * 16
-    logits_CV = x_TD.new_empty(chunk, stride)[:, :num_classes]
+    # Zeros, because oneDNN's product in bfloat16 (AMX) reads what is behind the last class.
+    logits_CV = x_TD.new_zeros(chunk, stride)[:, :num_classes]
     for start in range(0, num_rows, chunk or 1):
         rows_C = rows_N[start : start + chunk]
         x_CD, targets_C = x_TD.index_select(0, rows_C), targets_T.index_select(0, rows_C)
