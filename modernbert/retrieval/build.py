@@ -17,6 +17,7 @@ from ..inference.session import Session
 from ..late_interaction import Ragged
 from ..progress import progress_bar
 from ..train.distributed import ALONE, Ranks
+from .destination import manifest_and_model
 from .documents.find import find_files, path_list, read_file
 from .documents.reading import Reading
 from .documents.records import is_records
@@ -24,10 +25,10 @@ from .documents.text import OnNote, file_name
 from .engines import is_target
 from .passages import Document
 from .remote import is_remote
-from .spread import forget_in_engine, index_units, roots_of
-from .store.draft import Draft, open_draft
-from .store.format import DTYPES, MANIFEST, PASSAGES, VERSION, Manifest, read_manifest
-from .store.identity import LoadedModel, ModelSource, absolute, load_model
+from .spread import absolute_paths, forget_in_engine, index_units, roots_of
+from .store.draft import open_draft
+from .store.format import MANIFEST, PASSAGES, read_manifest
+from .store.identity import LoadedModel, ModelSource, absolute
 from .store.request import IndexRequest, resume_command
 from .store.writer import StoreWriter, Summary
 from .vanished import vanished_note
@@ -91,8 +92,7 @@ def index(
         raise ValueError("the name of the store is empty: give the name of a folder")
     paths = path_list(paths)
     reading = Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)
-    roots = roots_of(paths)
-    named = [os.fspath(path) if is_remote(path) else os.path.abspath(path) for path in paths]
+    roots, named = roots_of(paths), absolute_paths(paths)
     request: IndexRequest = {"paths": named, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
     if exclude:
         request["exclude"] = list(exclude)
@@ -117,7 +117,8 @@ def index(
         open_draft(Path(output), request) as draft,
         progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
     ):
-        manifest, session = _prepare(draft, model, dtype, engine)
+        manifest, loaded = manifest_and_model(output, draft.manifest, model, dtype, engine)
+        session = loaded.session
         writer = StoreWriter(draft, manifest, prefilter=prefilter)
         encoder = DocumentEncoder(writer, session, on_bytes)
 
@@ -163,7 +164,7 @@ def forget(paths: Paths, output: str | os.PathLike[str]) -> Summary:
         return forget_in_engine(paths, os.fspath(output))
     folder, roots = Path(output), roots_of(paths)
     read_manifest(folder)  # Raises if there is no store, before `open_draft` makes one.
-    with open_draft(folder, {"forget": [os.path.abspath(path) for path in paths]}) as draft:
+    with open_draft(folder, {"forget": absolute_paths(paths)}) as draft:
         writer = StoreWriter(draft, read_manifest(folder))
         writer.remove_unseen(roots)
         writer.merge_shards()
@@ -224,20 +225,6 @@ class DocumentEncoder:
     def _finish(self, size: float) -> None:
         self._bytes -= size
         self._on_bytes(size)
-
-
-def _prepare(
-    draft: Draft, model: ModelSource | LoadedModel | None, dtype: str | None, engine: str | None
-) -> tuple[Manifest, Session]:
-    """The manifest to start from and the model that encodes. An existing store determines both."""
-    old = draft.manifest
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
-    if old and dtype not in (None, old.dtype):
-        raise ValueError(f"the store {draft.folder} holds {old.dtype}, not {dtype}: leave out the dtype")
-    loaded = load_model(model, old.identity if old else None, engine)
-    new = Manifest(VERSION, *loaded.identity, dtype=dtype or "fp16", width=loaded.session.model.dim)
-    return old or new, loaded.session
 
 
 def _changed_documents(

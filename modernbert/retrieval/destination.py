@@ -16,7 +16,7 @@ from .store.draft import SCHEMA, Draft, open_draft
 from .store.format import DTYPES, VERSION, Manifest, ModelIdentity
 from .store.identity import LoadedModel, ModelSource, load_model
 from .store.request import Request
-from .store.writer import StoreWriter, Summary
+from .store.writer import StoreWriter, Summary, below
 from .targets import EngineTarget, StoreTarget, parts_folder
 from .worker import Report
 
@@ -109,13 +109,12 @@ def open_destination(
     if is_target(output):
         if prefilter:
             raise ValueError(f"{output} has an index of its own: --prefilter is for stores")
-        loaded, manifest = _loaded(model, None, identity_at(output), dtype, engine)
+        manifest, loaded = manifest_and_model(output, None, model, dtype, engine, identity_at(output))
         with _engine(output, manifest) as destination:
             yield destination, manifest, loaded
         return
     with open_draft(Path(output), request) as draft:
-        old = draft.manifest
-        loaded, manifest = _loaded(model, old, old and old.identity, dtype, engine)
+        manifest, loaded = manifest_and_model(output, draft.manifest, model, dtype, engine)
         writer = StoreWriter(draft, manifest, prefilter=prefilter)
         if damaged := writer.find_damage():
             raise ValueError(
@@ -158,21 +157,26 @@ def _engine(output: str, manifest: Manifest) -> Iterator[EngineDestination]:
         table.close()
 
 
-def _loaded(
-    model: ModelSource | LoadedModel | None,
+def manifest_and_model(
+    output: str | os.PathLike[str],
     old: Manifest | None,
-    identity: ModelIdentity | None,
+    model: ModelSource | LoadedModel | None,
     dtype: str | None,
     engine: str | None,
-) -> tuple[LoadedModel, Manifest]:
-    """The model that encodes, and the manifest. What is there already determines both."""
+    identity: ModelIdentity | None = None,
+) -> tuple[Manifest, LoadedModel]:
+    """The manifest to start from and the model that encodes. What is there already determines both.
+
+    Args:
+        old: of the store at `output`, if there is one. identity: of the model of the engine there, if there is one.
+    """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     if old and dtype not in (None, old.dtype):
-        raise ValueError(f"the store holds {old.dtype}, not {dtype}: leave out the dtype")
-    loaded = load_model(model, identity, engine)
+        raise ValueError(f"the store {output} holds {old.dtype}, not {dtype}: leave out the dtype")
+    loaded = load_model(model, old.identity if old else identity, engine)
     new = Manifest(VERSION, *loaded.identity, dtype=dtype or "fp16", width=loaded.session.model.dim)
-    return loaded, old or new
+    return old or new, loaded
 
 
 def _check_keys(writer: StoreWriter, keys: Sequence[Key]) -> None:
@@ -188,4 +192,5 @@ def _add(writer: StoreWriter, keys: Sequence[Key]) -> None:
 
 
 def _is_below(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+    name, first, last = below(root)
+    return path == name or first <= path < last

@@ -112,9 +112,14 @@ def forget_in_engine(paths: Paths, output: str) -> Summary:
         return destination.commit(roots)
 
 
+def absolute_paths(paths: Paths) -> list[str]:
+    """The paths independent of the working directory; URLs are unchanged."""
+    return [os.fspath(path) if is_remote(path) else os.path.abspath(path) for path in paths]
+
+
 def roots_of(paths: Paths) -> list[str]:
     """The paths as they begin the names of documents."""
-    return [os.fspath(path) if is_remote(path) else file_name(os.path.abspath(path)) for path in paths]
+    return [path if is_remote(path) else file_name(path) for path in absolute_paths(paths)]
 
 
 def _do_here(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sqlite3
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from .engines import Row, Table, open_table
 from .engines.held import Held, document_key, passage_number
 from .passages import Document
 from .store.draft import open_draft
-from .store.folder import is_store
+from .store.folder import is_store, remove_store
 from .store.format import MANIFEST, PASSAGES, Manifest, find_manifest
 from .store.request import IndexRequest
 from .store.writer import StoreWriter
@@ -104,11 +103,11 @@ class StoreTarget:
             writer.commit()
 
     def remove_parts(self) -> None:
-        """Remove all parts, and their folder if nothing else is in it."""
+        """Remove all parts, and their folder if nothing is left in it."""
         if self.parts.is_dir():
             for name in filter(PART_NAME.fullmatch, os.listdir(self.parts)):
                 if is_store(self.parts / name):
-                    shutil.rmtree(self.parts / name)
+                    remove_store(self.parts / name)
             with suppress(OSError):  # not empty
                 self.parts.rmdir()
 

@@ -61,14 +61,16 @@ def find_units(
     for path, bytes_ in _sized(found, [os.fspath(path) for path in paths if is_remote(path)], exclude):
         parts = _parts(path, reading) if bytes_ > UNIT else []
         if len(parts) > 1 or size + bytes_ > UNIT:
-            yield from [tuple(unit)] * bool(unit)
+            if unit:
+                yield tuple(unit)
             unit, size = [], 0
         if len(parts) > 1:
             yield from ((part,) for part in parts)
         else:
             unit.append(Piece(path))
             size += bytes_
-    yield from [tuple(unit)] * bool(unit)
+    if unit:
+        yield tuple(unit)
 
 
 def read_unit(

@@ -134,7 +134,7 @@ def layer_counts() -> Counts:
     with torch.inference_mode(), pretended() as stub:
         cos, sin = ops.rotary_table.reference(batch.positions, 160_000.0, config.head_dim)
         rope = Rope(cos, sin, ops.token_ranges.reference(batch.cu_seqlens, None, batch.num_tokens))
-        # As between other layers: behind those that write into the stream there is no delta.
+        # A layer that writes into the stream gives no delta to the next one.
         given = delta if layer(x, delta, batch, rope)[1] is not None else None
         return count(lambda: layer(x, given, batch, rope), stub)
 

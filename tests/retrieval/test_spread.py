@@ -7,7 +7,9 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,7 @@ from stores import corpus, small_colbert, write_corpus
 from modernbert import ColBERT
 from modernbert.retrieval import Store, forget, index, targets, units, worker
 from modernbert.retrieval.documents.reading import Reading
-from modernbert.retrieval.engines import Engine, open_table
-from modernbert.retrieval.engines.held import Held
+from modernbert.retrieval.engines import Engine, export, open_table
 from modernbert.retrieval.store.format import Manifest
 from modernbert.retrieval.units import find_units, read_unit
 from modernbert.train.distributed import Ranks
@@ -171,13 +172,17 @@ def test_a_run_that_broke_off_is_finished_without_encoding_again(files, model, t
     monkeypatch.setattr(Ranks, "is_alone", property(lambda self: False))  # units with one rank
     with pytest.raises(OSError, match="the node is gone"):
         index([files], tmp_path / "store", model, ranks=alone())
-    assert len(os.listdir(targets.parts_folder(str(tmp_path / "store")))) == 3
+    parts = targets.parts_folder(str(tmp_path / "store"))
+    assert len(os.listdir(parts)) == 3
+    foreign = parts / os.listdir(parts)[0] / "README"
+    foreign.write_text("of another program")
     calls.clear()
     counts = []
     monkeypatch.setattr(worker, "encode_share", lambda s, e: (counts.append(len(s.windows)), encode(s, e))[1])
     index([files], tmp_path / "store", model, ranks=alone())
     assert counts[:3] == [0, 0, 0]
     assert rows(tmp_path / "store", model) == rows(tmp_path / "alone", model)
+    assert [path for path in parts.rglob("*") if path.is_file()] == [foreign]
 
 
 def test_an_id_that_comes_twice_is_refused(files, model, tmp_path, monkeypatch):
@@ -214,6 +219,10 @@ def test_an_engine_holds_what_a_store_holds(name, files, model, tmp_path):
     )
     compare(index([files], store), index([files], target))
     compare(forget([files / "a.md"], store), forget([files / "a.md"], target))
+    with Store(store) as exact:
+        export(exact, f"{name}:{tmp_path / 'exported'}")
+    again = index([files / "corpus.jsonl"], f"{name}:{tmp_path / 'exported'}")
+    assert (again.added, again.changed, again.removed, again.unchanged) == (0, 0, 0, 40)
     with pytest.raises(ValueError, match="no document has the field 'colour'"), Engine(target, colbert) as engine:
         engine.search(QUERIES, where={"colour": "red"})
 
@@ -224,23 +233,38 @@ def _plain(hits):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_what_a_killed_worker_has_left_in_an_engine_is_written_again(name, files, model, tmp_path):
-    """A document of which some rows are missing does not count."""
-    target = f"{name}:{tmp_path / 'there'}"
-    first = index([files], target, model)
-    loaded = Manifest(1, model, "", "fp16", 16)
-    table = open_table(target, loaded)
-    long = next(row for row in table.scan() if row.parts > 1)
-    held = [row for row in table.scan() if row.document == long.document]
-    table.remove([long.document])
-    table.close()
-    table = open_table(target, loaded)
-    assert not Held(table).holds(long.document)
-    assert len(held) == long.parts
-    table.close()
-    again = index([files], target)
-    assert again.passages == first.passages
-    assert (again.added, again.unchanged) == (2, first.documents - 2)  # the one with text, and the empty one
+def test_what_a_killed_worker_has_left_in_an_engine_is_written_again(name, files, model, tmp_path, monkeypatch):
+    """A document of which some rows are missing does not count. A run over other files leaves it alone."""
+    first = index([files], f"{name}:{tmp_path / 'whole'}", model)
+    target, manifest = f"{name}:{tmp_path / 'broken'}", Manifest(1, model, "", "fp16", 16)
+    with closing(open_table(f"{name}:{tmp_path / 'whole'}", manifest)) as table:
+        long = next(row for row in table.scan() if row.parts > 1)
+
+    def left() -> int:
+        with closing(open_table(target, manifest)) as table:
+            return sum(row.document == long.document for row in table.scan())
+
+    kind, written = import_module(f"modernbert.retrieval.engines.{name}").Table, []
+    add = kind.add
+
+    def add_until_killed(table, rows) -> None:
+        written.extend(row.document for row in rows)
+        if written.count(long.document) == 2:
+            raise OSError("killed")
+        add(table, rows)
+
+    monkeypatch.setattr(targets, "PASSAGES", 1)  # rows of a call
+    monkeypatch.setattr(kind, "add", add_until_killed)
+    with pytest.raises(OSError, match="killed"):
+        index([files], target, model)
+    monkeypatch.setattr(kind, "add", add)
+    assert left() == 1
+    (tmp_path / "other.md").write_text("# Storms\n\nHail falls.\n")
+    index([tmp_path / "other.md"], target)
+    assert left() == 1
+    forget([tmp_path / "other.md"], target)
+    assert index([files], target).passages == first.passages
+    assert left() == long.parts
 
 
 def test_a_damaged_store_is_repaired_by_one_process(files, model, tmp_path):

@@ -129,10 +129,13 @@ def export(store: Store, target: str, *, progress: bool | None = None) -> int:
     with progress_bar("exporting", len(store), progress) as on_rows:
 
         def rows() -> Iterator[Row]:
+            # The passages of a document follow one another: it is looked up once.
+            place, document, digest, parts = None, "", "", 0
             for batch in store.batches():
                 for number, passage, x_NE in zip(*batch, strict=True):
-                    digest, parts = store.origin(number)
-                    document = document_key(Key(passage.path, passage.id, digest, None))
+                    if place != (passage.path, passage.id):
+                        place, (digest, parts) = (passage.path, passage.id), store.origin(number)
+                        document = document_key(Key(*place, digest, None))
                     yield Row(number, passage, x_NE, document, digest, parts)
                     on_rows(1)
 

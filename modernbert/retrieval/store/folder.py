@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ..documents.text import file_name
@@ -75,6 +76,17 @@ def own_files(folder: Path) -> Iterator[Path]:
             yield folder / name
     for pattern, place in ((TABLES, folder), (PARTS, folder / SHARDS)):
         yield from files_named(pattern, place)
+
+
+def remove_store(folder: Path) -> None:
+    """Remove a store, finished or not, that no process writes to. What others put into it stays."""
+    (folder / SHARDS).mkdir(exist_ok=True)  # a killed run may not have made it
+    half = [*files_named(HALF_FILES, folder), *files_named(HALF_PARTS, folder / SHARDS)]
+    for file in (*own_files(folder), *half, folder / LOCK):
+        file.unlink(missing_ok=True)
+    for place in (folder / SHARDS, folder):
+        with suppress(OSError):  # not empty
+            place.rmdir()
 
 
 def files_named(pattern: re.Pattern[str], folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -101,7 +100,6 @@ class Store:
             raise
         self.colbert = self.session.model
         self._selection = Selection(self._files)
-        self._origin = lru_cache(maxsize=1)(self._read_origin)  # The passages of a document follow one another.
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -220,8 +218,9 @@ class Store:
 
     def origin(self, passage_id: int) -> tuple[str, int]:
         """The digest of the document of a passage, and how many passages it has."""
-        select = "SELECT document FROM passages WHERE number = ?"
-        return self._origin(self._files.table.execute(select, (passage_id,)).fetchone()[0])
+        select = """SELECT digest, (SELECT count(*) FROM passages WHERE document = documents.number) FROM documents
+            WHERE number = (SELECT document FROM passages WHERE number = ?)"""
+        return self._files.table.execute(select, (passage_id,)).fetchone()
 
     def document_ids(self) -> Iterator[str]:
         """The ids of all documents, in the order in which they were indexed."""
@@ -273,10 +272,6 @@ class Store:
             passage_id, passage = self._passage("p.shard = ? AND p.row = ?", shard, row)
             hits.append(Hit(rank, score, passage, passage_id, self._selection.copies_of(passage_id)))
         return hits
-
-    def _read_origin(self, number: int) -> tuple[str, int]:
-        select = "SELECT digest, (SELECT count(*) FROM passages WHERE document = ?1) FROM documents WHERE number = ?1"
-        return self._files.table.execute(select, (number,)).fetchone()
 
     def _document_id(self, number: int) -> str:
         return self._files.table.execute("SELECT id FROM documents WHERE number = ?", (number,)).fetchone()[0]

@@ -42,7 +42,7 @@ from .prefilter import update_lists
 from .request import UNFINISHED
 
 BELOW = "FROM documents WHERE path = ? OR (path >= ? AND path < ?)"
-"""The documents of a file, or in a folder and its subfolders; `_below` gives the values."""
+"""The documents of a file, or in a folder and its subfolders; `below` gives the values."""
 
 
 @dataclass
@@ -101,14 +101,14 @@ class StoreWriter:
 
     def keep(self, path: str) -> int:
         """Keep all documents of a file or below a folder that cannot be read now. Returns how many there are."""
-        kept = self._table.execute(f"INSERT OR IGNORE INTO seen SELECT number {BELOW}", _below(path)).rowcount
+        kept = self._table.execute(f"INSERT OR IGNORE INTO seen SELECT number {BELOW}", below(path)).rowcount
         self._summary.unread += kept
         return kept
 
     def is_emptied(self, root: str) -> int:
         """How many documents the store holds from under `root`, if this run has seen none of them; else 0."""
         counts = f"SELECT count(*), count(seen.number) FROM (SELECT number {BELOW}) LEFT JOIN seen USING (number)"
-        held, seen = self._table.execute(counts, _below(root)).fetchone()
+        held, seen = self._table.execute(counts, below(root)).fetchone()
         return 0 if seen else held
 
     def find_damage(self) -> list[str]:
@@ -211,7 +211,7 @@ class StoreWriter:
         """Remove the documents from under `roots` that this run has neither added nor marked as seen."""
         self._table.execute("CREATE TEMP TABLE gone (number INTEGER PRIMARY KEY)")
         for root in roots:
-            self._table.execute(f"INSERT OR IGNORE INTO gone SELECT number {BELOW}", _below(root))
+            self._table.execute(f"INSERT OR IGNORE INTO gone SELECT number {BELOW}", below(root))
         self._table.execute("DELETE FROM gone WHERE number IN (SELECT number FROM seen)")
         self._summary.removed += self._table.execute("SELECT count(*) FROM gone").fetchone()[0]
         self._remove("SELECT number FROM gone")
@@ -315,6 +315,7 @@ class StoreWriter:
         self._table.executemany("DELETE FROM shards WHERE number = ?", [(shard.number,) for shard in group])
 
 
-def _below(root: str) -> tuple[str, str, str]:
-    below = root.rstrip(os.sep) + os.sep
-    return root, below, below[:-1] + chr(ord(os.sep) + 1)
+def below(root: str) -> tuple[str, str, str]:
+    """A path, and between which names all paths below it are: from the first, and before the last."""
+    first = root.rstrip(os.sep) + os.sep
+    return root, first, first[:-1] + chr(ord(os.sep) + 1)
