@@ -1,4 +1,4 @@
-"""The recipe of a small retriever with one part changed at a time, all rows at the same number of steps.
+"""The recipe of a small retriever with one part changed at a time, at the same number of steps but in one row.
 
 python examples/ablation.py --pairs PAIRS --teacher VECTORS --teacher-model MODEL --validation BEIR --output ABLATION
 
@@ -36,7 +36,7 @@ from modernbert.train.start import start_colbert
 from modernbert.train.teacher import Teacher, teach_embeddings, token_texts, write_teacher
 from modernbert.train.vocabulary import train_cased_tokenizer, train_tokenizer
 
-SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
 LENGTHS: dict[str, Any] = {"query_length": 48, "document_length": 224}  # of the finished model
 TEXT, LONGEST = 64, 96  # tokens of a text in training: the mean, about, and the most
 WAYS = 8  # documents of a query for KL; half of them for contrastive learning with hard negatives
@@ -62,16 +62,24 @@ class Row:
     dim: int = 64
     lower_case: bool = True
     styles: bool = True
+    layers: int = 3
+    budget: int = 1  # times --steps
     seed: int = 0  # added to --seed
 
     @property
     def excluded(self) -> tuple[str, ...]:
         return () if self.styles else STYLES
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {**SHAPE, "num_hidden_layers": self.layers}
+
 
 ROWS = {
     "base": Row(),
     "another seed": Row(seed=1),
+    "6 layers": Row(layers=6),
+    "twice the steps": Row(budget=2),
     "no masked LM": Row(without("mlm")),
     "no L2 distillation": Row(without("distill")),
     "no hard negatives": Row(without("negatives")),
@@ -173,11 +181,11 @@ class Data:
     def start(self, row: Row, seed: int) -> Path:
         """An encoder that has learnt nothing but, perhaps, what each token means to the teacher."""
         tokenizer, kind = self.tokenizer(row.lower_case), "taught" if row.token_vectors else "random"
-        folder = self.folder / f"{kind}-{'lower-case' if row.lower_case else 'cased'}-{seed}"
+        folder = self.folder / f"{kind}-{'lower-case' if row.lower_case else 'cased'}-{row.layers}-{seed}"
         if not folder.exists():
             torch.manual_seed(seed)
             ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
-            shape = replace(EncoderConfig.preset("ettin-17m"), vocab_size=tokenizer.vocab_size, **SHAPE, **ids)
+            shape = replace(EncoderConfig.preset("ettin-17m"), vocab_size=tokenizer.vocab_size, **row.shape, **ids)
             model = MaskedLM.from_config(shape)
             if row.token_vectors:
                 table, deviation = model.model.embeddings.tok_embeddings.weight, shape.initializer_range
@@ -250,7 +258,7 @@ def masked_lm(stage: Stage) -> Path:
     tokens, start = stage.config.tokens, str(stage.start)
     options: dict[str, Any] = {"texts": stage.data.texts(stage.row), "start": start, "tokenizer": start, "dropout": 0.0}
     options |= {"tokens": stage.steps * tokens, "batch_tokens": tokens, "rank_tokens": tokens, "longest": 256}
-    return stage.done(mlm, mlm.Config(model="ettin-17m", **options, **SHAPE, **stage.common))
+    return stage.done(mlm, mlm.Config(model="ettin-17m", **options, **stage.row.shape, **stage.common))
 
 
 def l2_distillation(stage: Stage) -> Path:
@@ -297,9 +305,9 @@ def train(config: Config, data: Data, row: Row) -> Path:
     shares = {name: SHARES[name] for name in row.stages}
     contrastive_stage = "contrastive" if "contrastive" in shares else "negatives"
     shares[contrastive_stage] += sum(SHARES.values()) - sum(shares.values())
-    last, done = data.start(row, config.seed + row.seed), 0
+    last, done, budget = data.start(row, config.seed + row.seed), 0, config.steps * row.budget
     for name, share in shares.items():
-        steps = config.steps * (done + share) // sum(shares.values()) - config.steps * done // sum(shares.values())
+        steps = budget * (done + share) // sum(shares.values()) - budget * done // sum(shares.values())
         last, done = RUNS[name](Stage(config, data, row, last, steps)), done + share
     return last
 

@@ -76,7 +76,9 @@ def _in_place(inner: theirs.ModernBertModel, model: nn.Module) -> InPlace:
     """What the model needs to know of its config and of the modules around it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that others keep in a config
-        config = EncoderConfig.from_hf(inner.config.to_dict())
+        # A host that cuts the table, such as PyLate, leaves the ids of special tokens, which do not matter here.
+        known = {key: value for key, value in inner.config.to_dict().items() if not key.endswith("_token_id")}
+        config = EncoderConfig.from_hf(known)
     around = [each for each in model.modules() if any(part is inner for part in each.modules())]
     return InPlace(
         tuple((config.rope_theta(i), None if config.is_global(i) else config.window) for i in range(len(inner.layers))),

@@ -397,6 +397,16 @@ def test_keys_that_others_keep_in_a_config() -> None:
         pack_in_place(model)
 
 
+def test_a_table_that_the_host_has_cut() -> None:
+    """PyLate cuts it to the vocabulary of the tokenizer, and the ids of special tokens stay in the config."""
+    model = model_of("ModernBertModel", pad_token_id=99)
+    model.resize_token_embeddings(80)
+    ids, mask = pad(random_ids(LENGTHS, 80))
+    rows, wanted = mask == 1, outputs(model, ids, mask, rows=mask == 1)
+    assert_close(outputs(pack_in_place(model), ids, mask, rows=rows), wanted)
+    assert model.config.pad_token_id == 99
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
