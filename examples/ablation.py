@@ -63,6 +63,7 @@ class Row:
     lower_case: bool = True
     styles: bool = True
     layers: int = 3
+    learning_rate: float = 2e-3  # of contrastive learning
     budget: int = 1  # times --steps
     seed: int = 0  # added to --seed
 
@@ -78,7 +79,7 @@ class Row:
 ROWS = {
     "base": Row(),
     "another seed": Row(seed=1),
-    "6 layers": Row(layers=6),
+    "6 layers": Row(layers=6, learning_rate=1e-3),  # at 2e-3 its vectors become one
     "twice the steps": Row(budget=2),
     "no masked LM": Row(without("mlm")),
     "no L2 distillation": Row(without("distill")),
@@ -272,7 +273,12 @@ def l2_distillation(stage: Stage) -> Path:
 def contrastive_learning(stage: Stage, **changes: Any) -> Path:
     options: dict[str, Any] = {"pairs": str(stage.data.pairs), "exclude_sources": stage.row.excluded}
     options |= {"start": stage.with_head(), "dim": stage.row.dim, "steps": stage.steps}
-    options |= {"batch_tokens": stage.config.tokens, "train_document_length": LONGEST, **LENGTHS}
+    options |= {
+        "learning_rate": stage.row.learning_rate,
+        "batch_tokens": stage.config.tokens,
+        "train_document_length": LONGEST,
+        **LENGTHS,
+    }
     options |= {"teacher": stage.data.teacher if stage.row.in_batch_kl else "", **changes}
     return stage.done(contrastive, contrastive.Config(**options, **stage.common))
 

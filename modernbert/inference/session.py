@@ -38,9 +38,9 @@ class Session(Generic[M]):
     within rounding. Threads may share a Session.
 
     - On a CPU, one short text runs as plain tensor operations, on weights in the layout that was measured to be the
-      fastest. A large batch is cut into micro-batches, each encoded by one thread; there is one thread per core. With
-      AVX-512, weights are packed for oneDNN, and row counts are rounded up to a step. This costs one or two extra
-      copies of the weights.
+      fastest. A large batch is cut into micro-batches, each encoded by one thread; there is one thread per core. On
+      AMD processors with AVX-512, weights are packed for oneDNN, and row counts are rounded up to a step. This costs
+      one or two extra copies of the weights.
     - On a GPU, a small batch is rounded up to a step and replays a CUDA graph.
 
     Args:
