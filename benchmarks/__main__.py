@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu, drop_in, encoder, late_interaction, ops, report, retrieval, training, work
+from benchmarks import breakdown, cpu, drop_in, encoder, late_interaction, report, retrieval, tasks, training
 from benchmarks.harness import Result, Run, Suite
-from benchmarks.rows import ROOT, Row, append, circumstances
+from benchmarks.rows import ROOT, Row, append, circumstances, read
 
 SUITES: dict[str, Suite] = {
-    **ops.SUITES,
+    **tasks.SUITES,
+    **breakdown.SUITES,
     **encoder.SUITES,
     **training.SUITES,
     **late_interaction.SUITES,
@@ -45,6 +46,10 @@ def main() -> None:
         command.add_argument("--minutes", type=float, help="begin nothing new after these")
         command.add_argument("--output", type=Path, help="write the rows to a new .jsonl file in this folder")
         command.add_argument("--only", nargs="+", choices=suite.workloads, metavar="WORKLOAD", help="see --list")
+        command.add_argument("--compare", type=Path, metavar="FOLDER", help="fail if rows are worse than those there")
+        command.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT", help="by more (default: 5)")
+        if name == "kernels":
+            command.add_argument("--profile", metavar="NAME", help="one call of one kernel, as ncu and nsys record it")
         if name == "cpu":
             command.add_argument("--against", type=Path, help="another checkout, in turns with this one")
         if name in ("training", "drop-in"):
@@ -60,15 +65,13 @@ def main() -> None:
     command = commands.add_parser("report", help="write tables and plots from rows")
     command.add_argument("folder", type=Path, nargs="?", help="of `all`; without one: docs and benchmarks/results")
     command.add_argument("--check", action="store_true", help="write nothing, and fail if a page differs from the rows")
-    command = commands.add_parser("roofline", help="project a GPU from its datasheet")
-    command.add_argument("--gpu", default="NVIDIA GeForce RTX 4090", choices=work.DATASHEETS, metavar="NAME")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n\n".join(described(name, suite) for name, suite in SUITES.items()))
     elif arguments.command == "all":
         run_all(arguments.output.resolve(), arguments.minutes, quick=arguments.quick)
-    elif arguments.command == "roofline":
-        work.show_roofline(arguments.gpu)
+    elif getattr(arguments, "profile", None):
+        tasks.profile(arguments.profile, arguments.only or list(tasks.TASKS), quick=arguments.quick)
     elif arguments.command == "report" and arguments.check:
         sys.exit("\n".join(f"{file} is not what the rows say" for file in report.stale()) or 0)
     elif arguments.command == "report":
@@ -94,10 +97,13 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
     file = arguments.output and arguments.output / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.jsonl"
     minutes = math.inf if arguments.minutes is None else arguments.minutes
+    if SUITES[name].needs_gpu and not (arguments.quick or torch.cuda.is_available()):
+        sys.exit(f"the suite `{name}` needs a GPU, and there is none here (--quick tries it on the CPU)")
     known = {"quick": arguments.quick, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     known |= {"minutes": arguments.minutes, "until": time.monotonic() + 60 * minutes}
     paths = ("against", "texts", "pairs", "packages", "work")
     given = {name: path.resolve() for name in paths if (path := getattr(arguments, name, None))}
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         here = Run(name, given.pop("work", Path(scratch).resolve()), **known, **given)
         for result in SUITES[name].measure(here, arguments.only or list(SUITES[name].workloads)):
@@ -109,10 +115,15 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
                 console.print(shown)
             for implementation, reason in result.refused.items():
                 console.print(f"{result.workload}: {implementation}: {reason}", style="red")
+            rows += result.rows
             if file:
                 append([*result.rows, *refusals(here, result)], file)
     if file and file.exists():
         console.print(f"wrote {file}")
+    if arguments.compare:
+        compared, worse = report.worse(rows, read(arguments.compare), arguments.threshold)
+        console.print(f"{compared} of our rows have one in {arguments.compare}", *worse, sep="\n")
+        sys.exit(bool(worse) or not compared)
 
 
 def refusals(here: Run, result: Result) -> list[Row]:

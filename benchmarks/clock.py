@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -17,8 +20,23 @@ from modernbert_kernels import linear
 
 Call = Callable[[], Any]
 
-WINDOW, SLOWEST = 0.004, 0.25
-"""Least seconds of a sample on a GPU: the first graph's start is then below 1 % of it. Most seconds of a call."""
+WINDOW, SLOWEST = 0.05, 2.0
+"""Least seconds of a sample on a GPU: long enough for its clocks to settle under the load. Most seconds of a call."""
+
+SINGLE = "single calls"
+"""How a loop is made that is not captured."""
+
+SENSORS = {
+    "clocks.sm": "sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "power.draw": "watts",
+    "temperature.gpu": "celsius",
+    "clocks_throttle_reasons.active": "throttled",
+}
+"""What nvidia-smi is asked, and its name in a row."""
+
+REASONS = {4: "power cap", 8: "hardware slowdown", 32: "heat", 64: "heat, by hardware", 128: "power brake"}
+"""Bits of its reasons for lower clocks; others mean that the GPU is idle, or that clocks were set."""
 
 
 class Refused(RuntimeError):
@@ -66,6 +84,37 @@ def read_gpu(work: Call) -> Reading:
     end.record()
     end.synchronize()
     return Reading(start.elapsed_time(end) / 1000, 0.0)
+
+
+def sensors(*work: Call) -> dict[str, Any]:
+    """Clocks, power, heat and reasons for lower clocks while a GPU does this work; nothing without nvidia-smi."""
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return {}
+    for call in 4 * work:  # so that it is still busy when it is asked
+        call()
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[torch.cuda.current_device()]
+    command = ["nvidia-smi", "-i", index, f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+    torch.cuda.synchronize()
+    return sensors_of(answer)
+
+
+def sensors_of(answer: str) -> dict[str, Any]:
+    """A line of nvidia-smi; numbers, and reasons in words. What a GPU does not tell is left out."""
+    found = dict(zip(SENSORS.values(), answer.strip().split(", "), strict=False))
+    bits = int(found.pop("throttled", "0x0") if answer.strip() else "0x0", 16)
+    numbers = {name: float(text) for name, text in found.items() if re.fullmatch(r"[\d.]+", text)}
+    return numbers | {"throttled": [words for bit, words in REASONS.items() if bits & bit]} if numbers else {}
+
+
+def record(call: Call, machine: Machine, name: str) -> None:
+    """One call, after others that compile and allocate, as the range that ncu and nsys record."""
+    repeat(3, call)
+    if machine.is_gpu:
+        torch.cuda.synchronize()
+        with torch.cuda.profiler.profile(), torch.cuda.nvtx.range(name):
+            call()
+            torch.cuda.synchronize()
 
 
 def peak_bytes(run: Call) -> int:
@@ -125,7 +174,7 @@ def loop(calls: Sequence[Call], machine: Machine) -> Loop:
     seconds = min(machine.read(call).seconds for call in calls)
     turns = repeats_for(machine.window, seconds * len(calls))
     if not (machine.is_gpu and never_waits(calls[0])):
-        return Loop(partial(repeat, turns, *calls), turns * len(calls), "single calls")
+        return Loop(partial(repeat, turns, *calls), turns * len(calls), SINGLE)
     turns = min(turns, max(1, 32 // len(calls)))  # more than 32 calls only take longer to capture
     captured, held = capture(calls, turns), turns * len(calls)
     replays = repeats_for(machine.window, machine.read(captured.replay).seconds)

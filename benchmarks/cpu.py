@@ -64,10 +64,6 @@ def text(here: Run, workload: str) -> Table:
     return text_table(here, workload, f"{len(lengths):,} texts of {said}", lengths, rounds=9)
 
 
-def maxsim(here: Run, workload: str) -> Table:
-    return maxsim_table(here, workload, 1, 1000, rounds=9, **MS)
-
-
 TABLES: dict[str, tuple[Callable[[Run, str], Table], str]] = {
     **{f"short-{n}": (short, f"latency of one text of {n} tokens") for n in (8, 16, 24, 32, 64, 128)},
     "fixed-512": (bulk, "16 texts of 512 tokens"),
@@ -75,8 +71,8 @@ TABLES: dict[str, tuple[Callable[[Run, str], Table], str]] = {
     "from-text": (text, "64 Wikipedia passages from string to late-interaction vectors, tokenising timed"),
     "documents": (text, "the same of 256 texts of the paper's lengths"),
     "documents-short": (text, "the same of 1,024 texts of 3 to 32 tokens"),
-    "maxsim-48": (maxsim, "one query of 32 tokens against 1000 documents of 16 to 300 tokens, width 48"),
-    "maxsim-128": (maxsim, "the same in width 128"),
+    "maxsim-48": (maxsim_table, "one query of 32 tokens against 1000 documents of 16 to 300 tokens, width 48"),
+    "maxsim-128": (maxsim_table, "the same in width 128"),
     "search-10k": (search_of_ours, "p50 of exact search of 10,000 passages, default model"),
     "long-2048": (long, "one text of 2048 tokens"),
     "long-8192": (long, "one text of 8192 tokens"),

@@ -259,15 +259,14 @@ class Run:
         return peer
 
     def peers(self, table: Table) -> dict[str, Peer]:
-        """Those of a table that this machine can run; with another checkout only ours."""
+        """Those of a table that are made for this machine; with another checkout only ours."""
         found = dict(table.peers)
         if self.against:
             before = found[OURS]._replace(paths=(str(self.against), str(self.against / "kernels")))
             found = {name: found[name] for name in (*ENGINES, SESSION, OURS) if name in found} | {BEFORE: before}
         found = {name: self.located(peer) for name, peer in found.items()}
         setup = self.setup(table.model, table.dtype)
-        installed = {name for name, peer in found.items() if peer.package is None or find_spec(peer.package)}
-        return {name: peer for name, peer in found.items() if name in installed and peer.applies(setup)}
+        return {name: peer for name, peer in found.items() if peer.applies(setup)}
 
 
 def measure(here: Run, tables: Iterable[Table]) -> Iterator[Result]:
@@ -301,8 +300,12 @@ class Workers:
         self.here, self.reference = here, here.located(table.reference)
         self.setup, known = here.setup(table.model, table.dtype), here.peers(table)
         short = here.quick or (here.minutes is not None and here.minutes < COMPILING)
-        self.peers = {name: peer for name, peer in known.items() if not (peer.slow and short)}
-        self.left_out = {name: "is left out: it compiles for minutes" for name in known if name not in self.peers}
+        missing = {name: peer.package for name, peer in known.items() if peer.package and not find_spec(peer.package)}
+        self.left_out = {
+            name: "is left out: it compiles for minutes" for name, one in known.items() if one.slow and short
+        }
+        self.left_out |= {name: f"{package} is not installed" for name, package in missing.items()}
+        self.peers = {name: peer for name, peer in known.items() if name not in self.left_out}
         self.running: dict[str, Worker] = {}
 
     def start(self) -> dict[str, str]:
@@ -383,6 +386,7 @@ class Workers:
         known |= {"workload": table.workload, "what": table.what, "unit": table.unit}
         known |= {"dtype": self.setup.dtype, "model": table.model, "figure": table.figure}
         known["pass"] = "forward + backward" if table.job.backward else "forward"
+        known["sensors"] = clock.sensors() if self.here.is_gpu and done else {}
         known["lengths"] = {"sequences": len(lengths), "tokens": sum(lengths), "longest": max(lengths, default=0)}
         rows, dtype, device = [], self.setup.torch_dtype, torch.device(self.here.device)
         rates = clock.rates(device, dtype, quick=self.here.quick) if table.model_pass and done else None

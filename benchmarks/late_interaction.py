@@ -1,4 +1,4 @@
-"""Suite `colbert`: text to vectors, and MaxSim, against sentence-transformers, PyLate and the like."""
+"""Suite `colbert`: text to vectors; and MaxSim on a CPU; against sentence-transformers, PyLate and the like."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import modernbert_kernels as ops
 from benchmarks import harness, inputs, peers
-from benchmarks.encoder import of_texts
-from benchmarks.harness import Run, Suite, Table
+from benchmarks.encoder import models, of_texts
+from benchmarks.harness import MS, Run, Suite, Table
 from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT
 
@@ -91,16 +91,22 @@ TEXT = {
 
 
 def text_table(
-    here: Run, workload: str, what: str, lengths: Sequence[int] | None = None, count: int = 0, **more: Any
+    here: Run,
+    workload: str,
+    what: str,
+    lengths: Sequence[int] = (),
+    count: int = 0,
+    model: str = "ettin-17m",
+    **more: Any,
 ) -> Table:
     """Texts of these lengths, or so many Wikipedia paragraphs."""
-    inputs.save_colbert(here.setup("ettin-17m", here.dtype).folder, width=128)
+    inputs.save_colbert(here.setup(model, here.dtype).folder, width=128)
     known = {"reference": Peer(text_alone, package="transformers"), "model_pass": False}
-    if lengths is None:
-        tokenized = inputs.default().tokenize_documents(inputs.paragraphs(count), truncate=False)
-        lengths, known["options"] = tokenized.batch.lengths, {"paragraphs": True}
-    what = f"ettin-17m, {what} to vectors of width 128, tokenising timed"
-    return of_texts(here, workload, "ettin-17m", what, lengths, TEXT, **known | more)
+    if not lengths:
+        lengths = inputs.default().tokenize_documents(inputs.paragraphs(count), truncate=False).batch.lengths
+        known["options"] = {"paragraphs": True}
+    what = f"{model}, {what} to vectors of width 128, tokenising timed"
+    return of_texts(here, workload, model, what, lengths, TEXT, **known | more)
 
 
 Score = Callable[[], Tensor]
@@ -192,28 +198,26 @@ SCORES = {
     COMPILED: Peer(maxsim, {"score": partial(in_chunks, compiled=True)}, peers.can_compile, slow=True),
     "maxsim-cpu": Peer(maxsim, {"score": maxsim_cpu}, peers.on_cpu, "maxsim_cpu"),
 }
-DOCUMENTS = inputs.Lengths(181, 64, 300, shortest=16)
 
 
-def maxsim_table(here: Run, workload: str, queries: int, count: int, **more: Any) -> Table:
-    documents, width = DOCUMENTS.first(count), int(workload.rpartition("-")[2])
+def maxsim_table(here: Run, workload: str) -> Table:
+    """One query against 1,000 documents."""
+    documents, width = inputs.Lengths(181, 64, 300, shortest=16).first(1000), int(workload.rpartition("-")[2])
     found = {name: one._replace(options={**one.options, "width": width}) for name, one in SCORES.items()}
-    words = f"{queries} {'query' if queries == 1 else 'queries'} of 32 x {count:,} documents"
     known = {"reference": Peer(maxsim, {"score": pair_by_pair, "width": width}), "model_pass": False}
-    known |= {"options": {"queries": queries}, "checked": (0,)}
-    what = f"MaxSim, {words} ({sum(documents):,} tokens), width {width}"
-    return of_texts(here, workload, "ettin-17m", what, (32,) * queries + documents, found, **known | more)
+    known |= {"options": {"queries": 1}, "checked": (0,), "rounds": 9}
+    what = f"MaxSim, 1 query of 32 x 1,000 documents ({sum(documents):,} tokens), width {width}"
+    return of_texts(here, workload, "ettin-17m", what, (32, *documents), found, **known | MS)
 
 
 def tables(here: Run, names: Sequence[str]) -> Iterator[Table]:
-    for workload in names:
-        if workload == "documents":
-            count = 1024 if here.is_gpu else 4 if here.quick else 32
-            what, known = f"{count:,} Wikipedia paragraphs", per_second("documents", count)
-            yield text_table(here, workload, what, count=count, **known)
-        else:
-            queries, count = (32, 1000) if here.is_gpu else (2, 50) if here.quick else (4, 1000)
-            yield maxsim_table(here, workload, queries, count, **per_second("pairs", queries * count))
+    for model, workload in product(models(here, "ettin-17m", "modernbert-base"), names):
+        count = 1024 if here.is_gpu else 4 if here.quick else 32
+        what, lengths = f"{count:,} Wikipedia paragraphs", ()
+        if workload == "queries":
+            what, lengths = f"{count:,} texts of 8 to 32 tokens", [8 + 3 * at % 25 for at in range(count)]
+        known = per_second("documents" if workload == "documents" else "texts", count)
+        yield text_table(here, workload, what, lengths, count, model, **known)
 
 
 def per_second(figure: str, count: int) -> dict[str, Any]:
@@ -222,13 +226,12 @@ def per_second(figure: str, count: int) -> dict[str, Any]:
 
 SUITES = {
     "colbert": Suite(
-        "late interaction: Wikipedia paragraphs a second from text to vectors, and pairs a second",
+        "late interaction: paragraphs and short texts a second, from text to vectors",
         {
             "documents": "text to vectors of width 128, tokenising timed",
-            "maxsim-128": "pairs of a query of 32 vectors and a document of 16 to 300, width 128",
-            "maxsim-48": "the same in width 48",
+            "queries": "the same of texts of 8 to 32 tokens",
         },
-        "sentence-transformers, PyLate, padded einsum as PyLate has it, maxsim-cpu",
+        "sentence-transformers, PyLate",
         harness.of_tables(tables),
         weight=8,
     )

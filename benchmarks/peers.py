@@ -151,8 +151,8 @@ def transformers(setup: Setup, *, attention: str) -> Build:
 def compiled(setup: Setup, *, attention: str) -> Build:
     """torch.compile of the whole model: flattened for FlashAttention, in padded batches for sdpa.
 
-    On a GPU, queries from the host are compiled with CUDA graphs, everything else without. On a CPU weights are
-    constants of the compiled code.
+    On a GPU, queries from the host are compiled with CUDA graphs, everything else without; all with max-autotune. On a
+    CPU weights are constants of the compiled code.
     """
     model = load_theirs(setup, attention)
 
@@ -162,7 +162,7 @@ def compiled(setup: Setup, *, attention: str) -> Build:
             forward = forward_of(torch.compile(model, dynamic=False, options={"freezing": True}))
             yield from batchings("sdpa, torch.compile, freezing", job, setup, forward)
             return
-        mode, dynamic = ("reduce-overhead", None) if job.from_host else ("default", varies(job))
+        mode, dynamic = "max-autotune" + "-no-cudagraphs" * (not job.from_host), None if job.from_host else varies(job)
         settings = f"{attention}, torch.compile, {mode}"
         make = flattened if attention == "flash" else partial(batchings, most=1)  # each size takes a minute
         yield from make(settings, job, setup, forward_of(torch.compile(model, mode=mode, dynamic=dynamic)))
@@ -171,10 +171,22 @@ def compiled(setup: Setup, *, attention: str) -> Build:
 
 
 def packed_encoders(setup: Setup) -> Build:
-    """The package's kernels in a model of transformers, with CUDA graphs where it uses them (short batches)."""
-    model = load_theirs(setup, "sdpa")
-    import_module("packed_encoders").pack(model, cuda_graph=True)
-    return lambda job: batchings("packed_encoders.pack, cuda_graph=True", job, setup, forward_of(model))
+    """Kernels of the package in a model of transformers: texts in a row, or padded; with CUDA graphs of short texts."""
+    package, theirs = import_module("packed_encoders"), load_theirs(setup, "sdpa")
+    model = package.pack(theirs, cuda_graph=package.GraphConfig(max_batch=256, max_seq=128))
+    parameters = import_module("packed_encoders.config").ModernBertParams.from_hf_config(model.config)
+    run = import_module("packed_encoders.forward").packed_forward
+
+    def in_a_row(given: Inputs) -> Tensor:
+        one = onto(given, setup.device)
+        ids, positions = one["input_ids"][0], one["position_ids"][0]
+        return run(model, parameters, ids, one["cu_seq_lens_q"], one["max_length_q"], positions)
+
+    def variants(job: Job) -> Iterator[Variant]:
+        yield from flattened("packed_forward", job, setup, in_a_row)
+        yield from batchings("pack", job, setup, forward_of(model))
+
+    return variants
 
 
 def batchings(settings: str, job: Job, setup: Setup, forward: Forward, *, most: int | None = None) -> Iterator[Variant]:

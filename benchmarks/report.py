@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import FOREIGN_LIMIT
+from benchmarks.ops import CHOSEN
 from benchmarks.rows import ROOT, Row, read
 from benchmarks.worker import ENGINES, OURS, SESSION
 
@@ -86,6 +87,30 @@ def ours(group: Sequence[Row]) -> Row:
     return next((one for name in MINE for one in group if one["implementation"] == name), group[0])
 
 
+def is_ours(one: Row) -> bool:
+    return one["suite"] == "breakdown" or one["implementation"] in MINE or one["settings"].startswith(CHOSEN)
+
+
+def worse(rows: Iterable[Row], before: Iterable[Row], percent: float) -> tuple[int, list[str]]:
+    """How many of our rows have one of the same figure on the same GPU or CPU before, and which are worse by more."""
+
+    def key(one: Row) -> str:
+        names = ("suite", "workload", "what", "implementation", "figure", "pass", "dtype")
+        return str((*map(one.get, names), machine(one)[0]))
+
+    known = {key(one): one for one in latest(before) if not refused(one)}
+    pairs = [(one, known[key(one)]) for one in rows if not refused(one) and is_ours(one) and key(one) in known]
+    lines = []
+    for one, other in pairs:
+        times = one["median"] / other["median"]
+        lost = 100 * ((1 / times if one["unit"].endswith("/s") else times) - 1)
+        if lost > percent:
+            lines.append(
+                f"{one['what']}: {one['implementation']}: {value(one)}, before {value(other)}: {lost:.0f} % worse"
+            )
+    return len(pairs), lines
+
+
 def value(one: Row) -> str:
     """The figure of a row in its unit, marked where others used the machine."""
     return f"{number(one['median'])} {one['unit']}".rstrip() + ("" if one["clean"] else " †")
@@ -118,12 +143,17 @@ COLUMNS: dict[str, Callable[[Sequence[Row], Row], str]] = {
     "median": lambda group, one: value(one),
     "range": lambda group, one: f"{number(one['min'])} to {number(one['max'])}",
     "samples": lambda group, one: str(one["samples"]),
+    "cold": lambda group, one: known(one, "cold_us", " us"),
+    "launches": lambda group, one: known(one, "launches"),
+    "a pass": lambda group, one: known(one, "us_of_pass", " us"),
+    "of the pass": lambda group, one: known(one, "percent_of_pass", " %"),
     "ours is": lambda group, one: times(group, one),
     "GB/s": lambda group, one: known(one, "gb_per_s"),
     "TFLOP/s": lambda group, one: known(one, "tflop_per_s"),
-    "of copy": lambda group, one: known(one, "percent_of_copy", " %"),
     "of matmul": lambda group, one: known(one, "percent_of_matmul", " %"),
     "of roofline": lambda group, one: known(one, "percent_of_roofline", " %"),
+    "clock": lambda group, one: known(one.get("sensors") or {}, "sm_mhz", " MHz"),
+    "slowed by": lambda group, one: ", ".join((one.get("sensors") or {}).get("throttled", ())),
     "others' CPU": lambda group, one: known(one, "foreign_percent", " %"),
     "error": lambda group, one: "" if one["max_error"] is None else f"{one['max_error']:.1e}",
     "settings": lambda group, one: one["settings"],
@@ -207,7 +237,9 @@ def file_of(here: Sequence[Row], name: str) -> str:
 
 
 def plots(rows: Sequence[Row]) -> Iterator[Plot]:
-    """For each suite on each machine: how many times better ours is than every other implementation of every table."""
+    """For each suite on each machine: how many times better ours is than every other implementation of every table; and
+    of kernels, the roofline.
+    """
     for here in by_machine(rows):
         for of_suite in grouped(here, "suite"):
             factors: dict[str, float] = {}
@@ -217,8 +249,33 @@ def plots(rows: Sequence[Row]) -> Iterator[Plot]:
                     factors |= {f"{found['what'][:70]}{suffix}: {a}": x for a, x in found["times_better_than"].items()}
             suite = of_suite[0]["suite"]
             title = f"{suite}: how many times faster (or leaner) modernbert is"
-            if factors:
+            if factors and suite != "breakdown":
                 yield file_of(here, f"{suite} factors"), title, partial(draw_factors, factors)
+            kernels = [one for one in of_suite if one.get("gb_per_s") and is_ours(one)]
+            if kernels:
+                yield (
+                    file_of(here, f"{suite} roofline"),
+                    f"{suite}: ours under the roof",
+                    partial(draw_roofline, kernels),
+                )
+
+
+def draw_roofline(kernels: Sequence[Row], axes: Any) -> None:
+    """Operations per second by operations per byte. A kernel without products is at one operation a byte: there its
+    distance from the roof is that of its bytes per second from a copy's.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for one in kernels:
+        name = one["implementation"].split(",")[0] if one["suite"] == "breakdown" else one["what"].split()[0]
+        x = 1e3 * (one["tflop_per_s"] or 0.0) / one["gb_per_s"] or 1.0
+        series.setdefault(name, []).append((x, x * one["gb_per_s"] / 1e3))
+    for name, points in series.items():
+        axes.scatter(*zip(*points, strict=True), s=12, label=name)
+    copy, matmul = kernels[-1]["rates"]["copy_gb_per_s"] / 1e3, kernels[-1]["rates"]["matmul_tflop_per_s"]
+    at = [0.5, matmul / copy, 10 * matmul / copy]
+    axes.plot(at, [min(x * copy, matmul) for x in at], color="black", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_factors(factors: dict[str, float], axes: Any) -> None:

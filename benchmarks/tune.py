@@ -25,17 +25,19 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
-import modernbert_kernels as ops
 from benchmarks import clock
 from benchmarks.clock import Machine, Rates
-from benchmarks.ops import Task, Way, call_of, copied, offsets, randn, timed
+from benchmarks.ops import BOTH, FORWARD, Task, Way, call_of, copied, timed
+from benchmarks.tasks import attention_task, geglu_task, maxsim_task
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
 MINUTES, NOISE = 8.5, 1.02
 """When no further entry is begun. How much faster a candidate must be: two equal kernels differ by less."""
+
+WINDOW = 0.004
+"""Least seconds of a sample: of many candidates, and the winner has to win again."""
 
 TOKENS, COMPILED, FEW = 16_384, 384, 16
 """Of a call that is timed, that is compiled (the kernels do not depend on it), and in a try-out."""
@@ -83,13 +85,10 @@ def attention(part: str, width: int, itemsize: int) -> Subject:
     """Local and global layers of 768 numbers, in texts of 512 tokens."""
 
     def tasks(device: str, tokens: int) -> Iterator[Task]:
-        length = min(512, tokens)
-        count = tokens // length
-        qkv = randn(tokens, 3, max(1, min(768, tokens) // width), width, dtype=dtype_of(itemsize), device=device)
-        rope = ops.rotary_table(torch.arange(length, device=device).repeat(count), 10_000.0, width)
-        args = (qkv, offsets(count, length, device), length)
+        length, heads = min(512, tokens), max(1, min(768, tokens) // width)
         for window in (64, None):
-            yield Task(f"window {window}", ops.attention, args, {"rope": rope, "window": window})
+            known: dict[str, Any] = {"dtype": dtype_of(itemsize), "device": device}
+            yield attention_task((length,) * (tokens // length), heads, width, window, **known)
 
     blocks = (32, 64, 128) if itemsize == 2 else (16, 32, 64)
     candidates = tuple(product(blocks, blocks, (4, 8), (1, 2, 3)))
@@ -101,13 +100,11 @@ def maxsim(rows: int) -> Subject:
     """Many queries as in training, or one of so many tokens as in reranking, with documents of 300 tokens."""
 
     def tasks(device: str, tokens: int) -> Iterator[Task]:
-        queries, documents = (tokens // 128, tokens // 128) if rows == 128 else (1, tokens // 16)
-        queries, documents = max(1, queries), max(2, documents)
+        queries, documents = (
+            (max(1, tokens // 128), max(2, tokens // 128)) if rows == 128 else (1, max(2, tokens // 16))
+        )
         for width in (128, 48):
-            vectors = (randn(n, width, dtype=torch.float32, device=device) for n in (queries * rows, documents * 300))
-            q, d = (F.normalize(x, dim=-1).to(dtype_of(2)) for x in vectors)
-            args = (q, offsets(queries, rows, device), d, offsets(documents, 300, device))
-            yield Task(f"width {width}", ops.maxsim, args)
+            yield maxsim_task(queries, documents, width, tokens=rows, dtype=dtype_of(2), device=device)
 
     candidates = tuple(product((rows,), (32, 64, 128), (4, 8), (2, 3, 4)))
     return Subject(("maxsim", rows), "maxsim_kernel", False, candidates, tasks)
@@ -117,9 +114,7 @@ def geglu(part: str) -> Subject:
     """In the MLPs of Ettin-17m and of ModernBERT-base."""
 
     def tasks(device: str, tokens: int) -> Iterator[Task]:
-        for width in (1152, 384):
-            h = randn(tokens, 2 * width, dtype=dtype_of(2), device=device)
-            yield Task(f"{width}", ops.geglu, (h, "gelu"))
+        yield from (geglu_task(tokens, width, dtype=dtype_of(2), device=device) for width in (1152, 384))
 
     # No loop of it could overlap stages.
     candidates = tuple(product((1024, 2048, 4096, 8192), (128, 512), (4, 8), (3,)))
@@ -173,7 +168,7 @@ def fits(index: int, device: str, tile: Tile) -> bool:
         ):
             for task in subject.tasks(device, COMPILED):
                 way = Way("", task.op.backends["triton"])
-                call_of(way, *copied(task, subject.backward), subject.backward)()
+                call_of(task, way, copied(task, subject.backward), BOTH if subject.backward else FORWARD)()
     except Exception:  # whatever the compiler and the driver say, it is not a candidate
         return False
     return not any(binary.n_spills for binary in found if binary.metadata.name == subject.kernel)
@@ -215,7 +210,8 @@ def compared(
             for name, tile in names.items()
             if name not in refused
         ]
-        result = timed("tune", task, ways, subject.backward, machine, Rates(1.0, 1.0), rounds=rounds)
+        which = BOTH if subject.backward else FORWARD
+        result = timed("tune", task, ways, which, machine, Rates(1.0, 1.0), rounds=rounds)
         refused |= {name.rpartition(": ")[2]: reason for name, reason in result.refused.items()}
         for row in result.rows:
             factor = row["times_better_than"].get(label(present), 1.0)
@@ -273,7 +269,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="ops: attention, maxsim, geglu")
     parser.add_argument("--quick", action="store_true", help="few tokens, one candidate: tries the path")
     arguments = parser.parse_args()
-    machine = clock.this_machine()
+    machine = clock.this_machine()._replace(window=WINDOW)
     if not machine.is_gpu and not (arguments.quick and interpreted()):
         raise SystemExit("there is no GPU here; TRITON_INTERPRET=1 python -m benchmarks.tune --quick tries the path")
     rows = []

@@ -119,7 +119,8 @@ def test_the_fastest_right_variant_is_measured_and_the_wrong_are_refused(
     assert right["lengths"] == {"sequences": 4, "tokens": 65, "longest": 40}
     assert right["min"] <= right["median"] <= 65 / 0.001
     reasons = {name.removeprefix("what: "): reason for name, reason in result.refused.items()}
-    assert set(reasons) == {"wrong", "short", "nan", "fails", "cannot load"}
+    assert set(reasons) == {"wrong", "short", "nan", "fails", "cannot load", "not installed"}
+    assert reasons["not installed"] == "no_such_package is not installed"
     assert reasons["cannot load"] == "fails: ImportError: no such kernel"
 
 

@@ -98,3 +98,30 @@ def test_plots_are_drawn_and_are_the_same_twice(tmp_path: Path) -> None:
     assert b"OpenVINO" in texts[0]
     again = report.drawn(report.plots([*GROUP, *curve]), tmp_path)
     assert [file.read_bytes() for file in again] == texts
+
+
+def test_kernels_are_drawn_under_the_roof_of_their_run(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    rates = {"copy_gb_per_s": 4000.0, "matmul_tflop_per_s": 800.0}
+    known = ROW | {"suite": "breakdown", "rates": rates}
+    norm = known | {"implementation": "layer_norm", "gb_per_s": 3000.0, "tflop_per_s": None}
+    wide = known | {"implementation": "Wi, backward", "gb_per_s": 2000.0, "tflop_per_s": 600.0}
+    axes = figure.Figure().add_subplot()
+    report.draw_roofline([norm, wide], axes)
+    drawn = [tuple(one.get_offsets()[0]) for one in axes.collections]
+    assert drawn == [(1.0, 3.0), (300.0, pytest.approx(600.0))], "operations a byte, and TFLOP/s"
+    assert list(axes.lines[0].get_xdata()) == [0.5, 200.0, 2000.0]
+    assert list(axes.lines[0].get_ydata()) == [2.0, 800.0, 800.0]
+    assert [file for file, _, _ in report.plots([norm, wide])] == ["amd-epyc-avx512f-breakdown-roofline.svg"]
+
+
+def test_worse_rows_are_those_of_ours_on_the_same_machine() -> None:
+    now = [ROW | {"median": 1.2}, ROW | {"what": "new"}, other("ONNX Runtime", 9.0)]
+    compared, lines = report.worse(now, GROUP, 10.0)
+    assert (compared, lines) == (1, ["a text: modernbert: 1.2 ms, before 1 ms: 20 % worse"])
+    assert report.worse(now, GROUP, 25.0) == (1, [])
+    rate = ROW | {"unit": "tokens/s"}
+    assert report.worse([rate | {"median": 0.5}], [rate], 25.0)[1] == [
+        "a text: modernbert: 0.5 tokens/s, before 1 tokens/s: 100 % worse"
+    ]
+    assert report.worse([ROW | {"cpu": "another"}], GROUP, 10.0) == (0, [])

@@ -13,12 +13,12 @@ from local_worker import LocalWorker
 
 import modernbert_kernels as ops
 from benchmarks import __main__ as commands
-from benchmarks import clock, harness, inputs, peers, retrieval, training, worker
+from benchmarks import clock, harness, inputs, peers, retrieval, tasks, training, worker
 from benchmarks import ops as kernels
 from benchmarks.drop_in import PACKED, STOCK
 from benchmarks.harness import Result, Run
 from benchmarks.peers import PEERS, SDPA
-from benchmarks.rows import read, row
+from benchmarks.rows import append, read, row
 from benchmarks.worker import OURS, SESSION, Job, Setup
 from modernbert import EncoderConfig
 
@@ -65,7 +65,8 @@ def names_of(result: Result) -> set[str]:
         ("latency", ["query-32"], {OURS, SESSION, SDPA}),
         ("training", ["masked-lm"], {OURS, TRAINER, f"{TRAINER}, sparse"}),
         ("training", ["dense", "late-interaction"], {OURS, "sentence-transformers"}),
-        ("colbert", ["maxsim-128"], {OURS, "padded einsum, as PyLate"}),
+        ("colbert", ["queries"], {OURS, SESSION, "sentence-transformers"}),
+        ("cpu", ["maxsim-128"], {OURS, "padded einsum, as PyLate"}),
         ("cpu", ["documents-short"], {OURS, SESSION, "sentence-transformers"}),
         ("cpu", ["search-10k"], {OURS}),
         ("drop-in", ["transformers", "multi-vector"], {PACKED, STOCK}),
@@ -139,24 +140,100 @@ def test_flash_attention_of_torch_is_called_with_texts_in_a_row(tmp_path: Path, 
     assert (one.answer() - expected).abs().max() < 1e-4, one.settings
 
 
-def test_kernels_are_measured_and_a_wrong_way_is_refused(run: Any) -> None:
-    results = run("kernels", "attention")
-    assert {one["pass"] for result in results for one in result.rows} == {"forward", "forward + backward"}
-    assert all({"cpu", "reference", "sdpa"} <= names_of(result) for result in results), results[0].refused
+@pytest.mark.parametrize("workload", ["attention", "cross-entropy", "maxsim"])
+def test_kernels_are_measured_by_pass_and_cache(run: Any, workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "FEWEST", 32)
+    *results, missing = run("kernels", workload)
+    assert all({"reference", kernels.CHOSEN} & names_of(one) for one in results), results[0].refused
+    found = {(one["pass"], one["cache"]) for result in results for one in result.rows}
+    assert found == {(which, cache) for which in kernels.PASSES for cache in kernels.CACHES}
+    assert all("is not installed" in reason for reason in missing.refused.values())
+    for one in results[0].rows:
+        assert one["percent_of_roofline"] > 0
+        assert one["sensors"] == {}, "there is no GPU"
+
+
+def test_a_wrong_way_is_refused_and_one_that_is_not_installed_is_left_out() -> None:
     wrong = kernels.Way("wrong", lambda h, activation: h[:, :8] + 1)
-    task = kernels.Task("geglu", ops.geglu, (torch.randn(8, 16), "gelu"), more=(wrong,))
+    more = (wrong, tasks.peer("gone", "no_such_package", lambda home, *_: home.run()))
+    task = kernels.Task("geglu", ops.geglu, (torch.randn(8, 16), "gelu"), more=more)
     rates = clock.Rates(1e9, 1e9)
-    result = kernels.timed("w", task, tuple(task.ways()), False, clock.this_machine(), rates, rounds=1)
+    result = kernels.timed("w", task, tuple(task.ways()), kernels.FORWARD, clock.this_machine(), rates, rounds=1)
     assert names_of(result) == {"reference"}
     assert "differs from the reference" in result.refused["geglu, forward: wrong"]
     one = result.rows[0]
     moved = one["gb_per_s"] * one["median"] * 1e3  # GB/s by us
     assert moved == pytest.approx(3 * 8 * 8 * 4, rel=1e-3), "two halves are read and one is written"
+    assert task.work(kernels.BACKWARD)[1] == 5 * 8 * 8 * 4, "and backward the gradients of both halves are written"
+
+
+def test_a_backward_pass_alone_is_the_gradients_of_both() -> None:
+    task = kernels.Task("geglu", ops.geglu, (torch.randn(8, 16), "gelu"))
+    way, slot = next(task.ways()), kernels.copied(task, True)
+    alone, both = (kernels.call_of(task, way, slot, which) for which in (kernels.BACKWARD, kernels.BOTH))
+    for _ in range(2):
+        assert [torch.equal(a, b) for a, b in zip(alone(), both()[1:], strict=True)] == [True]
+    assert not kernels.call_of(task, way, slot, kernels.FORWARD)()[0].requires_grad
+    assert kernels.call_of(task, way, slot, kernels.TRAINING)()[0].requires_grad
+
+
+def test_what_is_made_ready_is_not_timed() -> None:
+    def ready(h: torch.Tensor, activation: str) -> tuple[Any, ...]:
+        return (ops.geglu(h, activation),)
+
+    task = kernels.Task("geglu", ops.geglu, (torch.randn(8, 16), "gelu"))
+    way = kernels.Way("ready", lambda y: y, ready=ready, trains=False)
+    known = kernels.truth_of(task, False)
+    assert kernels.check(way, task, False, *known).found < 1e-6
+    assert kernels.checked(task, [way], kernels.BACKWARD) == ([], {})
 
 
 def test_every_elementwise_task_is_right_by_the_specification() -> None:
-    for task in kernels.elementwise(torch.device("cpu"), 256):
+    for task in tasks.elementwise(torch.device("cpu"), 256):
         assert kernels.check(next(task.ways()), task, False, *kernels.truth_of(task, False)).found < 0.01
+
+
+def test_a_breakdown_has_every_kernel_and_their_sum_next_to_the_whole(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "FEWEST", 64)
+    forward, *_, step = run("breakdown", "forward", "step")
+    assert not forward.refused
+    assert not step.refused
+    *parts, whole, cold, warm = forward.rows
+    names = {one["implementation"]: one for one in parts}
+    assert {"Wqkv", "attention Wo, added", "Wi", "MLP Wo, added", "local attention", "geglu"} <= set(names)
+    assert names["Wqkv"]["launches"] == SMALL.num_hidden_layers
+    assert names["Wqkv"]["us_of_pass"] == pytest.approx(3 * names["Wqkv"]["median"], rel=0.01)
+    assert warm["median"] == pytest.approx(sum(one["us_of_pass"] for one in parts), rel=0.01)
+    assert whole["times_better_than"][warm["implementation"]] > 0
+    assert "cold caches" in cold["implementation"]
+    found = {one["implementation"] for one in step.rows}
+    assert {"Wqkv, backward", "geglu, forward in training", "loss, forward in training", "AdamW", "clipping"} <= found
+
+
+def test_one_call_is_recorded(run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "FEWEST", 64)
+    tasks.profile("geglu 1152 gelu backward: reference", ["elementwise"], quick=True)
+    told = capsys.readouterr().out
+    assert "one call of add_layer_norm" not in told
+    assert "ncu --profile-from-start off" in told
+    assert "--only elementwise --profile 'geglu 1152 gelu backward: reference'" in told
+    with pytest.raises(SystemExit, match="no task, pass and way has all of these words: nothing"):
+        tasks.profile("nothing", ["elementwise"], quick=True)
+
+
+def test_a_gpu_says_its_clocks_and_why_they_are_low() -> None:
+    told = clock.sensors_of("1755, 2619, 690.12, 71, 0x0000000000000024\n")
+    assert told == {
+        "sm_mhz": 1755,
+        "memory_mhz": 2619,
+        "watts": 690.12,
+        "celsius": 71,
+        "throttled": ["power cap", "heat"],
+    }
+    assert clock.sensors_of("210, 405, [N/A], 30, 0x0000000000000001")["throttled"] == []
+    assert clock.sensors_of("") == {}
 
 
 def test_stores_are_searched_and_indexed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +273,7 @@ def test_all_runs_every_suite_in_its_process_and_writes_a_report(tmp_path: Path)
 
 def test_a_suite_writes_rows_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(here: harness.Run, names: list[str]) -> list[Result]:
-        made = row([1.0], suite="paper-table", workload="fixed-512", what="w", implementation="a", unit="ms")
+        made = row([1.0], suite="paper-table", workload="fixed-512", what="w", implementation=OURS, unit="ms")
         return [Result("fixed-512", [made], {"b": "differs"})]
 
     monkeypatch.setitem(commands.SUITES, "paper-table", commands.SUITES["paper-table"]._replace(measure=measure))
@@ -205,6 +282,16 @@ def test_a_suite_writes_rows_and_refusals(tmp_path: Path, monkeypatch: pytest.Mo
     good, bad = read(tmp_path)
     assert good["median"] == 1.0
     assert (bad["kind"], bad["implementation"], bad["reason"]) == ("refused", "b", "differs")
+    for percent, status in ((0.9, 0), (1.1, 1)):
+        folder = tmp_path / str(percent)
+        append([good | {"median": good["median"] / percent, "implementation": OURS}], folder / "rows.jsonl")
+        monkeypatch.setattr("sys.argv", ["benchmarks", "paper-table", "--quick", "--compare", str(folder)])
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+        assert ended.value.code == status
+    monkeypatch.setattr("sys.argv", ["benchmarks", "breakdown"])
+    with pytest.raises(SystemExit, match="needs a GPU, and there is none here"):
+        commands.main()
     monkeypatch.setattr("sys.argv", ["benchmarks", "paper-table", "--only", "no-such"])
     with pytest.raises(SystemExit):
         commands.main()
