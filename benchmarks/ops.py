@@ -295,5 +295,6 @@ def plain(call: Callable[..., Any]) -> Callable[..., Any]:
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
     """As fast as torch.compile makes it. A backward pass that is timed alone must keep what it reads."""
     torch._dynamo.reset()  # what was compiled before counts towards a limit
-    import_module("torch._functorch.config").donated_buffer = False
+    config: Any = import_module("torch._functorch.config")
+    config.donated_buffer = False
     return plain(torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs"))

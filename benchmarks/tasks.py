@@ -62,10 +62,10 @@ def attentions(lengths: Sequence[int], window: int | None, qkv: Tensor, compilin
     if on_gpu:
         yield Way("flash, forced", ops.attention.backends["flash"], "also where the op takes another backend")
     for name in packages.usable(qkv.device):
-        attend = partial(flash, name, window)
+        attend = partial(flash, name)
         known: dict[str, Any] = {"trains": False}
         yield Way(f"FlashAttention ({name}) alone", attend, "rotated before the clock starts", ready=rotated, **known)
-        in_place = lambda *args, attend=attend, **kwargs: attend(*rotated(*args, inplace=True, **kwargs))  # noqa: E731
+        in_place = lambda *args, on=attend, **kwargs: on(*rotated(*args, inplace=True, **kwargs), **kwargs)  # noqa: E731
         yield Way(f"FlashAttention ({name}), rotated in place", in_place, "as text-embeddings-inference", **known)
 
     def batched(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -104,7 +104,7 @@ def rotated(qkv: Tensor, *args: Any, rope: Any, inplace: bool = False, **_: Any)
     return (ops.rotary(qkv, *rope, inplace=inplace), *args)
 
 
-def flash(name: str, window: int | None, rotated: Tensor, cu_seqlens: Tensor, longest: int, **_: Any) -> Tensor:
+def flash(name: str, rotated: Tensor, cu_seqlens: Tensor, longest: int, *, window: int | None, **_: Any) -> Tensor:
     return flash_forward(rotated, cu_seqlens, None, longest, window, name)[0]
 
 

@@ -188,6 +188,22 @@ def test_what_is_made_ready_is_not_timed() -> None:
     assert kernels.checked(task, [way], kernels.BACKWARD) == ([], {})
 
 
+def test_flash_attention_is_right_alone_and_rotated_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of the specification takes the place of that for CUDA."""
+
+    def exact(qkv: Any, cu_seqlens: Any, keys: None, longest: int, window: int | None, name: str) -> tuple[Any, None]:
+        still = (torch.ones(len(qkv), 32), torch.zeros(len(qkv), 32))
+        return ops.attention.reference(qkv, cu_seqlens, longest, rope=still, window=window), None
+
+    monkeypatch.setattr(tasks.packages, "usable", lambda device: ("flash9",))
+    monkeypatch.setattr(tasks, "flash_forward", exact)
+    task = next(tasks.attention(torch.device("cpu"), 32))
+    right, refused = kernels.checked(task, tuple(task.ways()), kernels.FORWARD)
+    assert not refused
+    names = {way.name for way, _ in right}
+    assert {"FlashAttention (flash9) alone", "FlashAttention (flash9), rotated in place", "sdpa"} <= names
+
+
 def test_every_elementwise_task_is_right_by_the_specification() -> None:
     for task in tasks.elementwise(torch.device("cpu"), 256):
         assert kernels.check(next(task.ways()), task, False, *kernels.truth_of(task, False)).found < 0.01
