@@ -11,23 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import modernbert_kernels as ops
 from benchmarks import clock, inputs
-from benchmarks.clock import Call, Loop, Machine
+from benchmarks.clock import Machine
 from benchmarks.encoder import models
-from benchmarks.harness import Difference, Measured, Result, Run, Suite, in_turns
-from benchmarks.ops import BACKWARD, CACHES, COLD, FORWARD, TRAINING, WARM, Task, checked, measured, randn, reason_of
+from benchmarks.harness import Difference, Measured, Result, Run, Suite
+from benchmarks.ops import BACKWARD, BOTH, CACHES, COLD, FORWARD, TRAINING, WARM, Task, Way, checked, measured, randn
 from benchmarks.rows import Row, rounded
 from benchmarks.tasks import FEW, FEWEST, ROUNDS, SWEEP, TOKENS, attention_task, ragged
 from benchmarks.work import kernels, reached
 from modernbert import Encoder, EncoderConfig, pack
 
-EXACT = Difference(0.0, None)
+EXACT, WHOLE = Difference(0.0, None), "whole"
 Sizes = dict[str, Any]
 
 
@@ -78,130 +79,86 @@ def tasks(config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: bo
         yield replace(made[name](), what=name, **known), [counted[one] for one in passes]
     if training:
         # The gradients of the masked tokens' loss are computed in the forward pass.
-        x, table, targets = randn(T, D, **exact), randn(V, D, scale=D**-0.5, **exact), targets_of(at, V)
+        x, table, targets = randn(T, D, **exact), randn(V, D, scale=D**-0.5, **exact), targets_of(T, config, of)
         product_flops = 2 * int((targets >= 0).sum()) * V * D
         moved = 2 * x.nbytes + 2 * table.nbytes
         known |= {"flops": (3 * product_flops, 0), "moved": (moved, moved)}
         yield Task("loss", ops.linear_cross_entropy, (x, table, None, targets), **known), [1, 1]
 
 
-def targets_of(at: Tensor, classes: int) -> Tensor:
+def targets_of(tokens: int, config: EncoderConfig, of: Sizes) -> Tensor:
     """Of 30 percent of the tokens."""
-    row = torch.arange(len(at), device=at.device)
-    return (row * 7919 % classes).masked_fill(row % 10 >= 3, -100)
+    at = torch.arange(tokens, device=of["device"])
+    return (at * 7919 % config.vocab_size).masked_fill(at % 10 >= 3, -100)
 
 
-def batch_of(lengths: Sequence[int], of: Sizes, config: EncoderConfig) -> Any:
+def wholes(config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: bool) -> Iterator[Task]:
+    """The whole pass; of a step under autocast, also what it does beside both passes of the encoder."""
     ids = [(inputs.ids(at, length) % config.vocab_size).tolist() for at, length in enumerate(lengths)]
-    return pack(ids).to(of["device"])
+    encoder, batch = Encoder.from_config(config).to(of["device"]), pack(ids).to(of["device"])
+    if not training:
+        forward = encoder.to(of["dtype"]).eval()
+        yield Task(WHOLE, ops.Op(lambda: forward(batch)))
+        return
+    parameters, targets = [*encoder.train().parameters()], targets_of(len(batch.input_ids), config, of)
+    table, on_gpu = encoder.embeddings.tok_embeddings.weight, of["device"].type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=on_gpu)
 
-
-def forward_of(config: EncoderConfig, lengths: Sequence[int], of: Sizes) -> dict[str, tuple[Call, int]]:
-    encoder, batch = Encoder.from_config(config).to(**of).eval(), batch_of(lengths, of, config)
-    return {"whole": (torch.inference_mode()(lambda: encoder(batch)), 0)}
-
-
-def step_of(config: EncoderConfig, lengths: Sequence[int], of: Sizes) -> dict[str, tuple[Call, int]]:
-    """The whole step under autocast, and what it does beside both passes, with the bytes that this must move."""
-    encoder, batch = Encoder.from_config(config).to(of["device"]).train(), batch_of(lengths, of, config)
-    parameters, targets = [*encoder.parameters()], targets_of(batch.input_ids, config.vocab_size)
-    table, is_gpu = encoder.embeddings.tok_embeddings.weight, of["device"].type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=is_gpu)
-
-    def passes() -> None:
+    @torch.enable_grad()
+    def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(of["device"].type, of["dtype"]):
             loss = ops.linear_cross_entropy(encoder(batch), table, None, targets)
         loss.backward()
-
-    clip, numbers = partial(nn.utils.clip_grad_norm_, parameters, 1.0), sum(one.numel() for one in parameters)
-
-    def step() -> None:
-        passes()
-        clip()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    passes()  # so that there are gradients
+    yield Task(WHOLE, ops.Op(step))
     # The norm reads a gradient, the product with a factor reads and writes it. AdamW reads four numbers, writes three.
-    return {"whole": (step, 0), "clipping": (clip, 12 * numbers), "AdamW": (optimizer.step, 28 * numbers)}
-
-
-class Part(NamedTuple):
-    """A kernel: its seconds by what the caches hold, how often a pass calls it, its operations and bytes."""
-
-    found: dict[str, Measured]
-    count: int
-    work: tuple[int, int]
-    sensors: Row
-
-
-def whole_of(call: Call, machine: Machine, rounds: int) -> list[Measured]:
-    """As replays of a graph where one can be captured, and as Python calls it."""
-    loops = [clock.loop([call], machine)]
-    if loops[0].how != clock.SINGLE:
-        times = clock.repeats_for(machine.window, machine.read(call).seconds)
-        loops.append(Loop(partial(clock.repeat, times, call), times, clock.SINGLE))
-    taken, _ = in_turns({loop.how: partial(machine.read, loop.run) for loop in loops}, rounds)
-    costs = [[one.seconds / loop.calls for one in taken[loop.how]] for loop in loops]
-    return [Measured(f"whole, {a.how}", "", EXACT, a.calls, b) for a, b in zip(loops, costs, strict=True)]
-
-
-def parts_of(
-    config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: bool, machine: Machine, rounds: int
-) -> Iterator[tuple[str, Part | str]]:
-    """The kernels that are right, by name, or why one is refused."""
-    for task, counts in tasks(config, lengths, of, training):
-        passes = (TRAINING, BACKWARD) if training and BACKWARD in task.passes else (FORWARD,)
-        for which, count in zip(passes, counts, strict=True):
-            name = f"{task.what}, {which}" if training else task.what
-            right, refused = checked(task, [next(task.ways())], which)
-            found: dict[str, Measured] = {}
-            sensors: Row = {}
-            for cache in CACHES if right else ():
-                done, failed, sensors = measured(task, right, which, machine, cache, rounds)
-                found.update((cache, replace(one, name=name)) for one in done)
-                refused |= failed
-            yield name, ", ".join(refused.values()) or Part(found, count, task.work(which), sensors)
+    numbers = sum(one.numel() for one in parameters)
+    yield Task("clipping", ops.Op(lambda: nn.utils.clip_grad_norm_(parameters, 1.0)), moved=(12 * numbers, 0))
+    yield Task("AdamW", ops.Op(lambda: optimizer.step()), moved=(28 * numbers, 0))
 
 
 def table(here: Run, machine: Machine, workload: str, model: str, lengths: Sequence[int], name: str) -> Result:
-    """A row for each kernel; for the sum, with cold and warm caches; and for the whole, with factors over the sums."""
+    """A row for each kernel; for the whole; and for the sum, with cold and warm caches, with factors over the whole."""
     training, config, rounds = workload == "step", EncoderConfig.preset(model), 2 if here.quick else ROUNDS
-    of = {"dtype": torch.bfloat16, "device": machine.device}
-    parts: dict[str, Part | str] = {}
-    last: list[Measured] = []
-    for part, (call, moved) in (step_of if training else forward_of)(config, lengths, of).items():
-        try:
-            done = whole_of(call, machine, rounds)
-            if moved:
-                parts[part] = Part(dict.fromkeys(CACHES, replace(done[0], name=part)), 1, (0, moved), {})
-            else:
-                last += done
-        except Exception as error:
-            parts[part] = reason_of(error)
-    del call  # with the model
-    parts |= dict(parts_of(config, lengths, of, training, machine, rounds))
-    refused = {name: part for name, part in parts.items() if isinstance(part, str)}
-    known: Row = {"suite": here.suite, "workload": workload, "unit": "us", "dtype": "bfloat16", "model": model}
-    known |= {"device": machine.device.type, "pass": "forward + backward" if training else "forward"}
-    what = f"{model}, {'step of training' if training else 'forward'}, {name}, {sum(lengths):,} tokens: every kernel"
-    known["what"], whole = what, min((one.median for one in last), default=None)
+    of: Sizes = {"dtype": torch.bfloat16, "device": machine.device}
     rates = clock.rates(machine.device, torch.bfloat16, quick=here.quick)
-    rows, timed = [], [part for part in parts.values() if isinstance(part, Part)]
-    for part in timed:
-        one, of_pass = part.found[WARM], part.count * part.found[WARM].median
-        more = {"launches": part.count, "cold_us": rounded(part.found[COLD].median, 1e6), "sensors": part.sensors}
-        more |= {
-            "us_of_pass": rounded(of_pass, 1e6),
-            "percent_of_pass": rounded(of_pass / whole, 100) if whole else None,
-        }
-        rows.append(
-            one.row([], lambda seconds: 1e6 * seconds, **known, **more, **reached(one.median, rates, *part.work))
-        )
-    for cache in CACHES:
-        costs = [sum(part.count * part.found[cache].costs[at] for part in timed) for at in range(rounds)]
-        settings = f"{cache}{', without ' if refused else ''}{', '.join(refused)}"
-        last.append(Measured(f"sum of the kernels, {cache}", settings, EXACT, costs=costs))
+    what = f"{model}, {'step of training' if training else 'forward'}, {name}, {sum(lengths):,} tokens: every kernel"
+    known: Row = {"suite": here.suite, "workload": workload, "what": what, "dtype": "bfloat16", "model": model}
+    known |= {"unit": "us", "device": machine.device.type, "pass": BOTH if training else FORWARD}
+    rows, refused, last = [], {}, []
+    sums = {cache: [0.0] * rounds for cache in CACHES}
+    each = chain(((one, [1]) for one in wholes(config, lengths, of, training)), tasks(config, lengths, of, training))
+    for task, counts in each:
+        passes = (TRAINING, BACKWARD) if training and BACKWARD in task.passes else (FORWARD,)
+        for which, count in zip(passes, counts, strict=True):
+            part = f"{task.what}, {which}" if len(passes) > 1 else task.what
+            right, failed = [(Way("", task.op.reference), EXACT)], {}
+            if task.args:
+                right, failed = checked(task, [next(task.ways())], which)
+            found: dict[str, Measured] = {}
+            for cache in CACHES if right else ():
+                done, more, sensors = measured(task, right, which, machine, cache, rounds)
+                found.update((cache, replace(one, name=part)) for one in done)
+                failed |= more
+            if failed:
+                refused[part] = ", ".join(failed.values())
+            elif task.what == WHOLE:
+                last.append(found[WARM])
+            else:
+                for cache, one in found.items():
+                    sums[cache] = [cost + count * mine for cost, mine in zip(sums[cache], one.costs, strict=True)]
+                warm, cold = found[WARM], found[COLD].median
+                known_too = {"launches": count, "cold_us": rounded(cold, 1e6), "sensors": sensors}
+                known_too |= {"us_of_pass": rounded(count * warm.median, 1e6)}
+                known_too |= reached(warm.median, rates, *task.work(which))
+                rows.append(warm.row([], lambda seconds: 1e6 * seconds, **known, **known_too))
+    for row in rows if last else ():
+        row["percent_of_pass"] = rounded(row["us_of_pass"], 1e-4 / last[0].median)
+    lacking = f"without {', '.join(refused)}" if refused else ""
+    last += [Measured(f"sum of the kernels, {cache}", lacking, EXACT, costs=costs) for cache, costs in sums.items()]
     rows += [one.row(last, lambda seconds: 1e6 * seconds, **known) for one in last]
     return Result(workload, rows, {f"{what}: {name}": reason for name, reason in refused.items()})
 
@@ -210,9 +167,9 @@ def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
     """Tables of the models. A CPU takes --quick only: those figures are not results."""
     machine = clock.this_machine()
     tokens = (FEW if machine.is_gpu else FEWEST // 4) if here.quick else TOKENS
-    equal = [(min(512, count),) * max(1, count // 512) for count in (tokens, *(() if here.quick else SWEEP))]
-    fixed = {f"{len(one):,} x {one[0]:,}": one for one in equal}
-    sets = {"forward": fixed, "ragged": ragged(tokens), "step": dict(list(fixed.items())[:1])}
+    sizes = [(min(512, count), max(1, count // 512)) for count in (tokens, *(() if here.quick else SWEEP))]
+    equal = {f"{count:,} x {length:,}": (length,) * count for length, count in sizes}
+    sets = {"forward": equal, "ragged": ragged(tokens), "step": dict(list(equal.items())[:1])}
     for model in models(here, "modernbert-base", "ettin-17m", "modernbert-large"):
         for workload in names:
             for name, lengths in sets[workload].items():

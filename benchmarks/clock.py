@@ -23,9 +23,6 @@ Call = Callable[[], Any]
 WINDOW, SLOWEST = 0.05, 2.0
 """Least seconds of a sample on a GPU: long enough for its clocks to settle under the load. Most seconds of a call."""
 
-SINGLE = "single calls"
-"""How a loop is made that is not captured."""
-
 SENSORS = {
     "clocks.sm": "sm_mhz",
     "clocks.mem": "memory_mhz",
@@ -174,7 +171,7 @@ def loop(calls: Sequence[Call], machine: Machine) -> Loop:
     seconds = min(machine.read(call).seconds for call in calls)
     turns = repeats_for(machine.window, seconds * len(calls))
     if not (machine.is_gpu and never_waits(calls[0])):
-        return Loop(partial(repeat, turns, *calls), turns * len(calls), SINGLE)
+        return Loop(partial(repeat, turns, *calls), turns * len(calls), "single calls")
     turns = min(turns, max(1, 32 // len(calls)))  # more than 32 calls only take longer to capture
     captured, held = capture(calls, turns), turns * len(calls)
     replays = repeats_for(machine.window, machine.read(captured.replay).seconds)

@@ -73,7 +73,7 @@ class Task:
 
     what: str
     op: ops.Op[..., Any]
-    args: Args
+    args: Args = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     more: tuple[Way, ...] = ()
     compile: bool = False

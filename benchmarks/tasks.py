@@ -289,9 +289,10 @@ def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
                 return
             rates = clock.rates(machine.device, task.dtype, quick=here.quick)
             missing |= {way.name: f"{way.package} is not installed" for way in task.more if not way.installed}
+            ways = tuple(task.ways())  # once: some compile
             for which in task.passes:
                 known: dict[str, Any] = {"rounds": 2 if here.quick else ROUNDS, "caches": caches_of(task, machine)}
-                yield timed(name, task, tuple(task.ways()), which, machine, rates, **known)
+                yield timed(name, task, ways, which, machine, rates, **known)
         yield Result(name, [], missing)
 
 

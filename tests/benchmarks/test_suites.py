@@ -217,6 +217,10 @@ def test_a_breakdown_has_every_kernel_and_their_sum_next_to_the_whole(
     assert not forward.refused
     assert not step.refused
     *parts, whole, cold, warm = forward.rows
+    assert whole["implementation"] == "whole"
+    assert sum(one["percent_of_pass"] for one in parts) == pytest.approx(
+        100 * warm["median"] / whole["median"], rel=0.02
+    )
     names = {one["implementation"]: one for one in parts}
     assert {"Wqkv", "attention Wo, added", "Wi", "MLP Wo, added", "local attention", "geglu"} <= set(names)
     assert names["Wqkv"]["launches"] == SMALL.num_hidden_layers
@@ -225,7 +229,14 @@ def test_a_breakdown_has_every_kernel_and_their_sum_next_to_the_whole(
     assert whole["times_better_than"][warm["implementation"]] > 0
     assert "cold caches" in cold["implementation"]
     found = {one["implementation"] for one in step.rows}
-    assert {"Wqkv, backward", "geglu, forward in training", "loss, forward in training", "AdamW", "clipping"} <= found
+    assert {
+        "Wqkv, backward",
+        "geglu, forward in training",
+        "loss, forward in training",
+        "token_ranges",
+        "AdamW",
+        "clipping",
+    } <= found
 
 
 def test_one_call_is_recorded(run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
