@@ -22,8 +22,6 @@ from benchmarks.harness import MS, Run, Suite, Table
 from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT
 
-EINSUM, TUNED, COMPILED = "padded einsum, as PyLate", "padded, tuned by hand", "padded einsum, compiled"
-
 
 def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Build:
     model = ColBERT.from_pretrained(Path(setup.folder) / "colbert-128", dtype=setup.torch_dtype, device=setup.device)
@@ -109,94 +107,84 @@ def text_table(
     return of_texts(here, workload, model, what, lengths, TEXT, **known | more)
 
 
-Score = Callable[[], Tensor]
+Scores = Iterator[tuple[str, Callable[[], Tensor]]]
+"""Settings, and a call that gives the scores of a query `[Q, E]` with all documents, `[N]`; on a CPU in float32."""
 
 
-def maxsim(setup: Setup, *, score: Callable[..., Iterator[tuple[str, Score]]], width: int) -> Build:
-    """Scores of all queries with all documents; the first `queries` texts of the job are queries."""
+def maxsim(setup: Setup, *, score: Callable[[Tensor, list[Tensor]], Scores], width: int) -> Build:
+    """Scores of the first text of a job with the others."""
 
     def variants(job: Job) -> Iterator[Variant]:
-        count, known = job.options["queries"], {"device": setup.device, "dtype": setup.torch_dtype}
-        matrices = [unit(index, length, width).to(**known) for index, length in enumerate(job.lengths)]
-        for settings, plain in score(matrices[:count], matrices[count:]):
+        query_QE, *documents = (unit(index, length, width) for index, length in enumerate(job.lengths))
+        for settings, plain in score(query_QE, documents):
             run = torch.inference_mode()(plain)
-            yield Variant(settings, run, lambda run=run: run().float().cpu())
+            yield Variant(settings, run, run)
 
     return variants
 
 
 def unit(index: int, length: int, width: int) -> Tensor:
-    """Seeded unit vectors `[length, width]`, the same in every dtype."""
+    """Seeded unit vectors `[length, width]`."""
     drawn = torch.randn(length, width, generator=torch.Generator().manual_seed(index))
     return F.normalize(drawn, dim=-1).bfloat16().float()
 
 
-def pair_by_pair(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple[str, Score]]:
-    """The reference: float64 for float32."""
-    higher = torch.float64 if queries[0].dtype is torch.float32 else queries[0].dtype
-
-    def score(query_QE: Tensor) -> Tensor:
-        return torch.stack([(query_QE.to(higher) @ one.to(higher).T).amax(1).float().sum() for one in documents])
-
-    yield "pair by pair", lambda: torch.stack([score(query_QE) for query_QE in queries])
+def exactly(query_QE: Tensor, documents: list[Tensor]) -> Scores:
+    query_EQ = query_QE.double().T
+    yield "float64", lambda: torch.stack([(one.double() @ query_EQ).amax(0).sum() for one in documents]).float()
 
 
-def ragged(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple[str, Score]]:
-    def packed(matrices: list[Tensor]) -> tuple[Tensor, Tensor]:
-        ends = torch.tensor([0, *map(len, matrices)]).cumsum(0).to(torch.int32)
-        return torch.cat(matrices), ends.to(matrices[0].device)
-
-    sides = *packed(queries), *packed(documents)
-    yield "ragged", lambda: ops.maxsim(*sides)
+def ragged(query_QE: Tensor, documents: list[Tensor]) -> Scores:
+    ends = torch.tensor([0, *map(len, documents)]).cumsum(0).to(torch.int32)
+    packed = query_QE, ends.new_tensor([0, len(query_QE)]), torch.cat(documents), ends
+    yield "ragged", lambda: ops.maxsim(*packed)[0]
 
 
-def einsum(queries_BSE: Tensor, documents_NTE: Tensor, hidden_NT: Tensor) -> Tensor:
-    """`[B, N]`; the padding of a query is zero, and adds nothing."""
-    scores_BNST = torch.einsum("bse,nte->bnst", queries_BSE, documents_NTE)
-    return scores_BNST.masked_fill(hidden_NT[None, :, None], -math.inf).amax(-1).float().sum(-1)
+def einsum(query_QE: Tensor, documents_NTE: Tensor, hidden_NT: Tensor) -> Tensor:
+    scores_NQT = torch.einsum("bqe,nte->bnqt", query_QE[None], documents_NTE)[0]
+    return scores_NQT.masked_fill(hidden_NT[:, None], -math.inf).amax(-1).sum(-1)
 
 
-def matmul(queries_BSE: Tensor, documents_NTE: Tensor, hidden_NT: Tensor) -> Tensor:
-    """A query at a time, by batched products of its documents."""
-    each = [(documents_NTE @ query.T).masked_fill_(hidden_NT[..., None], -math.inf).amax(1) for query in queries_BSE]
-    return torch.stack([scores_NS.float().sum(-1) for scores_NS in each])
+def matmul(query_QE: Tensor, documents_NTE: Tensor, hidden_NT: Tensor) -> Tensor:
+    return (documents_NTE @ query_QE.T).masked_fill_(hidden_NT[..., None], -math.inf).amax(1).sum(-1)
 
 
 def in_chunks(
-    queries: list[Tensor], documents: list[Tensor], *, scores: Any = (einsum,), sizes: Any = (), compiled: bool = False
-) -> Iterator[tuple[str, Score]]:
+    query_QE: Tensor,
+    documents: list[Tensor],
+    *,
+    scores: Any = (einsum,),
+    sizes: Any = (1000, 125),
+    compiled: bool = False,
+) -> Scores:
     """Scores of padded vectors, some documents at a time; padding is not timed."""
-    padded_BSE, padded_NTE = (nn.utils.rnn.pad_sequence(side, batch_first=True) for side in (queries, documents))
-    lengths_N = torch.tensor([len(document) for document in documents], device=padded_NTE.device)
-    hidden_NT = torch.arange(padded_NTE.shape[1], device=padded_NTE.device) >= lengths_N[:, None]
+    documents_NTE = nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    lengths_N1 = torch.tensor([[len(document)] for document in documents])
+    hidden_NT = torch.arange(documents_NTE.shape[1]) >= lengths_N1
 
     def score(call: Callable[..., Tensor], size: int) -> Tensor:
-        pieces = zip(padded_NTE.split(size), hidden_NT.split(size), strict=True)
-        return torch.cat([call(padded_BSE, *piece) for piece in pieces], dim=1)
+        pieces = zip(documents_NTE.split(size), hidden_NT.split(size), strict=True)
+        return torch.cat([call(query_QE, *piece) for piece in pieces])
 
-    for plain, size in product(scores, sizes or dict.fromkeys((len(documents), max(1, len(documents) // 8)))):
+    for plain, size in product(scores, sizes):
         call: Any = torch.compile(plain, dynamic=False) if compiled else plain
         yield f"{plain.__name__}, {size} documents at a time, padding not timed", partial(score, call, size)
 
 
-def maxsim_cpu(queries: list[Tensor], documents: list[Tensor]) -> Iterator[tuple[str, Score]]:
+def maxsim_cpu(query_QE: Tensor, documents: list[Tensor]) -> Scores:
     """The package on a ready list of arrays and on a ready padded array."""
-    package, arrays = import_module("maxsim_cpu"), [document.numpy() for document in documents]
-    padded = nn.utils.rnn.pad_sequence(documents, batch_first=True).numpy()
-    scorers = {
-        "list of arrays": partial(package.maxsim_scores_variable, docs=arrays),
-        "padded array": partial(package.maxsim_scores, docs=padded),
-    }
-    for settings, score in scorers.items():
-        yield settings, lambda score=score: torch.stack([torch.from_numpy(score(query.numpy())) for query in queries])
+    package, padded = import_module("maxsim_cpu"), nn.utils.rnn.pad_sequence(documents, batch_first=True).numpy()
+    of_list = partial(package.maxsim_scores_variable, query_QE.numpy(), [document.numpy() for document in documents])
+    yield "list of arrays", lambda: torch.from_numpy(of_list())
+    yield "padded array", lambda: torch.from_numpy(package.maxsim_scores(query_QE.numpy(), padded))
 
 
 SCORES = {
     OURS: Peer(maxsim, {"score": ragged}),
-    EINSUM: Peer(maxsim, {"score": in_chunks}),
-    TUNED: Peer(maxsim, {"score": partial(in_chunks, scores=(einsum, matmul), sizes=(200, 50, 10))}, peers.on_cpu),
-    COMPILED: Peer(maxsim, {"score": partial(in_chunks, compiled=True)}, peers.can_compile, slow=True),
-    "maxsim-cpu": Peer(maxsim, {"score": maxsim_cpu}, peers.on_cpu, "maxsim_cpu"),
+    "padded einsum, as PyLate": Peer(maxsim, {"score": in_chunks}),
+    "padded, tuned by hand": Peer(maxsim, {"score": partial(in_chunks, scores=(einsum, matmul), sizes=(200, 50, 10))}),
+    "padded einsum, compiled": Peer(maxsim, {"score": partial(in_chunks, compiled=True)}, peers.can_compile, slow=True),
+    "maxsim-cpu": Peer(maxsim, {"score": maxsim_cpu}, package="maxsim_cpu"),
 }
 
 
@@ -204,8 +192,8 @@ def maxsim_table(here: Run, workload: str) -> Table:
     """One query against 1,000 documents."""
     documents, width = inputs.Lengths(181, 64, 300, shortest=16).first(1000), int(workload.rpartition("-")[2])
     found = {name: one._replace(options={**one.options, "width": width}) for name, one in SCORES.items()}
-    known = {"reference": Peer(maxsim, {"score": pair_by_pair, "width": width}), "model_pass": False}
-    known |= {"options": {"queries": 1}, "checked": (0,), "rounds": 9}
+    known = {"reference": Peer(maxsim, {"score": exactly, "width": width}), "model_pass": False}
+    known |= {"checked": (0,), "rounds": 9}
     what = f"MaxSim, 1 query of 32 x 1,000 documents ({sum(documents):,} tokens), width {width}"
     return of_texts(here, workload, "ettin-17m", what, (32, *documents), found, **known | MS)
 

@@ -41,7 +41,7 @@ class Way:
 
     Attributes:
         call: takes the arguments of the task. around: a context for both passes of a call.
-        package: must be installed. trains: whether it has a backward pass.
+        package: must be installed. trains: whether it has a backward pass. slow: compiles for long.
         ready: makes its arguments of the task's before the clock starts.
     """
 
@@ -51,6 +51,7 @@ class Way:
     around: Context = nullcontext
     package: str | None = None
     trains: bool = True
+    slow: bool = False
     ready: Callable[..., Args] = lambda *args, **kwargs: args
 
     @property
@@ -88,7 +89,7 @@ class Task:
             yield Way(name, self.op.backends[name], CHOSEN if name == names[0] else "")
         yield Way("reference", plain(self.op.reference), "" if names else CHOSEN)
         if self.compile:
-            yield Way("torch.compile", compiled(self.op.reference), "of the reference, max-autotune")
+            yield Way("torch.compile", compiled(self.op.reference), "of the reference, max-autotune", slow=True)
         yield from self.more
 
     @property

@@ -23,7 +23,15 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "maxsim-cpu", "numpy")
-GPU_PACKAGES = ("triton", "liger-kernel", "late-interaction-kernels", "flash-maxsim", "packed-encoders", "flash-attn")
+GPU_PACKAGES = (
+    "triton",
+    "liger-kernel",
+    "quack-kernels",
+    "late-interaction-kernels",
+    "flash-maxsim",
+    "packed-encoders",
+    "flash-attn",
+)
 DRIVER = Path("/sys/module/nvidia/version")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,7 @@ SWEEP = (32, 512, 4_096, 65_536)
 """Tokens of a batch beside `TOKENS`."""
 
 ROUNDS, HURRY = 5, 10.0
-"""Samples of a call; minutes of a run below which they are shorter."""
+"""Samples of a call; minutes of a run below which they are shorter, and what compiles for long is left out."""
 
 
 def peer(name: str, module: str, call: Callable[..., Any], settings: str = "", **known: Any) -> Way:
@@ -97,7 +98,7 @@ def attentions(lengths: Sequence[int], window: int | None, qkv: Tensor, compilin
         masked = window is not None or not equal
         blocks = package.create_block_mask(near, None, None, len(at), len(at), at.device) if masked else None
         settings = "rotated before, torch.compile, max-autotune"
-        yield Way("FlexAttention", batched(partial(attend, block_mask=blocks)), settings)
+        yield Way("FlexAttention", batched(partial(attend, block_mask=blocks)), settings, slow=True)
 
 
 def rotated(qkv: Tensor, *args: Any, rope: Any, inplace: bool = False, **_: Any) -> Args:
@@ -278,18 +279,19 @@ def tasks_of(name: str, machine: clock.Machine, *, quick: bool) -> Iterator[Task
 
 def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
     """A result for each task and pass. A CPU takes --quick only, and two tasks: those figures are not results."""
-    machine = clock.this_machine()
-    if here.minutes is not None and here.minutes < HURRY:
+    machine, hurry = clock.this_machine(), here.minutes is not None and here.minutes < HURRY
+    if hurry:
         machine = machine._replace(window=machine.window / 5)
-    for name in names:
+    for at, name in enumerate(names):
+        until = time.monotonic() + here.left() / (len(names) - at)  # each has its share
         missing: dict[str, str] = {}
         for task in islice(tasks_of(name, machine, quick=here.quick), None if machine.is_gpu else 2):
-            if here.left() <= 0:
+            if time.monotonic() > until:
                 yield here.rest(name)
-                return
+                break
             rates = clock.rates(machine.device, task.dtype, quick=here.quick)
             missing |= {way.name: f"{way.package} is not installed" for way in task.more if not way.installed}
-            ways = tuple(task.ways())  # once: some compile
+            ways = tuple(way for way in task.ways() if not (way.slow and hurry))  # once, as some compile
             for which in task.passes:
                 known: dict[str, Any] = {"rounds": 2 if here.quick else ROUNDS, "caches": caches_of(task, machine)}
                 yield timed(name, task, ways, which, machine, rates, **known)

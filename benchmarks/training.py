@@ -20,9 +20,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from benchmarks import harness, inputs, peers
 from benchmarks.encoder import models, of_texts
-from benchmarks.harness import PEAK, Result, Run, Suite, Table, Workers
+from benchmarks.harness import PEAK, Run, Suite, Table
 from benchmarks.late_interaction import load_pylate, load_sentence_transformers
-from benchmarks.rows import rounded
 from benchmarks.worker import OURS, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT, EncoderConfig, pack
 
@@ -235,22 +234,14 @@ def on_pairs(here: Run, workload: str, found: Mapping[str, Peer] | None = None, 
 def of_steps(
     here: Run, workload: str, model: str, lengths: Sequence[int], examples: Step, found: Mapping[str, Peer], **more: Any
 ) -> Iterator[Table]:
-    """Tokens a second with the time of a step, and peak memory."""
+    """Tokens a second, and peak memory."""
     what = f"{model}, {here.dtype}, {workload}: {STEPS} steps of {len(examples) // STEPS} examples"
     what += f", {sum(lengths):,} tokens in texts of {min(lengths)} to {max(lengths)}"
     shortest = sorted(examples, key=lambda one: sum(map(len, one)))[:STEPS]
     known = {"backward": True, "options": {"examples": examples, "warm": {"examples": shortest}}, "rounds": 3}
     table = of_texts(here, workload, model, what, lengths, found, **known | more)
-    yield replace(table, measure=with_step_time)
+    yield table
     yield replace(table, **PEAK | {"rounds": 2})
-
-
-def with_step_time(workers: Workers, table: Table) -> Result:
-    result, tokens = harness.speed(workers, table), 1e3 * sum(table.job.lengths) / STEPS
-    for one in [*result.rows]:
-        times = {name: rounded(tokens / one[of]) for name, of in (("median", "median"), ("min", "max"), ("max", "min"))}
-        result.rows.append(one | times | {"figure": "step", "unit": "ms"})
-    return result
 
 
 PYLATE = {"PyLate": Peer(pylate, package="pylate")}
@@ -262,7 +253,7 @@ WORKLOADS: dict[str, tuple[Callable[..., Iterator[Table]], str]] = {
 
 SUITES = {
     "training": Suite(
-        "steps of training: tokens a second, time, peak memory",
+        "steps of training: tokens a second, peak memory",
         {name: line for name, (_, line) in WORKLOADS.items()},
         "the Trainer of transformers, sentence-transformers, PyLate",
         harness.of_workloads(WORKLOADS),

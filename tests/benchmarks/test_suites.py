@@ -101,15 +101,6 @@ def test_steps_with_other_losses_are_refused(run: Any, monkeypatch: pytest.Monke
         assert names_of(result) == {"sentence-transformers"}
 
 
-def test_steps_have_their_time_and_their_memory(run: Any) -> None:
-    speed, memory = run("training", "masked-lm")
-    rate, step = ([one for one in speed.rows if one["figure"] == figure] for figure in ("throughput", "step"))
-    for first, second in zip(rate, step, strict=True):
-        ms = 1e3 * first["lengths"]["tokens"] / training.STEPS / first["median"]
-        assert second["min"] <= second["median"] == pytest.approx(ms, rel=1e-3)
-    assert {one["figure"] for one in memory.rows} == {"peak memory"}
-
-
 @pytest.mark.sweep
 def test_compiled_graphs_give_the_hidden_states_of_padded_batches(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
@@ -151,6 +142,12 @@ def test_kernels_are_measured_by_pass_and_cache(run: Any, workload: str, monkeyp
     for one in results[0].rows:
         assert one["percent_of_roofline"] > 0
         assert one["sensors"] == {}, "there is no GPU"
+
+
+def test_every_workload_of_kernels_has_its_share_of_the_time(tmp_path: Path) -> None:
+    here = Run("kernels", tmp_path, quick=True, minutes=1.0, until=0.0)
+    results = [one for one in tasks.measure(here, ["maxsim", "elementwise"]) if one.refused.get("the rest")]
+    assert [one.workload for one in results] == ["maxsim", "elementwise"]
 
 
 def test_a_wrong_way_is_refused_and_one_that_is_not_installed_is_left_out() -> None:
