@@ -155,11 +155,13 @@ def table(here: Run, machine: Machine, workload: str, model: str, lengths: Seque
                 known_too |= {"us_of_pass": rounded(count * warm.median, 1e6)}
                 known_too |= reached(warm.median, rates, *task.work(which))
                 rows.append(warm.row([], lambda seconds: 1e6 * seconds, **known, **known_too))
-    for row in rows if last else ():
-        row["percent_of_pass"] = rounded(row["us_of_pass"], 1e-4 / last[0].median)
+    whole = last[0].median if last else None
     lacking = f"without {', '.join(refused)}" if refused else ""
     last += [Measured(f"sum of the kernels, {cache}", lacking, EXACT, costs=costs) for cache, costs in sums.items()]
-    rows += [one.row(last, lambda seconds: 1e6 * seconds, **known) for one in last]
+    for one in last:
+        rows.append(one.row(last, lambda seconds: 1e6 * seconds, us_of_pass=rounded(one.median, 1e6), **known))
+    for row in rows:
+        row["percent_of_pass"] = rounded(row["us_of_pass"], 1e-4 / whole) if whole else None
     return Result(workload, rows, {f"{what}: {name}": reason for name, reason in refused.items()})
 
 

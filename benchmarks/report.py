@@ -237,27 +237,24 @@ def file_of(here: Sequence[Row], name: str) -> str:
 
 
 def plots(rows: Sequence[Row]) -> Iterator[Plot]:
-    """For each suite on each machine: how many times better ours is than every other implementation of every table; and
-    of kernels, the roofline.
-    """
+    """For each suite on each machine: of kernels the roofline; else how many times better ours is than every other."""
     for here in by_machine(rows):
         for of_suite in grouped(here, "suite"):
-            factors: dict[str, float] = {}
-            for group in tables_of(of_suite):
-                for alike in grouped(group, "figure", "pass"):
-                    found, suffix = ours(alike), f" {alike[0].get('figure') or ''}".rstrip()
-                    factors |= {f"{found['what'][:70]}{suffix}: {a}": x for a, x in found["times_better_than"].items()}
-            suite = of_suite[0]["suite"]
-            title = f"{suite}: how many times faster (or leaner) modernbert is"
-            if factors and suite != "breakdown":
-                yield file_of(here, f"{suite} factors"), title, partial(draw_factors, factors)
-            kernels = [one for one in of_suite if one.get("gb_per_s") and is_ours(one)]
-            if kernels:
+            suite, factors = of_suite[0]["suite"], {}
+            if kernels := [one for one in of_suite if one.get("gb_per_s") and is_ours(one)]:
                 yield (
                     file_of(here, f"{suite} roofline"),
                     f"{suite}: ours under the roof",
                     partial(draw_roofline, kernels),
                 )
+                continue
+            for group in tables_of(of_suite):
+                for alike in grouped(group, "figure", "pass"):
+                    found, suffix = ours(alike), f" {alike[0].get('figure') or ''}".rstrip()
+                    factors |= {f"{found['what'][:70]}{suffix}: {a}": x for a, x in found["times_better_than"].items()}
+            if factors:
+                title = f"{suite}: how many times faster (or leaner) modernbert is"
+                yield file_of(here, f"{suite} factors"), title, partial(draw_factors, factors)
 
 
 def draw_roofline(kernels: Sequence[Row], axes: Any) -> None:
