@@ -83,12 +83,11 @@ def read_gpu(work: Call) -> Reading:
     return Reading(start.elapsed_time(end) / 1000, 0.0)
 
 
-def sensors(*work: Call) -> dict[str, Any]:
+def sensors(work: Call = lambda: None) -> dict[str, Any]:
     """Clocks, power, heat and reasons for lower clocks while a GPU does this work; nothing without nvidia-smi."""
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return {}
-    for call in 4 * work:  # so that it is still busy when it is asked
-        call()
+    repeat(8, work)  # so that it is still busy when it is asked
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[torch.cuda.current_device()]
     command = ["nvidia-smi", "-i", index, f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout

@@ -247,7 +247,8 @@ def measured(
         one.costs = [reading.seconds / loop.calls for reading in taken[name]]
         if not machine.is_gpu:
             one.quiet(taken[name])
-    return [one for one, _ in loops.values()], refused, clock.sensors(*(loop.run for _, loop in loops.values()))
+    sensors = clock.sensors(next(iter(loops.values()))[1].run) if loops else {}
+    return [one for one, _ in loops.values()], refused, sensors
 
 
 def caches_of(task: Task, machine: Machine) -> tuple[str, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +131,27 @@ def test_flash_attention_of_torch_is_called_with_texts_in_a_row(tmp_path: Path, 
     (expected,) = [one.answer() for one in peers.alone(setup)(job)]
     (one,) = peers.transformers(setup, attention="flash")(job)
     assert (one.answer() - expected).abs().max() < 1e-4, one.settings
+
+
+def test_packed_encoders_is_called_with_texts_in_a_row_and_padded(tmp_path: Path, monkeypatch: Any) -> None:
+    """The functions of the package by their names and arguments, in plain PyTorch."""
+
+    def forward(model: Any, _: Any, ids: Any, cu_seqlens: Any, longest: int, positions: Any) -> torch.Tensor:
+        texts = ids.tensor_split(cu_seqlens[1:-1].long())
+        assert max(map(len, texts)) == longest == positions.max() + 1
+        return torch.cat([model(input_ids=text[None]).last_hidden_state[0] for text in texts])
+
+    parameters = SimpleNamespace(from_hf_config=lambda config: config)
+    package = SimpleNamespace(pack=lambda model, cuda_graph: model, GraphConfig=dict)
+    monkeypatch.setitem(sys.modules, "packed_encoders", package)
+    monkeypatch.setitem(sys.modules, "packed_encoders.config", SimpleNamespace(ModernBertParams=parameters))
+    monkeypatch.setitem(sys.modules, "packed_encoders.forward", SimpleNamespace(packed_forward=forward))
+    inputs.save_seeded(SMALL, tmp_path)
+    setup, job = Setup(str(tmp_path), "float32", "cpu", 1, True), Job((5, 20, 33), (0, 1, 2))
+    (expected,) = [one.answer() for one in peers.alone(setup)(job)]
+    variants = list(peers.packed_encoders(setup)(job))
+    assert variants[0].settings == "packed_forward, flattened"
+    assert all((one.answer() - expected).abs().max() < 1e-4 for one in variants)
 
 
 @pytest.mark.parametrize("workload", ["attention", "cross-entropy", "maxsim"])
