@@ -139,7 +139,9 @@ def table(here: Run, machine: Machine, workload: str, model: str, lengths: Seque
             if task.args:
                 right, failed = checked(task, [next(task.ways())], which)
             found: dict[str, Measured] = {}
-            for cache in CACHES if right else ():
+            sensors: Row = {}
+            # What has memory of its own is timed once.
+            for cache in CACHES[not task.args :] if right else ():
                 done, more, sensors = measured(task, right, which, machine, cache, rounds)
                 found.update((cache, replace(one, name=part)) for one in done)
                 failed |= more
@@ -148,10 +150,10 @@ def table(here: Run, machine: Machine, workload: str, model: str, lengths: Seque
             elif task.what == WHOLE:
                 last.append(found[WARM])
             else:
-                for cache, one in found.items():
+                warm, cold = found[WARM], found.get(COLD, found[WARM])
+                for cache, one in ((WARM, warm), (COLD, cold)):
                     sums[cache] = [cost + count * mine for cost, mine in zip(sums[cache], one.costs, strict=True)]
-                warm, cold = found[WARM], found[COLD].median
-                known_too = {"launches": count, "cold_us": rounded(cold, 1e6), "sensors": sensors}
+                known_too = {"launches": count, "cold_us": rounded(cold.median, 1e6), "sensors": sensors}
                 known_too |= {"us_of_pass": rounded(count * warm.median, 1e6)}
                 known_too |= reached(warm.median, rates, *task.work(which))
                 rows.append(warm.row([], lambda seconds: 1e6 * seconds, **known, **known_too))
