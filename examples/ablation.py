@@ -63,7 +63,6 @@ class Row:
     lower_case: bool = True
     styles: bool = True
     layers: int = 3
-    learning_rate: float = 2e-3  # of contrastive learning
     budget: int = 1  # times --steps
     seed: int = 0  # added to --seed
 
@@ -79,24 +78,25 @@ class Row:
 ROWS = {
     "base": Row(),
     "another seed": Row(seed=1),
-    "6 layers": Row(layers=6, learning_rate=1e-3),  # at 2e-3 its vectors become one
     "twice the steps": Row(budget=2),
+    "contrastive alone": Row(("contrastive",)),
+    "contrastive alone, 6 layers": Row(("contrastive",), layers=6),
+    "contrastive alone, twice the steps": Row(("contrastive",), budget=2),
     "no masked LM": Row(without("mlm")),
     "no L2 distillation": Row(without("distill")),
     "no hard negatives": Row(without("negatives")),
     "no KL": Row(without("kl")),
-    "contrastive alone": Row(("contrastive",)),
+    "no contrastive": Row(without("contrastive")),
     "no token vectors": Row(token_vectors=False),
     "no teacher": Row(without("distill", "kl"), token_vectors=False),
     "linear head": Row(head="linear"),
-    "KL within the batch": Row(without("kl"), in_batch_kl=True),
     "no query styles": Row(styles=False),
     "cased": Row(lower_case=False),
     "48 numbers": Row(dim=48),
-    "128 numbers": Row(dim=128),
-    "Muon for KL": Row(optimizer="muon"),
     "96 numbers": Row(dim=96),
-    "no contrastive": Row(without("contrastive")),
+    "128 numbers": Row(dim=128),
+    "KL within the batch": Row(without("kl"), in_batch_kl=True),
+    "Muon for KL": Row(optimizer="muon"),
 }
 
 
@@ -273,12 +273,7 @@ def l2_distillation(stage: Stage) -> Path:
 def contrastive_learning(stage: Stage, **changes: Any) -> Path:
     options: dict[str, Any] = {"pairs": str(stage.data.pairs), "exclude_sources": stage.row.excluded}
     options |= {"start": stage.with_head(), "dim": stage.row.dim, "steps": stage.steps}
-    options |= {
-        "learning_rate": stage.row.learning_rate,
-        "batch_tokens": stage.config.tokens,
-        "train_document_length": LONGEST,
-        **LENGTHS,
-    }
+    options |= {"batch_tokens": stage.config.tokens, "train_document_length": LONGEST, **LENGTHS}
     options |= {"teacher": stage.data.teacher if stage.row.in_batch_kl else "", **changes}
     return stage.done(contrastive, contrastive.Config(**options, **stage.common))
 
