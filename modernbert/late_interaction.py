@@ -268,18 +268,27 @@ def pool_tokens(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
     if x_NE.dim() != 2 or not x_NE.is_floating_point() or not x_NE.is_cpu:
         what = f"{x_NE.dtype} of shape {tuple(x_NE.shape)} on {x_NE.device}"
         raise ValueError(f"x_NE must be floats [n, E] on the CPU, got {what}")
-    kept, rest = x_NE[:protected], x_NE[protected:]
+    return cluster_means(x_NE, token_clusters(x_NE, factor, protected))
+
+
+def token_clusters(x_NE: Tensor, factor: int, protected: int = 1) -> Tensor:
+    """`[n]` int64: the row of `pool_tokens` that each row becomes a part of."""
+    rest = x_NE[protected:]
     clusters = max(len(rest) // factor, 1)
     if clusters >= len(rest):
-        return x_NE
+        return torch.arange(len(x_NE), device="cpu")
     fcluster, linkage = _ward()
     distance = (1 - rest @ rest.T).clamp(min=0)  # scipy refuses the -1e-7 of equal rows
     upper = torch.triu_indices(len(rest), len(rest), offset=1, device="cpu")
     tree = linkage(distance[upper[0], upper[1]].numpy(), method="ward")
-    labels = torch.from_numpy(fcluster(tree, t=clusters, criterion="maxclust")).long() - 1
-    count = torch.bincount(labels)
-    means = rest.new_zeros(len(count), rest.shape[1]).index_add_(0, labels, rest) / count[:, None]
-    return torch.cat([kept, means[count > 0]])
+    labels = torch.from_numpy(fcluster(tree, t=clusters, criterion="maxclust")).unique(return_inverse=True)[1]
+    return torch.cat([torch.arange(protected, device="cpu"), protected + labels])
+
+
+def cluster_means(x_NE: Tensor, cluster_N: Tensor) -> Tensor:
+    """The mean of the rows of each cluster."""
+    count = torch.bincount(cluster_N)
+    return x_NE.new_zeros(len(count), x_NE.shape[1]).index_add_(0, cluster_N, x_NE) / count[:, None]
 
 
 def pool_documents(documents: Ragged, factor: int) -> Ragged:

@@ -45,7 +45,11 @@ def index(
         typer.Option(help="ColBERT folder or hub id.", show_default="the model of the store, or the built-in one"),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="fp16|fp32|int8", help="The dtype of the vectors.", show_default="fp16")
+        str | None,
+        typer.Option(metavar="fp16|fp32|int8|4bit|2bit", help="How the vectors are kept.", show_default="fp16"),
+    ] = None,
+    pool: Annotated[
+        int | None, typer.Option(metavar="N", help="Average N tokens that are alike to one.", show_default="1: do not")
     ] = None,
     prefilter: Annotated[bool, typer.Option("--prefilter", help="Also prepare for `search --prefilter`.")] = False,
     exclude: ExcludeOption = None,
@@ -83,6 +87,7 @@ def index(
                     output,
                     model,
                     dtype=dtype,
+                    pool=pool,
                     prefilter=prefilter,
                     exclude=exclude or (),
                     gitignore=gitignore,

@@ -24,6 +24,7 @@ from .documents.records import is_records
 from .documents.text import OnNote, file_name
 from .engines import is_target
 from .passages import Document
+from .queries import query_vectors
 from .remote import is_remote
 from .spread import absolute_paths, forget_in_engine, index_units, roots_of
 from .store.draft import open_draft
@@ -43,6 +44,7 @@ def index(
     model: ModelSource | LoadedModel | None = None,
     *,
     dtype: str | None = None,
+    pool: int | None = None,
     prefilter: bool = False,
     exclude: Sequence[str] = (),
     gitignore: bool = True,
@@ -72,7 +74,10 @@ def index(
         paths: see `find_files`; `read_file` describes the kinds of files and how they are read.
         model: folder or hub id of a ColBERT, or a loaded one. None: the model of the store, or for a new store the
             built-in one.
-        dtype: of the vectors: "fp16" (None for a new store), "fp32", or "int8" with one scale for each.
+        dtype: of the vectors: "fp16" (None for a new store), "fp32", "int8" with one scale for each, or the codes
+            "4bit" and "2bit", see `store/codec.py`. Codes are learned from the first corpus of a store, and `note` is
+            called with what they keep of its rankings.
+        pool: tokens that become one (1, or None for a new store: none do), see `pool_tokens`. Needs scipy.
         prefilter: also keep the lists that `Store.search(..., prefilter=True)` needs, from now on.
         exclude, gitignore: which files to leave out, see `find_files`.
         engine: of the `Session` that encodes.
@@ -85,7 +90,8 @@ def index(
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: nothing has text, a record is broken, an argument has no meaning, a path that held documents has
-            none now, or the store has another model or dtype.
+            none now, the store has another model, dtype or pool, or codes keep too little of the vectors.
+        ModuleNotFoundError: `pool` without scipy.
         OSError: another process is writing to the store, or the disk is full. The store is unchanged.
     """
     if not os.fspath(output):
@@ -94,6 +100,8 @@ def index(
     reading = Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)
     roots, named = roots_of(paths), absolute_paths(paths)
     request: IndexRequest = {"paths": named, "model": _name(model), "dtype": dtype, "prefilter": prefilter}
+    if pool is not None:
+        request["pool"] = pool
     if exclude:
         request["exclude"] = list(exclude)
     if not gitignore:
@@ -117,7 +125,7 @@ def index(
         open_draft(Path(output), request) as draft,
         progress_bar("indexing", total, progress, unit="bytes") as on_bytes,
     ):
-        manifest, loaded = manifest_and_model(output, draft.manifest, model, dtype, engine)
+        manifest, loaded = manifest_and_model(output, draft.manifest, model, dtype, pool, engine)
         session = loaded.session
         writer = StoreWriter(draft, manifest, prefilter=prefilter)
         encoder = DocumentEncoder(writer, session, on_bytes)
@@ -153,6 +161,8 @@ def index(
                 f"{output} is damaged, and {lost[0]}, one of {len(lost)} files to rebuild it from, cannot be read: "
                 "restore the store from a copy, or remove these documents with --forget"
             )
+        if kept := writer.compress(lambda texts: query_vectors(session, texts)):
+            note(f"{manifest.dtype}: {kept}")
         writer.merge_shards()
         return writer.commit()
 

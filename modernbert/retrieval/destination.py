@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..late_interaction import check_pool_factor
 from .documents.find import Key
+from .documents.text import OnNote
 from .engines import Table, identity_at, is_target, open_table
 from .passages import Document
+from .queries import query_vectors
+from .store.codec import BITS, check_width
 from .store.draft import SCHEMA, Draft, open_draft
-from .store.format import DTYPES, VERSION, Manifest, ModelIdentity
+from .store.format import CODED, DTYPES, VERSION, Manifest, ModelIdentity
 from .store.identity import LoadedModel, ModelSource, load_model
-from .store.request import Request
+from .store.request import IndexRequest
 from .store.writer import StoreWriter, Summary, below
 from .targets import EngineTarget, StoreTarget, parts_folder
 from .worker import Report
@@ -25,10 +29,10 @@ ROWS = 1000
 
 
 class StoreDestination:
-    """The draft of a store. `target` is where its parts are."""
+    """The draft of a store. `target` is where its parts are, and `compress` is called before the commit."""
 
-    def __init__(self, output: str, writer: StoreWriter, manifest: Manifest) -> None:
-        self.writer, self._parts = writer, parts_folder(output)
+    def __init__(self, output: str, writer: StoreWriter, manifest: Manifest, compress: Callable[[], None]) -> None:
+        self.writer, self._compress, self._parts = writer, compress, parts_folder(output)
         self.target = StoreTarget(output, manifest)
 
     def take(self, report: Report) -> None:
@@ -45,6 +49,7 @@ class StoreDestination:
 
     def commit(self, roots: Sequence[str]) -> Summary:
         """Make the draft the store, and delete the parts."""
+        self._compress()
         self.writer.merge_shards()
         summary = self.writer.commit()
         self.target.close()
@@ -99,28 +104,35 @@ Destination = StoreDestination | EngineDestination
 @contextmanager
 def open_destination(
     output: str,
-    request: Request,
+    request: IndexRequest,
     model: ModelSource | LoadedModel | None,
-    dtype: str | None,
     engine: str | None,
-    prefilter: bool,
+    note: OnNote,
 ) -> Iterator[tuple[Destination, Manifest, LoadedModel]]:
     """Open a store or an engine for a run, with its model. Raises as `index` and `open_table`."""
+    dtype, pool, prefilter = request["dtype"], request.get("pool"), request["prefilter"]
     if is_target(output):
         if prefilter:
             raise ValueError(f"{output} has an index of its own: --prefilter is for stores")
-        manifest, loaded = manifest_and_model(output, None, model, dtype, engine, identity_at(output))
+        if dtype in BITS or pool is not None:
+            raise ValueError(f"{output} keeps vectors as they are: {'--pool' if pool else dtype} is for stores")
+        manifest, loaded = manifest_and_model(output, None, model, dtype, None, engine, identity_at(output))
         with _engine(output, manifest) as destination:
             yield destination, manifest, loaded
         return
     with open_draft(Path(output), request) as draft:
-        manifest, loaded = manifest_and_model(output, draft.manifest, model, dtype, engine)
+        manifest, loaded = manifest_and_model(output, draft.manifest, model, dtype, pool, engine)
         writer = StoreWriter(draft, manifest, prefilter=prefilter)
         if damaged := writer.find_damage():
             raise ValueError(
                 f"{damaged[0]} is damaged or missing: repair the store first, with an `index` of one process"
             )
-        yield StoreDestination(output, writer, manifest), manifest, loaded
+
+        def compress() -> None:
+            if kept := writer.compress(lambda texts: query_vectors(loaded.session, texts)):
+                note(f"{manifest.dtype}: {kept}")
+
+        yield StoreDestination(output, writer, manifest, compress), manifest, loaded
 
 
 @contextmanager
@@ -162,6 +174,7 @@ def manifest_and_model(
     old: Manifest | None,
     model: ModelSource | LoadedModel | None,
     dtype: str | None,
+    pool: int | None,
     engine: str | None,
     identity: ModelIdentity | None = None,
 ) -> tuple[Manifest, LoadedModel]:
@@ -174,9 +187,15 @@ def manifest_and_model(
         raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     if old and dtype not in (None, old.dtype):
         raise ValueError(f"the store {output} holds {old.dtype}, not {dtype}: leave out the dtype")
+    check_pool_factor(1 if pool is None else pool)
+    if old and pool not in (None, old.pool):
+        raise ValueError(f"the store {output} pools {old.pool} tokens, not {pool}: leave out the pool")
     loaded = load_model(model, old.identity if old else identity, engine)
-    new = Manifest(VERSION, *loaded.identity, dtype=dtype or "fp16", width=loaded.session.model.dim)
-    return old or new, loaded
+    dtype, pool, width = dtype or "fp16", pool or 1, loaded.session.model.dim
+    if dtype in BITS:
+        check_width(width, BITS[dtype])
+    version = CODED if dtype in BITS or pool > 1 else VERSION
+    return old or Manifest(version, *loaded.identity, dtype=dtype, width=width, pool=pool), loaded
 
 
 def _check_keys(writer: StoreWriter, keys: Sequence[Key]) -> None:

@@ -70,7 +70,7 @@ def index_units(
     Args:
         request: of the run, see `open_draft`.
     """
-    first = open_destination(output, request, model, request["dtype"], engine, request["prefilter"])
+    first = open_destination(output, request, model, engine, note)
     with first if ranks.is_first else nullcontext((None, None, None)) as (destination, manifest, loaded):
         unread: list[str] = []
 

@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
@@ -69,7 +70,8 @@ class StoreTarget:
     """The parts of a store: a folder beside it that all workers see, with a small store for each unit."""
 
     def __init__(self, output: str, manifest: Manifest) -> None:
-        self.parts, self._manifest = parts_folder(output), manifest
+        # Parts are in float16, and the driver gives them the codec and the pre-filter of the store.
+        self.parts, self._manifest = parts_folder(output), replace(manifest, prefilter=None, codec=None)
         folder, before = Path(output), find_manifest(Path(output))
         self._table = sqlite3.connect(":memory:")
         if before:

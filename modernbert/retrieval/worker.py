@@ -72,7 +72,7 @@ def read_share(unit: Unit, job: Job, target: Target, colbert: ColBERT) -> Share:
     documents: list[Document] = []
     unread: list[str] = []
     notes: list[str] = []
-    digest = hashlib.sha256(f"{job.manifest.fingerprint} {job.manifest.dtype}".encode())
+    digest = hashlib.sha256(f"{job.manifest.fingerprint} {job.manifest.dtype} {job.manifest.pool}".encode())
     found = read_unit(
         unit,
         job.reading,

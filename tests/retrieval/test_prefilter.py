@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modernbert import maxsim
 from modernbert.late_interaction import Ragged
-from modernbert.retrieval.store import prefilter
+from modernbert.retrieval.store import kmeans, prefilter
 from modernbert.retrieval.store.prefilter import (
     InvertedLists,
     build_lists,
@@ -256,7 +256,7 @@ def test_blocks_change_nothing(
     shards: list[Ragged], centroids: Ragged, similarities: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = build_lists(shards[0], centroids)
-    monkeypatch.setattr(prefilter, "SIMILARITIES", similarities)
+    monkeypatch.setattr(kmeans, "SIMILARITIES", similarities)
     parts = build_lists(shards[0], centroids)
     assert torch.equal(whole.offsets, parts.offsets)
     assert torch.equal(whole.passages, parts.passages)

@@ -224,14 +224,14 @@ def test_names_that_an_address_would_misread(colbert, tmp_path):
     assert not Path(str(folder).split("?")[0]).exists()
 
 
-@pytest.fixture(scope="module", params=["fp16", "int8"])
+@pytest.fixture(scope="module", params=["fp16", "int8", "4bit", "2bit"])
 def filtered(request, colbert, tmp_path_factory):
     """A store with a pre-filter that has grown and shrunk since."""
     folder = tmp_path_factory.mktemp("filtered")
     source = folder / "corpus.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         small_shards(patch, 16)
-        index([write_corpus(source, corpus(20))], folder / "store", colbert, dtype=request.param, prefilter=True)
+        index([write_corpus(source, corpus(60))], folder / "store", colbert, dtype=request.param, prefilter=True)
         index([write_corpus(source, corpus(200))], folder / "store", colbert)
         index([write_corpus(source, corpus(200)[5:])], folder / "store", colbert)
     with Store(folder / "store", colbert) as store:

@@ -20,7 +20,7 @@ from .request import UNFINISHED, read_request
 LOCK = "lock"
 
 _HASH = "[0-9a-f]{16}"
-_PART = rf"((lists-{_HASH}-)?{_HASH}|centroids)-{_HASH}\.safetensors"
+_PART = rf"((lists-{_HASH}-)?{_HASH}|centroids|codec)-{_HASH}\.safetensors"
 PARTS = re.compile(_PART)
 TABLES = re.compile(rf"passages-{_HASH}\.sqlite")
 # As `files.replacing` and `draft.open_draft` name them: a run was killed while it wrote such a file.

@@ -3,6 +3,7 @@
     store.json                  the manifest: replacing it changes the store, in one step and as a whole
     passages-<hash>.sqlite      documents, passages and the list of shards; never changed after the manifest names it
     shards/<hash>.safetensors   token vectors of up to `PASSAGES` passages; never changed
+    shards/codec-*              how the vectors are coded, if in 4 or 2 bits; never changed
     shards/centroids-*, lists-* the pre-filter, if the store has one; never changed
     unfinished.json             the request of a run that has not finished; the first file of a new store
     lock                        held by the process that writes
@@ -29,11 +30,16 @@ from torch import Tensor
 
 from ...files import replacing
 from ...late_interaction import Ragged
+from .codec import BITS, Codec
 from .request import read_unfinished, resume_command, write_json
 
-VERSION = 1
+VERSION, CODED = 1, 2
+"""Of the format. A store with codes or pooled tokens has the second, which older programs refuse."""
+
 MANIFEST, SHARDS = "store.json", "shards"
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+FLOATS = {"fp16": torch.float16, "fp32": torch.float32}
+DTYPES = (*FLOATS, "int8", *BITS)
+"""How the vectors of a store can be written."""
 
 PASSAGES = 4096
 """Passages of a full shard. They are encoded and written together, so an interruption loses at most this much work."""
@@ -75,9 +81,10 @@ class Manifest:
 
     Attributes:
         version: of the format. model, fingerprint: see `ModelIdentity`.
-        dtype: a key of `DTYPES`. width: E of the vectors.
+        dtype: one of `DTYPES`. width: E of the vectors.
         documents, passages: how many there are. table, sha256: the file of the table and its checksum.
-        prefilter: None if the store has no pre-filter.
+        prefilter: None if the store has no pre-filter. codec: None if the vectors are not codes.
+        pool: tokens that become one, see `pool_tokens`.
     """
 
     version: int
@@ -90,6 +97,8 @@ class Manifest:
     table: str = ""
     sha256: str = ""
     prefilter: CentroidsEntry | None = None
+    codec: Part | None = None
+    pool: int = 1
 
     @property
     def identity(self) -> ModelIdentity:
@@ -102,28 +111,32 @@ class Shard:
 
     Attributes:
         offsets: `[N + 1]` int64; passage i owns the rows `offsets[i]` to `offsets[i + 1]`.
-        spans: `[n, 2]` int32, the characters of the passage's content that each row stands for; 0, 0 for none.
+        spans: `[n, 2]` int16 or int32, the characters of the passage's content that each row stands for; 0, 0 for none.
+        codec: of the vectors; None if they are not codes.
     """
 
-    def __init__(self, path: Path, sha256: str) -> None:
+    def __init__(self, path: Path, sha256: str, codec: Codec | None = None) -> None:
         self.path, self._sha256, self._verified = path, sha256, False
         self.tensors = _open(path)
+        self.codec = codec if "codes" in self.tensors else None
         self.offsets, self.spans = self.tensors["offsets"], self.tensors["spans"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def vectors(self, first: int, last: int) -> Ragged:
-        """Passages `first` to `last - 1` in the dtype of the file; int8 is converted to float32.
+        """Passages `first` to `last - 1`: in the dtype of the file if it is a float, else in float32.
 
         The first call reads the whole file to verify it.
         """
         self.verify()
-        rows = slice(int(self.offsets[first]), int(self.offsets[last]))
-        values = self.tensors["values"][rows]
-        if "scales" in self.tensors:
-            values = values * self.tensors["scales"][rows, None]
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        values = self._vectors({name: tensor[start:stop] for name, tensor in self.rows().items()})
         return Ragged(values, self.offsets[first : last + 1] - self.offsets[first])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Single rows as of `vectors`. Reads nothing else, and verifies nothing."""
+        return self._vectors({name: tensor.index_select(0, rows) for name, tensor in self.rows().items()})
 
     def verify(self) -> None:
         """Compare the checksum, once. Errors as for the function `verify`."""
@@ -131,18 +144,31 @@ class Shard:
             verify(self.path, self._sha256)
         self._verified = True
 
-    def raw(self, name: str = "values") -> Ragged:
-        """All rows as stored, not verified: the `values`, or for int8 the `scales` that they are multiplied by."""
-        return Ragged(self.tensors[name].view(len(self.tensors[name]), -1), self.offsets)
+    def rows(self) -> dict[str, Tensor]:
+        """The tensors that vectors are made of, with a row for each token. Not verified."""
+        return {name: tensor for name, tensor in self.tensors.items() if name not in ("offsets", "spans")}
+
+    def _vectors(self, rows: Mapping[str, Tensor]) -> Tensor:
+        if self.codec:
+            return self.codec.decode(rows)
+        return rows["values"] * rows["scales"][:, None] if "scales" in rows else rows["values"]
 
 
 def quantize(values_NE: Tensor, dtype: str) -> dict[str, Tensor]:
-    """Float32 rows in the form a shard stores. `int8` has a float32 scale per row: x is about scale * int8."""
+    """Float32 rows in the form a new shard stores. `int8` has a float32 scale per row: x is about scale * int8.
+
+    Vectors that will be codes are in float16 until `StoreWriter.compress`.
+    """
     if dtype != "int8":
-        return {"values": values_NE.to(DTYPES[dtype])}
+        return {"values": values_NE.to(FLOATS.get(dtype, torch.float16))}
     scales_N = values_NE.abs().amax(dim=1) / 127
     values = (values_NE / scales_N.clamp_min(1e-30)[:, None]).round().to(torch.int8)
     return {"values": values, "scales": scales_N}
+
+
+def narrow(spans_N2: Tensor) -> Tensor:
+    """Spans as int16 if they fit, else as int32."""
+    return spans_N2.to(torch.int16 if not len(spans_N2) or int(spans_N2.max()) < 1 << 15 else torch.int32)
 
 
 def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Part:
@@ -167,6 +193,11 @@ def read_part(folder: Path, file: str, sha256: str) -> dict[str, Tensor]:
     """The tensors of a part, verified."""
     verify(folder / SHARDS / file, sha256)
     return _open(folder / SHARDS / file)
+
+
+def read_codec(folder: Path, manifest: Manifest) -> Codec | None:
+    """The codec of a store, verified; None if its vectors are not codes."""
+    return Codec(BITS[manifest.dtype], **read_part(folder, *manifest.codec)) if manifest.codec else None
 
 
 def is_intact(path: Path, sha256: str) -> bool:
@@ -213,15 +244,15 @@ def read_manifest(folder: Path) -> Manifest:
         checksum, version = fields.pop("checksum"), fields["version"]
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or is not the manifest of a store ({error!r}): {REPAIR}") from error
-    if version != VERSION:
+    if version not in (VERSION, CODED):
         raise ValueError(
-            f"{path} is of version {version}, and this modernbert reads version {VERSION}: "
+            f"{path} is of version {version}, and this modernbert reads {VERSION} and {CODED}: "
             "install the one that wrote it, or index again into a new folder"
         )
     if checksum != _checksum(fields):
         raise ValueError(f"{path} is damaged: its checksum does not match; {REPAIR}")
-    prefilter = fields.pop("prefilter", None)
-    return Manifest(**fields, prefilter=prefilter and CentroidsEntry(**prefilter))
+    prefilter, codec = fields.pop("prefilter", None), fields.pop("codec", None)
+    return Manifest(**fields, prefilter=prefilter and CentroidsEntry(**prefilter), codec=codec and Part(*codec))
 
 
 def find_manifest(folder: Path) -> Manifest | None:
@@ -232,8 +263,9 @@ def find_manifest(folder: Path) -> Manifest | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace store.json: from then on, the store is what `manifest` describes."""
     fields = asdict(manifest)
-    if manifest.prefilter is None:
-        del fields["prefilter"]
+    for name, usual in (("prefilter", None), ("codec", None), ("pool", 1)):  # Version 1 may not have the last two.
+        if fields[name] == usual:
+            del fields[name]
     write_json(folder / MANIFEST, {**fields, "checksum": _checksum(fields)})
 
 

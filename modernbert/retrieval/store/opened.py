@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .fields import nfc
-from .format import SHARDS, Manifest, Shard, verify
+from .format import SHARDS, Manifest, Shard, read_codec, verify
 
 
 class OpenFiles:
@@ -29,8 +29,9 @@ class OpenFiles:
         self._table.create_function("nfc", 1, nfc, deterministic=True)
         self._shards: dict[int, Shard] = {}
         try:
+            codec = read_codec(folder, manifest)
             for number, file, sha256 in self._table.execute("SELECT number, file, sha256 FROM shards ORDER BY number"):
-                self._shards[number] = Shard(folder / SHARDS / file, sha256)
+                self._shards[number] = Shard(folder / SHARDS / file, sha256, codec)
         except BaseException:
             self.close()
             raise

@@ -24,7 +24,9 @@ from torch import Tensor
 import modernbert_kernels as ops
 
 from ...late_interaction import Ragged
+from .codec import Codec
 from .format import SHARDS, CentroidsEntry, Shard, finished_part, is_intact, read_part, write_part
+from .kmeans import kmeans, nearest
 
 CANDIDATES = 2048
 """Passages scored exactly, at least. This finds 99 of 100 of the ten best, among 10,000 passages and among 100,000."""
@@ -32,11 +34,8 @@ CANDIDATES = 2048
 OUTGROWN = 2
 """Centroids are trained again when a store needs this many times as many as it has."""
 
-SAMPLE, ROUNDS = 8, 4
-"""Tokens that k-means sees for each centroid, and its iterations. More of either costs as much as more centroids."""
-
-SIMILARITIES = 1 << 20
-"""Similarities to centroids computed at a time: 4 MB of float32."""
+SAMPLE = 8
+"""Tokens that k-means sees for each centroid. More of them cost as much as more centroids."""
 
 
 class InvertedLists(NamedTuple):
@@ -73,22 +72,20 @@ class Prefilter:
         return shortlist(queries, self._centroids, self._lists, candidates=count, allowed=allowed)
 
     def vectors(self, positions: Tensor) -> Ragged:
-        """The passages at ascending `positions`, in float32."""
-        rows = select([shard.raw() for shard in self._shards], positions)
-        values = rows.values.float()
-        if "scales" in self._shards[0].tensors:
-            values *= select([shard.raw("scales") for shard in self._shards], positions).values
-        return Ragged(values, rows.offsets)
+        """The passages at ascending `positions`, as `Shard.vectors` gives them."""
+        return select(self._shards, positions)
 
 
-def update_lists(folder: Path, table: sqlite3.Connection, entry: CentroidsEntry | None) -> CentroidsEntry:
+def update_lists(
+    folder: Path, table: sqlite3.Connection, entry: CentroidsEntry | None, codec: Codec | None
+) -> CentroidsEntry:
     """Give every shard its lists. `entry` is the manifest's entry so far; returns the new one."""
     rows = table.execute("SELECT number, file, sha256 FROM shards ORDER BY number").fetchall()
-    shards = {number: Shard(folder / SHARDS / file, sha256).raw() for number, file, sha256 in rows}
+    shards = {number: Shard(folder / SHARDS / file, sha256, codec) for number, file, sha256 in rows}
     if entry and not shards:
         table.execute("DELETE FROM lists")
         return entry  # Damaged centroids are trained again when there is something to train on.
-    wanted = num_centroids(sum(len(shard.values) for shard in shards.values()))
+    wanted = num_centroids(sum(len(shard.spans) for shard in shards.values()))
     if entry is None or wanted > OUTGROWN * entry.count or not is_intact(folder / SHARDS / entry.file, entry.sha256):
         centroids = train_centroids(list(shards.values()))
         parts = {"values": centroids.values, "offsets": centroids.offsets}
@@ -103,7 +100,7 @@ def update_lists(folder: Path, table: sqlite3.Connection, entry: CentroidsEntry 
             name = f"lists-{sha256[:16]}-{entry.sha256[:16]}"
             part = finished_part(folder, name)
             if part is None:
-                lists = build_lists(shards[number], centroids)
+                lists = build_lists(shards[number].vectors(0, len(shards[number])), centroids)
                 part = write_part(folder, name, {"offsets": lists.offsets, "passages": lists.passages})
             table.execute("INSERT OR REPLACE INTO lists VALUES (?, ?, ?)", (number, *part))
     return entry
@@ -114,7 +111,7 @@ def num_centroids(num_tokens: int) -> int:
     return min(num_tokens, round(32 * num_tokens**0.5))
 
 
-def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
+def train_centroids(shards: Sequence[Ragged | Shard], *, seed: int = 0) -> Ragged:
     """Spherical k-means over a sample of the passages of all shards. On one machine, deterministic.
 
     There are two levels: about 4 sqrt(K) cells, then the centroids of each cell, in proportion to its share of the
@@ -126,19 +123,26 @@ def train_centroids(shards: Sequence[Ragged], *, seed: int = 0) -> Ragged:
     Raises:
         ValueError: the shards have no token.
     """
-    passages, tokens = sum(map(len, shards)), sum(len(shard.values) for shard in shards)
+    tokens = sum(int(shard.offsets[-1]) for shard in shards)
     if not tokens:
+        passages = sum(map(len, shards))
         raise ValueError(f"{passages} passages without a single token give no centroids: search them exactly")
     total = num_centroids(tokens)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(passages, generator=generator, device="cpu")[: -(-SAMPLE * total * passages // tokens)]
-    sample_NE = select(shards, drawn.sort().values).values
-    sample_NE = sample_NE[torch.randperm(len(sample_NE), generator=generator, device="cpu")]
+    sample_NE = sample_tokens(shards, SAMPLE * total, seed=seed)
     cells = round(4 * total**0.5)
-    cell_N = _nearest(sample_NE, _kmeans(sample_NE[: 64 * cells], cells))
+    cell_N = nearest(sample_NE, kmeans(sample_NE[: 64 * cells], cells))
     members = sample_NE[cell_N.argsort(stable=True)].split(cell_N.bincount().tolist())
     share = total / len(sample_NE)
-    return Ragged.from_list([_kmeans(x_NE, max(1, round(share * len(x_NE)))) for x_NE in members if len(x_NE)])
+    return Ragged.from_list([kmeans(x_NE, max(1, round(share * len(x_NE)))) for x_NE in members if len(x_NE)])
+
+
+def sample_tokens(shards: Sequence[Ragged | Shard], count: int, *, seed: int = 0) -> Tensor:
+    """`[n, E]` in random order: the tokens of random passages, about `count` of them, or all."""
+    passages, tokens = sum(map(len, shards)), sum(int(shard.offsets[-1]) for shard in shards)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(passages, generator=generator, device="cpu")[: -(-count * passages // max(1, tokens))]
+    sample_NE = select(shards, drawn.sort().values).values
+    return sample_NE[torch.randperm(len(sample_NE), generator=generator, device="cpu")]
 
 
 def build_lists(vectors: Ragged, centroids: Ragged) -> InvertedLists:
@@ -183,19 +187,26 @@ def shortlist(
     return found
 
 
-def select(shards: Sequence[Ragged], positions: Tensor) -> Ragged:
-    """The passages at ascending `positions`, counted over all shards. Reads nothing else of a memory map."""
+def select(shards: Sequence[Ragged | Shard], positions: Tensor) -> Ragged:
+    """The passages at ascending `positions`, counted over all shards; of a `Shard` as of `Shard.vectors`.
+
+    Reads nothing else of a memory map.
+    """
     ends = np.cumsum([len(shard) for shard in shards])
     cuts = pairwise([0, *np.searchsorted(positions.numpy(), ends).tolist()])
-    values, lengths = [shards[0].values[:0]], [torch.zeros(1, dtype=torch.int64, device="cpu")]
+    lengths = [torch.zeros(1, dtype=torch.int64, device="cpu")]
+    values = [_rows(shards[0], lengths[0][:0])]
     for shard, end, (start, stop) in zip(shards, ends.tolist(), cuts, strict=True):
         if start < stop:
             inside = positions[start:stop] - (end - len(shard))
             first = shard.offsets[inside]
             lengths.append(shard.offsets[inside + 1] - first)
-            rows = _ranges(first.numpy(), lengths[-1].numpy())
-            values.append(shard.values.index_select(0, torch.from_numpy(rows)))
+            values.append(_rows(shard, torch.from_numpy(_ranges(first.numpy(), lengths[-1].numpy()))))
     return Ragged(torch.cat(values), torch.cat(lengths).cumsum(0))
+
+
+def _rows(shard: Ragged | Shard, rows: Tensor) -> Tensor:
+    return shard.values.index_select(0, rows) if isinstance(shard, Ragged) else shard.take(rows)
 
 
 def _score(similarity_QP: np.ndarray, probed_QP: np.ndarray, lists: InvertedLists) -> np.ndarray:
@@ -216,31 +227,12 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def _kmeans(x_NE: Tensor, count: int) -> Tensor:
-    """`[count, E]` unit vectors, at most one for each token. The tokens must be in random order."""
-    centroids_KE = F.normalize(x_NE[:count].float())
-    for _ in range(ROUNDS):
-        sums_KE = torch.zeros_like(centroids_KE).index_add_(0, _nearest(x_NE, centroids_KE), x_NE.float())
-        # A centroid without tokens keeps its position.
-        centroids_KE = torch.where(sums_KE.any(1, keepdim=True), F.normalize(sums_KE), centroids_KE)
-    return centroids_KE
-
-
 def _assign(x_NE: Tensor, centroids: Ragged) -> Tensor:
     """`[N]`: for each token the nearest centroid in the nearest cell."""
     cells_CE = torch.stack([F.normalize(cell_KE.sum(0), dim=0) for cell_KE in centroids])
-    cell_N = _nearest(x_NE, cells_CE)
+    cell_N = nearest(x_NE, cells_CE)
     nearest_N = torch.empty_like(cell_N)
     members = cell_N.argsort(stable=True).split(cell_N.bincount(minlength=len(cells_CE)).tolist())
     for rows, cell_KE, start in zip(members, centroids, centroids.offsets.tolist(), strict=False):
-        nearest_N[rows] = start + _nearest(x_NE[rows], cell_KE)
+        nearest_N[rows] = start + nearest(x_NE[rows], cell_KE)
     return nearest_N
-
-
-def _nearest(x_NE: Tensor, centroids_KE: Tensor) -> Tensor:
-    """`[N]` int64. The argmax is NumPy's, which is several times as fast as PyTorch's."""
-    size = 1 << max(1, SIMILARITIES // len(centroids_KE)).bit_length() - 1
-    nearest_N = np.empty(len(x_NE), np.int64)
-    for start, block_NE in zip(range(0, len(x_NE), size), x_NE.split(size), strict=False):
-        ops.linear(block_NE.float(), centroids_KE).numpy().argmax(1, out=nearest_N[start : start + size])
-    return torch.from_numpy(nearest_N)

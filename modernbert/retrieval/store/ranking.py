@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ...late_interaction import Ragged, maxsim, token_blocks
+from .codec import Codec
 from .format import Shard
 
 TOKENS_AT_ONCE = 1 << 16
@@ -12,6 +18,9 @@ TOKENS_AT_ONCE = 1 << 16
 
 QUERIES_AT_ONCE = 32
 """Queries scored together: the similarities of one block stay in the cache as well."""
+
+BLOCK, LANES = 1 << 20, 16
+"""Numbers in a block of decoded codes and their similarities; query tokens are padded to a multiple, see `maxsim`."""
 
 
 class TopK:
@@ -40,9 +49,45 @@ class TopK:
 def score_shard(queries: Ragged, shard: Shard) -> np.ndarray:
     """`[B, N]` float32: the score of every query with every passage of a shard."""
     scores_BN = np.empty((len(queries), len(shard)), dtype=np.float32)
+    if shard.codec:
+        shard.verify()
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            some = slice(start, start + QUERIES_AT_ONCE)
+            scores_BN[some] = score_codes(queries[some], shard.codec, shard.rows(), shard.offsets)
+        return scores_BN
     for first, last in token_blocks(shard.offsets, TOKENS_AT_ONCE):
         vectors = shard.vectors(first, last)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)
             scores_BN[some, first:last] = maxsim(queries[some], vectors)
     return scores_BN
+
+
+def score_codes(queries: Ragged, codec: Codec, rows: Mapping[str, Tensor], offsets: Tensor) -> Tensor:
+    """`[B, N]` float32: the score of every query with passages in codes, `rows` as of `Codec.encode`.
+
+    As `maxsim` of what is decoded. A similarity is that with the centroid, which is computed once for all tokens, plus
+    that with the residual. Blocks are decoded into the same memory, which stays in the cache.
+    """
+    lengths, num_queries = offsets.diff(), len(queries.values)
+    queries_EQ = F.pad(queries.values.float(), (0, 0, 0, -num_queries % LANES)).T.contiguous()
+    width, padded = queries_EQ.shape
+    centers_KQ, scaled_EQ, table = codec.centroids_KE @ queries_EQ, codec.scales_E[:, None] * queries_EQ, codec.table()
+    passage_N1 = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)[:, None]
+    best_PQ = torch.full((len(lengths), padded), float("-inf"), device="cpu")
+    size = 1 << max(1, BLOCK // (width + padded)).bit_length() - 1
+    bytes_ = torch.empty(size, rows["codes"].shape[1], dtype=torch.int32, device="cpu")
+    elements = torch.empty(bytes_.numel(), dtype=table.dtype, device="cpu")
+    levels_NE = elements.view(torch.float32).view(size, width)
+    similarity_NQ, center_NQ = torch.empty(2, size, padded, device="cpu")
+    every = (rows["codes"], rows["centroids"], rows["gains"], passage_N1)
+    for codes, centroids, gains, passage in zip(*(part.split(size) for part in every), strict=True):
+        n = len(codes)
+        bytes_[:n].copy_(codes)
+        torch.index_select(table, 0, bytes_[:n].ravel(), out=elements[: codes.numel()])
+        torch.mm(levels_NE[:n], scaled_EQ, out=similarity_NQ[:n])
+        torch.index_select(centers_KQ, 0, centroids.int(), out=center_NQ[:n])
+        torch.addcmul(center_NQ[:n], similarity_NQ[:n], gains.float()[:, None], out=similarity_NQ[:n])
+        best_PQ.scatter_reduce_(0, passage.expand(-1, padded), similarity_NQ[:n], "amax")
+    best_PQ = best_PQ[:, :num_queries]
+    return torch.stack([part.sum(1) for part in best_PQ.split(queries.offsets.diff().tolist(), dim=1)])

@@ -29,6 +29,7 @@ class IndexRequest(TypedDict):
     model: str | None
     dtype: str | None
     prefilter: bool
+    pool: NotRequired[int]
     exclude: NotRequired[list[str]]
     gitignore: NotRequired[bool]
     reading: NotRequired[dict[str, str | bool]]
@@ -86,6 +87,7 @@ def resume_command(request: Request, folder: Path | str) -> str:
     for name, value in (("--model", request["model"]), ("--dtype", request["dtype"])):
         options += [name, value] if value else []
     options += ["--prefilter"] if request["prefilter"] else []
+    options += ["--pool", str(request["pool"])] if "pool" in request else []
     for pattern in request.get("exclude", ()):
         options += ["--exclude", pattern]
     options += [] if request.get("gitignore", True) else ["--no-gitignore"]
@@ -105,6 +107,7 @@ def _is_request(content: object) -> bool:
         and _are_texts(content["paths"])
         and all(content[name] is None or isinstance(content[name], str) for name in ("model", "dtype"))
         and all(isinstance(content.get(name, True), bool) for name in ("prefilter", "gitignore"))
+        and isinstance(content.get("pool", 1), int)
         and _are_texts(content.get("exclude", []))
         and isinstance(reading := content.get("reading", {}), dict)
         and all(isinstance(value, (str, bool)) for value in reading.values())

@@ -59,7 +59,7 @@ class Store:
     Attributes:
         session: encodes queries. colbert: its model.
         folder: of the store. model: the name of its model. fingerprint: of that model.
-        dtype: of the vectors: "fp16", "fp32" or "int8". dim: their width E. documents: how many there are.
+        dtype: of the vectors: as of `index`. dim: their width E. documents: how many there are.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from ...late_interaction import Ragged
 from ..documents.find import Key
 from ..passages import Document
 from ..windows import Window
+from .codec import BITS, Codec
 from .draft import Draft
 from .folder import PARTS, TABLES, files_named
 from .format import (
@@ -33,13 +34,20 @@ from .format import (
     file_sha256,
     finished_part,
     is_intact,
+    narrow,
     quantize,
+    read_codec,
     read_manifest,
     write_manifest,
     write_part,
 )
-from .prefilter import update_lists
+from .kept import QUERIES, Kept, as_query, check_kept, kept
+from .pooling import pooled
+from .prefilter import sample_tokens, update_lists
 from .request import UNFINISHED
+
+SAMPLE = 1 << 16
+"""Tokens that a codec is learned from."""
 
 BELOW = "FROM documents WHERE path = ? OR (path >= ? AND path < ?)"
 """The documents of a file, or in a folder and its subfolders; `below` gives the values."""
@@ -81,6 +89,7 @@ class StoreWriter:
         self._draft, self._manifest = draft, manifest
         self._folder, self._table = draft.folder, draft.table
         self._prefilter = prefilter or manifest.prefilter is not None
+        self._codec = read_codec(draft.folder, manifest)
         self._summary = Summary()
         self._table.execute("CREATE TEMP TABLE seen (number INTEGER PRIMARY KEY)")
 
@@ -114,7 +123,7 @@ class StoreWriter:
     def find_damage(self) -> list[str]:
         """Find shards that are missing or damaged. Their documents count as changed. Returns the shards' files."""
         damaged = []
-        for number, file, sha256 in self._table.execute("SELECT number, file, sha256 FROM shards").fetchall():
+        for number, file, sha256 in self._shard_rows():
             if not is_intact(self._folder / SHARDS / file, sha256):
                 documents = "SELECT document FROM passages WHERE shard = ?"
                 self._table.execute(f"UPDATE documents SET digest = '' WHERE number IN ({documents})", (number,))
@@ -154,11 +163,12 @@ class StoreWriter:
     def add_store(self, folder: Path) -> None:
         """Add the documents of another store, whose files are on the same disk. They replace those of the same name.
 
-        Raises ValueError if it has another model or dtype, or if two of its documents have been added in this run.
+        Raises ValueError if it has another model, dtype or pool, or two of its documents were added in this run.
         """
         other = read_manifest(folder)
-        if (other.fingerprint, other.dtype) != (self._manifest.fingerprint, self._manifest.dtype):
-            raise ValueError(f"{folder} has another model or dtype than {self._folder}: delete it, and index again")
+        ours = self._manifest
+        if (other.fingerprint, other.dtype, other.pool) != (ours.fingerprint, ours.dtype, ours.pool):
+            raise ValueError(f"{folder} has another model, dtype or pool than {self._folder}: delete it; index again")
         with closing(
             sqlite3.connect(f"file:{quote(os.path.abspath(folder / other.table))}?mode=ro", uri=True)
         ) as table:
@@ -194,7 +204,8 @@ class StoreWriter:
             vectors = encode()
             if not vectors.values.isfinite().all():
                 raise ValueError("the model gives vectors that are not finite: are its weights complete?")
-            spans = torch.from_numpy(np.concatenate([window.spans[window.keep] for window in windows])).int()
+            spans = torch.from_numpy(np.concatenate([window.spans[window.keep] for window in windows]))
+            vectors, spans = pooled(vectors, narrow(spans), self._manifest.pool)
             tensors = {**quantize(vectors.values, self._manifest.dtype), "offsets": vectors.offsets, "spans": spans}
             part = write_part(self._folder, name, tensors)
         shard = self._add_shard(part, len(windows))
@@ -206,6 +217,40 @@ class StoreWriter:
                 for row, (p, *_) in enumerate(windows)
             ),
         )
+
+    def compress(self, encode_queries: Callable[[Sequence[str]], Ragged]) -> Kept | None:
+        """Give a store of codes its codec, if it has none, and write with it the shards that are in float16.
+
+        New shards are in float16, under the names of those of a store of float16: nothing is encoded again if the codes
+        are refused, or after an interruption.
+
+        Returns:
+            What the codes keep, if the codec is new.
+
+        Raises:
+            ValueError: the vectors are too few, or the codes keep too little of them.
+        """
+        rows, bits = self._shard_rows(), BITS.get(self._manifest.dtype)
+        if bits is None or not rows:
+            return None
+        shards, found = {number: self._shard(*part) for number, *part in rows}, None
+        if self._codec is None:
+            every = list(shards.values())
+            self._codec = Codec.train(sample_tokens(every, SAMPLE).float(), bits)
+            found = kept(self._codec, every, encode_queries(self._sample_queries()))
+            check_kept(found, self._manifest.dtype, self._manifest.width)
+            part = write_part(self._folder, "codec", self._codec.tensors())
+            self._manifest = replace(self._manifest, codec=part)
+        assert self._manifest.codec
+        for number, shard in shards.items():
+            if "values" in shard.tensors:
+                name = hashlib.sha256(f"{shard.path.name} {self._manifest.codec.sha256}".encode()).hexdigest()[:16]
+                part = finished_part(self._folder, name)
+                if part is None:
+                    codes = self._codec.encode(shard.vectors(0, len(shard)).values)
+                    part = write_part(self._folder, name, {**codes, "offsets": shard.offsets, "spans": shard.spans})
+                self._table.execute("UPDATE shards SET file = ?, sha256 = ? WHERE number = ?", (*part, number))
+        return found
 
     def remove_unseen(self, roots: Sequence[str]) -> None:
         """Remove the documents from under `roots` that this run has neither added nor marked as seen."""
@@ -239,11 +284,11 @@ class StoreWriter:
         summary = self.summary()
         if not summary.passages and self._draft.manifest is None:
             raise ValueError("there is no text to index in the files and folders given")
-        entry = self._manifest.prefilter
+        entry, codec = self._manifest.prefilter, self._manifest.codec
         if self._prefilter:
-            entry = update_lists(self._folder, self._table, entry)
+            entry = update_lists(self._folder, self._table, entry, self._codec)
         needed = {file for (file,) in self._table.execute("SELECT file FROM shards UNION SELECT file FROM lists")}
-        needed |= {entry.file} if entry else set()
+        needed |= {part.file for part in (entry, codec) if part}
         self._table.execute("COMMIT")
         self._table.close()
         flush(self._draft.table_file)
@@ -271,10 +316,26 @@ class StoreWriter:
 
     def _shard_name(self, arrays: Iterable[np.ndarray]) -> str:
         """A hash of all that a shard is made of: equal names mean equal content."""
-        digest = hashlib.sha256(f"{self._manifest.fingerprint} {self._manifest.dtype}".encode())
+        dtype = "fp16" if self._manifest.dtype in BITS else self._manifest.dtype  # Codes are made of float16.
+        pool = f" pooled {self._manifest.pool}" if self._manifest.pool > 1 else ""
+        digest = hashlib.sha256(f"{self._manifest.fingerprint} {dtype}{pool}".encode())
         for array in arrays:
             digest.update(f"{array.shape}".encode() + array.tobytes())
         return digest.hexdigest()[:16]
+
+    def _sample_queries(self) -> list[str]:
+        """Words of passages from the whole store."""
+        (passages,) = self._table.execute("SELECT count(*) FROM passages").fetchone()
+        found = self._table.execute(
+            "SELECT text FROM passages WHERE number % ? = 0 LIMIT ?", (max(1, passages // QUERIES), QUERIES)
+        )
+        return [as_query(text) for (text,) in found]
+
+    def _shard(self, file: str, sha256: str) -> Shard:
+        return Shard(self._folder / SHARDS / file, sha256, self._codec)
+
+    def _shard_rows(self) -> list[tuple[int, str, str]]:
+        return self._table.execute("SELECT number, file, sha256 FROM shards ORDER BY number").fetchall()
 
     def _add_shard(self, part: Part, passages: int) -> int:
         """The number of a new row in the table of shards."""
@@ -296,7 +357,7 @@ class StoreWriter:
         for shard_row in group:
             if not shard_row.live:
                 continue  # It may be damaged or missing.
-            shard = Shard(self._folder / SHARDS / shard_row.file, shard_row.sha256)
+            shard = self._shard(shard_row.file, shard_row.sha256)
             shard.verify()
             found = "SELECT number, row FROM passages WHERE shard = ? ORDER BY row"
             for passage, row in self._table.execute(found, (shard_row.number,)):
