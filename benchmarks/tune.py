@@ -2,6 +2,7 @@
 
     python -m benchmarks.tune                     what is faster than the present tiles, and the rows to enter
     python -m benchmarks.tune --only attention    one op
+    python -m benchmarks.tune --write             enters them into the table of the tiles, after each op
     TRITON_INTERPRET=1 python -m benchmarks.tune --quick    tries the path without a GPU; those figures are no results
 
 The answer of a candidate is checked before it is timed. Candidates take turns, and the fastest meets the present one
@@ -21,6 +22,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,7 +31,9 @@ import torch
 from benchmarks import clock
 from benchmarks.clock import Machine, Rates
 from benchmarks.ops import BOTH, FORWARD, Task, Way, call_of, copied, timed
+from benchmarks.rows import ROOT
 from benchmarks.tasks import attention_task, geglu_task, maxsim_task
+from modernbert.files import replacing
 from modernbert_kernels import launch
 from modernbert_kernels.fused.tiles import TILES, Tile, tile_for
 
@@ -41,6 +45,8 @@ WINDOW = 0.004
 
 TOKENS, COMPILED, FEW = 16_384, 384, 16
 """Of a call that is timed, that is compiled (the kernels do not depend on it), and in a try-out."""
+
+TILES_FILE = ROOT / "kernels" / "modernbert_kernels" / "fused" / "tiles.py"
 
 ROUNDS, DUEL = 5, 15
 ARCHS = (80, 89, 90, 100, 120)
@@ -264,22 +270,35 @@ def entry(key: Key, entries: Mapping[int, Tile]) -> str:
     return f"    ({', '.join(map(json.dumps, key))},): {{{', '.join(cells)}}},"
 
 
+def write(table: Table, file: Path) -> None:
+    """Replace the rows of `TILES` in its file; `ruff format` gives them their lines."""
+    text = file.read_text("utf-8")
+    begin = text.index("{\n", text.index("\nTILES: ")) + 2
+    rows = "\n".join(entry(key, entries) for key, entries in table.items())
+    with replacing(file) as beside:
+        beside.write_text(text[:begin] + rows + text[text.index("\n}\n", begin) :], encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="ops: attention, maxsim, geglu")
     parser.add_argument("--quick", action="store_true", help="few tokens, one candidate: tries the path")
+    parser.add_argument("--write", action="store_true", help="enter what is faster into the table")
     arguments = parser.parse_args()
     machine = clock.this_machine()._replace(window=WINDOW)
     if not machine.is_gpu and not (arguments.quick and interpreted()):
         raise SystemExit("there is no GPU here; TRITON_INTERPRET=1 python -m benchmarks.tune --quick tries the path")
-    rows = []
+    table, changed = TILES, []
     for outcome, tried in run(machine, arguments.only, quick=arguments.quick):
         print(summary(outcome, tried), flush=True)
         if machine.is_gpu and not arguments.quick and label(outcome.present) not in outcome.refused:
             gpu = torch.cuda.get_device_properties(0).name
-            rows.append(entry(outcome.key, with_outcome(TILES, outcome, launch.arch(machine.device), gpu)[outcome.key]))
-    if rows:
-        print("The rows of TILES in kernels/modernbert_kernels/fused/tiles.py:", *rows, sep="\n")
+            table = with_outcome(table, outcome, launch.arch(machine.device), gpu)
+            changed.append(entry(outcome.key, table[outcome.key]))
+            if arguments.write:
+                write(table, TILES_FILE)
+    if changed:
+        print(f"The rows of TILES in {TILES_FILE.relative_to(ROOT)}:", *changed, sep="\n")
 
 
 if __name__ == "__main__":

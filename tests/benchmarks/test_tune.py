@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,20 @@ def test_an_outcome_is_an_entry_for_its_architecture_alone() -> None:
     assert table[KEY] == {80: Tile(*PRESENT), 90: Tile(*FAST, "NVIDIA H200"), 100: Tile(*PRESENT)}
     key, entries = next(iter(eval(f"{{{tune.entry(KEY, table[KEY])}}}", {"Tile": Tile}).items()))
     assert (key, entries) == (KEY, table[KEY])
+
+
+def test_the_table_is_written_into_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "tiles.py"
+    file.write_text(tune.TILES_FILE.read_text("utf-8"), encoding="utf-8")
+    table = tune.with_outcome(TILES, tune.Outcome(KEY, Tile(*PRESENT), Tile(*FAST), 1.5, {}), 90, "NVIDIA H200")
+    for wanted in (table, TILES):  # a written table can be written again
+        tune.write(wanted, file)
+        found: dict[str, Any] = {
+            "__name__": "modernbert_kernels.fused.written",
+            "__package__": "modernbert_kernels.fused",
+        }
+        exec(compile(file.read_text("utf-8"), file, "exec"), found)
+        assert {key: {arch: tuple(one) for arch, one in of.items()} for key, of in found["TILES"].items()} == wanted
 
 
 def test_what_spills_or_fails_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
