@@ -30,9 +30,10 @@ def tile_for(device: torch.device, *key: str | int) -> Tile:
     return for_arch(TILES[key], device)
 
 
-# `python -m benchmarks.tune --write` enters rows that are faster on a GPU. A key is the kernel; for attention also the head
-# width and the bytes of a number, for maxsim the query rows. An architecture has an entry only where its tile differs
-# from the one before it. Entries without a GPU were chosen by registers and occupancy (offline compile), never timed.
+# `python -m benchmarks.tune --write` enters rows that are faster on a GPU. A key is the kernel; for attention also the
+# head width and the bytes of a number, for maxsim the query rows. An architecture has an entry only where its tile
+# differs from the one before it. Entries without a GPU were chosen by registers and occupancy (offline compile), never
+# timed.
 TILES: dict[tuple[str | int, ...], dict[int, Tile]] = {
     ("attention forward", 32, 2): {80: Tile(64, 64, 4, 2)},
     ("attention forward", 32, 4): {80: Tile(32, 16, 4, 1)},
