@@ -170,7 +170,7 @@ def test_rows_of_the_ablation_have_the_same_steps(tmp_path, monkeypatch):
         seen.clear()
         ablation.train(config, data, row)
         assert [name for name, _ in seen] == list(row.stages)
-        assert sum(steps for _, steps in seen) == 151
+        assert sum(steps for _, steps in seen) == 151 * row.budget
 
 
 @pytest.mark.sweep

@@ -361,9 +361,9 @@ def test_vectors_that_are_no_numbers_are_not_stored(colbert, tmp_path, monkeypat
 def test_another_version_is_named(colbert, tmp_path):
     source, folder = write_corpus(tmp_path / "corpus.jsonl", corpus(5)), tmp_path / "store"
     index([source], folder, colbert)
-    write_manifest(folder, replace(read_manifest(folder), version=2))
+    write_manifest(folder, replace(read_manifest(folder), version=3))
     for use in (lambda: Store(folder, colbert), lambda: index([source], folder, colbert)):
-        with pytest.raises(ValueError, match="is of version 2, and this modernbert reads version 1"):
+        with pytest.raises(ValueError, match="is of version 3, and this modernbert reads 1 and 2"):
             use()
 
 
