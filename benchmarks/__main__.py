@@ -74,6 +74,8 @@ def main() -> None:
         tasks.profile(arguments.profile, arguments.only or list(tasks.TASKS), quick=arguments.quick)
     elif arguments.command == "report" and arguments.check:
         sys.exit("\n".join(f"{file} is not what the rows say" for file in report.stale()) or 0)
+    elif arguments.command == "report" and arguments.folder and not arguments.folder.is_dir():
+        sys.exit(f"{arguments.folder} is not a folder")
     elif arguments.command == "report":
         for file in report.write_folder(arguments.folder) if arguments.folder else report.write():
             print(f"wrote {file}")
@@ -103,6 +105,9 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
     known |= {"minutes": arguments.minutes, "until": time.monotonic() + 60 * minutes}
     paths = ("against", "texts", "pairs", "packages", "work")
     given = {name: path.resolve() for name in paths if (path := getattr(arguments, name, None))}
+    before = read(arguments.compare) if arguments.compare else []
+    if arguments.compare and not before:
+        sys.exit(f"{arguments.compare} has no rows to compare with")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         here = Run(name, given.pop("work", Path(scratch).resolve()), **known, **given)
@@ -121,7 +126,7 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
     if file and file.exists():
         console.print(f"wrote {file}")
     if arguments.compare:
-        compared, worse = report.worse(rows, read(arguments.compare), arguments.threshold)
+        compared, worse = report.worse(rows, before, arguments.threshold)
         console.print(f"{compared} of our rows have one in {arguments.compare}", *worse, sep="\n")
         sys.exit(bool(worse) or not compared)
 

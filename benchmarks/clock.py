@@ -90,7 +90,10 @@ def sensors(work: Call = lambda: None) -> dict[str, Any]:
     repeat(8, work)  # so that it is still busy when it is asked
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[torch.cuda.current_device()]
     command = ["nvidia-smi", "-i", index, f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        answer = ""  # figures are not lost for want of a clock
     torch.cuda.synchronize()
     return sensors_of(answer)
 
@@ -98,7 +101,8 @@ def sensors(work: Call = lambda: None) -> dict[str, Any]:
 def sensors_of(answer: str) -> dict[str, Any]:
     """A line of nvidia-smi; numbers, and reasons in words. What a GPU does not tell is left out."""
     found = dict(zip(SENSORS.values(), answer.strip().split(", "), strict=False))
-    bits = int(found.pop("throttled", "0x0") if answer.strip() else "0x0", 16)
+    reasons = found.pop("throttled", "")
+    bits = int(reasons, 16) if re.fullmatch(r"0x[\da-fA-F]+", reasons) else 0
     numbers = {name: float(text) for name, text in found.items() if re.fullmatch(r"[\d.]+", text)}
     return numbers | {"throttled": [words for bit, words in REASONS.items() if bits & bit]} if numbers else {}
 

@@ -280,6 +280,7 @@ def test_a_gpu_says_its_clocks_and_why_they_are_low() -> None:
         "throttled": ["power cap", "heat"],
     }
     assert clock.sensors_of("210, 405, [N/A], 30, 0x0000000000000001")["throttled"] == []
+    assert clock.sensors_of("210, 405, 99, 30, [N/A]")["throttled"] == []
     assert clock.sensors_of("") == {}
 
 
