@@ -1,10 +1,11 @@
-"""The recipe of a small retriever with one part changed at a time, at the same number of steps but in one row.
+"""The recipe of a small retriever with one part changed at a time.
 
 python examples/ablation.py --pairs PAIRS --teacher VECTORS --teacher-model MODEL --validation BEIR --output ABLATION
 
 Five recipes follow one another: masked LM, L2 distillation of MODEL's vectors, contrastive learning, hard negatives,
 and KL on MODEL's scores. `ROWS` has the changes. The steps of a stage that a row leaves out go to contrastive learning.
-Rows that begin alike share these runs. The same command goes on where it was stopped, and then prints the table again.
+Rows have the same number of steps, but for those with twice as many. Rows that begin alike share these runs. The same
+command goes on where it was stopped, and then prints the table again.
 
 For each row and data set: nDCG@10, and the difference to the first row with its 95 % interval over queries.
 ABLATION/rows has the metrics of each query, for `modernbert compare`.

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ..inference.session import Session
@@ -161,8 +162,7 @@ def index(
                 f"{output} is damaged, and {lost[0]}, one of {len(lost)} files to rebuild it from, cannot be read: "
                 "restore the store from a copy, or remove these documents with --forget"
             )
-        if kept := writer.compress(lambda texts: query_vectors(session, texts)):
-            note(f"{manifest.dtype}: {kept}")
+        writer.compress(partial(query_vectors, session), note)
         writer.merge_shards()
         return writer.commit()
 

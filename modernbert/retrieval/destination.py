@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ..late_interaction import check_pool_factor
@@ -127,11 +128,7 @@ def open_destination(
             raise ValueError(
                 f"{damaged[0]} is damaged or missing: repair the store first, with an `index` of one process"
             )
-
-        def compress() -> None:
-            if kept := writer.compress(lambda texts: query_vectors(loaded.session, texts)):
-                note(f"{manifest.dtype}: {kept}")
-
+        compress = partial(writer.compress, partial(query_vectors, loaded.session), note)
         yield StoreDestination(output, writer, manifest, compress), manifest, loaded
 
 

@@ -164,7 +164,7 @@ def test_kernels_are_measured_by_pass_and_cache(run: Any, workload: str, monkeyp
     assert all("is not installed" in reason for reason in missing.refused.values())
     for one in results[0].rows:
         assert one["percent_of_roofline"] > 0
-        assert one["sensors"] == {}, "there is no GPU"
+        assert one["sensors"] == {}, "without a GPU there are none"
 
 
 def test_every_workload_of_kernels_has_its_share_of_the_time(tmp_path: Path) -> None:

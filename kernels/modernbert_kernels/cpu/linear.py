@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,8 +26,11 @@ ROWS = 64
 
 def _is_intel() -> bool:
     """MKL uses AVX-512 by the maker of the processor, and not by what it can do."""
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux
-    return "Intel" in (cpuinfo.read_text("utf-8", "replace") if cpuinfo.exists() else platform.processor())
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux; the maker is in its second line
+    if not cpuinfo.exists():
+        return "Intel" in platform.processor()
+    with cpuinfo.open(encoding="utf-8", errors="replace") as file:
+        return "Intel" in "".join(islice(file, 5))
 
 
 PLAIN = ("none", [], "")

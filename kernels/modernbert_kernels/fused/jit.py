@@ -62,7 +62,7 @@ class Kernel:
         if named:
             args += tuple(map(named.__getitem__, self._names[len(args) :]))
         first = args[0]
-        if not first.is_cuda:  # in Triton's interpreter, or where there is no GPU and it only compiles
+        if not first.is_cuda:  # there is no GPU: the kernel is interpreted, or only compiled
             return self.jit[grid](*args, num_warps=num_warps, num_stages=num_stages)
         device, gpu = first.device.index, driver.active
         if device != gpu.get_current_device():

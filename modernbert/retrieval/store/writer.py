@@ -20,6 +20,7 @@ from torch import Tensor
 from ...files import flush
 from ...late_interaction import Ragged
 from ..documents.find import Key
+from ..documents.text import OnNote
 from ..passages import Document
 from ..windows import Window
 from .codec import BITS, Codec
@@ -41,7 +42,7 @@ from .format import (
     write_manifest,
     write_part,
 )
-from .kept import QUERIES, Kept, as_query, check_kept, kept
+from .kept import QUERIES, as_query, check_kept, kept
 from .pooling import pooled
 from .prefilter import sample_tokens, update_lists
 from .request import UNFINISHED
@@ -218,21 +219,18 @@ class StoreWriter:
             ),
         )
 
-    def compress(self, encode_queries: Callable[[Sequence[str]], Ragged]) -> Kept | None:
+    def compress(self, encode_queries: Callable[[Sequence[str]], Ragged], note: OnNote) -> None:
         """Give a store of codes its codec, if it has none, and write with it the shards that are in float16.
 
         New shards are in float16, under the names of those of a store of float16: nothing is encoded again if the codes
-        are refused, or after an interruption.
-
-        Returns:
-            What the codes keep, if the codec is new.
+        are refused, or after an interruption. `note` is called with what a new codec keeps.
 
         Raises:
             ValueError: the vectors are too few, or the codes keep too little of them.
         """
         rows, bits = self._shard_rows(), BITS.get(self._manifest.dtype)
         if bits is None or not rows:
-            return None
+            return
         shards, found = {number: self._shard(*part) for number, *part in rows}, None
         if self._codec is None:
             every = list(shards.values())
@@ -250,7 +248,8 @@ class StoreWriter:
                     codes = self._codec.encode(shard.vectors(0, len(shard)).values)
                     part = write_part(self._folder, name, {**codes, "offsets": shard.offsets, "spans": shard.spans})
                 self._table.execute("UPDATE shards SET file = ?, sha256 = ? WHERE number = ?", (*part, number))
-        return found
+        if found:
+            note(f"{self._manifest.dtype}: {found}")
 
     def remove_unseen(self, roots: Sequence[str]) -> None:
         """Remove the documents from under `roots` that this run has neither added nor marked as seen."""
