@@ -54,7 +54,8 @@ def attention_task(
     name = name or f"{len(lengths):,} x {lengths[0]:,}"
     args = (randn(tokens, 3, heads, width, **of), cu_seqlens, max(lengths))
     what = f"attention {heads} x {width}, {how}, {name}, {tokens:,} tokens"
-    return Task(what, ops.attention, args, kwargs, flops=(2 * flops, 5 * flops))
+    row = args[0].nbytes // 3  # backward reads q, k, v, the output and its gradient
+    return Task(what, ops.attention, args, kwargs, flops=(2 * flops, 5 * flops), moved=(4 * row, 8 * row))
 
 
 def attentions(lengths: Sequence[int], window: int | None, qkv: Tensor, compiling: bool) -> Iterator[Way]:
@@ -184,8 +185,11 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
         yield from (geglu_task(count, width, **of) for width in (1152, 384))
     at = torch.arange(tokens, device=device)
     rope = dict(zip(("cos_TR", "sin_TR"), ops.rotary_table(at % 512, 10_000.0, 64), strict=True))
-    yield task("rotary 12 x 64", ops.rotary, qkv, kwargs=rope)
-    yield task("rotary 12 x 64, in place", ops.rotary, kwargs={"qkv_T3HK": qkv, **rope, "inplace": True})
+    tables = sum(table.nbytes for table in rope.values())
+    moved = (2 * qkv.nbytes + tables,) * 2
+    yield task("rotary 12 x 64", ops.rotary, qkv, kwargs=rope, moved=moved)
+    in_place, moved = {"qkv_T3HK": qkv, **rope, "inplace": True}, (4 * qkv.nbytes // 3 + tables, 0)  # not v
+    yield task("rotary 12 x 64, in place", ops.rotary, kwargs=in_place, moved=moved)
     table, ids = make(50_368, 768), at * 7919 % 50_368
     moved = (2 * x.nbytes, x.nbytes + table.nbytes)
     yield task("embed_layer_norm 768", ops.embed_layer_norm, ids, table, *norm(768), moved=moved)
@@ -194,7 +198,8 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
     yield task("project_normalize 256 to 128, half of the rows", ops.project_normalize, *half, moved=moved)
     texts = offsets(tokens // 256, 256, device)
     for mode in ("cls", "mean", "max"):
-        moved = (2 * x[::256].nbytes, x.nbytes) if mode == "cls" else None  # one row of each text
+        row = x[::256].nbytes  # one of each text
+        moved = (row + (row if mode == "cls" else x.nbytes), row + x.nbytes)
         yield task(f"pool {mode}", ops.pool, x, texts, mode, kwargs={"normalize": True}, moved=moved)
 
 

@@ -187,6 +187,17 @@ def test_a_wrong_way_is_refused_and_one_that_is_not_installed_is_left_out() -> N
     assert task.work(kernels.BACKWARD)[1] == 5 * 8 * 8 * 4, "and backward the gradients of both halves are written"
 
 
+def test_only_what_must_move_is_counted() -> None:
+    """A row has T x H x K numbers. Rotary leaves v alone, and its gradient needs no q and k."""
+    cpu, row = torch.device("cpu"), 256 * 12 * 64 * 2
+    rotary, in_place, *_ = (task for task in tasks.elementwise(cpu, 256) if task.op is ops.rotary)
+    tables = sum(rotary.kwargs[name].nbytes for name in ("cos_TR", "sin_TR"))
+    assert [rotary.work(which)[1] - tables for which in (kernels.FORWARD, kernels.BACKWARD)] == [6 * row, 6 * row]
+    assert in_place.work(kernels.FORWARD)[1] - tables == 4 * row
+    attend = tasks.attention_task([256], 12, 64, None, dtype=torch.bfloat16, device=cpu)
+    assert [attend.work(which)[1] for which in (kernels.FORWARD, kernels.BACKWARD)] == [4 * row, 8 * row]
+
+
 def test_a_backward_pass_alone_is_the_gradients_of_both() -> None:
     task = kernels.Task("geglu", ops.geglu, (torch.randn(8, 16), "gelu"))
     way, slot = next(task.ways()), kernels.copied(task, True)
