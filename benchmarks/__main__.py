@@ -43,11 +43,11 @@ def main() -> None:
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=f"a suite: {suite.what}")
         command.add_argument("--quick", action="store_true", help="try the whole path in a minute or two: no results")
-        command.add_argument("--minutes", type=float, help="begin nothing new after these")
+        command.add_argument("--minutes", type=amount, help="begin nothing new after these")
         command.add_argument("--output", type=Path, help="write the rows to a new .jsonl file in this folder")
         command.add_argument("--only", nargs="+", choices=suite.workloads, metavar="WORKLOAD", help="see --list")
         command.add_argument("--compare", type=Path, metavar="FOLDER", help="fail if rows are worse than those there")
-        command.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT", help="by more (default: 5)")
+        command.add_argument("--threshold", type=amount, default=5.0, metavar="PERCENT", help="by more (default: 5)")
         if name == "kernels":
             command.add_argument("--profile", metavar="NAME", help="one call of one kernel, as ncu and nsys record it")
         if name == "cpu":
@@ -60,7 +60,7 @@ def main() -> None:
             command.add_argument("--work", type=Path, help="keep the stores in this folder, and use what it has")
     command = commands.add_parser("all", help="every suite but `retrieval`, and a report with plots")
     command.add_argument("--output", type=Path, required=True, help="the folder of the report and its rows")
-    command.add_argument("--minutes", type=float, default=60.0, help="for all of it (default: 60)")
+    command.add_argument("--minutes", type=amount, default=60.0, help="for all of it (default: 60)")
     command.add_argument("--quick", action="store_true", help="a try-out on any machine: no results")
     command = commands.add_parser("report", help="write tables and plots from rows")
     command.add_argument("folder", type=Path, nargs="?", help="of `all`; without one: docs and benchmarks/results")
@@ -72,17 +72,24 @@ def main() -> None:
         run_all(arguments.output.resolve(), arguments.minutes, quick=arguments.quick)
     elif getattr(arguments, "profile", None):
         tasks.profile(arguments.profile, arguments.only or list(tasks.TASKS), quick=arguments.quick)
+    elif arguments.command == "report" and arguments.folder and not read(arguments.folder):
+        sys.exit(f"{arguments.folder} has no rows")
     elif arguments.command == "report" and arguments.check:
-        sys.exit("\n".join(f"{file} is not what the rows say" for file in report.stale()) or 0)
-    elif arguments.command == "report" and arguments.folder and not arguments.folder.is_dir():
-        sys.exit(f"{arguments.folder} is not a folder")
+        sys.exit("\n".join(f"{file} is not what the rows say" for file in report.stale(arguments.folder)) or 0)
     elif arguments.command == "report":
-        for file in report.write_folder(arguments.folder) if arguments.folder else report.write():
+        for file in report.write(arguments.folder):
             print(f"wrote {file}")
     elif arguments.command:
         run_suite(arguments.command, arguments)
     else:
         parser.print_help()
+
+
+def amount(text: str) -> float:
+    """A number that is not negative, as of minutes and percent."""
+    if not 0 <= (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text}")
+    return number
 
 
 def described(name: str, suite: Suite) -> str:
@@ -161,7 +168,7 @@ def run_all(folder: Path, minutes: float, *, quick: bool, command: Callable[...,
         with (folder / "suites.txt").open("a", encoding="utf-8") as out:
             out.write(f"- {name}: {outcome}\n")
         print(f"{name}: {outcome}", flush=True)
-    for file in report.write_folder(folder):
+    for file in report.write(folder):
         print(f"wrote {file}")
 
 

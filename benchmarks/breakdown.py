@@ -22,7 +22,21 @@ from benchmarks import clock, inputs
 from benchmarks.clock import Machine
 from benchmarks.encoder import models
 from benchmarks.harness import Difference, Measured, Result, Run, Suite
-from benchmarks.ops import BACKWARD, BOTH, CACHES, COLD, FORWARD, TRAINING, WARM, Task, Way, checked, measured, randn
+from benchmarks.ops import (
+    BACKWARD,
+    BOTH,
+    CACHES,
+    COLD,
+    FORWARD,
+    TRAINING,
+    WARM,
+    Task,
+    Way,
+    caches_of,
+    checked,
+    measured,
+    randn,
+)
 from benchmarks.rows import Row, rounded
 from benchmarks.tasks import FEW, FEWEST, ROUNDS, SWEEP, TOKENS, attention_task, ragged
 from benchmarks.work import kernels, reached
@@ -98,7 +112,7 @@ def wholes(config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: b
     encoder, batch = Encoder.from_config(config).to(of["device"]), pack(ids).to(of["device"])
     if not training:
         forward = encoder.to(of["dtype"]).eval()
-        yield Task(WHOLE, ops.Op(lambda: forward(batch)))
+        yield Task(WHOLE, ops.Op(lambda: forward(batch)), moved=(0, 0))
         return
     parameters, targets = [*encoder.train().parameters()], targets_of(len(batch.input_ids), config, of)
     table, on_gpu = encoder.embeddings.tok_embeddings.weight, of["device"].type == "cuda"
@@ -113,7 +127,7 @@ def wholes(config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: b
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    yield Task(WHOLE, ops.Op(step))
+    yield Task(WHOLE, ops.Op(step), moved=(0, 0))
     # The norm reads a gradient, the product with a factor reads and writes it. AdamW reads four numbers, writes three.
     numbers = sum(one.numel() for one in parameters)
     yield Task("clipping", ops.Op(lambda: nn.utils.clip_grad_norm_(parameters, 1.0)), moved=(12 * numbers, 0))
@@ -139,10 +153,10 @@ def table(here: Run, machine: Machine, workload: str, model: str, lengths: Seque
             if task.args:
                 right, failed = checked(task, [next(task.ways())], which)
             found: dict[str, Measured] = {}
-            sensors: Row = {}
+            caches = caches_of(task, which, machine)
             # What has memory of its own is timed once.
-            for cache in CACHES[not task.args :] if right else ():
-                done, more, sensors = measured(task, right, which, machine, cache, rounds)
+            for cache in (caches if task.args else caches[-1:]) if right else ():
+                done, more = measured(task, right, which, machine, cache, rounds)
                 found.update((cache, replace(one, name=part)) for one in done)
                 failed |= more
             if failed:
@@ -150,12 +164,15 @@ def table(here: Run, machine: Machine, workload: str, model: str, lengths: Seque
             elif task.what == WHOLE:
                 last.append(found[WARM])
             else:
-                warm, cold = found[WARM], found.get(COLD, found[WARM])
+                warm = found.get(WARM) or found[COLD]
+                cold = found.get(COLD) or warm
                 for cache, one in ((WARM, warm), (COLD, cold)):
                     sums[cache] = [cost + count * mine for cost, mine in zip(sums[cache], one.costs, strict=True)]
-                known_too = {"launches": count, "cold_us": rounded(cold.median, 1e6), "sensors": sensors}
+                known_too = {"launches": count, "cold_us": rounded(cold.median, 1e6)}
                 known_too |= {"us_of_pass": rounded(count * warm.median, 1e6)}
-                known_too |= reached(warm.median, rates, *task.work(which))
+                # The roofline is that of the memory.
+                known_too |= reached(cold.median, rates, *task.work(which))
+                known_too |= {} if COLD in found else {"percent_of_roofline": None}
                 rows.append(warm.row([], lambda seconds: 1e6 * seconds, **known, **known_too))
     whole = last[0].median if last else None
     lacking = f"without {', '.join(refused)}" if refused else ""

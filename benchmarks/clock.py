@@ -28,12 +28,17 @@ SENSORS = {
     "clocks.mem": "memory_mhz",
     "power.draw": "watts",
     "temperature.gpu": "celsius",
-    "clocks_throttle_reasons.active": "throttled",
 }
 """What nvidia-smi is asked, and its name in a row."""
 
+THROTTLED = "clocks_event_reasons.active", "clocks_throttle_reasons.active"
+"""Its reasons for lower clocks, by the name that drivers have for them since 535, and before."""
+
 REASONS = {4: "power cap", 8: "hardware slowdown", 32: "heat", 64: "heat, by hardware", 128: "power brake"}
-"""Bits of its reasons for lower clocks; others mean that the GPU is idle, or that clocks were set."""
+"""Bits of these reasons; others mean that the GPU is idle, or that clocks were set."""
+
+COPIES, COPIED = 64, 1 << 30
+"""The most copies of the arguments of a call, and their most bytes if there are more than two."""
 
 
 class Refused(RuntimeError):
@@ -83,24 +88,35 @@ def read_gpu(work: Call) -> Reading:
     return Reading(start.elapsed_time(end) / 1000, 0.0)
 
 
-def sensors(work: Call = lambda: None) -> dict[str, Any]:
+def sensors(work: Call) -> dict[str, Any]:
     """Clocks, power, heat and reasons for lower clocks while a GPU does this work; nothing without nvidia-smi."""
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return {}
-    repeat(8, work)  # so that it is still busy when it is asked
-    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[torch.cuda.current_device()]
-    command = ["nvidia-smi", "-i", index, f"--query-gpu={','.join(SENSORS)}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
-    except subprocess.TimeoutExpired:
-        answer = ""  # figures are not lost for want of a clock
-    torch.cuda.synchronize()
-    return sensors_of(answer)
+    # Not its number, which CUDA counts in another order.
+    gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    for reasons in THROTTLED:
+        query = f"--query-gpu={','.join([*SENSORS, reasons])}"
+        answer = output_during(work, ["nvidia-smi", "-i", gpu, query, "--format=csv,noheader,nounits"])
+        if found := sensors_of(answer):
+            return found
+    return {}
+
+
+def output_during(work: Call, command: Sequence[str], seconds: float = 30.0) -> str:
+    """What a command prints while a GPU works. One that hangs is ended: figures are not lost for want of a clock."""
+    until = time.monotonic() + seconds
+    work()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while process.poll() is None and time.monotonic() < until:
+        work()
+        torch.cuda.synchronize()
+    process.kill()
+    return process.communicate()[0]
 
 
 def sensors_of(answer: str) -> dict[str, Any]:
     """A line of nvidia-smi; numbers, and reasons in words. What a GPU does not tell is left out."""
-    found = dict(zip(SENSORS.values(), answer.strip().split(", "), strict=False))
+    found = dict(zip([*SENSORS.values(), "throttled"], answer.strip().split(", "), strict=False))
     reasons = found.pop("throttled", "")
     bits = int(reasons, 16) if re.fullmatch(r"0x[\da-fA-F]+", reasons) else 0
     numbers = {name: float(text) for name, text in found.items() if re.fullmatch(r"[\d.]+", text)}
@@ -155,30 +171,42 @@ def this_machine() -> Machine:
 
 
 class Loop(NamedTuple):
-    """Many calls as one piece of work: `run` makes `calls` of them; `how`, in words."""
+    """Many calls as one piece of work: `run` makes `calls` of them; `how`, in words; `idle` seconds do not count."""
 
     run: Call
     calls: int
     how: str
+    idle: float = 0.0
+
+    def seconds(self, reading: Reading) -> float:
+        """Of a call."""
+        return (reading.seconds - self.idle) / self.calls
 
 
-def loop(calls: Sequence[Call], machine: Machine) -> Loop:
+def loop(calls: Sequence[Call], machine: Machine, flush: Call | None = None) -> Loop:
     """A loop that lasts `machine.window`, as replays of a CUDA graph where one can be captured.
 
-    `calls` are the same call, each on memory of its own, so that none finds its data in a cache.
+    `calls` are the same call, each on memory of its own, so that none finds its data in a cache. Where they have too
+    little memory for that, `flush` fills the cache after the last of them; its time does not count.
     """
     calls[0]()  # compiles, loads and allocates
     if (seconds := machine.read(calls[0]).seconds) > SLOWEST:
         raise Refused(f"takes {seconds:.2g} s a call, and what takes more than {SLOWEST:g} s is not timed")
-    repeat(1, *calls)
-    seconds = min(machine.read(call).seconds for call in calls)
+    turn = calls if flush is None else [*calls, flush]
+    repeat(1, *turn)
+    idle = machine.read(partial(repeat, 8, flush)).seconds / 8 if flush else 0.0
+    seconds, how = min(machine.read(call).seconds for call in calls), "single calls"
     turns = repeats_for(machine.window, seconds * len(calls))
-    if not (machine.is_gpu and never_waits(calls[0])):
-        return Loop(partial(repeat, turns, *calls), turns * len(calls), "single calls")
-    turns = min(turns, max(1, 32 // len(calls)))  # more than 32 calls only take longer to capture
-    captured, held = capture(calls, turns), turns * len(calls)
-    replays = repeats_for(machine.window, machine.read(captured.replay).seconds)
-    return Loop(partial(repeat, replays, captured.replay), replays * held, f"replays of a graph of {held} calls")
+    if machine.is_gpu and never_waits(calls[0]):
+        few = min(turns, max(1, 32 // len(calls)))  # more than 32 calls only take longer to capture
+        try:
+            captured, held = capture(turn, few), few * len(calls)
+            replays = repeats_for(machine.window, machine.read(captured.replay).seconds)
+            run, how = partial(repeat, replays, captured.replay), f"replays of a graph of {held} calls"
+            return Loop(run, replays * held, how, replays * few * idle)
+        except RuntimeError as error:
+            how = f"single calls, as a graph fails: {str(error).partition(chr(10))[0][:80]}"
+    return Loop(partial(repeat, turns, *turn), turns * len(calls), how, turns * idle)
 
 
 def repeat(times: int, *calls: Call) -> None:
@@ -216,9 +244,16 @@ def capture(calls: Sequence[Call], turns: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def copies_beyond_cache(nbytes: int, cache: int) -> int:
-    """How many copies of `nbytes`, used in turn, evict each other from a cache: three times what it holds."""
-    return min(32, max(2, math.ceil(3 * cache / max(nbytes, 1))))
+def copies_beyond_cache(nbytes: int, moved: int, cache: int) -> tuple[int, int]:
+    """How many copies of `nbytes` are used in turn by calls that move so many bytes, and bytes to write after the last.
+
+    Between two uses of a copy three times what the cache holds must be touched. Of the bytes that the other copies
+    move half are counted, because one that is read and written is moved twice. If there would be too many copies, the
+    bytes that are written are enough.
+    """
+    wanted = 1 + max(1, math.ceil(6 * cache / max(moved, 1)))
+    count = min(wanted, COPIES, max(2, COPIED // max(nbytes, 1)))
+    return count, 3 * cache if count < wanted else 0
 
 
 class Rates(NamedTuple):

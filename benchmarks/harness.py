@@ -137,6 +137,7 @@ class Measured:
     Attributes:
         foreign: percent of a core that others used, the worst of the samples; None where it does not matter.
         exact: whether it was compared with a tolerance.
+        sensors: of a GPU under this load.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Measured:
     foreign: float | None = None
     clean: bool = True
     exact: bool = True
+    sensors: Row = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -166,7 +168,7 @@ class Measured:
         """With factors over these others. An exact one is not worse for being slower than another."""
         rivals = {other.name: other for other in others if other is not self and other.exact >= self.exact}
         known = {"implementation": self.name, "settings": self.settings, "calls_per_sample": self.calls}
-        known |= {"foreign_percent": rounded(self.foreign, digits=2), "clean": self.clean}
+        known |= {"foreign_percent": rounded(self.foreign, digits=2), "clean": self.clean, "sensors": self.sensors}
         known["times_better_than"] = {name: rounded(self.times_better_than(other)) for name, other in rivals.items()}
         errors = {"max_error": self.error.found, "tolerance": self.error.allowed}
         return row([value(cost) for cost in self.costs], **errors, **known | more)
@@ -386,7 +388,6 @@ class Workers:
         known |= {"workload": table.workload, "what": table.what, "unit": table.unit}
         known |= {"dtype": self.setup.dtype, "model": table.model, "figure": table.figure}
         known["pass"] = "forward + backward" if table.job.backward else "forward"
-        known["sensors"] = clock.sensors() if self.here.is_gpu and done else {}
         known["lengths"] = {"sequences": len(lengths), "tokens": sum(lengths), "longest": max(lengths, default=0)}
         rows, dtype, device = [], self.setup.torch_dtype, torch.device(self.here.device)
         rates = clock.rates(device, dtype, quick=self.here.quick) if table.model_pass and done else None
@@ -403,6 +404,7 @@ def speed(workers: Workers, table: Table, *, count: int | None = None) -> Result
     """
     ready, refused = workers.prepared(table.job)
     taken, failed = workers.turns(ready, worker.sample, 2 if workers.here.quick else table.rounds, count=count)
+    told, _ = workers.turns(taken if workers.here.is_gpu else (), worker.sensors, 1)
     rows: list[Row] = []
     for figure, (source, at) in (LATENCIES if count else {table.figure: ("host", statistics.median)}).items():
         done = []
@@ -410,6 +412,7 @@ def speed(workers: Workers, table: Table, *, count: int | None = None) -> Result
             if getattr(samples[0], source):
                 costs = [at(getattr(one, source)) for one in samples]
                 one = replace(ready[name], calls=count or ready[name].calls, costs=costs)
+                one.sensors = told[name][0] if name in told else {}
                 done.append(one if workers.here.is_gpu else one.quiet(samples))
         of_pass = table.model_pass and figure != "p99"
         rows += workers.result(replace(table, figure=figure, model_pass=of_pass), done, {}).rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 import modernbert_kernels as ops
 from benchmarks import clock
-from benchmarks.clock import Loop, Machine, Rates, Refused
+from benchmarks.clock import Loop, Machine, Rates, Reading, Refused
 from benchmarks.gate import worst_row
 from benchmarks.harness import Difference, Measured, Result, difference, in_turns
 from benchmarks.work import reached
@@ -69,6 +69,7 @@ class Task:
         flops: operations of the products, forward and backward.
         moved: bytes that must be read and written, forward and backward. By default all arguments and outputs once,
             and backward the gradients of the arguments too.
+        ahead: the forward pass computes the gradients too, so that the backward pass alone has no work of its own.
         around: a context for every call, such as autocast.
     """
 
@@ -80,6 +81,7 @@ class Task:
     compile: bool = False
     flops: tuple[int, int] = (0, 0)
     moved: tuple[int, int] | None = None
+    ahead: bool = False
     around: Context = nullcontext
 
     def ways(self) -> Iterator[Way]:
@@ -94,7 +96,7 @@ class Task:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        return PASSES if real(self.args) else (FORWARD,)
+        return ((FORWARD, BOTH) if self.ahead else PASSES) if real(self.args) else (FORWARD,)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,20 +108,23 @@ class Task:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor))
 
+    @cached_property
+    def all_moved(self) -> tuple[int, int]:
+        if self.moved is not None:
+            return self.moved
+        outputs = call_of(self, Way("", plain(self.op.reference)), copied(self, False), FORWARD)()
+        forward = self.nbytes + sum(x.nbytes for x in outputs)
+        return forward, forward + sum(x.nbytes for x in real(self.args))
+
     def work(self, which: str) -> tuple[int, int]:
         """Operations and bytes of a pass."""
-        moved = self.moved
-        if moved is None:
-            outputs = call_of(self, Way("", self.op), copied(self, False), FORWARD)()
-            forward = self.nbytes + sum(x.nbytes for x in outputs)
-            moved = forward, forward + sum(x.nbytes for x in real(self.args))
         wanted = slice(which == BACKWARD, 1 + (which in (BACKWARD, BOTH)))
-        return sum(self.flops[wanted]), sum(moved[wanted])
+        return sum(self.flops[wanted]), sum(self.all_moved[wanted])
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str | torch.device = "cpu", scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
 
 def offsets(count: int, length: int, device: str | torch.device = "cpu") -> Tensor:
@@ -139,12 +144,13 @@ Slot = tuple[Args, dict[str, Any]]
 def copied(task: Task, backward: bool, dtype: torch.dtype | None = None) -> Slot:
     """Arguments of the same numbers in new memory, the real ones in this dtype."""
 
-    def leaf(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.to(dtype or x.dtype, copy=True).requires_grad_(backward) if x.is_floating_point() else x.clone()
+    def copy(x: Tensor) -> Tensor:
+        return x.to(dtype or x.dtype, copy=True) if x.is_floating_point() else x.clone()
 
-    return tuple(map(leaf, task.args)), tree_map_only(Tensor, lambda x: x.clone(), dict(task.kwargs))
+    args, kwargs = tree_map_only(Tensor, copy, (task.args, dict(task.kwargs)))
+    for x in real(args):
+        x.requires_grad_(backward)
+    return args, kwargs
 
 
 def call_of(task: Task, way: Way, slot: Slot, which: str) -> Callable[[], list[Tensor]]:
@@ -229,31 +235,49 @@ def reason_of(error: Exception) -> str:
 
 def measured(
     task: Task, right: Checked, which: str, machine: Machine, cache: str, rounds: int
-) -> tuple[list[Measured], dict[str, str], dict[str, Any]]:
-    """Seconds of a call of each way, taken in turns; why others have none; and what sensors of the GPU say."""
-    count = clock.copies_beyond_cache(task.nbytes, machine.cache) if cache == COLD else 1
-    slots = [copied(task, which != FORWARD) for _ in range(count)]
+) -> tuple[list[Measured], dict[str, str]]:
+    """Seconds of a call of each way, taken in turns, and why others have none."""
     loops: dict[str, tuple[Measured, Loop]] = {}
     refused: dict[str, str] = {}
+    slots, flush = [], None
     for way, error in right:
         try:
-            loop = clock.loop([call_of(task, way, slot, which) for slot in slots], machine)
+            slots, flush = (slots, flush) if slots else memory_of(task, which, machine, cache)
+            loop = clock.loop([call_of(task, way, slot, which) for slot in slots], machine, flush)
             settings = ", ".join(filter(None, (way.settings, loop.how)))
             loops[way.name] = Measured(way.name, settings, error, loop.calls), loop
         except Exception as error:
             refused[way.name] = reason_of(error)
-    taken, _ = in_turns({name: partial(machine.read, loop.run) for name, (_, loop) in loops.items()}, rounds)
-    for name, (one, loop) in loops.items():
-        one.costs = [reading.seconds / loop.calls for reading in taken[name]]
-        if not machine.is_gpu:
-            one.quiet(taken[name])
-    sensors = clock.sensors(next(iter(loops.values()))[1].run) if loops else {}
-    return [one for one, _ in loops.values()], refused, sensors
+
+    def read(loop: Loop) -> Reading:
+        try:
+            return machine.read(loop.run)
+        except Exception as error:
+            raise Refused(reason_of(error)) from None
+
+    taken, failed = in_turns({name: partial(read, loop) for name, (_, loop) in loops.items()}, rounds)
+    done = []
+    for name, readings in taken.items():
+        one, loop = loops[name]
+        one.costs = [loop.seconds(reading) for reading in readings]
+        done.append(one if machine.is_gpu else one.quiet(readings))
+    if done:
+        done[0].sensors = clock.sensors(loops[done[0].name][1].run)
+    return done, refused | failed
 
 
-def caches_of(task: Task, machine: Machine) -> tuple[str, ...]:
-    """Only what fits into the last cache of a GPU can be warm."""
-    return CACHES if task.nbytes < machine.cache or not machine.is_gpu else (COLD,)
+def memory_of(task: Task, which: str, machine: Machine, cache: str) -> tuple[list[Slot], Callable[[], Any] | None]:
+    """Copies of the arguments, one after the other used by a call, and what else evicts them from the cache."""
+    count, fill = 1, 0
+    if cache == COLD:
+        count, fill = clock.copies_beyond_cache(task.nbytes, task.work(which)[1], machine.cache)
+    slots = [copied(task, which != FORWARD) for _ in range(count)]
+    return slots, torch.empty(fill, dtype=torch.uint8, device=machine.device).zero_ if fill else None
+
+
+def caches_of(task: Task, which: str, machine: Machine) -> tuple[str, ...]:
+    """Only where all that a call moves fits into the last cache of a GPU it can be warm."""
+    return CACHES if task.work(which)[1] <= machine.cache or not machine.is_gpu else (COLD,)
 
 
 def timed(
@@ -265,21 +289,24 @@ def timed(
     rates: Rates,
     *,
     rounds: int,
-    caches: Sequence[str] = (COLD,),
+    warm: bool = False,
 ) -> Result:
-    """Check these ways to compute a task, and time those that are right in turns."""
+    """Check these ways to compute a task, and time those that are right in turns; with `warm` caches too, if it fits.
+
+    What finds its data in a cache has no share of the roofline, which is that of the memory.
+    """
     right, refused = checked(task, ways, which)
     rows = []
-    for cache in caches if right else ():
-        done, failed, sensors = measured(task, right, which, machine, cache, rounds)
+    for cache in caches_of(task, which, machine)[: 1 + warm] if right else ():
+        done, failed = measured(task, right, which, machine, cache, rounds)
         refused |= failed
         known: dict[str, Any] = {"suite": "kernels", "workload": workload, "what": f"{task.what}, {which}, {cache}"}
-        known |= {"dtype": str(task.dtype).removeprefix("torch."), "pass": which, "cache": cache, "sensors": sensors}
+        known |= {"dtype": str(task.dtype).removeprefix("torch."), "pass": which, "cache": cache}
         known |= {"unit": "us", "device": machine.device.type}
         for one in done:
-            rows.append(
-                one.row(done, lambda seconds: 1e6 * seconds, **known, **reached(one.median, rates, *task.work(which)))
-            )
+            of_work = reached(one.median, rates, *task.work(which))
+            of_work |= {"percent_of_roofline": None} if cache == WARM else {}
+            rows.append(one.row(done, lambda seconds: 1e6 * seconds, **known, **of_work))
     return Result(workload, rows, {f"{task.what}, {which}: {name}": reason for name, reason in refused.items()})
 
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks report             rewrite the tables of docs/, and the pages and plots of benchmarks/results
 python -m benchmarks report --check     only say which of these differ from the rows
-python -m benchmarks report FOLDER      README.md and plots of a folder of `all`
+python -m benchmarks report FOLDER      README.md and plots of a folder of `all`; or, with --check, whether they differ
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import FOREIGN_LIMIT
-from benchmarks.ops import CHOSEN
+from benchmarks.ops import CHOSEN, WARM
 from benchmarks.rows import ROOT, Row, read
 from benchmarks.worker import ENGINES, OURS, SESSION
 
@@ -241,7 +241,9 @@ def plots(rows: Sequence[Row]) -> Iterator[Plot]:
     for here in by_machine(rows):
         for of_suite in grouped(here, "suite"):
             suite, factors = of_suite[0]["suite"], {}
-            if kernels := [one for one in of_suite if one.get("gb_per_s") and is_ours(one)]:
+            if kernels := [
+                one for one in of_suite if one.get("gb_per_s") and is_ours(one) and one.get("cache") != WARM
+            ]:
                 yield (
                     file_of(here, f"{suite} roofline"),
                     f"{suite}: ours under the roof",
@@ -307,8 +309,17 @@ def committed() -> list[Row]:
     return latest(one for folder in sorted(RESULTS.iterdir()) for one in read(folder))
 
 
-def generated() -> dict[Path, str]:
-    """The text of every generated page, and of the pages of docs/ with their generated tables."""
+def generated(folder: Path | None) -> dict[Path, str]:
+    """The text of every generated page, and of the pages of docs/ with their generated tables; or of that of a folder
+    of `all`.
+    """
+    if folder:
+        rows = latest(read(folder))
+        pictures = [f"plots/{name}" for name, _, _ in plots([one for one in rows if not refused(one)])]
+        text = page(rows, "Benchmarks", pictures)
+        outcomes = folder / "suites.txt"
+        text += f"\n## Suites\n\n{outcomes.read_text('utf-8')}" if outcomes.exists() else ""
+        return {folder / "README.md": text}
     rows = committed()
     found = {
         RESULTS / suite / "README.md": page([one for one in rows if one["suite"] == suite], f"Results of `{suite}`")
@@ -330,24 +341,15 @@ def replace_between(text: str, made: str, name: str) -> str:
     return re.sub(f"{start}.*{end}", lambda _: f"{start}\n{made}\n{end}", text, flags=re.DOTALL)
 
 
-def stale() -> list[Path]:
+def stale(folder: Path | None = None) -> list[Path]:
     """The pages whose text is not that of the rows."""
-    return [file for file, text in generated().items() if not file.exists() or file.read_text("utf-8") != text]
+    return [file for file, text in generated(folder).items() if not file.exists() or file.read_text("utf-8") != text]
 
 
-def write() -> list[Path]:
-    files = generated()
+def write(folder: Path | None = None) -> list[Path]:
+    """The pages and the plots."""
+    files = generated(folder)
     for file, text in files.items():
         file.write_text(text, encoding="utf-8")
-    return [*files, *drawn(plots([one for one in committed() if not refused(one)]), RESULTS / "plots")]
-
-
-def write_folder(folder: Path) -> list[Path]:
-    """README.md and plots of a folder of `all`, whose rows are in `rows/`."""
-    rows = latest(read(folder / "rows"))
-    pictures = drawn(plots([one for one in rows if not refused(one)]), folder / "plots")
-    text = page(rows, "Benchmarks", [f"plots/{file.name}" for file in pictures])
-    outcomes = folder / "suites.txt"
-    text += f"\n## Suites\n\n{outcomes.read_text('utf-8')}" if outcomes.exists() else ""
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return [folder / "README.md", *pictures]
+    rows = latest(read(folder)) if folder else committed()
+    return [*files, *drawn(plots([one for one in rows if not refused(one)]), (folder or RESULTS) / "plots")]

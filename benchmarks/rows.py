@@ -121,6 +121,7 @@ def append(rows: Sequence[Row], file: Path) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows of the `*.jsonl` files in `folder`, oldest first."""
-    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text("utf-8").splitlines()]
+    """All rows of the `*.jsonl` files in `folder`, or in `rows/` in a folder of `all`, oldest first."""
+    files = [*sorted(folder.glob("*.jsonl")), *sorted(folder.glob("rows/*.jsonl"))]
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
     return sorted((json.loads(line) for line in lines if line), key=lambda one: one["date"])

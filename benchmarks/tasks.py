@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from difflib import get_close_matches
+from functools import cache, partial
 from importlib import import_module
 from itertools import islice, product
 from typing import Any
@@ -19,7 +21,7 @@ import modernbert_kernels as ops
 from benchmarks import clock
 from benchmarks.harness import Result, Run, Suite
 from benchmarks.inputs import SETS
-from benchmarks.ops import FORWARD, Args, Task, Way, caches_of, call_of, copied, offsets, randn, timed
+from benchmarks.ops import FORWARD, Args, Task, Way, call_of, copied, offsets, randn, timed
 from benchmarks.work import visible_pairs
 from modernbert_kernels.flash import flash_forward, packages
 
@@ -96,10 +98,16 @@ def attentions(lengths: Sequence[int], window: int | None, qkv: Tensor, compilin
             seen = text[query] == text[key]
             return seen if window is None else seen & ((query - key).abs() <= window)
 
-        masked = window is not None or not equal
-        blocks = package.create_block_mask(near, None, None, len(at), len(at), at.device) if masked else None
+        @cache
+        def blocks() -> Any:
+            masked = window is not None or not equal
+            return package.create_block_mask(near, None, None, len(at), len(at), at.device) if masked else None
+
+        def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, block_mask=blocks())
+
         settings = "rotated before, torch.compile, max-autotune"
-        yield Way("FlexAttention", batched(partial(attend, block_mask=blocks)), settings, slow=True)
+        yield Way("FlexAttention", batched(flex), settings, slow=True)
 
 
 def rotated(qkv: Tensor, *args: Any, rope: Any, inplace: bool = False, **_: Any) -> Args:
@@ -221,7 +229,7 @@ def cross_entropy(device: torch.device, tokens: int) -> Iterator[Task]:
         x, weight = (randn(n, width, dtype=torch.bfloat16, device=device, scale=width**-0.5) for n in (tokens, classes))
         flops = 2 * int((targets >= 0).sum()) * weight.numel()
         what, args = f"linear_cross_entropy {width} to {classes}, {tokens:,} tokens", (x, weight, None, targets)
-        yield Task(what, ops.linear_cross_entropy, args, {}, more, flops=(flops, 2 * flops))
+        yield Task(what, ops.linear_cross_entropy, args, {}, more, flops=(flops, 2 * flops), ahead=True)
 
 
 def maxsim_task(queries: int, documents: int, width: int, *, tokens: int = 32, **of: Any) -> Task:
@@ -298,27 +306,28 @@ def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
             missing |= {way.name: f"{way.package} is not installed" for way in task.more if not way.installed}
             ways = tuple(way for way in task.ways() if not (way.slow and hurry))  # once, as some compile
             for which in task.passes:
-                known: dict[str, Any] = {"rounds": 2 if here.quick else ROUNDS, "caches": caches_of(task, machine)}
-                yield timed(name, task, ways, which, machine, rates, **known)
+                rounds = 2 if here.quick else ROUNDS
+                yield timed(name, task, ways, which, machine, rates, rounds=rounds, warm=True)
         yield Result(name, [], missing)
 
 
 def profile(name: str, names: Sequence[str], *, quick: bool) -> None:
-    """Make one call between cudaProfilerStart and Stop: of the first task, pass and way with all of these words."""
-    machine = clock.this_machine()
+    """Make one call between cudaProfilerStart and Stop: that of this name, a table without its caches and a row."""
+    machine, known = clock.this_machine(), []
     for workload in names:
         for task in tasks_of(workload, machine, quick=quick):
             for which, way in product(task.passes, task.ways()):
-                found = f"{task.what}, {which}: {way.name}"
-                if all(word in found for word in name.split()):
-                    call = call_of(task, way, copied(task, which != FORWARD), which)
-                    print(f"one call of {found}. To record it:")
-                    command = f"python -m benchmarks kernels --only {workload} --profile '{name}'"
+                known.append(f"{task.what}, {which}: {way.name}")
+                if known[-1] == name:
+                    options = ["--only", workload, "--profile", name, *["--quick"] * quick]
+                    command = shlex.join(["python", "-m", "benchmarks", "kernels", *options])
+                    print(f"one call of {name}. To record it:")
                     print(f"ncu --profile-from-start off --set full --export kernel {command}")
                     print(f"nsys profile --capture-range cudaProfilerApi --output kernel {command}")
-                    clock.record(call, machine, found)
+                    clock.record(call_of(task, way, copied(task, which != FORWARD), which), machine, name)
                     return
-    raise SystemExit(f"no task, pass and way has all of these words: {name}; their names are the rows of a --quick run")
+    near = get_close_matches(name, known, n=5, cutoff=0.3)
+    raise SystemExit("\n".join([f"no call has the name {name!r}. Near it are:", *near]))
 
 
 SUITES = {

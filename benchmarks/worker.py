@@ -274,6 +274,11 @@ def sample(state: State, count: int | None = None) -> dict[str, Any]:
     return {"host": host, "device": device, "foreign": foreign}
 
 
+def sensors(state: State) -> dict[str, Any]:
+    """What a GPU says of itself under the load of a sample."""
+    return clock.sensors(state.ready.run)
+
+
 def peak(state: State, job: Job, warm: Job) -> dict[str, Any]:
     """Bytes at the peak of a call beyond the loaded model and its inputs; its settings and its answer.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.rows import Row
+from benchmarks.rows import Row, append
 
 ROW: Row = {
     **{"kind": "measured", "suite": "cpu", "workload": "w", "what": "a text", "implementation": "modernbert"},
@@ -113,6 +113,19 @@ def test_kernels_are_drawn_under_the_roof_of_their_run(tmp_path: Path) -> None:
     assert list(axes.lines[0].get_xdata()) == [0.5, 200.0, 2000.0]
     assert list(axes.lines[0].get_ydata()) == [2.0, 800.0, 800.0]
     assert [file for file, _, _ in report.plots([norm, wide])] == ["amd-epyc-avx512f-breakdown-roofline.svg"]
+    assert not list(report.plots([norm | {"cache": "warm caches", "times_better_than": {}}])), (
+        "a cache has no such roof"
+    )
+
+
+def test_a_folder_of_all_is_checked_too(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    append(GROUP, tmp_path / "rows" / "a.jsonl")
+    assert report.stale(tmp_path) == [tmp_path / "README.md"]
+    plot = tmp_path / "plots" / "amd-epyc-avx512f-cpu-factors.svg"
+    assert report.write(tmp_path) == [tmp_path / "README.md", plot]
+    assert "![](plots/amd-epyc-avx512f-cpu-factors.svg)" in (tmp_path / "README.md").read_text()
+    assert not report.stale(tmp_path)
 
 
 def test_worse_rows_are_those_of_ours_on_the_same_machine() -> None:
