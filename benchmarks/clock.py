@@ -52,6 +52,14 @@ class Reading(NamedTuple):
     foreign: float
 
 
+class Sample(NamedTuple):
+    """The seconds of some calls on the host and on a GPU, and the CPU that everything else used meanwhile."""
+
+    host: Sequence[float]
+    device: Sequence[float]
+    foreign: float
+
+
 def read_clocks(work: Call) -> Reading:
     """Wall time of `work`, and all CPU time that was not idle (also what a hypervisor stole) but this process's own."""
     idle, own, start = _idle_seconds(), time.process_time(), time.perf_counter()

@@ -6,15 +6,15 @@ default batch size, and with the batch size that is the fastest on each side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from benchmarks import harness, inputs, peers, training
 from benchmarks.encoder import of_texts
 from benchmarks.harness import Run, Suite, Table
-from benchmarks.late_interaction import load_pylate, load_sentence_transformers, per_second, text_variant
-from benchmarks.worker import Build, Job, Peer, Setup, Variant
+from benchmarks.late_interaction import per_second, pylate, sentence_transformers
+from benchmarks.worker import Build, Peer
 
 STOCK, PACKED, BATCH = "as it was", "packed in place", 32
 Groups = Sequence[tuple[str, Sequence[int]]]
@@ -24,40 +24,6 @@ Groups = Sequence[tuple[str, Sequence[int]]]
 def both(builder: Callable[..., Build], package: str, **options: Any) -> dict[str, Peer]:
     stock = Peer(builder, options, package=package)
     return {PACKED: stock._replace(options={**options, "in_place": True}), STOCK: stock}
-
-
-def forward(setup: Setup, *, in_place: bool = False) -> Build:
-    model = peers.forward_of(peers.in_place(peers.load_theirs(setup, "sdpa"), in_place))
-
-    def variants(job: Job) -> Iterable[Variant]:
-        if job.batch is None:
-            return peers.batchings("sdpa", job, setup, model, most=2)
-        return [peers.in_padded(f"batches of {BATCH}", job, setup, inputs.groups(job.lengths, BATCH), model)]
-
-    return variants
-
-
-def dense(setup: Setup, *, in_place: bool = False) -> Build:
-    model = load_sentence_transformers(setup, "dense", "SentenceTransformer")
-    return encoding(partial(peers.in_place(model, in_place).encode, convert_to_tensor=True))
-
-
-def multi_vector(setup: Setup, *, in_place: bool = False) -> Build:
-    return encoding(peers.in_place(load_sentence_transformers(setup), in_place).encode_document)
-
-
-def pylate(setup: Setup, *, in_place: bool = False) -> Build:
-    model = peers.in_place(load_pylate(setup), in_place)
-    return encoding(partial(model.encode, is_query=False, convert_to_tensor=True))
-
-
-def encoding(encode: Callable[..., Any]) -> Build:
-    def variants(job: Job) -> Iterator[Variant]:
-        for size in (job.batch,) if job.batch else (32, 8, 1):
-            call = partial(encode, batch_size=size, show_progress_bar=False)
-            yield text_variant(job, call, f"batch_size={size}")
-
-    return variants
 
 
 def tables_of(
@@ -83,15 +49,18 @@ def padded(here: Run, workload: str, *, dtype: str) -> Iterator[Table]:
         (f"{count // 4} texts of 512 tokens", (512,) * (count // 4)),
         ("one text of 32 tokens", (32,)),
     ]
-    yield from tables_of(here, workload, dtype, groups, both(forward, "transformers"))
+    yield from tables_of(here, workload, dtype, groups, both(peers.transformers, "transformers"))
 
 
-def texts(here: Run, workload: str, *, builder: Callable[..., Build], package: str) -> Iterator[Table]:
+def texts(here: Run, workload: str) -> Iterator[Table]:
+    builder, package, _, options = TEXTS[workload]
     groups = []
     for count in (1024 if here.is_gpu else 8 if here.quick else 64, 1):
         tokens = inputs.default().tokenize_documents(inputs.paragraphs(count), truncate=False)
         groups.append((f"{count} Wikipedia paragraphs to vectors by {package}, tokenising timed", tokens.batch.lengths))
-    yield from tables_of(here, workload, here.dtype, groups, both(builder, package), options={"paragraphs": True})
+    yield from tables_of(
+        here, workload, here.dtype, groups, both(builder, package, **options), options={"paragraphs": True}
+    )
 
 
 def steps(here: Run, workload: str, *, of: str, builder: Callable[..., Build], package: str) -> Iterator[Table]:
@@ -99,10 +68,11 @@ def steps(here: Run, workload: str, *, of: str, builder: Callable[..., Build], p
     yield next(make(here, workload, found=both(builder, package)))  # the second one is of memory
 
 
+DENSE = {"folder": "dense"}
 TEXTS = {
-    "sentence-transformers": (dense, "sentence_transformers", "SentenceTransformer.encode"),
-    "multi-vector": (multi_vector, "sentence_transformers", "MultiVectorEncoder.encode_document"),
-    "pylate": (pylate, "pylate", "ColBERT.encode of documents"),
+    "sentence-transformers": (sentence_transformers, "sentence_transformers", "SentenceTransformer.encode", DENSE),
+    "multi-vector": (sentence_transformers, "sentence_transformers", "MultiVectorEncoder.encode_document", {}),
+    "pylate": (pylate, "pylate", "ColBERT.encode of documents", {}),
 }
 STEPS = {
     "transformers-step": ("masked-lm", training.transformers, "accelerate", "transformers' Trainer, masked LM"),
@@ -113,7 +83,7 @@ STEPS = {
 WORKLOADS: dict[str, tuple[Callable[[Run, str], Iterator[Table]], str]] = {
     "transformers": (partial(padded, dtype="float32"), "ModernBertModel on padded batches"),
     "transformers-half": (partial(padded, dtype="bfloat16"), "the same in bfloat16"),
-    **{name: (partial(texts, builder=of, package=package), line) for name, (of, package, line) in TEXTS.items()},
+    **{name: (texts, line) for name, (_, _, line, _) in TEXTS.items()},
     **{
         name: (partial(steps, of=of, builder=builder, package=package), f"steps of training: {line}")
         for name, (of, builder, package, line) in STEPS.items()

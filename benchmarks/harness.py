@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import clock, worker
-from benchmarks.clock import Reading, Refused
+from benchmarks.clock import Reading, Refused, Sample
 from benchmarks.inputs import save_seeded
 from benchmarks.rows import Row, rounded, row
 from benchmarks.work import shares
@@ -38,18 +38,6 @@ GPU, and backward). One product in TF32 errs by more."""
 
 LOADING, COMPILING = 240.0, 3.0
 """Seconds in which a model must be loaded; minutes that a run must have for implementations that compile."""
-
-
-class Sample(NamedTuple):
-    """The seconds of some calls on the host and on a GPU, and the CPU that others used in percent of a core."""
-
-    host: Sequence[float]
-    device: Sequence[float]
-    foreign: float
-
-    @property
-    def clean(self) -> bool:
-        return self.foreign <= FOREIGN_LIMIT
 
 
 class Result(NamedTuple):
@@ -80,7 +68,7 @@ def in_turns(
         for name in [*names[start:], *names[:start]]:
             try:
                 one = asks[name]()
-                while isinstance(one, Sample) and not one.clean and left[name] > 0:
+                while isinstance(one, Sample) and one.foreign > FOREIGN_LIMIT and left[name] > 0:
                     left[name] -= 1
                     one = min(one, asks[name](), key=lambda attempt: attempt.foreign)
                 taken[name].append(one)
@@ -300,15 +288,18 @@ class Workers:
 
     def __init__(self, here: Run, table: Table) -> None:
         self.here, self.reference = here, here.located(table.reference)
-        self.setup, known = here.setup(table.model, table.dtype), here.peers(table)
-        short = here.quick or (here.minutes is not None and here.minutes < COMPILING)
-        missing = {name: peer.package for name, peer in known.items() if peer.package and not find_spec(peer.package)}
-        self.left_out = {
-            name: "is left out: it compiles for minutes" for name, one in known.items() if one.slow and short
-        }
-        self.left_out |= {name: f"{package} is not installed" for name, package in missing.items()}
-        self.peers = {name: peer for name, peer in known.items() if name not in self.left_out}
+        self.setup = here.setup(table.model, table.dtype)
+        self.peers: dict[str, Peer] = {}
+        self.left_out: dict[str, str] = {}
         self.running: dict[str, Worker] = {}
+        short = here.quick or (here.minutes is not None and here.minutes < COMPILING)
+        for name, peer in here.peers(table).items():
+            if peer.package and not find_spec(peer.package):
+                self.left_out[name] = f"{peer.package} is not installed"
+            elif peer.slow and short:
+                self.left_out[name] = "is left out: it compiles for minutes"
+            else:
+                self.peers[name] = peer
 
     def start(self) -> dict[str, str]:
         """Let all load the model at the same time; why some take no part."""
@@ -320,23 +311,18 @@ class Workers:
         """The process of an implementation; a new one if the last has died."""
         return self._running(name, self.setup, self.peers[name])
 
-    def judge(self, dtype: str) -> Worker:
-        return self._running(f"reference in {dtype}", replace(self.setup, dtype=dtype), self.reference)
-
     def _running(self, name: str, setup: Setup, peer: Peer) -> Worker:
         if name not in self.running or not self.running[name].is_alive:
             self.running[name] = Worker(setup, peer, self.here.scratch)
         return self.running[name]
 
-    @property
-    def dtypes(self) -> list[str]:
-        """Those in which the reference runs."""
-        return list(dict.fromkeys(["float32", self.setup.dtype]))
-
     def expected(self, job: Job) -> tuple[Tensor, Tensor | None]:
         """The reference in float32, and in the dtype that is measured if that is another."""
+        found = []
         try:
-            found = [self.judge(dtype).ask(worker.answer, timeout=LOADING, job=job) for dtype in self.dtypes]
+            for dtype in dict.fromkeys(["float32", self.setup.dtype]):
+                judge = self._running(f"reference in {dtype}", replace(self.setup, dtype=dtype), self.reference)
+                found.append(judge.ask(worker.answer, timeout=LOADING, job=job))
         except Refused as reason:
             raise Refused(f"cannot be judged: the reference {reason}") from reason
         return found[0], found[1] if len(found) > 1 else None
@@ -371,13 +357,10 @@ class Workers:
     def turns(
         self, names: Iterable[str], request: Callable[..., Any], rounds: int, **arguments: Any
     ) -> tuple[dict[str, list[Any]], dict[str, str]]:
-        """Answers to a request, in turns. Those to `worker.sample` are `Sample`s, and busy ones are repeated."""
+        """Answers to a request, in turns."""
 
         def ask(name: str) -> Any:
-            found = self.running[name].ask(request, timeout=max(60.0, min(self.here.left(), 900.0)), **arguments)
-            if request is worker.sample:
-                return Sample(found["host"], found["device"], 0.0 if self.here.is_gpu else found["foreign"])
-            return found
+            return self.running[name].ask(request, timeout=max(60.0, min(self.here.left(), 900.0)), **arguments)
 
         return in_turns({name: partial(ask, name) for name in names}, rounds, until=self.here.until)
 

@@ -22,6 +22,8 @@ from benchmarks.harness import MS, Run, Suite, Table
 from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT
 
+MULTI_VECTOR = "MultiVectorEncoder"
+
 
 def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Build:
     model = ColBERT.from_pretrained(Path(setup.folder) / "colbert-128", dtype=setup.torch_dtype, device=setup.device)
@@ -30,27 +32,33 @@ def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Buil
     return lambda job: [text_variant(job, encode, "encode_documents")]
 
 
-def load_sentence_transformers(setup: Setup, folder: str = "colbert-128", name: str = "MultiVectorEncoder") -> Any:
+def load_sentence_transformers(setup: Setup, folder: str, in_place: bool) -> Any:
+    """A `SentenceTransformer` in the folder `dense`, else a `MultiVectorEncoder`."""
+    kind = getattr(import_module("sentence_transformers"), "SentenceTransformer" if folder == "dense" else MULTI_VECTOR)
     known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype}
-    model = getattr(import_module("sentence_transformers"), name)(f"{setup.folder}/{folder}", model_kwargs=known)
-    return model.to(setup.device, setup.torch_dtype).eval()
+    model = kind(f"{setup.folder}/{folder}", model_kwargs=known)
+    return peers.packed_in_place(model.to(setup.device, setup.torch_dtype).eval(), in_place)
 
 
-def load_pylate(setup: Setup) -> Any:
+def load_pylate(setup: Setup, in_place: bool) -> Any:
     model = import_module("pylate.models").ColBERT(f"{setup.folder}/colbert-128", device=setup.device)
-    return model.to(setup.torch_dtype).eval()
+    return peers.packed_in_place(model.to(setup.torch_dtype).eval(), in_place)
 
 
-def sentence_transformers(setup: Setup) -> Build:
-    return partial(batched, setup, load_sentence_transformers(setup).encode_document)
+def sentence_transformers(setup: Setup, *, folder: str = "colbert-128", in_place: bool = False) -> Build:
+    model = load_sentence_transformers(setup, folder, in_place)
+    encode = partial(model.encode, convert_to_tensor=True) if folder == "dense" else model.encode_document
+    return partial(batched, setup, encode)
 
 
-def pylate(setup: Setup) -> Build:
-    return partial(batched, setup, partial(load_pylate(setup).encode, is_query=False, convert_to_tensor=True))
+def pylate(setup: Setup, *, in_place: bool = False) -> Build:
+    encode = load_pylate(setup, in_place).encode
+    return partial(batched, setup, partial(encode, is_query=False, convert_to_tensor=True))
 
 
 def batched(setup: Setup, encode: Callable[..., Any], job: Job) -> Iterator[Variant]:
-    for size in (32,) if setup.quick else (32, 128, 512) if setup.is_gpu else (1, 4, 8, 32):
+    sizes = (32,) if setup.quick else (32, 128, 512) if setup.is_gpu else (1, 4, 8, 32)
+    for size in (job.batch,) if job.batch else sizes:
         yield text_variant(job, partial(encode, batch_size=size, show_progress_bar=False), f"batch_size={size}")
 
 

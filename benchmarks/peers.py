@@ -1,8 +1,4 @@
-"""Every implementation of the encoder: a row of `PEERS` each, and the builders that the rows name.
-
-A builder loads a model in its worker and returns the variants of a job: several batchings and settings, of which the
-fastest is taken. Padded batches are ready before the clock starts; our packing is timed where ids start on the host.
-"""
+"""Every implementation of the encoder: a row of `PEERS` each, and the builders that the rows name."""
 
 from __future__ import annotations
 
@@ -68,10 +64,6 @@ def ids_of(job: Job, indices: Iterable[int]) -> list[Tensor]:
     return [inputs.ids(index, job.lengths[index]) for index in indices]
 
 
-def load_ours(setup: Setup) -> Encoder:
-    return Encoder.from_pretrained(setup.folder, dtype=setup.torch_dtype, device=setup.device).eval()
-
-
 def session_of(model: Any, engine: str | None = None) -> Any:
     """A `Session`; in a checkout that has none, the model."""
     known = {"engine": engine} if engine else {}
@@ -80,7 +72,7 @@ def session_of(model: Any, engine: str | None = None) -> Any:
 
 def packed(setup: Setup, *, session: bool = False, engine: str | None = None) -> Build:
     """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has graphs there."""
-    model: Any = load_ours(setup)
+    model: Any = Encoder.from_pretrained(setup.folder, dtype=setup.torch_dtype, device=setup.device).eval()
     called = session_of(model, engine) if session else model
     name = f"Session, {engine or 'PyTorch'}" if session else "plain modules"
     device = "cpu" if session else setup.device
@@ -106,12 +98,12 @@ def load_theirs(setup: Setup, attention: str) -> Any:
     """The ModernBertModel of transformers in evaluation mode, without dropout."""
     from transformers import AutoModel
 
-    name = register_flash() if attention == "flash" else attention
+    name = register_flash(torch.device(setup.device)) if attention == "flash" else attention
     model = AutoModel.from_pretrained(setup.folder, attn_implementation=name, dtype=setup.torch_dtype)
     return model.to(setup.device).eval()
 
 
-def in_place(model: Any, wanted: bool) -> Any:
+def packed_in_place(model: Any, wanted: bool) -> Any:
     """The model, after `pack_in_place` if that is wanted."""
     if wanted:
         from modernbert.integrations.transformers import pack_in_place  # not in every checkout that a worker may import
@@ -141,9 +133,9 @@ def alone(setup: Setup) -> Build:
     return variants
 
 
-def transformers(setup: Setup, *, attention: str) -> Build:
+def transformers(setup: Setup, *, attention: str = "sdpa", in_place: bool = False) -> Build:
     """Padded batches of several sizes, in order and sorted by length; with FlashAttention all texts in one row."""
-    model = load_theirs(setup, attention)
+    model = packed_in_place(load_theirs(setup, attention), in_place)
     make = flattened if attention == "flash" else batchings
     return lambda job: make(attention, job, setup, forward_of(model))
 
@@ -243,50 +235,25 @@ def onto(given: Mapping[str, Any], device: torch.device | str) -> Inputs:
     return {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
-# torch's FlashAttention behind transformers' attention interface, so that no package has to be built for it.
-
-FLASH_NAME = "varlen_of_torch"  # without the word "flash", by which transformers would look for a package
+FLASH_NAME = "varlen_of_our_choice"  # without the word "flash", by which transformers would look for a package
 
 
-def flash_of_torch(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cu_seqlens: Tensor, longest: int, window: int | None, scale: float
-) -> Tensor:
-    """The kernel that comes with torch for CUDA, in float16 and bfloat16; `window` is neighbours per side."""
-    bounds = (cu_seqlens, cu_seqlens, longest, longest)
-    switches = {"dropout_p": 0.0, "is_causal": False, "return_debug_mask": False}
-    windows = {"window_size_left": window, "window_size_right": window}
-    return torch.ops.aten._flash_attention_forward(q_THK, k_THK, v_THK, *bounds, **switches, scale=scale, **windows)[0]
-
-
-def varlen_attention(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """The attention function around a kernel, for texts in a row. transformers' `sliding_window` counts the token."""
-
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: None,
-        *,
-        scaling: float,
-        cu_seq_lens_q: Tensor,
-        max_length_q: int,
-        sliding_window: int | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        window = None if sliding_window is None else sliding_window - 1
-        return kernel(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)[None], None
-
-    return attend
-
-
-def register_flash(kernel: Callable[..., Tensor] = flash_of_torch) -> str:
-    """Make it known to transformers; the name for `attn_implementation`."""
+def register_flash(device: torch.device) -> str:
+    """The best FlashAttention that is here, for texts in a row; its name for `attn_implementation`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(FLASH_NAME, varlen_attention(kernel))
+    from modernbert_kernels.flash import packages  # not in every checkout that a worker may import
+
+    kernel = packages.PACKAGES[packages.usable(device)[0]].forward
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **known: Any) -> tuple[Tensor, None]:
+        ends, window = known["cu_seq_lens_q"], known.get("sliding_window")
+        # Its window counts the token itself.
+        at = packages.Varlen(ends, ends, known["max_length_q"], None if window is None else window - 1)
+        return kernel(*(x[0].transpose(0, 1) for x in (q, k, v)), at)[0][None], None
+
+    AttentionInterface.register(FLASH_NAME, attend)
     AttentionMaskInterface.register(FLASH_NAME, lambda *_, **__: None)
     return FLASH_NAME
 

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from benchmarks import harness, inputs, peers
 from benchmarks.encoder import models, of_texts
 from benchmarks.harness import PEAK, Run, Suite, Table
-from benchmarks.late_interaction import load_pylate, load_sentence_transformers
+from benchmarks.late_interaction import MULTI_VECTOR, load_pylate, load_sentence_transformers
 from benchmarks.worker import OURS, Build, Job, Peer, Setup, Variant
 from modernbert import ColBERT, EncoderConfig, pack
 
@@ -134,7 +134,8 @@ def transformers(setup: Setup, *, sparse: bool = False, in_place: bool = False) 
     """The texts of a step at once as they come, or sorted by length in four forward passes."""
     home, folder = import_module("transformers"), f"{setup.folder}/masked-lm"
     known = {"attn_implementation": "sdpa", "dtype": setup.torch_dtype, "sparse_prediction": sparse}
-    model = peers.in_place(home.ModernBertForMaskedLM.from_pretrained(folder, **known).to(setup.device), in_place)
+    stock = home.ModernBertForMaskedLM.from_pretrained(folder, **known).to(setup.device)
+    model = peers.packed_in_place(stock, in_place)
     first = deepcopy(model.state_dict())
 
     def collate(rows: Step) -> dict[str, Tensor]:
@@ -156,14 +157,14 @@ def transformers(setup: Setup, *, sparse: bool = False, in_place: bool = False) 
 def sentence_transformers(setup: Setup, *, folder: str, in_place: bool = False) -> Build:
     name, loss = "SentenceTransformer", "MultipleNegativesRankingLoss"
     if folder != "dense":
-        name, loss = "MultiVectorEncoder", f"MultiVector{loss}"
-    model = peers.in_place(load_sentence_transformers(setup, folder, name), in_place)
+        name, loss = MULTI_VECTOR, f"MultiVector{loss}"
+    model = load_sentence_transformers(setup, folder, in_place)
     losses = import_module(f"{type(model).__module__.rpartition('.')[0]}.losses")
     return of_pairs(setup, model, getattr(losses, loss)(model, scale=1 / TEMPERATURES[folder]), name)
 
 
 def pylate(setup: Setup, *, folder: str, in_place: bool = False) -> Build:
-    model = peers.in_place(load_pylate(setup), in_place)
+    model = load_pylate(setup, in_place)
     loss = import_module("pylate.losses").Contrastive(model, without_padding, temperature=TEMPERATURES[folder])
     collator = import_module("pylate.utils").ColBERTCollator(model.tokenize)
     return of_pairs(setup, model, loss, "SentenceTransformer", data_collator=collator)

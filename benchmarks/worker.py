@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import clock
-from benchmarks.clock import Call, Reading, Refused
+from benchmarks.clock import Call, Reading, Refused, Sample
 from benchmarks.rows import ROOT
 
 HERE = Path(__file__).parent
@@ -223,7 +223,8 @@ def attempt(work: Call) -> tuple[bool, Any]:
 
 def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, Any]:
     """Try the variants of a job for so many seconds and keep the fastest, whose samples last `window` seconds."""
-    rest(state)
+    state.variant = None
+    release()
     until, best, quickest, failed = time.monotonic() + seconds, None, float("inf"), ""
     for variant in state.build(job):
         try:
@@ -248,12 +249,11 @@ def prepare(state: State, job: Job, window: float, seconds: float) -> dict[str, 
     return told
 
 
-def sample(state: State, count: int | None = None) -> dict[str, Any]:
-    """Seconds of calls on the host and on a GPU, and the CPU that others used meanwhile.
+def sample(state: State, count: int | None = None) -> Sample:
+    """With `count` so many calls, each waited for. Else those of a window, which a GPU makes without waiting between
+    them: then there is one figure, their mean.
 
-    With `count` so many calls, each waited for. Else those of a window, which a GPU makes without waiting between them:
-    then there is one figure, their mean. An untimed call comes first: it outlasts the threads of other processes that
-    spin for a while after their last call.
+    An untimed call comes first: it outlasts the threads of other processes that spin for a while after their last call.
     """
     variant, host, is_gpu = state.ready, [], state.setup.is_gpu
     if state.seconds < SLOW or is_gpu:
@@ -271,7 +271,7 @@ def sample(state: State, count: int | None = None) -> dict[str, Any]:
     device = [clock.read_gpu(variant.run).seconds for _ in range(count)] if count and is_gpu else []
     release(few=True)
     host = [seconds / state.calls] if is_gpu and not count else host
-    return {"host": host, "device": device, "foreign": foreign}
+    return Sample(host, device, 0.0 if is_gpu else foreign)
 
 
 def sensors(state: State) -> dict[str, Any]:
@@ -285,7 +285,6 @@ def peak(state: State, job: Job, warm: Job) -> dict[str, Any]:
     `warm` brings thread pools, workspaces and lazy imports. On a CPU only the first call of a process counts, because
     an allocator keeps what it once had.
     """
-    rest(state)
     next(iter(state.build(warm))).run()
     release()
     state.variant = variant = next(iter(state.build(job)))
@@ -316,12 +315,6 @@ def memory(field: str, pid: str | int = "self") -> int:
 def answer(state: State, job: Job) -> Tensor:
     """The answer of a job that is not timed."""
     return next(iter(state.build(job))).answer()
-
-
-def rest(state: State) -> None:
-    """Drop the last job and what the allocator keeps."""
-    state.variant = None
-    release()
 
 
 def release(*, few: bool = False) -> None:

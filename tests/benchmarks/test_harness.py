@@ -11,8 +11,8 @@ import torch
 from local_worker import LocalWorker, pretend, where_from
 
 from benchmarks import clock, harness, rows, worker
-from benchmarks.clock import Reading, Refused
-from benchmarks.harness import FOREIGN_LIMIT, Difference, Measured, Run, Sample, Table, difference, in_turns
+from benchmarks.clock import Reading, Refused, Sample
+from benchmarks.harness import FOREIGN_LIMIT, Difference, Measured, Run, Table, difference, in_turns
 from benchmarks.worker import BEFORE, OURS, SESSION, Job, Peer, Setup, State, Variant, Worker
 
 RIGHT = torch.tensor([1.0, 2.0])
@@ -32,8 +32,8 @@ def test_a_busy_sample_is_repeated_and_the_quietest_is_kept() -> None:
     taken, _ = in_turns({"a": lambda: Sample([1.0], [], next(script))}, 2, retries=4)
     # Three retries in the first round end with a quiet sample; the last one is left for the second.
     assert [one.foreign for one in taken["a"]] == [1.0, 30.0]
-    assert Sample([1.0], [], FOREIGN_LIMIT).clean
-    assert not Sample([1.0], [], FOREIGN_LIMIT + 0.1).clean
+    limits = iter([FOREIGN_LIMIT + 0.1, FOREIGN_LIMIT, 0.0])
+    assert in_turns({"a": lambda: Sample([1.0], [], next(limits))}, 1)[0]["a"][0].foreign == FOREIGN_LIMIT
 
 
 def test_an_implementation_that_fails_leaves_and_the_others_go_on() -> None:
@@ -146,9 +146,9 @@ def test_processes_answer_fail_die_and_hang_alone(tmp_path: Path) -> None:
     told = asked(right)
     assert told["answer"].shape == (sum(LENGTHS),)
     sample = right.ask(worker.sample, timeout=60)
-    assert len(sample["host"]) == told["calls"]
-    assert min(sample["host"]) >= 0.001
-    assert sample["foreign"] >= 0
+    assert len(sample.host) == told["calls"]
+    assert min(sample.host) >= 0.001
+    assert sample.foreign >= 0
     for _ in range(2):
         with pytest.raises(Refused, match="its process ended with exit code 3: a kernel has crashed"):
             asked(dies)
@@ -190,9 +190,9 @@ def test_a_sample_is_taken_after_an_untimed_call(monkeypatch: pytest.MonkeyPatch
     variant = Variant("", lambda: log.append("run"), lambda: RIGHT, warm=lambda: log.append("warm"))
     state = State(SETUP, lambda job: [], variant, calls=3)
     monkeypatch.setattr(clock, "read_clocks", lambda work: (work(), Reading(9.0, 2.0))[1])
-    assert worker.sample(state)["foreign"] == 2.0
+    assert worker.sample(state).foreign == 2.0
     assert log == ["warm", "run", "run", "run"]
-    assert len(worker.sample(state, count=5)["host"]) == 5
+    assert len(worker.sample(state, count=5).host) == 5
 
 
 def test_a_table_of_latencies_has_p50_and_p99(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:

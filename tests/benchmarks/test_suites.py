@@ -23,6 +23,7 @@ from benchmarks.peers import PEERS, SDPA
 from benchmarks.rows import append, read, row
 from benchmarks.worker import OURS, SESSION, Job, Setup
 from modernbert import EncoderConfig
+from modernbert_kernels.flash import packages
 
 TRAINER = "transformers Trainer"
 SMALL = EncoderConfig(
@@ -118,15 +119,14 @@ def test_compiled_graphs_give_the_hidden_states_of_padded_batches(tmp_path: Path
 def test_flash_attention_of_torch_is_called_with_texts_in_a_row(tmp_path: Path, monkeypatch: Any) -> None:
     """A kernel of the specification takes the place of that for CUDA."""
 
-    def exact(q: Any, k: Any, v: Any, cu_seqlens: Any, longest: int, window: int | None, scale: float) -> torch.Tensor:
-        same = torch.arange(len(q)).unsqueeze(1) - torch.arange(len(q))
-        of = torch.bucketize(torch.arange(len(q)), cu_seqlens[1:], right=True)
-        seen = (of[:, None] == of) & ((same.abs() <= window) if window is not None else True)
-        scores = torch.einsum("qhk,thk->hqt", q, k).mul(scale).masked_fill(~seen, -torch.inf)
-        return torch.einsum("hqt,thk->qhk", scores.softmax(-1), v)
+    def exact(q: Any, k: Any, v: Any, at: packages.Varlen) -> tuple[torch.Tensor, None]:
+        still = (torch.ones(len(q), q.shape[-1] // 2), torch.zeros(len(q), q.shape[-1] // 2))
+        qkv, known = torch.stack([q, k, v], 1), {"rope": still, "window": at.window}
+        return ops.attention.reference(qkv, at.cu_seqlens_q, at.max_seqlen, **known), None
 
     inputs.save_seeded(SMALL, tmp_path)
-    monkeypatch.setattr(peers.register_flash, "__defaults__", (exact,))
+    monkeypatch.setattr(packages, "usable", lambda device: ("exact",))
+    monkeypatch.setitem(packages.PACKAGES, "exact", SimpleNamespace(forward=exact))
     setup, job = Setup(str(tmp_path), "float32", "cpu", 1, True), Job((5, 200, 33), (0, 1, 2))
     (expected,) = [one.answer() for one in peers.alone(setup)(job)]
     (one,) = peers.transformers(setup, attention="flash")(job)
