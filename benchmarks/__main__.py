@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import breakdown, cpu, drop_in, encoder, late_interaction, report, retrieval, tasks, training
-from benchmarks.harness import Result, Run, Suite
+from benchmarks.harness import Run, Suite
 from benchmarks.rows import ROOT, Row, append, circumstances, read
 
 SUITES: dict[str, Suite] = {
@@ -43,7 +42,7 @@ def main() -> None:
     for name, suite in SUITES.items():
         command = commands.add_parser(name, help=f"a suite: {suite.what}")
         command.add_argument("--quick", action="store_true", help="try the whole path in a minute or two: no results")
-        command.add_argument("--minutes", type=amount, help="begin nothing new after these")
+        command.add_argument("--minutes", type=amount, default=math.inf, help="begin nothing new after these")
         command.add_argument("--output", type=Path, help="write the rows to a new .jsonl file in this folder")
         command.add_argument("--only", nargs="+", choices=suite.workloads, metavar="WORKLOAD", help="see --list")
         command.add_argument("--compare", type=Path, metavar="FOLDER", help="fail if rows are worse than those there")
@@ -105,11 +104,10 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
     file = arguments.output and arguments.output / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.jsonl"
-    minutes = math.inf if arguments.minutes is None else arguments.minutes
     if SUITES[name].needs_gpu and not (arguments.quick or torch.cuda.is_available()):
         sys.exit(f"the suite `{name}` needs a GPU, and there is none here (--quick tries it on the CPU)")
     known = {"quick": arguments.quick, "device": "cuda" if torch.cuda.is_available() else "cpu"}
-    known |= {"minutes": arguments.minutes, "until": time.monotonic() + 60 * minutes}
+    known |= {"minutes": arguments.minutes, "until": time.monotonic() + 60 * arguments.minutes}
     paths = ("against", "texts", "pairs", "packages", "work")
     given = {name: path.resolve() for name in paths if (path := getattr(arguments, name, None))}
     before = read(arguments.compare) if arguments.compare else []
@@ -129,7 +127,9 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
                 console.print(f"{result.workload}: {implementation}: {reason}", style="red")
             rows += result.rows
             if file:
-                append([*result.rows, *refusals(here, result)], file)
+                refused = {"kind": "refused", "suite": name, "workload": result.workload} | circumstances(here.device)
+                lines = [{"implementation": one, "reason": why} | refused for one, why in result.refused.items()]
+                append([*result.rows, *lines], file)
     if file and file.exists():
         console.print(f"wrote {file}")
     if arguments.compare:
@@ -138,13 +138,7 @@ def run_suite(name: str, arguments: argparse.Namespace) -> None:
         sys.exit(bool(worse) or not compared)
 
 
-def refusals(here: Run, result: Result) -> list[Row]:
-    """A line for every refusal of a result: no figure, but where and when it was."""
-    known = {"kind": "refused", "suite": here.suite, "workload": result.workload} | circumstances(here.device)
-    return [known | {"implementation": name, "reason": reason} for name, reason in result.refused.items()]
-
-
-def run_all(folder: Path, minutes: float, *, quick: bool, command: Callable[..., list[str]] | None = None) -> None:
+def run_all(folder: Path, minutes: float, *, quick: bool) -> None:
     """Every suite in a process of its own, so that a crash costs that suite alone, and a report of what came out.
 
     Each gets its share of the time that is left, by its weight, and is ended if it takes much longer. `folder` gets
@@ -163,8 +157,8 @@ def run_all(folder: Path, minutes: float, *, quick: bool, command: Callable[...,
             outcome = "left out: no time was left"
         else:
             # What it has begun at the end takes time too.
-            asked = (command or suite_command)(name, 0.9 * seconds / 60, folder / "rows", quick)
-            outcome = ended(asked, min(max(20 + seconds, OVERSTAY * seconds), left))
+            command = suite_command(name, 0.9 * seconds / 60, folder / "rows", quick)
+            outcome = ended(command, min(max(20 + seconds, OVERSTAY * seconds), left))
         with (folder / "suites.txt").open("a", encoding="utf-8") as out:
             out.write(f"- {name}: {outcome}\n")
         print(f"{name}: {outcome}", flush=True)

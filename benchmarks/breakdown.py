@@ -1,7 +1,6 @@
 """Suite `breakdown`: every kernel of a model's forward pass and of a training step, next to the whole pass.
 
-Each kernel is timed alone at the shapes of the model, with its data in the caches and not, as often as the model calls
-it. What their sum leaves of the whole pass is launches, gaps between kernels, and copies that no kernel here makes.
+What their sum leaves of the whole pass is launches, gaps between kernels, and copies that no kernel here makes.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from benchmarks.ops import (
     randn,
 )
 from benchmarks.rows import Row, rounded
-from benchmarks.tasks import FEW, FEWEST, ROUNDS, SWEEP, TOKENS, attention_task, ragged
+from benchmarks.tasks import FEW, FEWEST, ROUNDS, SWEEP, TOKENS, attention_task, masked_targets, ragged
 from benchmarks.work import kernels, reached
 from modernbert import Encoder, EncoderConfig, pack
 
@@ -93,17 +92,11 @@ def tasks(config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: bo
         yield replace(made[name](), what=name, **known), [counted[one] for one in passes]
     if training:
         # The gradients of the masked tokens' loss are computed in the forward pass.
-        x, table, targets = randn(T, D, **exact), randn(V, D, scale=D**-0.5, **exact), targets_of(T, config, of)
+        x, table, targets = randn(T, D, **exact), randn(V, D, scale=D**-0.5, **exact), masked_targets(T, V, at.device)
         product_flops = 2 * int((targets >= 0).sum()) * V * D
         moved = 2 * x.nbytes + 2 * table.nbytes
         known |= {"flops": (3 * product_flops, 0), "moved": (moved, moved)}
         yield Task("loss", ops.linear_cross_entropy, (x, table, None, targets), **known), [1, 1]
-
-
-def targets_of(tokens: int, config: EncoderConfig, of: Sizes) -> Tensor:
-    """Of 30 percent of the tokens."""
-    at = torch.arange(tokens, device=of["device"])
-    return (at * 7919 % config.vocab_size).masked_fill(at % 10 >= 3, -100)
 
 
 def wholes(config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: bool) -> Iterator[Task]:
@@ -114,7 +107,8 @@ def wholes(config: EncoderConfig, lengths: Sequence[int], of: Sizes, training: b
         forward = encoder.to(of["dtype"]).eval()
         yield Task(WHOLE, ops.Op(lambda: forward(batch)), moved=(0, 0))
         return
-    parameters, targets = [*encoder.train().parameters()], targets_of(len(batch.input_ids), config, of)
+    parameters = [*encoder.train().parameters()]
+    targets = masked_targets(len(batch.input_ids), config.vocab_size, of["device"])
     table, on_gpu = encoder.embeddings.tok_embeddings.weight, of["device"].type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=on_gpu)
 

@@ -53,10 +53,9 @@ class Reading(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The seconds of some calls on the host and on a GPU, and the CPU that everything else used meanwhile."""
+    """The seconds of some calls on the host, and the CPU that everything else used meanwhile."""
 
-    host: Sequence[float]
-    device: Sequence[float]
+    seconds: Sequence[float]
     foreign: float
 
 
@@ -77,7 +76,7 @@ def _idle_seconds() -> float:
 
 
 def read_wall(work: Call) -> Reading:
-    """Seconds until a GPU that was idle has done `work`, as the host sees it."""
+    """Seconds until a GPU that was idle has done `work`, as the host sees it. Other programs do not slow a GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     work()
@@ -86,7 +85,7 @@ def read_wall(work: Call) -> Reading:
 
 
 def read_gpu(work: Call) -> Reading:
-    """Seconds that an idle GPU takes for `work`, between two events. Other programs of the CPU do not slow a GPU."""
+    """Seconds that an idle GPU takes for `work`, between two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -1,8 +1,4 @@
-"""Suite `cpu`: encoding, MaxSim and search on two threads, next to what people use today.
-
-With `--against CHECKOUT` a workload compares a `Session` and the plain modules of this checkout with the plain modules
-of another one, which its own process imports.
-"""
+"""Suite `cpu`: encoding, MaxSim and search on two threads, next to what people use today."""
 
 from __future__ import annotations
 

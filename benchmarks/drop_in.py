@@ -1,8 +1,4 @@
-"""Suite `drop-in`: a model of another library after `pack_in_place`, next to the same model as it was.
-
-Rows are calls as users of these libraries make them, on texts of real lengths: the same call on both sides with the
-default batch size, and with the batch size that is the fastest on each side.
-"""
+"""Suite `drop-in`: a model of another library after `pack_in_place`, next to the same model as it was."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import PEAK, Run, Suite, Table
 from benchmarks.inputs import DOCUMENTS, SETS
-from benchmarks.peers import COMPILED, EAGER, FLASH, PACKED_ENCODERS, REFERENCE, SDPA, those
+from benchmarks.peers import COMPILED, FLASH, PACKED_ENCODERS, REFERENCE, SDPA, those
 from benchmarks.worker import OURS, SESSION, Job, Peer
 
 
@@ -54,7 +54,7 @@ def throughput(here: Run, names: Sequence[str]) -> Iterator[Table]:
             if not here.quick:
                 # What compiles takes minutes for each set.
                 slow = COMPILED if here.is_gpu and dtype == "bfloat16" and model == every[0] else ()
-                peers |= those(EAGER, PACKED_ENCODERS, *slow)
+                peers |= those(PACKED_ENCODERS, *slow)
             for name in names:
                 documents, count, batch = SETS[name], count_of(here, name, dtype), 32 if SETS[name].is_long else 512
                 what = f"{model}, {dtype}: {count:,} of the paper's {DOCUMENTS:,} documents, "
@@ -70,7 +70,7 @@ def count_of(here: Run, name: str, dtype: str) -> int:
     if not here.is_gpu:
         return (2, 1)[here.quick] if SETS[name].is_long else (32, 2)[here.quick]
     whole = DOCUMENTS // (16 if SETS[name].is_long else 1) // (4 if dtype == "float32" else 1)
-    return whole // (64 if here.quick else 8 if here.minutes is not None and here.minutes < 20 else 1)
+    return whole // (64 if here.quick else 8 if here.minutes < 20 else 1)
 
 
 def latency(here: Run, names: Sequence[str]) -> Iterator[Table]:
@@ -89,13 +89,13 @@ def latency(here: Run, names: Sequence[str]) -> Iterator[Table]:
 
 def memory(here: Run, names: Sequence[str]) -> Iterator[Table]:
     on_gpu, on_cpu = ((32, 512), (8, 512), (128, 512), (1, 8192), (4, 8192)), ((8, 512), (2, 512), (1, 4096))
-    peers, model = those(OURS, SDPA, FLASH, *(() if here.quick else (EAGER,))), models(here, "modernbert-base")[0]
+    peers, model = those(OURS, SDPA, FLASH), models(here, "modernbert-base")[0]
     for count, length in ((1, 64), (2, 64)) if here.quick and not here.is_gpu else on_gpu if here.is_gpu else on_cpu:
         what = f"{model}, {count} texts of {length} tokens in one batch: peak memory"
         yield of_texts(here, names[0], model, what, (length,) * count, peers, batch=count, **PEAK)
 
 
-AGAINST = "transformers (eager, sdpa, FlashAttention, under torch.compile), packed-encoders"
+AGAINST = "transformers (sdpa, FlashAttention, under torch.compile), packed-encoders"
 
 SUITES = {
     "paper-table": Suite(
@@ -106,7 +106,7 @@ SUITES = {
         weight=42,
     ),
     "latency": Suite(
-        "latency of queries, ids on the host to vectors on the device: p50, p99 and the device",
+        "latency of queries, ids on the host to vectors on the device: p50 and p99",
         {"query-32": "one query of 32 tokens", "batches": "4, 8 and 32 queries of 8 to 32 tokens in a call"},
         AGAINST,
         harness.of_tables(latency),

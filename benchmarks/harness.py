@@ -1,8 +1,4 @@
-"""How to measure: a process for each implementation, in turns, on a quiet machine, and only if the answer is right.
-
-A suite makes `Table`s, one for each group of rows that are compared with each other. `measure` starts the workers of a
-model, prepares a job in each, refuses wrong answers, takes samples in turns, and writes rows with the factors.
-"""
+"""How to measure: a process for each implementation, in turns, on a quiet machine, and only if the answer is right."""
 
 from __future__ import annotations
 
@@ -211,7 +207,7 @@ class Run:
     scratch: Path
     quick: bool = False
     device: str = "cpu"
-    minutes: float | None = None
+    minutes: float = math.inf
     until: float = math.inf
     against: Path | None = None
     texts: Path | None = None
@@ -292,7 +288,7 @@ class Workers:
         self.peers: dict[str, Peer] = {}
         self.left_out: dict[str, str] = {}
         self.running: dict[str, Worker] = {}
-        short = here.quick or (here.minutes is not None and here.minutes < COMPILING)
+        short = here.quick or here.minutes < COMPILING
         for name, peer in here.peers(table).items():
             if peer.package and not find_spec(peer.package):
                 self.left_out[name] = f"{peer.package} is not installed"
@@ -383,20 +379,18 @@ class Workers:
 def speed(workers: Workers, table: Table, *, count: int | None = None) -> Result:
     """Rows of the implementations that are right, by the seconds of a call, and why the others have none.
 
-    With `count` each of so many calls is waited for, and there are rows of p50, of p99, and of the time on a GPU.
+    With `count` each of so many calls is waited for, and there are rows of p50 and of p99.
     """
     ready, refused = workers.prepared(table.job)
     taken, failed = workers.turns(ready, worker.sample, 2 if workers.here.quick else table.rounds, count=count)
     told, _ = workers.turns(taken if workers.here.is_gpu else (), worker.sensors, 1)
     rows: list[Row] = []
-    for figure, (source, at) in (LATENCIES if count else {table.figure: ("host", statistics.median)}).items():
+    for figure, at in ({"p50": statistics.median, "p99": p99} if count else {table.figure: statistics.median}).items():
         done = []
         for name, samples in taken.items():
-            if getattr(samples[0], source):
-                costs = [at(getattr(one, source)) for one in samples]
-                one = replace(ready[name], calls=count or ready[name].calls, costs=costs)
-                one.sensors = told[name][0] if name in told else {}
-                done.append(one if workers.here.is_gpu else one.quiet(samples))
+            one = replace(ready[name], calls=count or ready[name].calls, costs=[at(one.seconds) for one in samples])
+            one.sensors = told[name][0] if name in told else {}
+            done.append(one if workers.here.is_gpu else one.quiet(samples))
         of_pass = table.model_pass and figure != "p99"
         rows += workers.result(replace(table, figure=figure, model_pass=of_pass), done, {}).rows
     return workers.result(table, [], refused | failed)._replace(rows=rows)
@@ -404,9 +398,6 @@ def speed(workers: Workers, table: Table, *, count: int | None = None) -> Result
 
 def p99(seconds: Sequence[float]) -> float:
     return sorted(seconds)[int(0.99 * (len(seconds) - 1))]
-
-
-LATENCIES = {"p50": ("host", statistics.median), "p99": ("host", p99), "device": ("device", statistics.median)}
 
 
 def peak_memory(workers: Workers, table: Table) -> Result:

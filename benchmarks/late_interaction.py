@@ -63,14 +63,11 @@ def batched(setup: Setup, encode: Callable[..., Any], job: Job) -> Iterator[Vari
 
 
 def text_variant(job: Job, encode: Callable[[list[str]], Any], settings: str) -> Variant:
-    texts = texts_of(job)
+    """Of Wikipedia paragraphs, or of random words of the lengths of the job."""
+    paragraphs = "paragraphs" in job.options
+    texts = inputs.paragraphs(len(job.lengths)) if paragraphs else inputs.of_lengths(job.lengths)
     checked = [texts[index] for index in job.checked]
     return Variant(settings, partial(encode, texts), lambda: torch.cat([x.float().cpu() for x in encode(checked)]))
-
-
-def texts_of(job: Job) -> list[str]:
-    """Wikipedia paragraphs, or random words of the lengths of the job."""
-    return inputs.paragraphs(len(job.lengths)) if "paragraphs" in job.options else inputs.of_lengths(job.lengths)
 
 
 def text_alone(setup: Setup) -> Build:

@@ -1,16 +1,11 @@
-"""Ways to compute a task on one machine: checked, and timed in turns by pass and by what the caches hold.
-
-On a GPU, time is that of replays of a graph of many calls: each on memory that no cache holds, or all on the same.
-Outputs and gradients must be those of the reference in float32 (float64 for float32), within what the tests of the
-kernels allow.
-"""
+"""Ways to compute a task on one machine: checked, and timed in turns by pass and by what the caches hold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial, wraps
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +28,9 @@ CACHES = COLD, WARM = "cold caches", "warm caches"
 
 Args = tuple[Any, ...]
 Context = Callable[[], AbstractContextManager[Any]]
+
+REFERENCE: Context = partial(ops.backend, "reference")
+"""Inside, ops that an op calls are computed by their references too."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,10 @@ class Task:
         names = [name for name, when, _ in self.op._choices if when(*self.args, **self.kwargs)]
         for name in names:
             yield Way(name, self.op.backends[name], CHOSEN if name == names[0] else "")
-        yield Way("reference", plain(self.op.reference), "" if names else CHOSEN)
+        yield Way("reference", self.op.reference, "" if names else CHOSEN, REFERENCE)
         if self.compile:
-            yield Way("torch.compile", compiled(self.op.reference), "of the reference, max-autotune", slow=True)
+            compiled = of_compile(self.op.reference)
+            yield Way("torch.compile", compiled, "of the reference, max-autotune", REFERENCE, slow=True)
         yield from self.more
 
     @property
@@ -112,7 +111,7 @@ class Task:
     def all_moved(self) -> tuple[int, int]:
         if self.moved is not None:
             return self.moved
-        outputs = call_of(self, Way("", plain(self.op.reference)), copied(self, False), FORWARD)()
+        outputs = call_of(self, Way("", self.op.reference, "", REFERENCE), copied(self, False), FORWARD)()
         forward = self.nbytes + sum(x.nbytes for x in outputs)
         return forward, forward + sum(x.nbytes for x in real(self.args))
 
@@ -191,7 +190,7 @@ def cotangent(at: int, output: Tensor) -> Tensor:
 def truth_of(task: Task, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
     """The reference in float32 (in float64 for float32 arguments), and in the dtype of the arguments."""
     higher, which = torch.float64 if task.dtype is torch.float32 else torch.float32, BOTH if backward else FORWARD
-    reference, exact = Way("", plain(task.op.reference)), replace(task, around=nullcontext)
+    reference, exact = Way("", task.op.reference, "", REFERENCE), replace(task, around=nullcontext)
     truth = call_of(exact, reference, copied(task, backward, higher), which)()
     return truth, call_of(task, reference, copied(task, backward), which)()
 
@@ -310,20 +309,9 @@ def timed(
     return Result(workload, rows, {f"{task.what}, {which}: {name}": reason for name, reason in refused.items()})
 
 
-def plain(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` with the reference of every op that it calls."""
-
-    @wraps(call)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with ops.backend("reference"):
-            return call(*args, **kwargs)
-
-    return run
-
-
-def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+def of_compile(call: Callable[..., Any]) -> Callable[..., Any]:
     """As fast as torch.compile makes it. A backward pass that is timed alone must keep what it reads."""
     torch._dynamo.reset()  # what was compiled before counts towards a limit
     config: Any = import_module("torch._functorch.config")
     config.donated_buffer = False
-    return plain(torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs"))
+    return torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs")

@@ -312,7 +312,7 @@ def can_compile(setup: Setup) -> bool:
 
 
 TRANSFORMERS = "transformers"
-SDPA, EAGER, FLASH = (f"{TRANSFORMERS}, {attention}" for attention in ("sdpa", "eager", "flash"))
+SDPA, FLASH = f"{TRANSFORMERS}, sdpa", f"{TRANSFORMERS}, flash"
 COMPILED = SDPA_COMPILED, FLASH_COMPILED = f"{SDPA}, compiled", f"{FLASH}, compiled"
 PACKED_ENCODERS, ONNX_RUNTIME, OPENVINO = "packed-encoders", "ONNX Runtime", "OpenVINO"
 
@@ -323,7 +323,6 @@ PEERS: dict[str, Peer] = {
     SESSION: Peer(packed, {"session": True}),
     **{name: Peer(packed, options, on_cpu, exact="int8" not in name) for name, options in ENGINES.items()},
     SDPA: Peer(transformers, {"attention": "sdpa"}, package="transformers"),
-    EAGER: Peer(transformers, {"attention": "eager"}, package="transformers"),
     FLASH: Peer(transformers, {"attention": "flash"}, half_on_gpu, "transformers"),
     SDPA_COMPILED: Peer(compiled, {"attention": "sdpa"}, can_compile, "transformers", slow=True),
     FLASH_COMPILED: Peer(compiled, {"attention": "flash"}, half_on_gpu, "transformers", slow=True),

@@ -1,9 +1,4 @@
-"""Tables and plots from rows: nothing in them is typed by hand.
-
-python -m benchmarks report             rewrite the tables of docs/, and the pages and plots of benchmarks/results
-python -m benchmarks report --check     only say which of these differ from the rows
-python -m benchmarks report FOLDER      README.md and plots of a folder of `all`; or, with --check, whether they differ
-"""
+"""Tables and plots from rows: nothing in them is typed by hand."""
 
 from __future__ import annotations
 

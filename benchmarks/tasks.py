@@ -211,10 +211,16 @@ def elementwise(device: torch.device, tokens: int) -> Iterator[Task]:
         yield task(f"pool {mode}", ops.pool, x, texts, mode, kwargs={"normalize": True}, moved=moved)
 
 
+def masked_targets(tokens: int, classes: int, device: torch.device) -> Tensor:
+    """Of 30 percent of the tokens."""
+    at = torch.arange(tokens, device=device)
+    return (at * 7919 % classes).masked_fill(at % 10 >= 3, -100)
+
+
 def cross_entropy(device: torch.device, tokens: int) -> Iterator[Task]:
     """The loss of masked language modelling, 30 percent of the tokens masked."""
-    classes, at = 50_368 if device.type == "cuda" else 512, torch.arange(tokens, device=device)
-    targets = (at * 7919 % classes).masked_fill(at % 10 >= 3, -100)
+    classes = 50_368 if device.type == "cuda" else 512
+    targets = masked_targets(tokens, classes, device)
     fused = lambda home, x, weight, bias, targets: home.LigerFusedLinearCrossEntropyFunction.apply(  # noqa: E731
         x, weight, targets, bias
     )[0]
@@ -292,7 +298,7 @@ def tasks_of(name: str, machine: clock.Machine, *, quick: bool) -> Iterator[Task
 
 def measure(here: Run, names: Sequence[str]) -> Iterator[Result]:
     """A result for each task and pass. A CPU takes --quick only, and two tasks: those figures are not results."""
-    machine, hurry = clock.this_machine(), here.minutes is not None and here.minutes < HURRY
+    machine, hurry = clock.this_machine(), here.minutes < HURRY
     if hurry:
         machine = machine._replace(window=machine.window / 5)
     for at, name in enumerate(names):

@@ -1,8 +1,4 @@
-"""Suite `training`: whole steps (forward, backward, clipping, AdamW) next to the trainers that people use.
-
-All make the same steps from the same weights on the same texts, and what has other losses than the library's trainer in
-float32 is refused. Padding and packing are timed, and of pairs tokenising too.
-"""
+"""Suite `training`: whole steps (forward, backward, clipping, AdamW) next to the trainers that people use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""One implementation in a process of its own: what it is started with, what it is asked, and the `Worker` that asks.
-
-What goes wrong in the process costs only its own rows.
-"""
+"""One implementation in a process of its own: what it is started with, what it is asked, and the `Worker` that asks."""
 
 from __future__ import annotations
 
@@ -255,7 +252,7 @@ def sample(state: State, count: int | None = None) -> Sample:
 
     An untimed call comes first: it outlasts the threads of other processes that spin for a while after their last call.
     """
-    variant, host, is_gpu = state.ready, [], state.setup.is_gpu
+    variant, each, is_gpu = state.ready, [], state.setup.is_gpu
     if state.seconds < SLOW or is_gpu:
         (variant.warm or variant.run)()
 
@@ -265,13 +262,11 @@ def sample(state: State, count: int | None = None) -> Sample:
             variant.run()
             if count and is_gpu:
                 torch.cuda.synchronize()
-            host.append(time.perf_counter() - start)
+            each.append(time.perf_counter() - start)
 
     seconds, foreign = state.read(window)
-    device = [clock.read_gpu(variant.run).seconds for _ in range(count)] if count and is_gpu else []
     release(few=True)
-    host = [seconds / state.calls] if is_gpu and not count else host
-    return Sample(host, device, 0.0 if is_gpu else foreign)
+    return Sample([seconds / state.calls] if is_gpu and not count else each, foreign)
 
 
 def sensors(state: State) -> dict[str, Any]:

@@ -29,11 +29,11 @@ def test_rounds_take_turns() -> None:
 
 def test_a_busy_sample_is_repeated_and_the_quietest_is_kept() -> None:
     script = iter([50.0, 9.0, 20.0, 1.0, 40.0, 30.0])
-    taken, _ = in_turns({"a": lambda: Sample([1.0], [], next(script))}, 2, retries=4)
+    taken, _ = in_turns({"a": lambda: Sample([1.0], next(script))}, 2, retries=4)
     # Three retries in the first round end with a quiet sample; the last one is left for the second.
     assert [one.foreign for one in taken["a"]] == [1.0, 30.0]
     limits = iter([FOREIGN_LIMIT + 0.1, FOREIGN_LIMIT, 0.0])
-    assert in_turns({"a": lambda: Sample([1.0], [], next(limits))}, 1)[0]["a"][0].foreign == FOREIGN_LIMIT
+    assert in_turns({"a": lambda: Sample([1.0], next(limits))}, 1)[0]["a"][0].foreign == FOREIGN_LIMIT
 
 
 def test_an_implementation_that_fails_leaves_and_the_others_go_on() -> None:
@@ -146,8 +146,8 @@ def test_processes_answer_fail_die_and_hang_alone(tmp_path: Path) -> None:
     told = asked(right)
     assert told["answer"].shape == (sum(LENGTHS),)
     sample = right.ask(worker.sample, timeout=60)
-    assert len(sample.host) == told["calls"]
-    assert min(sample.host) >= 0.001
+    assert len(sample.seconds) == told["calls"]
+    assert min(sample.seconds) >= 0.001
     assert sample.foreign >= 0
     for _ in range(2):
         with pytest.raises(Refused, match="its process ended with exit code 3: a kernel has crashed"):
@@ -192,7 +192,7 @@ def test_a_sample_is_taken_after_an_untimed_call(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(clock, "read_clocks", lambda work: (work(), Reading(9.0, 2.0))[1])
     assert worker.sample(state).foreign == 2.0
     assert log == ["warm", "run", "run", "run"]
-    assert len(worker.sample(state, count=5).host) == 5
+    assert len(worker.sample(state, count=5).seconds) == 5
 
 
 def test_a_table_of_latencies_has_p50_and_p99(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,9 +220,20 @@ def test_too_little_memory_costs_only_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert names_of(result) == {"reference"}
     assert result.refused == {"geglu, forward: dies": "fails: OutOfMemoryError: of a GPU"}
     monkeypatch.setattr(kernels, "memory_of", out_of_memory)
-    result = kernels.timed("w", task, *known[:1], *known[1:], rounds=1)
+    result = kernels.timed("w", task, *known, rounds=1)
     assert not result.rows
     assert result.refused["geglu, forward: reference"] == "fails: OutOfMemoryError: of a GPU"
+
+
+def test_a_small_call_is_timed_between_fills_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.Machine, "cache", property(lambda machine: 1 << 20))
+    task, machine = kernels.Task("geglu", ops.geglu, (torch.randn(8, 16), "gelu")), clock.this_machine()
+    slots, flush = kernels.memory_of(task, kernels.FORWARD, machine, kernels.COLD)
+    assert (len(slots), flush and flush().nbytes) == (clock.COPIES, 3 << 20)
+    assert len({slot[0][0].data_ptr() for slot in slots}) == clock.COPIES
+    assert kernels.memory_of(task, kernels.FORWARD, machine, kernels.WARM)[1] is None
+    known = kernels.FORWARD, machine, clock.Rates(1e9, 1e9)
+    assert kernels.timed("w", task, tuple(task.ways()), *known, rounds=1).rows[0]["median"] > 0
 
 
 def test_a_backward_pass_alone_is_the_gradients_of_both() -> None:
@@ -365,11 +376,12 @@ def test_texts_have_the_lengths_that_were_asked_for(tmp_path: Path) -> None:
     assert sum(inputs.SETS["variable-short"].first(8192)) / 8192 == pytest.approx(256, abs=2)
 
 
-def test_all_runs_every_suite_in_its_process_and_writes_a_report(tmp_path: Path) -> None:
+def test_all_runs_every_suite_in_its_process_and_writes_a_report(tmp_path: Path, monkeypatch: Any) -> None:
     def pretended(name: str, minutes: float, rows: Path, quick: bool) -> list[str]:
         return ["sh", "-c", "exit 3" if name == "memory" else f"echo measured {name}"]
 
-    commands.run_all(tmp_path, 1.0, quick=True, command=pretended)
+    monkeypatch.setattr(commands, "suite_command", pretended)
+    commands.run_all(tmp_path, 1.0, quick=True)
     outcomes = (tmp_path / "suites.txt").read_text().splitlines()
     assert "- memory: failed with status 3" in outcomes
     assert outcomes.count("- training: done") == 1
