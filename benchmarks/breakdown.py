@@ -156,7 +156,7 @@ def table(here: Run, machine: Machine, workload: str, model: str, lengths: Seque
             if failed:
                 refused[part] = ", ".join(failed.values())
             elif task.what == WHOLE:
-                last.append(found[WARM])
+                last.extend(found.values())
             else:
                 warm = found.get(WARM) or found[COLD]
                 cold = found.get(COLD) or warm

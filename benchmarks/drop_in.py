@@ -13,8 +13,6 @@ from benchmarks.late_interaction import per_second, pylate, sentence_transformer
 from benchmarks.worker import Build, Peer
 
 STOCK, PACKED, BATCH = "as it was", "packed in place", 32
-Groups = Sequence[tuple[str, Sequence[int]]]
-"""Texts in words, and their lengths."""
 
 
 def both(builder: Callable[..., Build], package: str, **options: Any) -> dict[str, Peer]:
@@ -23,13 +21,13 @@ def both(builder: Callable[..., Build], package: str, **options: Any) -> dict[st
 
 
 def tables_of(
-    here: Run, workload: str, dtype: str, groups: Groups, found: dict[str, Peer], **more: Any
+    here: Run, workload: str, dtype: str, groups: dict[str, Sequence[int]], found: dict[str, Peer], **more: Any
 ) -> Iterator[Table]:
-    """In batches of the default size, and in those that are the fastest on each side."""
+    """Groups of texts in batches of the default size, and in those that are the fastest on each side."""
     inputs.save_embedder(folder := here.setup("ettin-17m", dtype).folder)
     inputs.save_colbert(folder)
     batches = (BATCH, f"batches of {BATCH}"), (None, "the fastest batches")
-    for what, lengths in groups:
+    for what, lengths in groups.items():
         for batch, words in batches[: 1 if here.quick or len(lengths) == 1 else 2]:
             known = per_second("texts", len(lengths)) | {"reference": found[STOCK], "model_pass": False}
             words = f"ettin-17m, {dtype}: {what}, {words}"
@@ -39,21 +37,21 @@ def tables_of(
 
 def padded(here: Run, workload: str, *, dtype: str) -> Iterator[Table]:
     count = 512 if here.is_gpu else 8 if here.quick else 32
-    groups = [
-        (f"{count} texts of the paper's variable lengths", inputs.SETS["variable-short"].first(count)),
-        (f"{count} texts of 8 to 32 tokens", [8 + 3 * index % 25 for index in range(count)]),
-        (f"{count // 4} texts of 512 tokens", (512,) * (count // 4)),
-        ("one text of 32 tokens", (32,)),
-    ]
+    groups = {
+        f"{count} texts of the paper's variable lengths": inputs.SETS["variable-short"].first(count),
+        f"{count} texts of 8 to 32 tokens": [8 + 3 * index % 25 for index in range(count)],
+        f"{count // 4} texts of 512 tokens": (512,) * (count // 4),
+        "one text of 32 tokens": (32,),
+    }
     yield from tables_of(here, workload, dtype, groups, both(peers.transformers, "transformers"))
 
 
 def texts(here: Run, workload: str) -> Iterator[Table]:
     builder, package, _, options = TEXTS[workload]
-    groups = []
+    groups = {}
     for count in (1024 if here.is_gpu else 8 if here.quick else 64, 1):
         tokens = inputs.default().tokenize_documents(inputs.paragraphs(count), truncate=False)
-        groups.append((f"{count} Wikipedia paragraphs to vectors by {package}, tokenising timed", tokens.batch.lengths))
+        groups[f"{count} Wikipedia paragraphs to vectors by {package}, tokenising timed"] = tokens.batch.lengths
     yield from tables_of(
         here, workload, here.dtype, groups, both(builder, package, **options), options={"paragraphs": True}
     )

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -261,22 +261,12 @@ def measure(here: Run, tables: Iterable[Table]) -> Iterator[Result]:
         tables = (table for table in tables if OURS in table.peers)
     for _, group in groupby(tables, lambda one: (one.model, one.dtype, dict(one.peers), one.reference)):
         first = next(group)
-        with workers_of(here, first) as workers:
+        with closing(Workers(here, first)) as workers:
             for table in chain([first], group):
                 if here.left() <= 0:
                     yield here.rest(table.workload)
                     return
                 yield (table.measure or speed)(workers, table)
-
-
-@contextmanager
-def workers_of(here: Run, table: Table) -> Iterator[Workers]:
-    workers = Workers(here, table)
-    try:
-        yield workers
-    finally:
-        for one in workers.running.values():
-            one.close()
 
 
 class Workers:
@@ -296,6 +286,10 @@ class Workers:
                 self.left_out[name] = "is left out: it compiles for minutes"
             else:
                 self.peers[name] = peer
+
+    def close(self) -> None:
+        for one in self.running.values():
+            one.close()
 
     def start(self) -> dict[str, str]:
         """Let all load the model at the same time; why some take no part."""
@@ -406,13 +400,13 @@ def peak_memory(workers: Workers, table: Table) -> Result:
     if not here.is_gpu and not worker.CLEAR.exists():
         return workers.result(table, [], {"every implementation": "only Linux resets the peak memory of a process"})
     warm = Job((16, 8), (0,), batch=2, backward=table.job.backward, options=table.job.options.get("warm", {}))
-    with workers_of(here, table) as judges:  # whose memory the others need
+    with closing(Workers(here, table)) as judges:  # whose memory the others need
         try:
             exact, plain = judges.expected(table.job)
         except Refused as reason:
             return workers.result(table, [], {"every implementation": str(reason)})
     for _ in range(1 if here.quick else min(3, table.rounds)):
-        with workers_of(here, table) as fresh:
+        with closing(Workers(here, table)) as fresh:
             refused |= fresh.start()
             told, failed = fresh.turns(fresh.peers, worker.peak, 1, job=table.job, warm=warm)
             refused |= failed

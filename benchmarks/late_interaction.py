@@ -20,14 +20,14 @@ from benchmarks import harness, inputs, peers
 from benchmarks.encoder import models, of_texts
 from benchmarks.harness import MS, Run, Suite, Table
 from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
-from modernbert import ColBERT
+from modernbert import ColBERT, Session
 
 MULTI_VECTOR = "MultiVectorEncoder"
 
 
 def text_ours(setup: Setup, *, session: bool, engine: str | None = None) -> Build:
     model = ColBERT.from_pretrained(Path(setup.folder) / "colbert-128", dtype=setup.torch_dtype, device=setup.device)
-    encoding: Any = peers.session_of(model, engine) if session else model
+    encoding: Any = Session(model, engine=engine) if session else model
     encode = partial(encoding.encode_documents, progress=False)
     return lambda job: [text_variant(job, encode, "encode_documents")]
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import modernbert
 from benchmarks import inputs, runtimes
 from benchmarks.inputs import groups
 from benchmarks.worker import ENGINES, OURS, SESSION, Build, Job, Peer, Setup, Variant
-from modernbert import Encoder, pack
+from modernbert import Encoder, Session, pack
 
 Inputs = dict[str, Any]
 Forward = Callable[[Any], Tensor]
@@ -64,16 +63,10 @@ def ids_of(job: Job, indices: Iterable[int]) -> list[Tensor]:
     return [inputs.ids(index, job.lengths[index]) for index in indices]
 
 
-def session_of(model: Any, engine: str | None = None) -> Any:
-    """A `Session`; in a checkout that has none, the model."""
-    known = {"engine": engine} if engine else {}
-    return modernbert.Session(model, **known) if hasattr(modernbert, "Session") else model
-
-
 def packed(setup: Setup, *, session: bool = False, engine: str | None = None) -> Build:
     """Packed batches: the plain modules, or a `Session`, which copies its batches to a GPU and has graphs there."""
     model: Any = Encoder.from_pretrained(setup.folder, dtype=setup.torch_dtype, device=setup.device).eval()
-    called = session_of(model, engine) if session else model
+    called = Session(model, engine=engine) if session else model
     name = f"Session, {engine or 'PyTorch'}" if session else "plain modules"
     device = "cpu" if session else setup.device
 
@@ -251,7 +244,8 @@ def register_flash(device: torch.device) -> str:
         ends, window = known["cu_seq_lens_q"], known.get("sliding_window")
         # Its window counts the token itself.
         at = packages.Varlen(ends, ends, known["max_length_q"], None if window is None else window - 1)
-        return kernel(*(x[0].transpose(0, 1) for x in (q, k, v)), at)[0][None], None
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return kernel(q, k, v, at)[0][None], None
 
     AttentionInterface.register(FLASH_NAME, attend)
     AttentionMaskInterface.register(FLASH_NAME, lambda *_, **__: None)

@@ -74,17 +74,12 @@ def onnx_file(folder: str) -> Path:
         known: dict[str, Any] = {"dynamo": True, "dynamic_shapes": (axes, axes), "verbose": False}
         known |= {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        ids, mask = torch.full((2, 70), 100), torch.ones(2, 70, dtype=torch.int64)
+        mask[1, 40:] = 0  # one of the texts is padded
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tracing; the output is compared before anything is timed
-            torch.onnx.export(LastHiddenState(folder), padded_example(), file, **known)
+            torch.onnx.export(LastHiddenState(folder), (ids, mask), file, **known)
     return file
-
-
-def padded_example() -> tuple[Tensor, Tensor]:
-    """Ids and mask with a second text that is padded."""
-    ids, mask = torch.full((2, 70), 100), torch.ones(2, 70, dtype=torch.int64)
-    mask[1, 40:] = 0
-    return ids, mask
 
 
 class LastHiddenState(nn.Module):

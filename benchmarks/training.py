@@ -215,9 +215,11 @@ def on_masked(here: Run, workload: str, found: Mapping[str, Peer] | None = None)
 
 
 def on_pairs(here: Run, workload: str, found: Mapping[str, Peer] | None = None, *, folder: str) -> Iterator[Table]:
+    save, rivals = inputs.save_embedder, {}
+    if folder != "dense":
+        save, rivals = inputs.save_colbert, {"PyLate": Peer(pylate, package="pylate")}
     theirs = {"sentence-transformers": Peer(sentence_transformers, package="datasets")}
-    save, rivals = (inputs.save_embedder, theirs) if folder == "dense" else (inputs.save_colbert, PYLATE | theirs)
-    known = found or {OURS: Peer(pairs), **rivals}
+    known = found or {OURS: Peer(pairs)} | rivals | theirs
     peers_of = {name: peer._replace(options={**peer.options, "folder": folder}) for name, peer in known.items()}
     rows = inputs.examples(here.pairs, STEPS * (512 if here.is_gpu else 2 if here.quick else 16))
     examples = [(one["query"], one["positive"]) for one in rows]
@@ -241,7 +243,6 @@ def of_steps(
     yield replace(table, **PEAK | {"rounds": 2})
 
 
-PYLATE = {"PyLate": Peer(pylate, package="pylate")}
 WORKLOADS: dict[str, tuple[Callable[..., Iterator[Table]], str]] = {
     "masked-lm": (on_masked, "steps of masked language modelling, 30 percent of the tokens of real texts"),
     "dense": (partial(on_pairs, folder="dense"), "steps of contrastive learning on real pairs, one vector a text"),

@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -152,11 +151,6 @@ class Outcome(NamedTuple):
     refused: dict[str, str]
 
 
-def using(key: Key, arch: int, tile: Tile) -> AbstractContextManager[Any]:
-    """Inside, the kernel takes this tile on GPUs of this architecture."""
-    return mock.patch.dict(TILES[key], {arch: tile})
-
-
 def fits(index: int, device: str, tile: Tile) -> bool:
     """Whether the kernel of a subject, by its index, runs on this GPU with this tile, and spills nothing."""
     from triton.runtime import jit
@@ -169,7 +163,7 @@ def fits(index: int, device: str, tile: Tile) -> bool:
 
     try:
         with (
-            using(subject.key, launch.arch(torch.device(device)), tile),
+            mock.patch.dict(TILES[subject.key], {launch.arch(torch.device(device)): tile}),
             mock.patch.object(jit.JITFunction, "run", seen),
         ):
             for task in subject.tasks(device, COMPILED):
@@ -212,7 +206,7 @@ def compared(
     refused: dict[str, str] = {}
     for task in subject.tasks(str(machine.device), tokens):
         ways = [
-            Way(name, task.op.backends["triton"], around=partial(using, subject.key, arch, tile))
+            Way(name, task.op.backends["triton"], around=partial(mock.patch.dict, TILES[subject.key], {arch: tile}))
             for name, tile in names.items()
             if name not in refused
         ]

@@ -15,7 +15,7 @@ from local_worker import LocalWorker
 
 import modernbert_kernels as ops
 from benchmarks import __main__ as commands
-from benchmarks import clock, harness, inputs, peers, retrieval, tasks, training, worker
+from benchmarks import breakdown, clock, harness, inputs, peers, retrieval, tasks, training, worker
 from benchmarks import ops as kernels
 from benchmarks.drop_in import PACKED, STOCK
 from benchmarks.harness import Result, Run
@@ -308,6 +308,16 @@ def test_a_breakdown_has_every_kernel_and_their_sum_next_to_the_whole(
     } <= found
 
 
+def test_a_breakdown_of_what_no_cache_holds(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "FEWEST", 64)
+    monkeypatch.setattr(breakdown, "caches_of", lambda *_: (kernels.COLD,))
+    (forward,) = run("breakdown", "forward")
+    *parts, _, cold, warm = forward.rows
+    assert cold["median"] == warm["median"]
+    assert all(one["cold_us"] == pytest.approx(one["median"], rel=1e-3) for one in parts)
+    assert all(one["percent_of_roofline"] > 0 for one in parts)
+
+
 def test_one_call_is_recorded(run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "FEWEST", 64)
     name = "geglu 1152 gelu, 64 tokens, backward: reference"
@@ -440,8 +450,14 @@ def test_between_two_uses_of_a_copy_three_times_the_cache_is_touched() -> None:
     assert clock.copies_beyond_cache(100, 200, 1000) == (31, 0)
 
 
-def test_what_fills_the_cache_does_not_count() -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_fills_the_cache_does_not_count(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of CUDA is a function here that makes the calls."""
     passed, log = [0.0], []
+    monkeypatch.setattr(clock, "never_waits", lambda call: True)
+    monkeypatch.setattr(
+        clock, "capture", lambda calls, turns: SimpleNamespace(replay=lambda: clock.repeat(turns, *calls))
+    )
 
     def call(name: str, seconds: float) -> Any:
         return lambda: (log.append(name), passed.__setitem__(0, passed[0] + seconds))
@@ -451,11 +467,12 @@ def test_what_fills_the_cache_does_not_count() -> None:
         work()
         return clock.Reading(passed[0] - before, 0.0)
 
-    machine = clock.Machine(torch.device("cpu"), read, 0.03)
+    machine = clock.Machine(torch.device(kind), read, 0.03)
     made = clock.loop([call("a", 0.01), call("b", 0.01)], machine, call("fill", 7.0))
     log.clear()
     assert made.seconds(read(made.run)) == pytest.approx(0.01)
     assert "".join(log) == "abfill" * 2
+    assert (made.calls, made.how) == (4, "single calls" if kind == "cpu" else "replays of a graph of 4 calls")
 
 
 def test_without_a_graph_single_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
