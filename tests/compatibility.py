@@ -30,13 +30,15 @@ ROWS, PAGE = ROOT / "docs" / "compatibility.jsonl", ROOT / "docs" / "compatibili
 BEGIN, END = "<!-- versions: tests/compatibility.py -->\n", "<!-- end of versions -->\n"
 
 NEWEST = ["torch==2.13.0", "transformers==5.23.0", "sentence-transformers==6.2.0"]
-OLDER = ["torch==2.13.0", "sentence-transformers==5.3.0", "onnx"]
+OLDER = ["sentence-transformers==5.3.0", "onnx"]
+OPTIMUM_ONNX = ["optimum==2.1.0", "optimum-onnx==0.1.0", "onnxruntime"]
 ENVIRONMENTS: dict[str, list[str]] = {
     "newest": NEWEST,
     "torch-2.11": ["torch==2.11.0", *NEWEST[1:]],
-    # optimum-intel is for transformers up to 5.5, optimum-onnx up to 4.57.
-    "transformers-5.3": [*OLDER, "transformers==5.3.0", "optimum-intel==2.2.0", "openvino"],
-    "transformers-4.57": [*OLDER, "transformers==4.57.6", "optimum==2.1.0", "optimum-onnx==0.1.0", "onnxruntime"],
+    # optimum-intel is for transformers up to 5.5, optimum-onnx up to 4.57. The former needs torchvision, whose wheel on
+    # PyPI does not load beside a CPU build of torch. Of torch 2.11 pip takes the build of PyPI.
+    "transformers-5.3": ["torch==2.11.0", *OLDER, "transformers==5.3.0", "optimum-intel==2.2.0", "openvino"],
+    "transformers-4.57": ["torch==2.13.0", *OLDER, "transformers==4.57.6", *OPTIMUM_ONNX],
     "pylate": ["torch==2.11.0", "pylate==1.6.0"],  # whose index is built for torch 2.11
 }
 """What pip installs for each row, beside this library."""
@@ -169,8 +171,12 @@ def backend(folder: Path, kind: str) -> None:
 
     embedder = Embedder(encoder(), tokenizer()).eval()
     export(embedder, folder, kind=kind)
-    known = {"provider": "CPUExecutionProvider"} if kind == "onnx" else {}
-    model = SentenceTransformer(str(folder), backend=kind, model_kwargs=known, device="cpu")
+    # Left alone, OpenVINO computes in bfloat16 where the processor multiplies it faster.
+    float32 = {
+        "onnx": {"provider": "CPUExecutionProvider"},
+        "openvino": {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
+    }
+    model = SentenceTransformer(str(folder), backend=kind, model_kwargs=float32[kind], device="cpu")
     same([model.encode(TEXTS)], [embedder.encode(TEXTS)])
 
 
@@ -213,11 +219,16 @@ def check(names: Iterable[str]) -> dict[str, Any]:
             try:
                 CHECKS[name](Path(folder))
                 results[name] = "yes"
-            except ImportError:
-                results[name] = "absent"
+            except ImportError as error:
+                # A package that is there but cannot be loaded is not named: transformers hides it.
+                results[name] = "absent" if error.name else failure(error)
             except Exception as error:  # whatever the other library raises is the result
-                results[name] = f"no: {type(error).__name__}: {error}".splitlines()[0][:200]
+                results[name] = failure(error)
     return {"versions": versions, "results": results}
+
+
+def failure(error: Exception) -> str:
+    return f"no: {type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def run(folder: Path, names: Iterable[str]) -> None:

@@ -36,10 +36,15 @@ def test_a_check_is_yes_absent_or_the_reason(monkeypatch: pytest.MonkeyPatch, tm
     def absent(folder: Path) -> None:
         import no_such_package  # noqa: F401  # pyright: ignore[reportMissingImports]
 
-    monkeypatch.setattr(script, "CHECKS", {"good": script.checkpoints, "bad": wrong, "none": absent})
+    def broken(folder: Path) -> None:
+        raise ModuleNotFoundError("Could not import module 'ModernBertModel'.")  # as transformers does
+
+    checks = {"good": script.checkpoints, "broken": broken, "none": absent, "bad": wrong}
+    monkeypatch.setattr(script, "CHECKS", checks)
     found = script.check(script.CHECKS)
     assert (found["results"]["good"], found["results"]["none"]) == ("yes", "absent")
     assert found["results"]["bad"].startswith("no: AssertionError")
+    assert found["results"]["broken"].startswith("no: ModuleNotFoundError")
     monkeypatch.setattr(script, "ROWS", tmp_path / "rows.jsonl")
     old: dict[str, Any] = {"environment": "newest", "versions": {}, "results": {}}
     for row in ({"environment": "torch-2.11", **found}, old, {"environment": "newest", **found}):
@@ -47,6 +52,6 @@ def test_a_check_is_yes_absent_or_the_reason(monkeypatch: pytest.MonkeyPatch, tm
     assert [row["environment"] for row in script.read()] == ["newest", "torch-2.11"]
     assert json.dumps(found["results"]) in script.ROWS.read_text()
     lines = script.table(script.read()).splitlines()
-    assert [line.count("|") for line in lines[:4]] == [5] * 4
-    assert "| yes | no | – |" in lines[2]
+    assert [line.count("|") for line in lines[:4]] == [6] * 4
+    assert "| yes | no | – | no |" in lines[2]
     assert "bad: no: AssertionError" in lines[-1]
