@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...inference.callers import callers, map_callers
 from ...late_interaction import Ragged, maxsim, token_blocks
 from .codec import Codec
 from .format import Shard
@@ -67,12 +70,30 @@ def score_codes(queries: Ragged, codec: Codec, rows: Mapping[str, Tensor], offse
     """`[B, N]` float32: the score of every query with passages in codes, `rows` as of `Codec.encode`.
 
     As `maxsim` of what is decoded. A similarity is that with the centroid, which is computed once for all tokens, plus
-    that with the residual. Blocks are decoded into the same memory, which stays in the cache.
+    that with the residual. Each thread has its share of the passages: PyTorch looks codes up on one thread.
     """
-    lengths, num_queries = offsets.diff(), len(queries.values)
+    num_queries = len(queries.values)
     queries_EQ = F.pad(queries.values.float(), (0, 0, 0, -num_queries % LANES)).T.contiguous()
+    threads = callers(queries_EQ.device)
+    shares = torch.linspace(0, int(offsets[-1]), threads + 1, device="cpu").long()
+    cuts = [0, *torch.searchsorted(offsets, shares[1:-1]).tolist(), len(offsets) - 1]
+    best = partial(_best, queries_EQ, codec, rows, offsets)
+    best_PQ = torch.cat(list(map_callers(best, list(pairwise(cuts)), threads)))[:, :num_queries]
+    return torch.stack([part.sum(1) for part in best_PQ.split(queries.offsets.diff().tolist(), dim=1)])
+
+
+def _best(
+    queries_EQ: Tensor, codec: Codec, rows: Mapping[str, Tensor], offsets: Tensor, passages: tuple[int, int]
+) -> Tensor:
+    """`[P, Q]`: for the passages from the first to the last, the best similarity of a token to each query token.
+
+    Blocks are decoded into the same memory, which stays in the cache.
+    """
+    first, last = passages
+    start, stop = offsets[first], offsets[last]
     width, padded = queries_EQ.shape
     centers_KQ, scaled_EQ, table = codec.centroids_KE @ queries_EQ, codec.scales_E[:, None] * queries_EQ, codec.table()
+    lengths = offsets[first : last + 1].diff()
     passage_N1 = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)[:, None]
     best_PQ = torch.full((len(lengths), padded), float("-inf"), device="cpu")
     size = 1 << max(1, BLOCK // (width + padded)).bit_length() - 1
@@ -80,7 +101,7 @@ def score_codes(queries: Ragged, codec: Codec, rows: Mapping[str, Tensor], offse
     elements = torch.empty(bytes_.numel(), dtype=table.dtype, device="cpu")
     levels_NE = elements.view(torch.float32).view(size, width)
     similarity_NQ, center_NQ = torch.empty(2, size, padded, device="cpu")
-    every = (rows["codes"], rows["centroids"], rows["gains"], passage_N1)
+    every = (*(rows[name][start:stop] for name in ("codes", "centroids", "gains")), passage_N1)
     for codes, centroids, gains, passage in zip(*(part.split(size) for part in every), strict=True):
         n = len(codes)
         bytes_[:n].copy_(codes)
@@ -89,5 +110,4 @@ def score_codes(queries: Ragged, codec: Codec, rows: Mapping[str, Tensor], offse
         torch.index_select(centers_KQ, 0, centroids.int(), out=center_NQ[:n])
         torch.addcmul(center_NQ[:n], similarity_NQ[:n], gains.float()[:, None], out=similarity_NQ[:n])
         best_PQ.scatter_reduce_(0, passage.expand(-1, padded), similarity_NQ[:n], "amax")
-    best_PQ = best_PQ[:, :num_queries]
-    return torch.stack([part.sum(1) for part in best_PQ.split(queries.offsets.diff().tolist(), dim=1)])
+    return best_PQ
