@@ -123,7 +123,8 @@ def test_files_and_new_heads(colbert: ColBERT, encoder: Encoder, tmp_path: Path)
     assert torch.equal(on_the_cpu, head())
 
 
-def test_a_store(colbert: ColBERT, tmp_path: Path) -> None:
+def test_a_store(colbert: ColBERT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modernbert.retrieval.store.search.LARGE", 1)
     source = write_corpus(tmp_path / "corpus.jsonl", corpus(30))
 
     def found() -> Tensor:

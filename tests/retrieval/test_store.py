@@ -239,6 +239,7 @@ def filtered(request, colbert, tmp_path_factory):
 
 
 def test_a_pre_filter_that_lets_everything_through_is_exact(filtered, monkeypatch):
+    monkeypatch.setattr("modernbert.retrieval.store.search.LARGE", 1)
     monkeypatch.setattr("modernbert.retrieval.store.prefilter.CANDIDATES", 10_000)
     for options in ({}, {"by": "document"}, {"where": {"year": "2001"}}, {"path": "nothing"}):
         exact = filtered.search(QUERIES, top_k=20, **options)
@@ -250,6 +251,7 @@ def test_a_pre_filter_that_lets_everything_through_is_exact(filtered, monkeypatc
 
 def test_a_pre_filter_finds_most_and_scores_it_the_same(filtered, monkeypatch):
     """Of 214 passages, 40 are scored; the scores of those found are exact."""
+    monkeypatch.setattr("modernbert.retrieval.store.search.LARGE", 1)
     monkeypatch.setattr("modernbert.retrieval.store.prefilter.CANDIDATES", 40)
     found = 0
     for query in QUERIES:
@@ -260,6 +262,21 @@ def test_a_pre_filter_finds_most_and_scores_it_the_same(filtered, monkeypatch):
             assert abs(hit.score - exact[hit.passage_id]) < 1e-5
         found += len({hit.passage_id for hit in likely} & set(list(exact)[:10]))
     assert found >= 30
+
+
+def test_a_pre_filter_is_used_for_as_many_passages_as_are_worth_it(filtered, monkeypatch):
+    """Of one search by the passages of its shards, whatever matches in them."""
+    used: list[int] = []
+    likely = Store._likely
+    monkeypatch.setattr(Store, "_likely", lambda self, *rest: (used.append(len(self)), likely(self, *rest))[1])
+    for large, options in ((len(filtered) + 1, {}), (1, {"path": "nothing"})):
+        monkeypatch.setattr("modernbert.retrieval.store.search.LARGE", large)
+        found = filtered.search(QUERIES, prefilter=True, **options)
+        assert found == filtered.search(QUERIES, **options)
+    assert not used
+    monkeypatch.setattr("modernbert.retrieval.store.search.LARGE", len(filtered))
+    filtered.search(QUERIES, prefilter=True, where={"year": "2001"})
+    assert used
 
 
 def test_a_store_without_a_pre_filter_says_how_to_get_one(store):

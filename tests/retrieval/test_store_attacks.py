@@ -122,7 +122,8 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_closed_store_says_so(colbert, store, use):
+def test_a_closed_store_says_so(colbert, store, use, monkeypatch):
+    monkeypatch.setattr("modernbert.retrieval.store.search.LARGE", 1)
     with Store(store, colbert) as opened:
         hit = opened.search(["hail"], prefilter=True)[0][0]
         USES[use](opened, hit)

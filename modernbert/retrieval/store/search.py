@@ -22,7 +22,7 @@ from .folder import check_name
 from .format import read_manifest
 from .identity import LoadedModel, ModelSource, load_model
 from .opened import OpenFiles
-from .prefilter import Prefilter
+from .prefilter import LARGE, Prefilter
 from .ranking import TopK, score_shard
 from .selection import Selection
 
@@ -148,8 +148,8 @@ class Store:
                 conditions, as in `{"year": {">=": 2020, "<": 2024}}`, with the keys `=`, `!=`, `>=`, `>`, `<=`, `<`.
                 `{"author.name": "Ann"}` and `{"author": {"name": "Ann"}}` are about a field in an object, and a list
                 in the metadata matches if one of its elements does. `store/filters.py` says what is equal.
-            prefilter: score only likely passages. This may miss some; the scores of those found are the same. Raises
-                ValueError unless the store was made with `prefilter`.
+            prefilter: score only likely passages, where this is faster (see `prefilter.LARGE`). It may miss some; the
+                scores of those found are the same. Raises ValueError unless the store was made with `prefilter`.
 
         Raises:
             ValueError: an argument is not one of these, no document has a field of `where`, its values are of another
@@ -161,7 +161,7 @@ class Store:
         wanted = tuple(conditions(() if where is None else where))
         ids = self._selection.passages(by, path, wanted, copies=path is not None)
         vectors = query_vectors(self.session, queries)
-        best = self._likely(vectors, ids, top_k) if prefilter else self._best(vectors, ids, top_k)
+        best = (self._likely if prefilter and self._is_likely_faster(ids) else self._best)(vectors, ids, top_k)
         return [self._hits(found) for found in best]
 
     def explain(self, query: str | EncodedQuery, hit: Hit) -> list[TokenMatch]:
@@ -245,11 +245,17 @@ class Store:
                     found.add(scores_N, ids_N3)
         return best
 
-    def _likely(self, queries: Ragged, ids: Sequence[np.ndarray], top_k: int) -> list[TopK]:
-        """Like `_best`, among the candidates of the pre-filter."""
+    def _is_likely_faster(self, ids: Sequence[np.ndarray]) -> bool:
+        """The rule that chooses between `_likely` and `_best`, which reads every shard with an id."""
         if self._centroids is None:
             raise ValueError(f"{self.folder} has no pre-filter; modernbert index ... --prefilter gives it one")
+        shards = zip(self._files.shards.values(), ids, strict=True)
+        return sum(len(shard) for shard, ids_N3 in shards if len(ids_N3)) >= LARGE
+
+    def _likely(self, queries: Ragged, ids: Sequence[np.ndarray], top_k: int) -> list[TopK]:
+        """Like `_best`, among the candidates of the pre-filter."""
         if self._prefilter is None:
+            assert self._centroids
             self._prefilter = Prefilter(self.folder, self._files.table, self._centroids, self._files.shards)
         allowed, by_row = [], [np.empty((0, 3), dtype=np.int64)]
         for shard, ids_N3 in zip(self._files.shards.values(), ids, strict=True):
