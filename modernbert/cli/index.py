@@ -55,6 +55,9 @@ def index(
     exclude: ExcludeOption = None,
     gitignore: GitignoreOption = True,
     engine: EngineOption = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Encode on this Ray cluster: HOST:PORT, auto or local.")
+    ] = None,
     encoding: EncodingOption = None,
     text_column: TextColumnOption = None,
     id_column: IdColumnOption = None,
@@ -93,6 +96,7 @@ def index(
                     gitignore=gitignore,
                     engine=engine,
                     ranks=every,
+                    ray=ray,
                     **asdict(reading_of(encoding, text_column, id_column, delimiter, skip_bad_rows)),
                     note=notes.append,
                 )

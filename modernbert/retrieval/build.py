@@ -51,6 +51,7 @@ def index(
     gitignore: bool = True,
     engine: str | None = None,
     ranks: Ranks = ALONE,
+    ray: str | None = None,
     encoding: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
@@ -84,6 +85,7 @@ def index(
         engine: of the `Session` that encodes.
         ranks: of `modernbert.train.distributed.ranks`: each encodes its share. All call this with the same arguments,
             and see the same folders.
+        ray: the address of a Ray cluster that encodes, as of `ray.init`; its nodes see the same folders (extra `ray`).
         encoding, text_column, id_column, delimiter, skip_bad_rows: how files are read: see `Reading`.
         progress: whether to show a bar on stderr. None: only on a terminal.
         note: called with one sentence for everything that is skipped or repaired.
@@ -97,6 +99,8 @@ def index(
     """
     if not os.fspath(output):
         raise ValueError("the name of the store is empty: give the name of a folder")
+    if ray is not None and not ranks.is_alone:
+        raise ValueError("Ray places the work itself: leave out torchrun, or --ray")
     paths = path_list(paths)
     reading = Reading(encoding, text_column, id_column, delimiter, skip_bad_rows)
     roots, named = roots_of(paths), absolute_paths(paths)
@@ -109,7 +113,7 @@ def index(
         request["gitignore"] = False
     if options := reading.options():
         request["reading"] = options
-    if is_target(os.fspath(output)) or not ranks.is_alone or any(map(is_remote, paths)):
+    if is_target(os.fspath(output)) or ray is not None or not ranks.is_alone or any(map(is_remote, paths)):
         return index_units(
             paths,
             os.fspath(output),
@@ -118,6 +122,7 @@ def index(
             reading,
             engine=engine,
             ranks=ranks,
+            ray=ray,
             progress=progress,
             note=note,
         )

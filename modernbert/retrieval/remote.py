@@ -90,7 +90,9 @@ def _explained(url: str) -> Iterator[None]:
     """Name the URL in errors. The packages of object stores raise the exceptions of their clients."""
     try:
         yield
-    except (FileNotFoundError, ImportError):
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"nothing is at {url}: {error}") from error
+    except ImportError:
         raise
     except Exception as error:
         raise OSError(f"cannot read {url}: {type(error).__name__}: {error}") from error

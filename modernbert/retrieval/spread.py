@@ -1,4 +1,4 @@
-"""`index` by several processes, and into engines: the corpus is cut into units, which workers do in any order.
+"""`index` by several processes, on Ray, and into engines: the corpus is cut into units, which are done in any order.
 
 The first process, the driver, finds the units and takes the reports about them; the workers read, encode and write.
 What was written is not written again, so a run that was killed anywhere is finished by running it again.
@@ -20,6 +20,7 @@ from ..train.distributed import Ranks
 from .destination import Destination, open_destination, open_engine
 from .documents.reading import Reading
 from .documents.text import OnNote, file_name
+from .on_ray import do_on_ray
 from .remote import is_remote
 from .store.identity import LoadedModel, ModelSource
 from .store.request import IndexRequest
@@ -60,10 +61,11 @@ def index_units(
     *,
     engine: str | None,
     ranks: Ranks,
+    ray: str | None,
     progress: bool | None,
     note: OnNote,
 ) -> Summary:
-    """Update a store or an engine with all ranks. Arguments and errors as of `index`.
+    """Update a store or an engine with all ranks, or on a Ray cluster. Arguments and errors as of `index`.
 
     All ranks call this, with the same arguments, and get the same summary.
 
@@ -89,7 +91,8 @@ def index_units(
 
         job, units = ranks.on_first(plan)
         with closing(Reports()) as reports, progress_bar("indexing units", len(units), progress) as advance:
-            for report in _do_here(units, job, ranks, destination, loaded):
+            done = _do_here(units, job, ranks, destination, loaded) if ray is None else do_on_ray(units, job, ray)
+            for report in done:
                 reports.add(report)
                 advance(1)
             with closing(Reports()) as every:

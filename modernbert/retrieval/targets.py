@@ -57,6 +57,10 @@ class Target(Protocol):
         """Whether the part `name` has been written."""
         ...
 
+    def clear(self, share: Share) -> None:
+        """Remove what a process that was lost may have written of the new documents of a share."""
+        ...
+
     def write(self, share: Share, vectors: Ragged) -> None:
         """Write the new documents of a share."""
         ...
@@ -88,6 +92,9 @@ class StoreTarget:
 
     def is_finished(self, name: str) -> bool:
         return (self.parts / name / MANIFEST).is_file()
+
+    def clear(self, share: Share) -> None:
+        """Nothing to do: a part is finished or does not count."""
 
     def write(self, share: Share, vectors: Ragged) -> None:
         """A part without passages is not written: it would be no store."""
@@ -129,6 +136,9 @@ class EngineTarget:
 
     def is_finished(self, name: str) -> bool:
         return False
+
+    def clear(self, share: Share) -> None:
+        self._table.remove([document_key(_key(document)) for document in share.documents])
 
     def write(self, share: Share, vectors: Ragged) -> None:
         """Add the rows of the new documents, after what a killed process has left of them was removed."""

@@ -11,7 +11,7 @@ COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttribu
 
 NUMBER_OF_OPTIONS = {
     "search": 19,
-    "index": 14,
+    "index": 15,
     "evaluate": 8,
     "compare": 2,
     "export": 0,

@@ -273,3 +273,15 @@ def test_a_damaged_store_is_repaired_by_one_process(files, model, tmp_path):
     shard.write_bytes(b"broken")
     with pytest.raises(ValueError, match="repair the store first"):
         index_by(2, [files], tmp_path / "store")
+
+
+def test_files_of_an_object_store(files, model, tmp_path):
+    """In memory here. What is not there is named."""
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    system.pipe("/docs/corpus.jsonl", (files / "corpus.jsonl").read_bytes())
+    index([files / "corpus.jsonl"], tmp_path / "here", model)
+    assert index(["memory://docs"], tmp_path / "there", model).documents == 40
+    here, there = ([(*row[1:5], row[-1]) for row in rows(tmp_path / name, model)] for name in ("here", "there"))
+    assert here == there
+    with pytest.raises(FileNotFoundError, match="nothing is at memory://none"):
+        index(["memory://none"], tmp_path / "there", model)
