@@ -50,9 +50,9 @@ def location(passage: Passage) -> str:
 
 
 def short_path(name: str) -> str:
-    """The path of a file, relative if it is inside the working directory."""
+    """The path of a file, relative if it is inside the working directory. A URL is as it was."""
     path, here = Path(name), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else name
 
 
 def _text(passage: Passage, matches: Sequence[TokenMatch]) -> Text:

@@ -24,7 +24,7 @@ from .on_ray import do_on_ray
 from .remote import is_remote
 from .store.identity import LoadedModel, ModelSource
 from .store.request import IndexRequest
-from .store.writer import Summary
+from .store.writer import NO_TEXT, Summary
 from .units import Unit, find_units
 from .vanished import vanished_note
 from .worker import Job, Report, do_units
@@ -170,6 +170,8 @@ def _finish(
                 f"{root} held {count:,} documents and has none now: is its disk, bucket or network folder there? If "
                 "they are meant to go, remove them with --forget"
             )
+    if not writer.summary().documents:
+        raise ValueError(NO_TEXT)
     writer.remove_unseen(roots)
     if gone := vanished_note(writer.unseen_files(), output):
         note(gone)

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.cli import main
+from modernbert.cli.show import short_path
 from modernbert.heads.colbert import ColBERTConfig
 from modernbert.retrieval import index
 from modernbert.retrieval.store.search import Store
@@ -103,6 +104,12 @@ def test_a_pipe_gets_a_line_for_the_place_and_a_line_for_the_passage(modernbert,
     parts = [float(number) for number in re.findall(r"-?\d+\.\d\d", why)]
     assert abs(sum(parts) - float(place.split()[1])) < 0.005 * len(parts) + 0.0005
     assert "why" not in modernbert("search", "owls", notes, "--model", model, "--no-why")[1]
+
+
+def test_a_path_is_short_and_a_url_is_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [os.fspath(tmp_path / "a" / "b.md"), "/elsewhere/b.md", "s3://bucket/docs/b.md"]
+    assert [short_path(name) for name in names] == [os.path.join("a", "b.md"), *names[1:]]
 
 
 def test_a_record_is_named_by_its_id(modernbert, model, tmp_path):

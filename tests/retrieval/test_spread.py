@@ -225,6 +225,9 @@ def test_an_engine_holds_what_a_store_holds(name, files, model, tmp_path):
     assert (again.added, again.changed, again.removed, again.unchanged) == (0, 0, 0, 40)
     with pytest.raises(ValueError, match="no document has the field 'colour'"), Engine(target, colbert) as engine:
         engine.search(QUERIES, where={"colour": "red"})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="no text to index"):
+        index([tmp_path / "folder"], f"{name}:{tmp_path / 'none'}", model)
 
 
 def _plain(hits):

@@ -50,6 +50,8 @@ from .request import UNFINISHED
 SAMPLE = 1 << 16
 """Tokens that a codec is learned from."""
 
+NO_TEXT = "there is no text to index in the files and folders given"
+
 BELOW = "FROM documents WHERE path = ? OR (path >= ? AND path < ?)"
 """The documents of a file, or in a folder and its subfolders; `below` gives the values."""
 
@@ -282,7 +284,7 @@ class StoreWriter:
         """
         summary = self.summary()
         if not summary.passages and self._draft.manifest is None:
-            raise ValueError("there is no text to index in the files and folders given")
+            raise ValueError(NO_TEXT)
         entry, codec = self._manifest.prefilter, self._manifest.codec
         if self._prefilter:
             entry = update_lists(self._folder, self._table, entry, self._codec)
