@@ -73,3 +73,14 @@ def modernbert_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copyfileobj(packed, file)
     shutil.copy(source / "tokenizer_config.json", folder)
     return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def model(modernbert_tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small untrained ColBERT."""
+    from stores import small_colbert  # which imports the whole library
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("colbert") / "model"
+    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
+    return str(folder)

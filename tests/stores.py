@@ -10,6 +10,7 @@ import pytest
 
 from modernbert import ColBERT, Encoder, EncoderConfig, Tokenizer
 from modernbert.heads.colbert import ColBERTConfig
+from modernbert.retrieval import Store
 
 WORDS = ["owl", "mouse", "night", "glacier", "ice", "cell", "energy", "treaty", "peace", "river", "storm", "hail"]
 
@@ -56,3 +57,16 @@ def write_dataset(folder: Path, count: int) -> None:
     (folder / "queries.jsonl").write_text('{"_id": "q", "text": "owl"}\n')
     (folder / "qrels").mkdir()
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")
+
+
+def rows(store: Path, model: str) -> list[tuple[object, ...]]:
+    """All passages with their vectors, in order."""
+    with Store(store, model) as opened:
+        return [
+            (
+                *map(str, (passage.path, passage.id, passage.title, passage.text, passage.line, passage.metadata)),
+                vectors,
+            )
+            for _, passages, ragged in opened.batches()
+            for passage, vectors in zip(passages, (x.numpy().tobytes() for x in ragged), strict=True)
+        ]

@@ -45,7 +45,7 @@ def do_on_ray(units: Sequence[Unit], job: Job, address: str) -> Iterator[Report]
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        ConnectionError: there is no cluster at the address, or a unit was lost with `TRIES` processes.
+        ConnectionError: there is no cluster at the address, or `TRIES` processes were lost while they did one unit.
         ValueError: the model has no name by which the nodes could load it.
         Any error of reading, encoding and writing.
     """

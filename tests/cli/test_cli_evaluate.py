@@ -6,16 +6,9 @@ import json
 import shutil
 
 import pytest
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, write_corpus
 
 pytest.importorskip("ir_measures")
-
-
-@pytest.fixture(scope="module")
-def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("colbert") / "model"
-    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
-    return str(folder)
 
 
 def dataset(folder, documents, queries, judgements):

@@ -6,20 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from stores import corpus, small_colbert, write_corpus, write_dataset
+from stores import corpus, write_corpus, write_dataset
 
 LONG = "we walked through the old town and then we asked about owls and peace and a treaty and rivers and hail"
 
 
-@pytest.fixture(scope="module")
-def model(modernbert_tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("colbert") / "model"
-    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("options", [[], ["--json"], ["--no-why"]])
-def test_a_long_question(modernbert, model: Path, tmp_path: Path, options: list[str]) -> None:
+def test_a_long_question(modernbert, model: str, tmp_path: Path, options: list[str]) -> None:
     """The last words of a long question, which were the question, were cut in silence."""
     (tmp_path / "peace.md").write_text("# Peace\nThe treaty ended the war.\n")
     status, out, err = modernbert("search", LONG, tmp_path / "peace.md", "--model", model, *options)
@@ -29,7 +22,7 @@ def test_a_long_question(modernbert, model: Path, tmp_path: Path, options: list[
     assert "reads" not in modernbert("search", "owl", tmp_path / "peace.md", "--model", model, *options)[2]
 
 
-def test_a_long_question_of_a_run(modernbert, model: Path, tmp_path: Path) -> None:
+def test_a_long_question_of_a_run(modernbert, model: str, tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "corpus.jsonl", corpus(10))
     status, _, err = modernbert("index", source, "--output", tmp_path / "store", "--model", model)
     assert (status, "the model reads" in err) == (0, False)
@@ -42,7 +35,7 @@ def test_a_long_question_of_a_run(modernbert, model: Path, tmp_path: Path) -> No
     assert "note: query 'q2' ('we walked" in err
 
 
-def test_a_long_question_of_a_data_set(modernbert, model: Path, tmp_path: Path) -> None:
+def test_a_long_question_of_a_data_set(modernbert, model: str, tmp_path: Path) -> None:
     pytest.importorskip("ir_measures")
     write_dataset(tmp_path, 10)
     (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": LONG}))
@@ -54,7 +47,7 @@ def test_a_long_question_of_a_data_set(modernbert, model: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])
 @pytest.mark.parametrize(("options", "read"), [([], 40), (["--queries"], 24)])
 def test_a_long_text_to_encode(
-    modernbert, model: Path, tmp_path: Path, name: str, options: list[str], read: int
+    modernbert, model: str, tmp_path: Path, name: str, options: list[str], read: int
 ) -> None:
     texts = ["owl", "owl " * 60]
     lines = texts if name.endswith(".txt") else [json.dumps({"_id": text[:3], "text": text}) for text in texts]

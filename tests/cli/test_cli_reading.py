@@ -8,19 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from stores import small_colbert
 
 from modernbert.retrieval.store.request import IndexRequest, read_request, resume_command, write_request
 
 TABLE = "key~headline~body\n1~Owls~Owls hunt mice at midnight, größer.\n2~bad\n3~Ice~Glaciers move.\n"
 OPTIONS = ["--text-column", "headline,body", "--id-column", "key", "--delimiter", "~", "--encoding", "cp1252"]
-
-
-@pytest.fixture(scope="module")
-def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("colbert") / "model"
-    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
-    return str(folder)
 
 
 def test_a_table_of_any_form_is_indexed(modernbert, model, tmp_path):

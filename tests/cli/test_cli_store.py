@@ -13,19 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, write_corpus
 
 from modernbert import ColBERT
 from modernbert.retrieval.store.search import Store
 
 NIGHT = "# Birds\n\nDay birds sing.\n\n## Owls\n\nOwls hunt mice at midnight.\n"
-
-
-@pytest.fixture(scope="module")
-def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("colbert") / "model"
-    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, write_corpus
 
 from modernbert import ColBERT
 from modernbert.cli import main
@@ -21,13 +21,6 @@ from modernbert.retrieval.store import identity
 
 QUESTION = "owl night mouse"
 ONCE = {"tokenised queries": 1, "passes": 1}
-
-
-@pytest.fixture(scope="module")
-def model(modernbert_tokenizer_file, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("colbert") / "model"
-    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

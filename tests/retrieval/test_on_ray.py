@@ -13,23 +13,13 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-import torch
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, rows, small_colbert, write_corpus
 
-from modernbert.retrieval import Store, index, on_ray, spread, targets, units, worker
+from modernbert.retrieval import index, on_ray, spread, targets, units, worker
 from modernbert.retrieval.documents.reading import Reading
 from modernbert.retrieval.engines import open_table
 from modernbert.retrieval.store.format import Manifest
 from modernbert.train.distributed import Ranks
-
-
-@pytest.fixture(scope="module")
-def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
-    """The folder of a small ColBERT."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -37,15 +27,6 @@ def source(tmp_path, monkeypatch) -> Path:
     """A corpus of several units."""
     monkeypatch.setattr(units, "UNIT", 2000)
     return write_corpus(tmp_path / "corpus.jsonl", corpus(200))
-
-
-def rows(store: Path, model: str) -> list[tuple[object, ...]]:
-    with Store(store, model) as opened:
-        return [
-            (passage.path, passage.id, passage.text, passage.line, x.numpy().tobytes())
-            for _, passages, vectors in opened.batches()
-            for passage, x in zip(passages, vectors, strict=True)
-        ]
 
 
 def test_without_ray_the_extra_is_named(source, model, tmp_path, monkeypatch):
@@ -138,9 +119,9 @@ def test_units_that_are_lost_are_done_again(source, model, tmp_path):
     assert ray.most == 2
     assert sorted(number for number, again in ray.again if again) == [1, 2, 2, 2]
     with closing(open_table(target, job.manifest)) as table:
-        rows = list(table.scan())
-    assert len({row.document for row in rows}) == 40
-    assert Counter(row.document for row in rows) == {row.document: row.parts for row in rows}
+        held = list(table.scan())
+    assert len({row.document for row in held}) == 40
+    assert Counter(row.document for row in held) == {row.document: row.parts for row in held}
     with pytest.raises(ConnectionError, match=r"4 processes .* while they did .*corpus.jsonl.* node died"):
         list(on_ray._do(FakeRay({0: 4}), found, job))
 

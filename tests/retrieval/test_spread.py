@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from stores import corpus, small_colbert, write_corpus
+from stores import corpus, rows, write_corpus
 
 from modernbert import ColBERT
 from modernbert.retrieval import Store, forget, index, targets, units, worker
@@ -70,15 +69,6 @@ def alone() -> Ranks:
     return Threads(0, 1, [None], threading.Barrier(1))
 
 
-@pytest.fixture(scope="module")
-def model(modernbert_tokenizer_file, tmp_path_factory) -> str:
-    """The folder of a small ColBERT."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    small_colbert(modernbert_tokenizer_file.parent).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
     """A corpus of three files, of which the largest makes several units."""
@@ -89,19 +79,6 @@ def files(tmp_path, monkeypatch) -> Path:
     (folder / "a.md").write_text("# Owls\n\nOwls hunt mice at night.\n")
     (folder / "empty.txt").write_text("")
     return folder
-
-
-def rows(store: Path, model: str) -> list[tuple[object, ...]]:
-    """All passages with their vectors, in order."""
-    with Store(store, model) as opened:
-        return [
-            (
-                *map(str, (passage.path, passage.id, passage.title, passage.text, passage.line, passage.metadata)),
-                vectors,
-            )
-            for _, passages, ragged in opened.batches()
-            for passage, vectors in zip(passages, (x.numpy().tobytes() for x in ragged), strict=True)
-        ]
 
 
 def test_units_hold_every_document_once(files):

@@ -74,25 +74,33 @@ def score_codes(queries: Ragged, codec: Codec, rows: Mapping[str, Tensor], offse
     """
     num_queries = len(queries.values)
     queries_EQ = F.pad(queries.values.float(), (0, 0, 0, -num_queries % LANES)).T.contiguous()
+    centers_KQ, scaled_EQ = codec.centroids_KE @ queries_EQ, codec.scales_E[:, None] * queries_EQ
     threads = callers(queries_EQ.device)
     shares = torch.linspace(0, int(offsets[-1]), threads + 1, device="cpu").long()
     cuts = [0, *torch.searchsorted(offsets, shares[1:-1]).tolist(), len(offsets) - 1]
-    best = partial(_best, queries_EQ, codec, rows, offsets)
+    best = partial(_best, centers_KQ, scaled_EQ, codec.table(), rows, offsets)
     best_PQ = torch.cat(list(map_callers(best, list(pairwise(cuts)), threads)))[:, :num_queries]
     return torch.stack([part.sum(1) for part in best_PQ.split(queries.offsets.diff().tolist(), dim=1)])
 
 
 def _best(
-    queries_EQ: Tensor, codec: Codec, rows: Mapping[str, Tensor], offsets: Tensor, passages: tuple[int, int]
+    centers_KQ: Tensor,
+    scaled_EQ: Tensor,
+    table: Tensor,
+    rows: Mapping[str, Tensor],
+    offsets: Tensor,
+    passages: tuple[int, int],
 ) -> Tensor:
     """`[P, Q]`: for the passages from the first to the last, the best similarity of a token to each query token.
 
     Blocks are decoded into the same memory, which stays in the cache.
+
+    Args:
+        centers_KQ: similarities of the centroids. scaled_EQ: the query tokens times the codec's scales. table: its own.
     """
     first, last = passages
     start, stop = offsets[first], offsets[last]
-    width, padded = queries_EQ.shape
-    centers_KQ, scaled_EQ, table = codec.centroids_KE @ queries_EQ, codec.scales_E[:, None] * queries_EQ, codec.table()
+    width, padded = scaled_EQ.shape
     lengths = offsets[first : last + 1].diff()
     passage_N1 = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)[:, None]
     best_PQ = torch.full((len(lengths), padded), float("-inf"), device="cpu")
